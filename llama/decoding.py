@@ -1,0 +1,166 @@
+"""The algorithm of generation: prompts go into the cache, then rows grow token by token."""
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+from llama import parallel
+from llama.model import Segment, Transformer
+from llama.sampling import next_tokens, token_logprobs
+from llama.streaming import TextStream
+
+# A prompt is prefilled in pieces, so that masks and scores stay small however long it is. A row's
+# pieces are cut at the same places whatever rows stand beside it.
+PREFILL_CHUNK = 512  # tokens of one row
+PREFILL_TOKENS = 2048  # tokens of all rows
+
+
+@dataclass
+class Row:
+    """One prompt on its way: what came, what is to come and how it ends."""
+
+    prompt: list[int]
+    limit: int  # of new tokens
+    uniforms: random.Random  # its own draws, so that neighbours don't matter
+    text: TextStream
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    prompt_logprobs: list[float] = field(default_factory=list)
+    ended: bool = False
+
+    @property
+    def done(self) -> bool:
+        return self.ended or len(self.tokens) >= self.limit
+
+
+@dataclass
+class Request:
+    """What the rows of a call have in common."""
+
+    temperature: float
+    top_p: float
+    logprobs: bool  # whether to score new tokens, and with echo the prompts'
+    echo: bool
+    stop_tokens: set[int]
+    needs_text: bool  # whether rows keep their text, as stop strings and text tasks want
+    n_words: int  # ids from here on mean nothing to the tokenizer
+
+
+def run(model: Transformer, rows: list[Row], request: Request) -> Iterator[str]:
+    """Work off one batch; row i of ``rows`` is row i of the cache. Yields each new text."""
+    logits = _prefill(model, rows, request)
+    active = [(i, row) for i, row in enumerate(rows) if not row.done]
+    logits = logits[[i for i, _ in active]]
+    while active:
+        for (_, row), token, logprob in zip(
+            active, *_choose(logits, [row for _, row in active], request), strict=True
+        ):
+            yield _take(row, token, logprob, request)
+        active = [(i, row) for i, row in active if not row.done]
+        if active:
+            logits = _forward(
+                model,
+                [row.tokens[-1] for _, row in active],
+                [Segment(i, len(row.prompt) + len(row.tokens) - 1, 1) for i, row in active],
+            )
+
+
+def _forward(
+    model: Transformer, tokens: list[int], segments: list[Segment], select: list[int] | None = None
+) -> torch.Tensor:
+    device = model.freqs_cis.device
+    ids = torch.tensor(tokens, device=device)
+    chosen = None if select is None else torch.tensor(select, device=device, dtype=torch.long)
+    return model.forward_packed(ids, segments, chosen)
+
+
+def _prefill(model: Transformer, rows: list[Row], request: Request) -> torch.Tensor:
+    """Put prompts into the cache. Returns the logits after each, shape (n_rows, vocab_size)."""
+    score = request.logprobs and request.echo
+    last: list[torch.Tensor] = [torch.empty(0)] * len(rows)
+    done = [0] * len(rows)
+    while segments := _next_pieces(rows, done):
+        tokens = [t for i, start, n in segments for t in rows[i].prompt[start : start + n]]
+        ends, total = [], 0
+        for i, start, n in segments:
+            done[i] = start + n
+            total += n
+            if done[i] == len(rows[i].prompt):
+                ends.append((i, total - 1))
+        logits = _forward(model, tokens, segments, None if score else [at for _, at in ends])
+        if score:
+            _score_prompts(rows, segments, logits)
+            logits = logits[[at for _, at in ends]]
+        for (i, _), row_logits in zip(ends, logits, strict=True):
+            last[i] = row_logits
+    return torch.stack(last)
+
+
+def _choose(
+    logits: torch.Tensor, rows: list[Row], request: Request
+) -> tuple[list[int], list[float]]:
+    """Draw the rows' next tokens. Without ``logprobs``, the second list holds zeros."""
+    if not logits.isfinite().all():
+        raise RuntimeError(
+            "the model's logits are not finite: its weights are damaged, or their "
+            "range needs dtype=torch.float32"
+        )
+    uniforms = torch.tensor([row.uniforms.random() for row in rows], device=logits.device)
+    # A vocabulary may be padded beyond the tokenizer's pieces; those ids mean nothing.
+    known = logits[:, : request.n_words]
+    tokens = next_tokens(known, request.temperature, request.top_p, uniforms)
+    # Rounding may differ between ranks; their tokens must not.
+    tokens = parallel.broadcast(tokens)
+    if not request.logprobs:
+        return tokens.tolist(), [0.0] * len(rows)
+    return tokens.tolist(), token_logprobs(logits, tokens).tolist()
+
+
+def _take(row: Row, token: int, logprob: float, request: Request) -> str:
+    """Give a row its next token. Returns the text that has become certain."""
+    piece = ""
+    if token in request.stop_tokens:
+        row.ended = True
+    else:
+        row.tokens.append(token)
+        row.logprobs.append(logprob)
+        if request.needs_text:
+            piece = row.text.push(token)
+            row.ended = row.text.stopped
+    if row.done and request.needs_text:
+        piece += row.text.flush()
+        if row.text.stopped:
+            kept = row.text.n_tokens
+            row.tokens, row.logprobs = row.tokens[:kept], row.logprobs[:kept]
+            row.ended = True
+    return piece
+
+
+def _next_pieces(rows: list[Row], done: list[int]) -> list[Segment]:
+    """The next piece of each prompt that isn't in the cache yet, as far as they fit a pass."""
+    pieces: list[Segment] = []
+    total = 0
+    for i, row in enumerate(rows):
+        length = min(PREFILL_CHUNK, len(row.prompt) - done[i])
+        if length and (not pieces or total + length <= PREFILL_TOKENS):
+            pieces.append(Segment(i, done[i], length))
+            total += length
+    return pieces
+
+
+def _score_prompts(rows: list[Row], segments: list[Segment], logits: torch.Tensor) -> None:
+    """Add the log-probabilities of the prompt tokens that a pass's logits predict."""
+    first = 0
+    for i, start, length in segments:
+        row = rows[i]
+        if start == 0:
+            row.prompt_logprobs.append(0.0)
+        predicted = row.prompt[start + 1 : start + length + 1]
+        scores = token_logprobs(
+            logits[first : first + len(predicted)],
+            torch.tensor(predicted, device=logits.device, dtype=torch.long),
+        )
+        row.prompt_logprobs += scores.tolist()
+        first += length

@@ -1,0 +1,446 @@
+"""Generation: prompts in, the model's continuations out, whole or token by token."""
+
+import random
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypedDict
+
+import torch
+
+from llama import checkpoint, parallel
+from llama.decoding import Request, Row, run
+from llama.model import Transformer
+from llama.prompts import (
+    UNSAFE_ERROR,
+    Dialog,
+    Message,
+    check_dialog,
+    dialog_prompt_tokens,
+    has_special_tags,
+    infilling_prompt_tokens,
+)
+from llama.streaming import TextStream
+from llama.tokenizer import Tokenizer
+
+TINY = Path(__file__).parent / "tiny"
+"""The checkpoint that comes with the package."""
+
+
+class _Scores(TypedDict, total=False):
+    tokens: list[str]
+    logprobs: list[float]
+
+
+class CompletionPrediction(_Scores):
+    """A completion; with ``logprobs`` also its tokens and their log-probabilities."""
+
+    generation: str
+
+
+class ChatPrediction(_Scores):
+    """An answer; with ``logprobs`` also its tokens and their log-probabilities."""
+
+    generation: Message
+
+
+class InfillingPrediction(_Scores):
+    """A middle and the whole; with ``logprobs`` also its tokens and their log-probabilities."""
+
+    generation: str
+    full_text: str
+
+
+class Llama:
+    """A model and its tokenizer. Calls from several threads wait for each other."""
+
+    @staticmethod
+    def build(
+        ckpt_dir: str | Path = TINY,
+        tokenizer_path: str | Path | None = None,
+        max_seq_len: int = 512,
+        max_batch_size: int = 8,
+        model_parallel_size: int | None = None,
+        seed: int = 1,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> "Llama":
+        """Load a checkpoint, in one process or with the others that ``torchrun`` started.
+
+        Args:
+            ckpt_dir: directory of ``params.json`` and ``consolidated.*.pth``; the embedded model
+                by default.
+            tokenizer_path: a ``tokenizer.model``; looked for in ``ckpt_dir``, then in its parent.
+            max_seq_len: positions in the cache: prompt and generated tokens together.
+            max_batch_size: rows in the cache; more prompts are worked off in turn.
+            model_parallel_size: where given, must equal the number of processes.
+            seed: what later calls draw their seeds from; the same in all processes.
+            device: where to run; CUDA, else Apple's MPS, else the CPU by default.
+            dtype: what to compute in; by default what the checkpoint and the device suggest.
+
+        Raises:
+            FileNotFoundError: the directory, a weight file or the tokenizer is missing.
+            ValueError: a file is malformed, or files, processes and arguments don't fit together.
+        """
+        ckpt_dir = Path(ckpt_dir)
+        torch_device = torch.device(device) if device is not None else parallel.detect_device()
+        ranks = parallel.initialize(torch_device)
+        if model_parallel_size not in (None, ranks):
+            raise ValueError(
+                f"model_parallel_size is {model_parallel_size} but {ranks} "
+                f"process{'es' * (ranks > 1)} run: leave it out, or start with "
+                f"torchrun --nproc_per_node {model_parallel_size}"
+            )
+        checkpoint.find_shards(ckpt_dir)  # the clearest answer first
+        tokenizer = Tokenizer(_find_tokenizer(ckpt_dir, tokenizer_path))
+        args = checkpoint.read_args(ckpt_dir, tokenizer.n_words, max_seq_len, max_batch_size)
+        model = checkpoint.load(ckpt_dir, args, torch_device, dtype)
+        return Llama(model, tokenizer, seed)
+
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, seed: int = 1):
+        self.model = model
+        self.tokenizer = tokenizer
+        self._seeds = random.Random(seed)
+        self._lock = threading.Lock()
+        self._owner: int | None = None
+
+    def generate(
+        self,
+        prompt_tokens: Sequence[Sequence[int]],
+        max_gen_len: int,
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        logprobs: bool = False,
+        echo: bool = False,
+        stop_token: int | None = None,
+        *,
+        stop: Sequence[str] = (),
+        seed: int | None = None,
+    ) -> tuple[list[list[int]], list[list[float]] | None]:
+        """Continue prompts of token ids.
+
+        Args:
+            prompt_tokens: the prompts, of any lengths from 1 to ``max_seq_len``.
+            max_gen_len: new tokens at most; the cache may allow a row fewer.
+            temperature: 0 takes the likeliest token each time.
+            top_p: probability mass that tokens are drawn from.
+            logprobs: whether to give the tokens' log-probabilities (untempered).
+            echo: whether to give the prompt too, in front; the first echoed token, which nothing
+                predicts, has the log-probability 0.0.
+            stop_token: an id that ends a row, besides the end of sequence.
+            stop: strings that end a row, looked for in the text of its new tokens.
+            seed: makes the draws repeatable; row i then draws alike in any company.
+
+        Returns:
+            The rows' tokens, without what ended them, and their log-probabilities or None.
+
+        Raises:
+            ValueError: an argument is out of its range, or a prompt doesn't fit.
+        """
+        stop = _checked_stop(stop)
+        request = self._request(temperature, top_p, logprobs, echo, stop_token, bool(stop))
+        rows = self._rows(prompt_tokens, max_gen_len, seed, self.tokenizer.decode, stop)
+        self._run_all(rows, request)
+        tokens = [row.prompt * echo + row.tokens for row in rows]
+        if not logprobs:
+            return tokens, None
+        return tokens, [row.prompt_logprobs * echo + row.logprobs for row in rows]
+
+    def text_completion(
+        self,
+        prompts: Sequence[str],
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        max_gen_len: int | None = None,
+        logprobs: bool = False,
+        echo: bool = False,
+        *,
+        stop: Sequence[str] = (),
+        seed: int | None = None,
+    ) -> list[CompletionPrediction]:
+        """Continue texts. Arguments as in ``generate``; None generates to the cache's end.
+
+        Returns:
+            For each prompt ``{"generation": text}``, with ``logprobs`` also ``tokens`` (pieces)
+            and ``logprobs``.
+        """
+        request = self._request(temperature, top_p, logprobs, echo)
+        ids = [self._text_prompt(prompt) for prompt in _checked_list(prompts, "prompts")]
+        decode = self.tokenizer.decode
+        rows = self._rows(ids, max_gen_len, seed, decode, _checked_stop(stop), in_context=echo)
+        self._run_all(rows, request)
+        predictions = []
+        for row in rows:
+            text = decode(row.prompt) * echo + row.text.text
+            prediction = CompletionPrediction(generation=text)
+            predictions.append(self._with_scores(prediction, row, request))
+        return predictions
+
+    def chat_completion(
+        self,
+        dialogs: Sequence[Dialog],
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        max_gen_len: int | None = None,
+        logprobs: bool = False,
+        *,
+        stop: Sequence[str] = (),
+        seed: int | None = None,
+    ) -> list[ChatPrediction]:
+        """Answer dialogs. Arguments as in ``text_completion``.
+
+        Returns:
+            For each dialog ``{"generation": {"role": "assistant", "content": text}}``, with
+            ``logprobs`` also ``tokens`` (pieces) and ``logprobs``. A dialog whose messages contain
+            the format's own tags is answered with an error text.
+
+        Raises:
+            ValueError: a dialog is not well formed (``llama.prompts.check_dialog``), or as in
+                ``generate``.
+        """
+        request = self._request(temperature, top_p, logprobs, stop_token=self.tokenizer.step_id)
+        ids = [self._dialog_prompt(dialog) for dialog in _checked_list(dialogs, "dialogs")]
+        rows = self._rows(ids, max_gen_len, seed, self.tokenizer.decode, _checked_stop(stop))
+        self._run_all([row for row in rows if row.prompt], request)
+        predictions = []
+        for row in rows:
+            text = row.text.text if row.prompt else UNSAFE_ERROR
+            answer = Message(role="assistant", content=text)
+            if self.tokenizer.step_id is not None:
+                answer["destination"] = "user"
+            prediction = ChatPrediction(generation=answer)
+            predictions.append(self._with_scores(prediction, row, request))
+        return predictions
+
+    def text_infilling(
+        self,
+        prefixes: Sequence[str],
+        suffixes: Sequence[str],
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        max_gen_len: int | None = None,
+        logprobs: bool = False,
+        suffix_first: bool = False,
+        *,
+        stop: Sequence[str] = (),
+        seed: int | None = None,
+    ) -> list[InfillingPrediction]:
+        """Fill in what is missing between prefixes and suffixes. Arguments as in
+        ``text_completion``; ``suffix_first`` puts the suffix in front in the prompt.
+
+        Returns:
+            For each pair ``{"generation": middle, "full_text": prefix + middle + suffix}``, with
+            ``logprobs`` also ``tokens`` (pieces) and ``logprobs``.
+
+        Raises:
+            ValueError: the model wasn't trained for infilling, or as in ``generate``.
+        """
+        request = self._request(temperature, top_p, logprobs, stop_token=self.tokenizer.eot_id)
+        prefixes = _checked_list(prefixes, "prefixes")
+        suffixes = _checked_list(suffixes, "suffixes")
+        if len(prefixes) != len(suffixes):
+            raise ValueError(f"{len(prefixes)} prefixes but {len(suffixes)} suffixes: give pairs")
+        pairs = list(zip(prefixes, suffixes, strict=True))
+        ids = [infilling_prompt_tokens(self.tokenizer, *pair, suffix_first) for pair in pairs]
+        decode = self.tokenizer.decode_infilling
+        rows = self._rows(ids, max_gen_len, seed, decode, _checked_stop(stop))
+        self._run_all(rows, request)
+        predictions = []
+        for row, (prefix, suffix) in zip(rows, pairs, strict=True):
+            middle = row.text.text
+            prediction = InfillingPrediction(generation=middle, full_text=prefix + middle + suffix)
+            predictions.append(self._with_scores(prediction, row, request))
+        return predictions
+
+    def text_completion_stream(
+        self,
+        prompt: str,
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        max_gen_len: int | None = None,
+        *,
+        stop: Sequence[str] = (),
+        seed: int | None = None,
+    ) -> Iterator[str]:
+        """``text_completion`` of one prompt, piece by piece: joined, they are the same text.
+
+        Until the iterator is exhausted or closed, it keeps the model to itself.
+        """
+        request = self._request(temperature, top_p)
+        ids = [self._text_prompt(prompt)]
+        decode = self.tokenizer.decode
+        return self._stream(
+            self._rows(ids, max_gen_len, seed, decode, _checked_stop(stop)), request
+        )
+
+    def chat_completion_stream(
+        self,
+        dialog: Dialog,
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        max_gen_len: int | None = None,
+        *,
+        stop: Sequence[str] = (),
+        seed: int | None = None,
+    ) -> Iterator[str]:
+        """``chat_completion`` of one dialog, piece by piece: joined, they are the answer's content.
+
+        Until the iterator is exhausted or closed, it keeps the model to itself.
+        """
+        request = self._request(temperature, top_p, stop_token=self.tokenizer.step_id)
+        ids = self._dialog_prompt(dialog)
+        if not ids:
+            return iter([UNSAFE_ERROR])
+        decode = self.tokenizer.decode
+        rows = self._rows([ids], max_gen_len, seed, decode, _checked_stop(stop))
+        return self._stream(rows, request)
+
+    def text_infilling_stream(
+        self,
+        prefix: str,
+        suffix: str,
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        max_gen_len: int | None = None,
+        suffix_first: bool = False,
+        *,
+        stop: Sequence[str] = (),
+        seed: int | None = None,
+    ) -> Iterator[str]:
+        """``text_infilling`` of one pair, piece by piece: joined, they are the middle.
+
+        Until the iterator is exhausted or closed, it keeps the model to itself.
+        """
+        request = self._request(temperature, top_p, stop_token=self.tokenizer.eot_id)
+        ids = [infilling_prompt_tokens(self.tokenizer, prefix, suffix, suffix_first)]
+        decode = self.tokenizer.decode_infilling
+        return self._stream(
+            self._rows(ids, max_gen_len, seed, decode, _checked_stop(stop)), request
+        )
+
+    def _text_prompt(self, prompt: str) -> list[int]:
+        return self.tokenizer.encode(prompt, bos=True, eos=False)
+
+    def _dialog_prompt(self, dialog: Dialog) -> list[int]:
+        """The prompt's ids; none for a dialog that is to be refused."""
+        check_dialog(dialog)
+        return [] if has_special_tags(dialog) else dialog_prompt_tokens(self.tokenizer, dialog)
+
+    def _request(
+        self,
+        temperature: float,
+        top_p: float,
+        logprobs: bool = False,
+        echo: bool = False,
+        stop_token: int | None = None,
+        needs_text: bool = True,
+    ) -> Request:
+        if not 0 <= temperature < float("inf"):
+            raise ValueError(f"temperature is {temperature!r}: expected 0 (greedy) or more")
+        if not 0 <= top_p <= 1:
+            raise ValueError(f"top_p is {top_p!r}: expected a probability mass from 0 to 1")
+        stop_tokens = {self.tokenizer.eos_id}
+        if stop_token is not None:
+            stop_tokens.add(stop_token)
+        return Request(
+            temperature, top_p, logprobs, echo, stop_tokens, needs_text, self.tokenizer.n_words
+        )
+
+    def _rows(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_gen_len: int | None,
+        seed: int | None,
+        decode: Callable[[Sequence[int]], str],
+        stop: Sequence[str],
+        in_context: bool = False,
+    ) -> list[Row]:
+        max_seq_len, vocab_size = self.model.params.max_seq_len, self.model.params.vocab_size
+        if max_gen_len is None:
+            max_gen_len = max_seq_len
+        if max_gen_len < 0:
+            raise ValueError(f"max_gen_len is {max_gen_len}: expected 0 or more")
+        if seed is None:
+            seed = self._seeds.getrandbits(63)
+        rows = []
+        for i, prompt in enumerate(prompts):
+            ids = list(prompt)
+            if len(ids) > max_seq_len:
+                raise ValueError(
+                    f"prompt {i} has {len(ids)} tokens, more than max_seq_len={max_seq_len}: "
+                    "shorten it, or give Llama.build a larger max_seq_len"
+                )
+            wrong = [t for t in ids if not 0 <= t < vocab_size]
+            if wrong:
+                raise ValueError(
+                    f"prompt {i} holds the token id {wrong[0]}, outside the vocabulary of "
+                    f"{vocab_size}"
+                )
+            limit = min(max_gen_len, max_seq_len - len(ids))
+            text = TextStream(decode, stop, context=ids if in_context else ())
+            rows.append(Row(ids, limit, random.Random(f"{seed} {i}"), text))
+        return rows
+
+    def _run_all(self, rows: list[Row], request: Request) -> None:
+        if any(not row.prompt for row in rows):
+            raise ValueError("a prompt has no tokens: begin it with the tokenizer's bos_id")
+        with self._exclusive():
+            for first in range(0, len(rows), self.model.params.max_batch_size):
+                batch = rows[first : first + self.model.params.max_batch_size]
+                for _ in run(self.model, batch, request):
+                    pass
+
+    def _stream(self, rows: list[Row], request: Request) -> Iterator[str]:
+        with self._exclusive():
+            for piece in run(self.model, rows, request):
+                if piece:
+                    yield piece
+
+    @contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        """Keep the cache to one call; others wait, but a thread can't wait for itself."""
+        if self._owner == threading.get_ident():
+            raise RuntimeError(
+                "a stream of this Llama is still open in this thread: exhaust it, or close() it, "
+                "before the next call"
+            )
+        with self._lock:
+            self._owner = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._owner = None
+
+    def _with_scores(self, prediction: Any, row: Row, request: Request) -> Any:
+        if request.logprobs:
+            ids = row.prompt * request.echo + row.tokens
+            prediction["tokens"] = [self.tokenizer.token_piece(t) for t in ids]
+            prediction["logprobs"] = row.prompt_logprobs * request.echo + row.logprobs
+        return prediction
+
+
+def _find_tokenizer(ckpt_dir: Path, tokenizer_path: str | Path | None) -> Path:
+    if tokenizer_path is not None:
+        return Path(tokenizer_path)
+    candidates = [ckpt_dir / "tokenizer.model", ckpt_dir.resolve().parent / "tokenizer.model"]
+    for path in candidates:
+        if path.is_file():
+            return path
+    raise FileNotFoundError(
+        f"no tokenizer.model in {ckpt_dir} or its parent: give its path as tokenizer_path"
+    )
+
+
+def _checked_list(values: Any, name: str) -> Any:
+    if isinstance(values, str | bytes | dict):
+        raise TypeError(f"{name} is one {type(values).__name__}: give a list, [{name[:-1]}]")
+    return values
+
+
+def _checked_stop(stop: Sequence[str]) -> Sequence[str]:
+    if isinstance(stop, str):
+        raise TypeError(f"stop is one str: give a list, [{stop!r}]")
+    if not all(isinstance(s, str) and s for s in stop):
+        raise ValueError(f"stop is {stop!r}: expected strings that are not empty")
+    return stop

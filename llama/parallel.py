@@ -1,0 +1,120 @@
+"""Which device and dtype to use, and the group of processes that share the network."""
+
+import contextlib
+import io
+import os
+
+import torch
+import torch.distributed as dist
+from fairscale.nn.model_parallel.initialize import (
+    get_model_parallel_group,
+    get_model_parallel_rank,
+    get_model_parallel_world_size,
+    initialize_model_parallel,
+    model_parallel_is_initialized,
+)
+
+
+def launched() -> bool:
+    """Whether a launcher such as ``torchrun`` started this process."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def choose_device(cuda: bool, mps: bool, local_rank: int) -> torch.device:
+    """The device for a process: its own GPU, else Apple's, else the CPU.
+
+    Args:
+        cuda: whether CUDA is available.
+        mps: whether Apple's Metal is available.
+        local_rank: the number of the process on this machine.
+    """
+    if cuda:
+        return torch.device("cuda", local_rank)
+    return torch.device("mps" if mps else "cpu")
+
+
+def choose_dtype(checkpoint: torch.dtype, device_type: str, fast_bf16: bool) -> torch.dtype:
+    """The dtype to compute in, for weights stored as ``checkpoint``.
+
+    Half-precision weights become bfloat16 where the device is quick at it (float16's small range
+    overflows in some checkpoints), else float16 on an accelerator and float32 on the CPU. Other
+    weights stay as they are.
+    """
+    if checkpoint not in (torch.float16, torch.bfloat16):
+        return checkpoint
+    if fast_bf16:
+        return torch.bfloat16
+    return torch.float32 if device_type == "cpu" else torch.float16
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 matrices in hardware."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "mps":
+        return torch.backends.mps.is_macos_or_newer(14, 0)
+    # Before torch 2.11 there is no public way to ask, and float32 is the safe answer.
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def detect_device() -> torch.device:
+    """``choose_device`` for this machine and process."""
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    return choose_device(torch.cuda.is_available(), torch.backends.mps.is_available(), local_rank)
+
+
+def initialize(device: torch.device | None = None) -> int:
+    """Join the other processes and share the network among all of them.
+
+    Under a launcher the processes find each other through its environment variables; alone, the
+    group lives in memory. Calling it again changes nothing.
+
+    Args:
+        device: what tensors will be on: ``nccl`` connects CUDA devices, ``gloo`` all others.
+
+    Returns:
+        The number of processes.
+    """
+    device = device or detect_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        if launched():
+            dist.init_process_group(backend)
+        else:
+            store = dist.HashStore()  # type: ignore[attr-defined]
+            dist.init_process_group(backend, store=store, rank=0, world_size=1)
+    if not model_parallel_is_initialized():
+        with contextlib.redirect_stdout(io.StringIO()):  # fairscale announces its groups
+            initialize_model_parallel(dist.get_world_size())
+    return world_size()
+
+
+def world_size() -> int:
+    """The number of processes that share the network."""
+    if not model_parallel_is_initialized():
+        raise RuntimeError(
+            "no process group yet: use Llama.build, or call llama.parallel.initialize() before "
+            "making a Transformer"
+        )
+    return int(get_model_parallel_world_size())
+
+
+def rank() -> int:
+    """This process's number among those that share the network."""
+    return int(get_model_parallel_rank())
+
+
+def print_once(*values: object, end: str = "\n") -> None:
+    """``print``, on rank 0 alone: all ranks of a script hold the same results."""
+    if rank() == 0:
+        print(*values, end=end, flush=True)
+
+
+def broadcast(tensor: torch.Tensor) -> torch.Tensor:
+    """Rank 0's values of ``tensor``, on every rank, in place."""
+    if world_size() > 1:
+        dist.broadcast(tensor, src=0, group=get_model_parallel_group())
+    return tensor

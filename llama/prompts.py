@@ -1,0 +1,140 @@
+"""Dialogs and infilling tasks as token ids, exactly as the models were trained on them."""
+
+from collections.abc import Sequence
+from typing import Literal, TypedDict
+
+from llama.tokenizer import Tokenizer
+
+Role = Literal["system", "user", "assistant"]
+
+
+class _Content(TypedDict):
+    role: Role
+    content: str
+
+
+class Message(_Content, total=False):
+    """One turn of a dialog. ``destination`` is only met in Code Llama 70B-Instruct's format."""
+
+    destination: str
+
+
+Dialog = Sequence[Message]
+
+# The strings Llama 2 and Code Llama were tuned on.
+# Source: https://github.com/facebookresearch/llama and https://github.com/facebookresearch/codellama
+B_INST, E_INST = "[INST]", "[/INST]"
+B_SYS, E_SYS = "<<SYS>>\n", "\n<</SYS>>\n\n"
+SPECIAL_TAGS = (B_INST, E_INST, "<<SYS>>", "<</SYS>>", "<step>")
+UNSAFE_ERROR = "Error: special tags are not allowed as part of the prompt."
+
+
+def has_special_tags(dialog: Dialog) -> bool:
+    """Whether a message contains text that stands for the format's structure."""
+    return any(tag in message["content"] for message in dialog for tag in SPECIAL_TAGS)
+
+
+def check_dialog(dialog: Dialog) -> None:
+    """Raise ``ValueError``, naming the message, unless a dialog is well formed.
+
+    Well formed is: perhaps one system message, then user and assistant in turn, the user last.
+    """
+    if not dialog:
+        raise ValueError("the dialog is empty: give at least one message of the user")
+    first = int(dialog[0].get("role") == "system")
+    for i, message in enumerate(dialog):
+        role, content = message.get("role"), message.get("content")
+        if not isinstance(content, str):
+            raise ValueError(f"message {i} of the dialog has no text as its 'content': {message!r}")
+        if role not in ("system", "user", "assistant"):
+            raise ValueError(
+                f"message {i} of the dialog has the role {role!r}: "
+                "known are 'system', 'user' and 'assistant'"
+            )
+        expected = "system" if i < first else ("user", "assistant")[(i - first) % 2]
+        if role != expected:
+            raise ValueError(
+                f"message {i} of the dialog is by {role!r} where {expected!r} is expected: "
+                "after a system message, which is optional and first, user and assistant alternate"
+            )
+    if dialog[-1]["role"] != "user":
+        raise ValueError(
+            f"message {len(dialog) - 1}, the dialog's last, is by {dialog[-1]['role']!r}: "
+            "end with the user's, to be answered"
+        )
+
+
+def dialog_prompt_tokens(tokenizer: Tokenizer, dialog: Dialog) -> list[int]:
+    """A dialog as the prompt for its next answer.
+
+    The turn-based format is used where the tokenizer has ``<step>``, the INST format elsewhere.
+
+    Raises:
+        ValueError: the dialog is not well formed (see ``check_dialog``).
+    """
+    check_dialog(dialog)
+    if tokenizer.step_id is not None:
+        return _turn_based_tokens(tokenizer, tokenizer.step_id, dialog)
+    return _inst_tokens(tokenizer, dialog)
+
+
+def _inst_tokens(tokenizer: Tokenizer, dialog: Dialog) -> list[int]:
+    """<s>[INST] <<SYS>>\\nSYSTEM\\n<</SYS>>\\n\\nUSER [/INST] ANSWER </s><s>[INST] USER [/INST]"""
+    contents = [message["content"] for message in dialog]
+    if dialog[0]["role"] == "system":
+        contents[:2] = [B_SYS + contents[0] + E_SYS + contents[1]]
+    contents = [content.strip() for content in contents]
+    tokens = []
+    for user, answer in zip(contents[:-1:2], contents[1::2], strict=True):
+        turn = f"{B_INST} {user} {E_INST} {answer} "
+        tokens += tokenizer.encode(turn, bos=True, eos=True)
+    return tokens + tokenizer.encode(f"{B_INST} {contents[-1]} {E_INST}", bos=True, eos=False)
+
+
+def _turn_based_tokens(tokenizer: Tokenizer, step_id: int, dialog: Dialog) -> list[int]:
+    """<s> Source: system\\n\\n SYSTEM<step> Source: user\\n\\n USER<step> Source: assistant\\n
+    Destination: user\\n\\n"""
+    if dialog[0]["role"] != "system":
+        dialog = [Message(role="system", content=""), *dialog]
+    tokens = [tokenizer.bos_id]
+    for message in dialog:
+        tokens += _header_tokens(tokenizer, message)
+        content = message["content"].strip()
+        if content:
+            tokens += tokenizer.encode(f"\n\n {content}", bos=False, eos=False)
+        tokens.append(step_id)
+    reply = Message(role="assistant", content="", destination="user")
+    return (
+        tokens + _header_tokens(tokenizer, reply) + tokenizer.encode("\n\n ", bos=False, eos=False)
+    )
+
+
+def _header_tokens(tokenizer: Tokenizer, message: Message) -> list[int]:
+    header = f" Source: {message['role']}"
+    if "destination" in message:
+        header += f"\nDestination: {message['destination'].strip()}"
+    return tokenizer.encode(header, bos=False, eos=False)
+
+
+def infilling_prompt_tokens(
+    tokenizer: Tokenizer, prefix: str, suffix: str, suffix_first: bool = False
+) -> list[int]:
+    """The prompt for the text between ``prefix`` and ``suffix``.
+
+    The order is prefix, suffix, middle; with ``suffix_first`` it is suffix, prefix, middle
+    (Code Llama, section 2.3, https://arxiv.org/abs/2308.12950).
+
+    Raises:
+        ValueError: the tokenizer has no infilling pieces.
+    """
+    pre, mid, suf = tokenizer.prefix_id, tokenizer.middle_id, tokenizer.suffix_id
+    if pre is None or mid is None or suf is None:
+        raise ValueError(
+            "this tokenizer has no infilling pieces (▁<PRE>, ▁<SUF>, ▁<MID>): infilling needs a "
+            "model trained for it, such as Code Llama 7B or 13B"
+        )
+    prefix_tokens = tokenizer.encode(prefix, bos=False, eos=False)
+    suffix_tokens = tokenizer.encode_infilling(suffix)
+    if suffix_first:
+        return [tokenizer.bos_id, pre, suf, *suffix_tokens, mid, *prefix_tokens]
+    return [tokenizer.bos_id, pre, *prefix_tokens, suf, *suffix_tokens, mid]

@@ -1,0 +1,85 @@
+"""Text that grows token by token: never half a character, never part of a stop string."""
+
+from collections.abc import Callable, Sequence
+
+
+class TextStream:
+    """The text of a row's tokens, as far as it is certain.
+
+    ``text`` is all of it, without what follows a stop string; ``stopped`` says that one was met;
+    ``n_tokens`` counts the tokens whose text lies wholly in ``text``.
+    """
+
+    def __init__(
+        self,
+        decode: Callable[[Sequence[int]], str],
+        stop: Sequence[str] = (),
+        context: Sequence[int] = (),
+    ):
+        """Begin a text.
+
+        Args:
+            decode: the tokenizer's way from ids to text.
+            stop: strings that end the text; they don't become part of it.
+            context: ids before the first token, which decide how its text begins.
+        """
+        self.text = ""
+        self.stopped = False
+        self._decode = decode
+        self._stop = tuple(stop)
+        self._ids = list(context)
+        # Decoding all ids anew for each token would take quadratic time: only those from _start
+        # on are. Those before _known have given their text already, the others not yet.
+        self._start = 0
+        self._known = len(self._ids)
+        self._ends: list[int] = []  # where the text of each token ends
+        self._given = 0  # characters that left through push and flush
+
+    @property
+    def n_tokens(self) -> int:
+        return sum(end <= len(self.text) for end in self._ends)
+
+    def push(self, token: int) -> str:
+        """Take one more token; returns the text that has become certain."""
+        self._ids.append(token)
+        self._advance(final=False)
+        held = 0 if self.stopped else self._held_back()
+        return self._give(len(self.text) - held)
+
+    def flush(self) -> str:
+        """End the text; returns what was held back."""
+        if not self.stopped:
+            self._advance(final=True)
+        return self._give(len(self.text))
+
+    def _advance(self, final: bool) -> None:
+        before = self._decode(self._ids[self._start : self._known])
+        after = self._decode(self._ids[self._start :])
+        # U+FFFD at the end may be the beginning of a character whose other bytes are to come.
+        if final or (len(after) > len(before) and not after.endswith("\ufffd")):
+            searched = len(self.text)
+            self.text += after[len(before) :]
+            self._ends += [len(self.text)] * (len(self._ids) - self._known)
+            self._start, self._known = self._known, len(self._ids)
+            self._cut(searched)
+
+    def _cut(self, searched: int) -> None:
+        """End the text at the first stop string in what came after ``searched`` characters."""
+        found = [self.text.find(s, max(0, searched - len(s) + 1)) for s in self._stop]
+        found = [at for at in found if at >= 0]
+        if found:
+            self.stopped = True
+            self.text = self.text[: min(found)]
+
+    def _held_back(self) -> int:
+        """How many characters at the end could be the beginning of a stop string."""
+        for length in range(max(map(len, self._stop), default=1) - 1, 0, -1):
+            tail = self.text[-length:]
+            if len(tail) == length and any(s.startswith(tail) for s in self._stop):
+                return length
+        return 0
+
+    def _give(self, end: int) -> str:
+        piece = self.text[self._given : end]
+        self._given = max(self._given, end)
+        return piece

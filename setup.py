@@ -1,0 +1,31 @@
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent
+
+
+def requirements() -> list[str]:
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+TEST = ["pytest>=8", "hypothesis>=6.100", "transformers>=4.56"]
+
+setup(
+    name="llama",
+    version="0.1.0",
+    description="Reference inference for the Llama family in plain PyTorch",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=["llama"],
+    package_data={"llama": ["py.typed", "tiny/*"]},
+    install_requires=requirements(),
+    extras_require={
+        "test": TEST,
+        "dev": [*TEST, "ruff>=0.14", "mypy>=1.15", "tqdm>=4.66"],
+    },
+)

@@ -1,0 +1,81 @@
+"""What the tests share: the embedded model, random models and the tokenizers at hand."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from llama import Llama, ModelArgs, Tokenizer, Transformer, parallel
+from llama.generation import TINY
+
+SMALL = {"dim": 64, "n_layers": 2, "n_heads": 8, "multiple_of": 32, "vocab_size": 96}
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Llama:
+    """The embedded model in float32, where greedy ids don't depend on the batch."""
+    return Llama.build(dtype=torch.float32, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> Tokenizer:
+    return Tokenizer(TINY / "tokenizer.model")
+
+
+def make_model(seed: int = 0, **params: object) -> Transformer:
+    """A small float32 Transformer with random weights; params override those of SMALL."""
+    parallel.initialize(torch.device("cpu"))
+    args = ModelArgs(**{"max_batch_size": 4, "max_seq_len": 128, **SMALL, **params})
+    model = Transformer(args)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.uniform_(0.5, 1.5, generator=generator)
+            else:
+                parameter.normal_(std=0.2, generator=generator)
+    return model
+
+
+@pytest.fixture
+def checkpoint_dir(tmp_path: Path) -> Callable[..., Path]:
+    """Makes a directory in Meta's layout with a small random checkpoint."""
+
+    def make(dtype: torch.dtype = torch.float32, name: str = "ckpt", **params: object) -> Path:
+        directory = tmp_path / name
+        directory.mkdir()
+        params = {**SMALL, "vocab_size": 768, **params}
+        model = make_model(**params)
+        tensors = {n: p.detach().to(dtype) for n, p in model.named_parameters()}
+        torch.save(tensors, directory / "consolidated.00.pth")
+        (directory / "params.json").write_text(json.dumps(params))
+        (directory / "tokenizer.model").write_bytes((TINY / "tokenizer.model").read_bytes())
+        return directory
+
+    return make
+
+
+def data_tokenizer(name: str) -> Tokenizer:
+    """One of the published tokenizers; the test is skipped where LLAMA_TEST_DATA isn't set."""
+    folder = os.environ.get("LLAMA_TEST_DATA")
+    if not folder:
+        pytest.skip("LLAMA_TEST_DATA is not set")
+    return Tokenizer(Path(folder) / f"{name}-tokenizer.model")
+
+
+@pytest.fixture(scope="session")
+def llama2_tokenizer() -> Tokenizer:
+    return data_tokenizer("llama2")
+
+
+@pytest.fixture(scope="session")
+def codellama_tokenizer() -> Tokenizer:
+    return data_tokenizer("codellama")
+
+
+@pytest.fixture(scope="session")
+def codellama_70b_tokenizer() -> Tokenizer:
+    return data_tokenizer("codellama-70b-instruct")
