@@ -1,11 +1,18 @@
 """A checkpoint directory in Meta's layout: ``params.json`` and ``consolidated.NN.pth`` shards."""
 
+import contextlib
+import ctypes
 import dataclasses
 import json
 import logging
+import mmap
+import os
+import shutil
+import sys
 import time
 from pathlib import Path
 
+import fire
 import torch
 
 from llama import parallel
@@ -13,6 +20,18 @@ from llama.model import ModelArgs, Transformer
 
 logger = logging.getLogger(__name__)
 
+# The dimension along which shards and ranks divide a parameter; what isn't named is not divided.
+_SPLIT_DIM = {
+    "tok_embeddings": 1,
+    "wq": 0,
+    "wk": 0,
+    "wv": 0,
+    "wo": 1,
+    "w1": 0,
+    "w2": 1,
+    "w3": 0,
+    "output": 0,
+}
 # Published files carry these tables, which follow from the hyper-parameters.
 _DERIVED = ("rope.freqs", "rotary_emb.inv_freq")
 
@@ -41,7 +60,24 @@ def find_shards(ckpt_dir: Path) -> list[Path]:
     return shards
 
 
-def read_args(ckpt_dir: Path, n_words: int, max_seq_len: int, max_batch_size: int) -> ModelArgs:
+def find_tokenizer(ckpt_dir: Path) -> Path:
+    """The checkpoint's tokenizer, beside it or, as in Llama 2's layout, one directory up.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    for directory in (ckpt_dir, ckpt_dir.resolve().parent):
+        path = directory / "tokenizer.model"
+        if path.is_file():
+            return path
+    raise FileNotFoundError(
+        f"no tokenizer.model in {ckpt_dir} or its parent: give its path as tokenizer_path"
+    )
+
+
+def read_args(
+    ckpt_dir: Path, n_words: int, max_seq_len: int = 512, max_batch_size: int = 8
+) -> ModelArgs:
     """The hyper-parameters in ``params.json``, with the size of the cache.
 
     Args:
@@ -125,7 +161,7 @@ def open_shard(path: Path) -> Tensors:
 def load(
     ckpt_dir: Path, args: ModelArgs, device: torch.device, dtype: torch.dtype | None
 ) -> Transformer:
-    """Build the network and fill this rank's part of it from a checkpoint.
+    """Build the network and fill this rank's part of it from any number of shards.
 
     Args:
         args: the checkpoint's hyper-parameters (``read_args``).
@@ -134,50 +170,235 @@ def load(
 
     Raises:
         FileNotFoundError: weight files are missing.
-        ValueError: a tensor is missing, unexpected or of the wrong shape, or the number of shards
-            isn't the number of ranks.
+        ValueError: a tensor is missing, unexpected or of the wrong shape, or the network can't be
+            divided among the ranks.
     """
     start = time.monotonic()
-    paths = find_shards(ckpt_dir)
-    ranks = parallel.world_size()
-    if len(paths) != ranks:
-        raise ValueError(
-            f"{ckpt_dir} has {len(paths)} shard{'s' * (len(paths) > 1)} but {ranks} "
-            f"process{'es' * (ranks > 1)} run: start it with "
-            f"torchrun --nproc_per_node {len(paths)}"
-        )
-    path = paths[parallel.rank()]
-    tensors = open_shard(path)
+    rank, ranks = parallel.rank(), parallel.world_size()
+    check_model_parallel_size(args, ranks)
+    shards = open_shards(ckpt_dir, args)
     with torch.device("meta"):
         model = Transformer(args)
-    _check_tensors(path, tensors, model)
     if dtype is None:
-        stored = tensors["tok_embeddings.weight"].dtype
+        stored = shards[0]["tok_embeddings.weight"].dtype
         dtype = parallel.choose_dtype(stored, device.type, parallel.has_fast_bf16(device))
-    # Assigned as they are, mapped tensors stay mapped: only another dtype or device copies.
-    model.load_state_dict(
-        {name: tensor.to(device, dtype) for name, tensor in tensors.items()}, assign=True
-    )
+    tensors = {}
+    for name in model.state_dict():
+        pieces = [shard[name] for shard in shards]
+        # What needs no change stays mapped: it is read when it is used, and never copied.
+        tensors[name] = rank_part(name, pieces, args, rank, ranks).to(device, dtype).contiguous()
+        if not any(_shares_memory(tensors[name], piece) for piece in pieces):
+            release(pieces)
+    model.load_state_dict(tensors, assign=True)
     model.requires_grad_(False)
     model.allocate_buffers(device, dtype)
     logger.info("loaded %s in %.2f seconds", ckpt_dir, time.monotonic() - start)
     return model
 
 
-def _check_tensors(path: Path, tensors: Tensors, model: Transformer) -> None:
-    expected = model.state_dict()
-    for problem, names in (
-        ("lacks", sorted(expected.keys() - tensors.keys())),
-        ("has the unexpected", sorted(tensors.keys() - expected.keys())),
-    ):
-        if names:
-            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            raise ValueError(f"{path} {problem} {', '.join(names[:5])}{more}")
-    for name, tensor in tensors.items():
-        if tensor.shape != expected[name].shape:
+def check_model_parallel_size(args: ModelArgs, ranks: int) -> None:
+    """Raise ``ValueError``, listing what fits, if the network can't be divided among ranks."""
+
+    def fits(n: int) -> bool:
+        kv_heads = args.kv_heads
+        whole = args.n_heads % n == args.dim % n == args.hidden_dim % n == 0
+        return whole and (kv_heads % n == 0 or n % kv_heads == 0)
+
+    if not fits(ranks):
+        sizes = ", ".join(str(n) for n in range(1, args.n_heads + 1) if fits(n))
+        raise ValueError(
+            f"{ranks} processes can't share {args.n_heads} heads, {args.kv_heads} key/value heads, "
+            f"dim {args.dim} and hidden size {args.hidden_dim}: these numbers can: {sizes}"
+        )
+
+
+def full_shapes(args: ModelArgs) -> dict[str, tuple[int, ...]]:
+    """The parameters' shapes before they are divided among shards or ranks."""
+    kv_dim = args.kv_heads * args.head_dim
+    shapes: dict[str, tuple[int, ...]] = {"tok_embeddings.weight": (args.vocab_size, args.dim)}
+    for i in range(args.n_layers):
+        block = {
+            "attention.wq": (args.dim, args.dim),
+            "attention.wk": (kv_dim, args.dim),
+            "attention.wv": (kv_dim, args.dim),
+            "attention.wo": (args.dim, args.dim),
+            "feed_forward.w1": (args.hidden_dim, args.dim),
+            "feed_forward.w2": (args.dim, args.hidden_dim),
+            "feed_forward.w3": (args.hidden_dim, args.dim),
+            "attention_norm": (args.dim,),
+            "ffn_norm": (args.dim,),
+        }
+        shapes |= {f"layers.{i}.{name}.weight": shape for name, shape in block.items()}
+    return shapes | {"norm.weight": (args.dim,), "output.weight": (args.vocab_size, args.dim)}
+
+
+def open_shards(ckpt_dir: Path, args: ModelArgs) -> list[Tensors]:
+    """Map all shards and check that together they make the network of ``args``.
+
+    Raises:
+        FileNotFoundError: weight files are missing.
+        ValueError: a file is no checkpoint, or a tensor is missing, unexpected or misshapen.
+    """
+    paths = find_shards(ckpt_dir)
+    shards = [open_shard(path) for path in paths]
+    expected = full_shapes(args)
+    for path, shard in zip(paths, shards, strict=True):
+        for problem, names in (
+            ("lacks", sorted(expected.keys() - shard.keys())),
+            ("has the unexpected", sorted(shard.keys() - expected.keys())),
+        ):
+            if names:
+                more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+                raise ValueError(f"{path} {problem} {', '.join(names[:5])}{more}")
+    for name, shape in expected.items():
+        pieces = distinct_pieces(name, [shard[name] for shard in shards], args)
+        for path, piece in zip(paths, pieces, strict=False):
+            if not piece.is_floating_point():
+                raise ValueError(f"{name} in {path} is {piece.dtype}, not a floating-point tensor")
+        found = joined_shape(name, pieces)
+        if found != shape:
             raise ValueError(
-                f"{name} in {path} has the shape {tuple(tensor.shape)}, but params.json and the "
-                f"tokenizer make it {tuple(expected[name].shape)}"
+                f"{name} in {ckpt_dir} has the shape {found or 'of none of its shards'}, but "
+                f"params.json and the tokenizer make it {shape}"
             )
-        if not tensor.is_floating_point():
-            raise ValueError(f"{name} in {path} is {tensor.dtype}, not a floating-point tensor")
+    return shards
+
+
+def split_dim(name: str) -> int | None:
+    """The dimension along which a parameter is divided; None where each rank has all of it."""
+    return _SPLIT_DIM.get(name.split(".")[-2])
+
+
+def joined_shape(name: str, pieces: list[torch.Tensor]) -> tuple[int, ...] | None:
+    """The shape of pieces put together, None if they don't go together."""
+    shapes = [tuple(piece.shape) for piece in pieces]
+    dim = split_dim(name)
+    if dim is None:
+        return shapes[0] if len(set(shapes)) == 1 else None
+    if any(len(shape) != 2 or shape[1 - dim] != shapes[0][1 - dim] for shape in shapes):
+        return None
+    joined = list(shapes[0])
+    joined[dim] = sum(shape[dim] for shape in shapes)
+    return tuple(joined)
+
+
+def distinct_pieces(name: str, pieces: list[torch.Tensor], args: ModelArgs) -> list[torch.Tensor]:
+    """Pieces without the copies of key/value heads that more shards than heads carry."""
+    if name.split(".")[-2] in ("wk", "wv") and len(pieces) > args.kv_heads:
+        return pieces[:: len(pieces) // args.kv_heads]
+    return pieces
+
+
+def rank_part(
+    name: str, pieces: list[torch.Tensor], args: ModelArgs, rank: int, ranks: int
+) -> torch.Tensor:
+    """What one of ``ranks`` ranks holds of a parameter that lies in ``pieces``, one a shard.
+
+    A part that lies within one piece is a view of it.
+    """
+    dim = split_dim(name)
+    if dim is None:
+        return pieces[0]
+    pieces = distinct_pieces(name, pieces, args)
+    total = sum(piece.shape[dim] for piece in pieces)
+    if name.split(".")[-2] in ("wk", "wv") and ranks > args.kv_heads:
+        length, begin = args.head_dim, rank * args.kv_heads // ranks * args.head_dim
+    else:
+        length = -(-total // ranks)  # rounded up: a vocabulary may not divide
+        begin = rank * length
+    end = min(begin + length, total)
+    found, first = [], 0
+    for piece in pieces:
+        low, high = max(begin - first, 0), min(end - first, piece.shape[dim])
+        if low < high:
+            found.append(piece.narrow(dim, low, high - low))
+        first += piece.shape[dim]
+    if end - begin < length:  # rows of the padded vocabulary, whose logits are cut
+        found.append(pieces[0].new_zeros(length - max(end - begin, 0), pieces[0].shape[1]))
+    return found[0] if len(found) == 1 else torch.cat(found, dim)
+
+
+def _shares_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+
+
+def release(tensors: list[torch.Tensor]) -> None:
+    """Let go of the memory of mapped tensors that were copied; they can still be read again."""
+    if not hasattr(mmap, "MADV_DONTNEED"):
+        return
+    for tensor in tensors:
+        # Only whole pages, so that neighbours in the file keep theirs.
+        start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        end = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+        if tensor.is_contiguous() and start < end:
+            ctypes.CDLL(None).madvise(
+                ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED
+            )
+
+
+def save(
+    shards: list[Tensors], args: ModelArgs, out_dir: Path, model_parallel_size: int = 1
+) -> None:
+    """Write a checkpoint in Meta's layout, bit by bit the same weights in another number of files.
+
+    A model of one process is saved by ``save([model.state_dict()], model.params, out_dir)``.
+    The directory appears when all of it is written.
+
+    Args:
+        shards: the weights as they lie now, in one or more parts.
+        model_parallel_size: how many files to write.
+
+    Raises:
+        FileExistsError: ``out_dir`` is there already.
+        ValueError: the network can't be divided into as many parts.
+    """
+    if out_dir.exists():
+        raise FileExistsError(f"{out_dir} is there already: give another name or remove it")
+    check_model_parallel_size(args, model_parallel_size)
+    partial = out_dir.with_name(f"{out_dir.name}.partial-{os.getpid()}")
+    partial.mkdir(parents=True)
+    try:
+        cache = ("max_seq_len", "max_batch_size")
+        params = {k: v for k, v in dataclasses.asdict(args).items() if k not in cache}
+        (partial / "params.json").write_text(json.dumps(params) + "\n", encoding="utf-8")
+        for number in range(model_parallel_size):
+            _show_progress(number, model_parallel_size)
+            part = {}
+            for name in shards[0]:
+                pieces = [shard[name] for shard in shards]
+                whole = rank_part(name, pieces, args, number, model_parallel_size)
+                if name == "output.weight":  # padding is the ranks' affair, not the files'
+                    rows = args.vocab_size - number * whole.shape[0]
+                    whole = whole[: max(rows, 0)]
+                part[name] = whole.detach().to("cpu", copy=True).contiguous()
+            torch.save(part, partial / f"consolidated.{number:02d}.pth")
+        _show_progress(model_parallel_size, model_parallel_size)
+        partial.rename(out_dir)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _show_progress(done: int, total: int) -> None:
+    bar = "#" * (30 * done // total)
+    end = "\n" if done == total else ""
+    print(f"\r[{bar:<30}] {done}/{total} files", end=end, file=sys.stderr, flush=True)
+
+
+def reshard(in_dir: str, out_dir: str, model_parallel_size: int = 1) -> None:
+    """Write a checkpoint again in another number of files.
+
+    Args:
+        in_dir: a checkpoint in Meta's layout.
+        out_dir: where to write it; must not exist.
+        model_parallel_size: how many ``consolidated.*.pth`` files to write.
+    """
+    source, target = Path(str(in_dir)), Path(str(out_dir))
+    first = open_shard(find_shards(source)[0]).get("tok_embeddings.weight")
+    args = read_args(source, n_words=-1 if first is None else first.shape[0])
+    save(open_shards(source, args), args, target, model_parallel_size)
+    with contextlib.suppress(FileNotFoundError):
+        shutil.copyfile(find_tokenizer(source), target / "tokenizer.model")
+
+
+if __name__ == "__main__":
+    fire.Fire({"reshard": reshard})

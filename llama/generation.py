@@ -93,7 +93,7 @@ class Llama:
                 f"torchrun --nproc_per_node {model_parallel_size}"
             )
         checkpoint.find_shards(ckpt_dir)  # the clearest answer first
-        tokenizer = Tokenizer(_find_tokenizer(ckpt_dir, tokenizer_path))
+        tokenizer = Tokenizer(tokenizer_path or checkpoint.find_tokenizer(ckpt_dir))
         args = checkpoint.read_args(ckpt_dir, tokenizer.n_words, max_seq_len, max_batch_size)
         model = checkpoint.load(ckpt_dir, args, torch_device, dtype)
         return Llama(model, tokenizer, seed)
@@ -418,18 +418,6 @@ class Llama:
             prediction["tokens"] = [self.tokenizer.token_piece(t) for t in ids]
             prediction["logprobs"] = row.prompt_logprobs * request.echo + row.logprobs
         return prediction
-
-
-def _find_tokenizer(ckpt_dir: Path, tokenizer_path: str | Path | None) -> Path:
-    if tokenizer_path is not None:
-        return Path(tokenizer_path)
-    candidates = [ckpt_dir / "tokenizer.model", ckpt_dir.resolve().parent / "tokenizer.model"]
-    for path in candidates:
-        if path.is_file():
-            return path
-    raise FileNotFoundError(
-        f"no tokenizer.model in {ckpt_dir} or its parent: give its path as tokenizer_path"
-    )
 
 
 def _checked_list(values: Any, name: str) -> Any:

@@ -3,6 +3,8 @@
 import contextlib
 import io
 import os
+from collections.abc import Mapping
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -54,7 +56,7 @@ def has_fast_bf16(device: torch.device) -> bool:
     if device.type == "mps":
         return torch.backends.mps.is_macos_or_newer(14, 0)
     # Before torch 2.11 there is no public way to ask, and float32 is the safe answer.
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
@@ -75,14 +77,24 @@ def initialize(device: torch.device | None = None) -> int:
 
     Returns:
         The number of processes.
+
+    Raises:
+        ValueError: there are more processes than GPUs.
     """
     device = device or detect_device()
     if device.type == "cuda":
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise ValueError(
+                f"process {device.index} of this machine needs a GPU of its own, but there are "
+                f"{torch.cuda.device_count()}: start fewer processes, or use device='cpu'"
+            )
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         if launched():
-            dist.init_process_group(backend)
+            # A rank may wait for work as long as it likes: that others have died is the
+            # launcher's to notice, not a timeout's.
+            dist.init_process_group(backend, timeout=timedelta(days=365))
         else:
             store = dist.HashStore()  # type: ignore[attr-defined]
             dist.init_process_group(backend, store=store, rank=0, world_size=1)

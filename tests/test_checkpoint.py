@@ -1,0 +1,258 @@
+"""Checkpoint directories: any number of shards, real layouts, clear answers to broken ones."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_model
+
+from llama import Llama, checkpoint
+from llama.generation import TINY
+
+
+def build(path: Path, **more: object) -> Llama:
+    return Llama.build(path, max_seq_len=64, max_batch_size=2, device="cpu", **more)
+
+
+def edit(path: Path, name: str = "consolidated.00.pth", **changes: object) -> None:
+    """Replace tensors of a shard; None removes one."""
+    tensors = {**torch.load(path / name), **{k.replace("__", "."): v for k, v in changes.items()}}
+    torch.save({k: v for k, v in tensors.items() if v is not None}, path / name)
+
+
+def test_weights_stay_mapped_and_in_their_dtype(checkpoint_dir) -> None:
+    path = checkpoint_dir(torch.float32)
+    llama = build(path)
+    assert llama.model.output.weight.dtype == torch.float32
+    assert llama.model.layers[0].attention.cache_k.dtype == torch.float32
+    maps = Path("/proc/self/maps")
+    if maps.exists():
+        address = llama.model.output.weight.data_ptr()
+        ranges = [line.split() for line in maps.read_text().splitlines() if str(path) in line]
+        bounds = [[int(x, 16) for x in r[0].split("-")] for r in ranges]
+        assert any(low <= address < high for low, high in bounds)
+
+
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("wanted", [torch.float16, torch.bfloat16, torch.float32])
+def test_dtypes_are_converted(checkpoint_dir, stored: torch.dtype, wanted: torch.dtype) -> None:
+    path = checkpoint_dir(stored)
+    llama = build(path, dtype=wanted)
+    original = torch.load(path / "consolidated.00.pth")
+    for name, parameter in llama.model.named_parameters():
+        assert parameter.dtype == wanted
+        assert torch.equal(parameter, original[name].to(wanted)), name
+    assert llama.model.layers[0].attention.cache_v.dtype == wanted
+    assert len(llama.generate([[1, 2]], 3)[0]) == 1
+
+
+def test_derived_rotary_tensors_are_ignored(checkpoint_dir) -> None:
+    path = checkpoint_dir()
+    expected = build(path).generate([[1, 5, 9]], 20, temperature=0)
+    edit(
+        path,
+        rope__freqs=torch.ones(4),
+        layers__0__attention__inner_attention__rope__freqs=torch.ones(4),
+        layers__1__self_attn__rotary_emb__inv_freq=torch.ones(4),
+    )
+    assert build(path).generate([[1, 5, 9]], 20, temperature=0) == expected
+
+
+def test_the_tokenizer_is_found_in_the_parent(checkpoint_dir, tmp_path: Path) -> None:
+    path = checkpoint_dir()
+    (path / "tokenizer.model").rename(tmp_path / "tokenizer.model")
+    assert build(path).tokenizer.n_words == 768
+    assert build(path, tokenizer_path=TINY / "tokenizer.model").tokenizer.n_words == 768
+    (tmp_path / "tokenizer.model").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no tokenizer\.model in"):
+        build(path)
+
+
+def test_a_relative_directory_is_fine(checkpoint_dir, monkeypatch) -> None:
+    path = checkpoint_dir()
+    monkeypatch.chdir(path)
+    (path / "tokenizer.model").rename(path.parent / "tokenizer.model")
+    assert build(Path(".")).tokenizer.n_words == 768
+
+
+def test_vocab_size_of_minus_one_is_the_tokenizers(checkpoint_dir) -> None:
+    path = checkpoint_dir()
+    params = json.loads((path / "params.json").read_text())
+    (path / "params.json").write_text(json.dumps({**params, "vocab_size": -1}))
+    assert build(path).model.params.vocab_size == 768
+
+
+def test_a_padded_vocabulary_never_yields_ids_without_a_piece(checkpoint_dir) -> None:
+    llama = build(checkpoint_dir(vocab_size=800))
+    with torch.inference_mode():
+        llama.model.output.weight[768:] *= 100  # the padding would win every draw
+    rows, _ = llama.generate([[1, 2]] * 4, 30, temperature=1.5, top_p=1.0)
+    assert all(token < 768 for row in rows for token in row)
+
+
+class TestShards:
+    @pytest.mark.parametrize("variant", [{}, {"n_kv_heads": 2}, {"n_kv_heads": 1}])
+    def test_any_number_of_shards_is_the_same_model(self, checkpoint_dir, variant) -> None:
+        path = checkpoint_dir(**variant)
+        whole = build(path).model.state_dict()
+        for n in (1, 2, 4, 8):
+            out = path.parent / f"shards{n}"
+            checkpoint.reshard(str(path), str(out), model_parallel_size=n)
+            assert len(list(out.glob("*.pth"))) == n
+            for name, tensor in build(out).model.state_dict().items():
+                assert torch.equal(tensor, whole[name]), name
+            back = path.parent / f"back{n}"
+            checkpoint.reshard(str(out), str(back), model_parallel_size=1)
+            again = torch.load(back / "consolidated.00.pth")
+            assert again.keys() == whole.keys()
+            assert all(torch.equal(again[name], whole[name]) for name in whole)
+
+    def test_shards_hold_what_the_published_ones_hold(self, checkpoint_dir) -> None:
+        path = checkpoint_dir(n_kv_heads=2)
+        checkpoint.reshard(str(path), str(path.parent / "two"), model_parallel_size=2)
+        whole = torch.load(path / "consolidated.00.pth")
+        second = torch.load(path.parent / "two" / "consolidated.01.pth")
+        columns = {"wq": 0, "wk": 0, "wv": 0, "w1": 0, "w3": 0, "output": 0}
+        rows = {"wo": 1, "w2": 1, "tok_embeddings": 1}
+        for name, tensor in whole.items():
+            dim = {**columns, **rows}.get(name.split(".")[-2])
+            expected = tensor if dim is None else tensor.chunk(2, dim)[1]
+            assert torch.equal(second[name], expected), name
+
+    def test_a_vocabulary_that_does_not_divide(self, checkpoint_dir) -> None:
+        path = checkpoint_dir(vocab_size=769)
+        checkpoint.reshard(str(path), str(path.parent / "two"), model_parallel_size=2)
+        sizes = [
+            torch.load(path.parent / "two" / f"consolidated.0{i}.pth")["output.weight"].shape[0]
+            for i in (0, 1)
+        ]
+        assert sizes == [385, 384]
+        whole, two = build(path).model, build(path.parent / "two").model
+        assert torch.equal(whole.output.weight, two.output.weight)
+
+    def test_the_command_line_and_python_save(self, checkpoint_dir, tmp_path: Path) -> None:
+        path = checkpoint_dir()
+        command = [sys.executable, "-m", "llama.checkpoint", "reshard", str(path)]
+        done = subprocess.run(
+            [*command, str(tmp_path / "out"), "--model_parallel_size", "2"],
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        assert "2/2 files" in done.stderr
+        assert "Warning" not in done.stderr
+        assert build(tmp_path / "out").tokenizer.n_words == 768
+        model = build(path).model
+        checkpoint.save([model.state_dict()], model.params, tmp_path / "saved", 4)
+        (tmp_path / "tokenizer.model").write_bytes((TINY / "tokenizer.model").read_bytes())
+        for name, tensor in build(tmp_path / "saved").model.state_dict().items():
+            assert torch.equal(tensor, model.state_dict()[name])
+
+    def test_nothing_is_overwritten_and_nothing_half_written_stays(
+        self, checkpoint_dir, tmp_path: Path, monkeypatch
+    ) -> None:
+        path = checkpoint_dir()
+        with pytest.raises(FileExistsError, match="is there already"):
+            checkpoint.reshard(str(path), str(path))
+        with pytest.raises(ValueError, match="3 processes can't share 8 heads"):
+            checkpoint.reshard(str(path), str(tmp_path / "three"), model_parallel_size=3)
+
+        def full(*_: object) -> None:
+            raise OSError("No space left on device")
+
+        monkeypatch.setattr(torch, "save", full)
+        with pytest.raises(OSError, match="No space"):
+            checkpoint.reshard(str(path), str(tmp_path / "out"), model_parallel_size=2)
+        assert [p.name for p in tmp_path.iterdir()] == ["ckpt"]
+
+
+def test_sizes_that_do_not_fit_are_listed() -> None:
+    model = make_model(n_kv_heads=2)
+    with pytest.raises(ValueError, match=r"these numbers can: 1, 2, 4, 8$"):
+        checkpoint.check_model_parallel_size(model.params, 3)
+
+
+def test_model_parallel_size_must_be_the_number_of_processes() -> None:
+    with pytest.raises(ValueError, match=r"model_parallel_size is 2 but 1 process run"):
+        Llama.build(model_parallel_size=2, device="cpu")
+
+
+class TestBroken:
+    def test_missing_directory(self, tmp_path: Path) -> None:
+        with pytest.raises(FileNotFoundError, match=r"no checkpoint directory at .*nowhere"):
+            build(tmp_path / "nowhere")
+
+    def test_no_weights(self, tmp_path: Path) -> None:
+        with pytest.raises(FileNotFoundError, match="has no weights"):
+            build(tmp_path)
+
+    def test_missing_shard(self, checkpoint_dir) -> None:
+        path = checkpoint_dir()
+        checkpoint.reshard(str(path), str(path.parent / "four"), model_parallel_size=4)
+        os.remove(path.parent / "four" / "consolidated.02.pth")
+        with pytest.raises(FileNotFoundError, match=r"consolidated\.02\.pth is missing"):
+            build(path.parent / "four")
+
+    @pytest.mark.parametrize(
+        ("params", "message"),
+        [
+            (None, "no .*params.json"),
+            ("{", "not JSON"),
+            ("[1]", "holds a list"),
+            ({"use_scaled_rope": True}, "unknown key use_scaled_rope"),
+            ({"dim": 65}, "heads of an even size"),
+            ({"dim": -64}, "dim is -64"),
+            ({"dim": "64"}, "dim is '64'"),
+            ({"n_heads": True}, "n_heads is True"),
+            ({"n_kv_heads": 3}, "no multiple of n_kv_heads 3"),
+            ({"norm_eps": 0}, "norm_eps is 0"),
+            ({"rope_theta": None}, "rope_theta is None"),
+            ({"vocab_size": 100}, "another model's tokenizer"),
+            ({"vocab_size": 1000}, r"tok_embeddings.weight in .* has the shape \(768, 64\)"),
+            ({"n_layers": 3}, r"lacks layers\.2\.attention"),
+            ({"n_layers": 1}, r"has the unexpected layers\.1\.attention"),
+            ({"multiple_of": 512}, r"feed_forward.w1.weight in .* has the shape \(192, 64\)"),
+        ],
+    )
+    def test_hyper_parameters(self, checkpoint_dir, params: object, message: str) -> None:
+        path = checkpoint_dir()
+        file = path / "params.json"
+        if params is None:
+            file.unlink()
+        elif isinstance(params, str):
+            file.write_text(params)
+        else:
+            file.write_text(json.dumps({**json.loads(file.read_text()), **params}))
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            build(path)
+
+    def test_tensors(self, checkpoint_dir) -> None:
+        for number, (changes, message) in enumerate(
+            [
+                ({"norm__weight": None}, r"lacks norm\.weight"),
+                ({"lm_head__weight": torch.ones(1)}, r"has the unexpected lm_head\.weight"),
+                ({"norm__weight": torch.ones(63)}, r"norm\.weight in .* has the shape \(63,\)"),
+                ({"output__weight": torch.ones(64)}, r"output\.weight in"),
+                ({"norm__weight": torch.ones(64).int()}, "not a floating-point tensor"),
+            ]
+        ):
+            path = checkpoint_dir(name=f"ckpt{number}")
+            edit(path, **changes)
+            with pytest.raises(ValueError, match=message):
+                build(path)
+
+    def test_files_that_are_no_checkpoints(self, checkpoint_dir) -> None:
+        path = checkpoint_dir()
+        file = path / "consolidated.00.pth"
+        good = file.read_bytes()
+        for content in (b"", b"<!DOCTYPE html>", good[: len(good) // 2], os.urandom(1000)):
+            file.write_bytes(content)
+            with pytest.raises(ValueError, match=r"consolidated\.00\.pth can't be read"):
+                build(path)
+        torch.save([1, 2], file)
+        with pytest.raises(ValueError, match="expected a dictionary of named tensors"):
+            build(path)

@@ -1,0 +1,59 @@
+"""Every example runs as the README and the references say, and prints sense."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+EXPECTED = {
+    "example_text_completion.py": "Once upon a time, there was a little girl named Mia.\n> ",
+    "example_chat_completion.py": "> Assistant: The cow says moo.",
+    "example_infilling.py": "if number > result:",
+    "example_completion.py": "return width * height",
+    "example_instructions.py": "> Assistant: 3, 4, 5, 6, 7, 8, 9.",
+}
+
+
+def run(*command: str, cwd: Path = EXAMPLES) -> str:
+    done = subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, cwd=cwd, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_every_example_is_tested() -> None:
+    assert set(EXPECTED) == {path.name for path in EXAMPLES.glob("example_*.py")}
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_plain_python_from_anywhere_streams_the_same_text(name: str, tmp_path: Path) -> None:
+    path = str(EXAMPLES / name)
+    whole = run(path, "--temperature", "0", cwd=tmp_path)
+    assert EXPECTED[name] in whole
+    streamed = run(path, "--temperature", "0", "--stream", cwd=tmp_path)
+    if name == "example_infilling.py":  # whole, it shows the task first
+        assert EXPECTED[name] in streamed
+    else:
+        assert streamed == whole
+
+
+def test_torchrun_from_inside_examples_with_the_references_flags() -> None:
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "1"]
+    flags = "--max_seq_len 128 --max_batch_size 4 --max_gen_len 32 --temperature 0 --top_p 0.9"
+    checkpoint = [
+        "--ckpt_dir",
+        "../llama/tiny",
+        "--tokenizer_path",
+        "../llama/tiny/tokenizer.model",
+    ]
+    out = run(*launcher, "example_text_completion.py", *checkpoint, *flags.split())
+    assert EXPECTED["example_text_completion.py"] in out
+
+
+def test_ranks_above_0_print_nothing_and_ids_agree() -> None:
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    one = run("example_chat_completion.py", "--temperature", "0")
+    assert run(*launcher, "example_chat_completion.py", "--temperature", "0") == one

@@ -1,0 +1,351 @@
+"""Generation, on the embedded model: right in batches, streams and log-probabilities."""
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+from conftest import make_model
+
+from llama import Dialog, Llama, Tokenizer, decoding
+from llama.generation import TINY
+from llama.prompts import UNSAFE_ERROR
+
+STORY = "Once upon a time, there was a little girl named Mia."
+PROMPTS = [STORY, "Sam", "One sunny morning, Tom went to the park. He took", "", "The cow"]
+
+
+def ask(*turns: str, system: str | None = None) -> Dialog:
+    roles = ("user", "assistant")
+    dialog = [{"role": roles[i % 2], "content": turn} for i, turn in enumerate(turns)]
+    return [{"role": "system", "content": system}, *dialog] if system else dialog
+
+
+def encode(llama: Llama, text: str) -> list[int]:
+    return llama.tokenizer.encode(text, bos=True, eos=False)
+
+
+class TestRaggedBatches:
+    def test_greedy_ids_are_those_of_each_row_alone(self, tiny: Llama) -> None:
+        prompts = [encode(tiny, p) for p in PROMPTS]
+        together, _ = tiny.generate(prompts, 64, temperature=0)
+        for prompt, row in zip(prompts, together, strict=True):
+            assert tiny.generate([prompt], 64, temperature=0)[0] == [row]
+
+    def test_sampled_ids_do_not_depend_on_neighbours_or_splits(self, tiny: Llama) -> None:
+        prompts = [encode(tiny, p) for p in PROMPTS]
+        many = prompts * 4  # 20 rows through a cache of 8
+        rows, _ = tiny.generate(many, 32, temperature=0.9, top_p=0.95, seed=5)
+        again, _ = tiny.generate(many, 32, temperature=0.9, top_p=0.95, seed=5)
+        few, _ = tiny.generate(prompts, 32, temperature=0.9, top_p=0.95, seed=5)
+        assert rows == again
+        assert rows[: len(prompts)] == few
+        assert len({tuple(r) for r in rows[::5]}) > 1  # the same prompt in other rows: other draws
+
+    def test_seeds_matter_and_a_build_repeats_itself(self, tiny: Llama) -> None:
+        def two(llama: Llama) -> list[str]:
+            return [llama.text_completion([STORY], 1.0, 1.0, 48)[0]["generation"] for _ in range(2)]
+
+        first = two(Llama(tiny.model, tiny.tokenizer, seed=7))
+        assert first == two(Llama(tiny.model, tiny.tokenizer, seed=7))
+        assert first[0] != first[1]
+        assert first != two(Llama(tiny.model, tiny.tokenizer, seed=8))
+
+    def test_prompts_longer_than_a_piece_give_the_same(
+        self, tiny: Llama, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        prompts = [encode(tiny, p) for p in (STORY * 8, "Sam", STORY * 5)]
+        whole = tiny.generate(prompts, 40, temperature=0, logprobs=True, echo=True)
+        monkeypatch.setattr(decoding, "PREFILL_CHUNK", 13)
+        monkeypatch.setattr(decoding, "PREFILL_TOKENS", 30)
+        pieces = tiny.generate(prompts, 40, temperature=0, logprobs=True, echo=True)
+        assert pieces[0] == whole[0]
+        for ours, theirs in zip(pieces[1], whole[1], strict=True):
+            assert ours == pytest.approx(theirs, abs=1e-4)
+
+
+class TestLogprobs:
+    @pytest.mark.parametrize("temperature", [0.0, 0.8])
+    def test_they_equal_a_plain_forward_pass(self, tiny: Llama, temperature: float) -> None:
+        prompts = [encode(tiny, p) for p in PROMPTS]
+        tokens, logprobs = tiny.generate(
+            prompts, 40, temperature=temperature, logprobs=True, echo=True, seed=1
+        )
+        for row, scores in zip(tokens, logprobs, strict=True):
+            assert len(row) == len(scores)
+            logits = tiny.model(torch.tensor([row]), 0)[0].double().log_softmax(-1)
+            plain = [0.0, *(logits[i, t].item() for i, t in enumerate(row[1:]))]
+            assert scores == pytest.approx(plain, abs=1e-4)
+        alone, new = tiny.generate(prompts, 40, temperature=temperature, logprobs=True, seed=1)
+        for row, scores, prompt, some, few in zip(
+            tokens, logprobs, prompts, alone, new, strict=True
+        ):
+            assert row[len(prompt) :] == some
+            assert scores[len(prompt) :] == few
+
+    def test_a_prompt_that_fills_the_cache_is_scored_and_not_continued(self, tiny: Llama) -> None:
+        ids = encode(tiny, STORY * 40)[:512]
+        tokens, logprobs = tiny.generate([ids], 5, logprobs=True, echo=True)
+        assert tokens == [ids]
+        assert len(logprobs[0]) == 512
+        assert logprobs[0][0] == 0.0
+        assert all(score < 0 for score in logprobs[0][1:])
+        assert tiny.generate([ids], 5) == ([[]], None)
+
+    def test_tasks_return_pieces_and_scores_for_each_token(self, tiny: Llama) -> None:
+        for result in (
+            tiny.text_completion([STORY], 0, max_gen_len=9, logprobs=True)[0],
+            tiny.chat_completion([ask("What does the cow say?")], 0, logprobs=True)[0],
+            tiny.text_infilling(["def add(a, b):\n    "], ["\n"], 0, logprobs=True)[0],
+        ):
+            assert len(result["tokens"]) == len(result["logprobs"]) > 0
+        assert "".join(result["tokens"]).replace("▁", " ") == result["generation"]
+
+    def test_without_asking_there_are_none(self, tiny: Llama) -> None:
+        assert set(tiny.text_completion([STORY], max_gen_len=3)[0]) == {"generation"}
+
+
+class TestLengths:
+    def test_each_row_gets_what_the_cache_leaves_it(self, checkpoint_dir) -> None:
+        llama = Llama.build(checkpoint_dir(), max_seq_len=64, dtype=torch.float32, device="cpu")
+        llama.tokenizer.eos_id = 10**9  # random weights shall not end early
+        rows, _ = llama.generate([[1] * 60, [1] * 10, [1] * 64], 20, temperature=0)
+        assert [len(row) for row in rows] == [4, 20, 0]
+        rows, _ = llama.generate([[1] * 60], 0)
+        assert rows == [[]]
+        text = llama.text_completion(["a"], 0)[0]["generation"]
+        assert len(llama.tokenizer.encode(text, False, False)) > 0
+
+    def test_echo_puts_the_prompt_in_front(self, tiny: Llama) -> None:
+        plain = tiny.text_completion([STORY], 0, max_gen_len=20)[0]["generation"]
+        echoed = tiny.text_completion([STORY], 0, max_gen_len=20, echo=True)[0]["generation"]
+        assert echoed == f"{STORY} {plain}"
+
+    def test_eos_in_a_prompt_does_not_end_it(self, tiny: Llama) -> None:
+        ids = [1, *encode(tiny, "Hello"), tiny.tokenizer.eos_id, *encode(tiny, STORY)]
+        tokens, _ = tiny.generate([ids], 10, temperature=0, echo=True)
+        assert len(tokens[0]) == len(ids) + 10
+
+
+class TestStop:
+    def test_a_stop_token_ends_a_row_and_is_left_out(self, tiny: Llama) -> None:
+        ids = encode(tiny, STORY)
+        full = tiny.generate([ids], 30, temperature=0)[0][0]
+        stop = full[8]
+        assert (
+            tiny.generate([ids], 30, temperature=0, stop_token=stop)[0][0]
+            == full[: full.index(stop)]
+        )
+
+    def test_stop_strings_are_looked_for_after_the_prompt_only(self, tiny: Llama) -> None:
+        full = tiny.text_completion([STORY], 0, max_gen_len=60)[0]["generation"]
+        result = tiny.text_completion(
+            [STORY], 0, max_gen_len=60, stop=["named Mia", "."], logprobs=True
+        )[0]
+        assert result["generation"] == full[: full.index(".")]
+        assert "".join(result["tokens"]).replace("▁", " ").strip() == result["generation"]
+        assert len(result["tokens"]) == len(result["logprobs"])
+        echoed = tiny.text_completion([STORY], 0, max_gen_len=60, stop=["."], echo=True)[0]
+        assert echoed["generation"] == f"{STORY} {result['generation']}"
+
+    def test_generate_takes_stop_strings_too(self, tiny: Llama) -> None:
+        ids = encode(tiny, STORY)
+        full = tiny.generate([ids], 60, temperature=0)[0][0]
+        cut = tiny.generate([ids], 60, temperature=0, stop=["."])[0][0]
+        assert cut == full[: len(cut)]
+        assert "." not in tiny.tokenizer.decode(cut)
+        assert "." in tiny.tokenizer.decode(full[: len(cut) + 1])
+
+    def test_infilling_ends_at_eot_and_at_eos(self, tiny: Llama, monkeypatch) -> None:
+        ids = encode(tiny, STORY)
+        eot, eos = tiny.tokenizer.eot_id, tiny.tokenizer.eos_id
+        for end in (eot, eos):
+            script = iter([ids[3], ids[4], end, ids[5]])
+            monkeypatch.setattr(
+                decoding, "next_tokens", lambda *_, s=script: torch.tensor([next(s)])
+            )
+            result = tiny.text_infilling(["a"], ["b"], logprobs=True)[0]
+            assert len(result["tokens"]) == 2
+
+    def test_turn_based_chat_ends_at_step_and_at_eos(
+        self, codellama_70b_tokenizer: Tokenizer, monkeypatch
+    ) -> None:
+        model = make_model(vocab_size=32016, n_layers=1)
+        llama = Llama(model, codellama_70b_tokenizer)
+        hello = codellama_70b_tokenizer.encode("Hello there", False, False)
+        for end in (codellama_70b_tokenizer.step_id, codellama_70b_tokenizer.eos_id):
+            script = iter([*hello, end, 7])
+            monkeypatch.setattr(
+                decoding, "next_tokens", lambda *_, s=script: torch.tensor([next(s)])
+            )
+            answer = llama.chat_completion([ask("Hi")])[0]["generation"]
+            assert answer == {
+                "role": "assistant",
+                "content": "Hello there",
+                "destination": "user",
+            }
+
+
+class TestChat:
+    def test_special_tags_are_refused_and_do_not_disturb_the_others(self, tiny: Llama) -> None:
+        good = ask("What does the cow say?")
+        bad = ask("[INST] What does the cow say?")
+        results = tiny.chat_completion([bad, good, bad], 0, logprobs=True)
+        alone = tiny.chat_completion([good], 0, logprobs=True)[0]
+        assert [r["generation"]["content"] for r in results] == [
+            UNSAFE_ERROR,
+            alone["generation"]["content"],
+            UNSAFE_ERROR,
+        ]
+        assert results[0]["tokens"] == results[0]["logprobs"] == []
+        assert list(tiny.chat_completion_stream(bad)) == [UNSAFE_ERROR]
+
+    def test_only_refused_dialogs(self, tiny: Llama) -> None:
+        assert tiny.chat_completion([])[:] == []
+        answer = tiny.chat_completion([ask("<step>")])[0]["generation"]
+        assert answer == {"role": "assistant", "content": UNSAFE_ERROR}
+
+
+class TestInfilling:
+    def test_full_text_is_prefix_middle_suffix(self, tiny: Llama) -> None:
+        prefix, suffix = "def add(a, b):\n    return ", "\n"
+        for suffix_first in (False, True):
+            result = tiny.text_infilling([prefix], [suffix], 0, suffix_first=suffix_first)[0]
+            assert result["full_text"] == prefix + result["generation"] + suffix
+
+
+class TestStreams:
+    @pytest.mark.parametrize("seed", range(3))
+    def test_pieces_join_to_the_text_of_the_same_seed(self, tiny: Llama, seed: int) -> None:
+        more = {"temperature": 0.9, "max_gen_len": 60, "seed": seed, "stop": ["happy", "\n\n"]}
+        assert (
+            "".join(tiny.text_completion_stream(STORY, **more))
+            == tiny.text_completion([STORY], **more)[0]["generation"]
+        )
+        dialog = ask("What does the cow say?")
+        assert (
+            "".join(tiny.chat_completion_stream(dialog, **more))
+            == tiny.chat_completion([dialog], **more)[0]["generation"]["content"]
+        )
+        for suffix_first in (False, True):
+            pair = ("def add(a, b):\n    ", "\n\n\n")
+            assert (
+                "".join(tiny.text_infilling_stream(*pair, suffix_first=suffix_first, **more))
+                == tiny.text_infilling([pair[0]], [pair[1]], suffix_first=suffix_first, **more)[0][
+                    "generation"
+                ]
+            )
+
+    def test_text_arrives_before_the_end(self, tiny: Llama) -> None:
+        assert len(list(tiny.text_completion_stream(STORY, 0, max_gen_len=30))) > 10
+
+    def test_closing_early_leaves_the_next_call_unaffected(self, tiny: Llama) -> None:
+        expected = tiny.text_completion(PROMPTS, 0, max_gen_len=30)
+        stream = tiny.text_completion_stream("Sam had a", 0)
+        next(stream)
+        stream.close()
+        assert tiny.text_completion(PROMPTS, 0, max_gen_len=30) == expected
+
+    @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+    def test_an_interruption_leaves_the_next_call_unaffected(
+        self, tiny: Llama, error: type[BaseException], monkeypatch
+    ) -> None:
+        expected = tiny.text_completion(PROMPTS, 0, max_gen_len=30)
+        forward, calls = tiny.model.forward_packed, iter(range(100))
+
+        def interrupted(*args: object) -> torch.Tensor:
+            if next(calls) == 5:
+                raise error
+            return forward(*args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(tiny.model, "forward_packed", interrupted)
+            with pytest.raises(error):
+                tiny.text_completion(PROMPTS, 0, max_gen_len=30)
+        assert tiny.text_completion(PROMPTS, 0, max_gen_len=30) == expected
+
+    def test_a_call_beside_an_open_stream_is_refused(self, tiny: Llama) -> None:
+        stream = tiny.text_completion_stream(STORY, 0, max_gen_len=20)
+        first = next(stream)
+        with pytest.raises(RuntimeError, match="still open in this thread"):
+            tiny.text_completion([STORY], 0, max_gen_len=5)
+        rest = "".join(stream)
+        whole = tiny.text_completion([STORY], 0, max_gen_len=20)[0]["generation"]
+        assert first + rest == whole
+
+    def test_mistakes_are_told_before_the_first_piece(self, tiny: Llama) -> None:
+        with pytest.raises(ValueError, match="temperature"):
+            tiny.text_completion_stream(STORY, temperature=-1)
+
+
+def test_calls_from_several_threads_do_not_mix(tiny: Llama) -> None:
+    expected = [tiny.text_completion([p], 0, max_gen_len=24)[0] for p in PROMPTS]
+    results: dict[int, object] = {}
+
+    def work(i: int) -> None:
+        results[i] = tiny.text_completion([PROMPTS[i]], 0, max_gen_len=24)[0]
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(PROMPTS))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert [results[i] for i in range(len(PROMPTS))] == expected
+
+
+class TestMistakes:
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({"temperature": -0.1}, "temperature is -0.1"),
+            ({"temperature": float("nan")}, "temperature is nan"),
+            ({"top_p": 1.1}, r"top_p is 1\.1"),
+            ({"top_p": -1}, "top_p is -1"),
+            ({"max_gen_len": -1}, "max_gen_len is -1"),
+            ({"stop": [""]}, "not empty"),
+        ],
+    )
+    def test_values_out_of_range(self, tiny: Llama, arguments: dict, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            tiny.generate([[1]], **{"max_gen_len": 3, **arguments})
+        with pytest.raises(ValueError, match=message):
+            tiny.text_completion(["a"], **{"max_gen_len": 3, **arguments})
+
+    @pytest.mark.parametrize(
+        ("prompt", "message"),
+        [
+            ([], "no tokens"),
+            ([1] * 513, "513 tokens, more than max_seq_len=512"),
+            ([768], "token id 768, outside the vocabulary of 768"),
+            ([-1], "token id -1"),
+        ],
+    )
+    def test_prompts_that_do_not_fit(self, tiny: Llama, prompt: list[int], message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            tiny.generate([[1], prompt], 3)
+
+    def test_one_string_where_a_list_belongs(self, tiny: Llama) -> None:
+        with pytest.raises(TypeError, match="give a list"):
+            tiny.text_completion("abc")
+        with pytest.raises(TypeError, match="stop is one str"):
+            tiny.text_completion(["abc"], stop="a")
+        with pytest.raises(ValueError, match="1 prefixes but 2 suffixes"):
+            tiny.text_infilling(["a"], ["b", "c"])
+
+    def test_weights_that_give_nonsense_are_named(self, checkpoint_dir) -> None:
+        llama = Llama.build(checkpoint_dir(), device="cpu")
+        llama.model.norm.weight.fill_(float("nan"))
+        with pytest.raises(RuntimeError, match="logits are not finite"):
+            llama.generate([[1]], 3)
+
+
+@pytest.fixture(scope="module")
+def default_tiny() -> Iterator[Llama]:
+    yield Llama.build()
+
+
+def test_the_default_build_answers(default_tiny: Llama) -> None:
+    answer = default_tiny.chat_completion([ask("What does the cow say?")], 0)[0]
+    assert answer["generation"] == {"role": "assistant", "content": "The cow says moo."}
+    assert default_tiny.tokenizer.n_words == default_tiny.model.params.vocab_size
+    assert (TINY / "params.json").is_file()

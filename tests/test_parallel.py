@@ -1,0 +1,269 @@
+"""Devices, dtypes and processes: choices with fakes, everything else with real ranks on gloo."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from llama import Llama, checkpoint, parallel
+from llama.generation import TINY
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+
+# What each rank does: build, generate, and write what it got.
+GENERATE = """
+import json, os, sys, torch
+from llama import Llama
+out = {}
+for directory in sys.argv[2:]:
+    llama = Llama.build(directory, max_seq_len=128, device="cpu", dtype=torch.float32)
+    prompts = [[1, 20, 300], [1] + list(range(40, 80)), [1]]
+    out[directory] = {
+        "greedy": llama.generate(prompts, 40, temperature=0)[0],
+        "sampled": llama.generate(prompts, 40, temperature=0.9, logprobs=True)[0],
+        "parameters": sum(p.numel() for p in llama.model.parameters()),
+    }
+with open(sys.argv[1] + os.environ["RANK"], "w") as file:
+    json.dump(out, file)
+"""
+
+
+def torchrun(*arguments: str, timeout: int = 120) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*TORCHRUN, *arguments], capture_output=True, text=True, timeout=timeout)
+
+
+def script(tmp_path: Path, text: str) -> str:
+    (tmp_path / "script.py").write_text(text)
+    return str(tmp_path / "script.py")
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.mark.parametrize(
+    ("cuda", "mps", "local_rank", "expected"),
+    [
+        (True, False, 0, "cuda:0"),
+        (True, True, 3, "cuda:3"),
+        (False, True, 0, "mps"),
+        (False, False, 1, "cpu"),
+    ],
+)
+def test_choice_of_device(cuda: bool, mps: bool, local_rank: int, expected: str) -> None:
+    assert str(parallel.choose_device(cuda, mps, local_rank)) == expected
+
+
+F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
+
+
+@pytest.mark.parametrize(
+    ("stored", "device", "fast_bf16", "expected"),
+    [
+        (F16, "cuda", True, BF16),
+        (BF16, "cuda", True, BF16),
+        (F16, "cuda", False, F16),
+        (BF16, "mps", False, F16),
+        (BF16, "cpu", True, BF16),
+        (F16, "cpu", False, F32),
+        (F32, "cpu", True, F32),
+        (F32, "cuda", True, F32),
+    ],
+)
+def test_choice_of_dtype(
+    stored: torch.dtype, device: str, fast_bf16: bool, expected: torch.dtype
+) -> None:
+    assert parallel.choose_dtype(stored, device, fast_bf16) == expected
+
+
+def test_one_process_needs_no_launcher_and_prints_nothing() -> None:
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    code = "from llama import Llama; Llama.build(); Llama.build()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The embedded model in 1, 2 and 4 files, and random ones of difficult shapes."""
+    from conftest import make_model
+
+    directory = tmp_path_factory.mktemp("checkpoints")
+    tokenizer = (TINY / "tokenizer.model").read_bytes()
+    (directory / "tokenizer.model").write_bytes(tokenizer)
+    paths = {"tiny1": TINY}
+    for n in (2, 4):
+        paths[f"tiny{n}"] = directory / f"tiny{n}"
+        checkpoint.reshard(str(TINY), str(paths[f"tiny{n}"]), model_parallel_size=n)
+    for name, params in {
+        "mqa": {"n_kv_heads": 1, "vocab_size": 768},
+        "odd_vocab": {"n_kv_heads": 2, "vocab_size": 769},
+    }.items():
+        model = make_model(**params)
+        paths[name] = directory / name
+        checkpoint.save([model.state_dict()], model.params, paths[name])
+    return paths
+
+
+@pytest.fixture(scope="module")
+def alone(checkpoints: dict[str, Path]) -> dict[str, list[list[int]]]:
+    """What one process generates greedily."""
+    found = {}
+    for name, path in checkpoints.items():
+        llama = Llama.build(path, max_seq_len=128, device="cpu", dtype=torch.float32)
+        prompts = [[1, 20, 300], [1, *range(40, 80)], [1]]
+        found[name] = llama.generate(prompts, 40, temperature=0)[0]
+    return found
+
+
+def test_shards_are_joined_in_one_process(alone: dict[str, list[list[int]]]) -> None:
+    assert alone["tiny1"] == alone["tiny2"] == alone["tiny4"]
+
+
+@pytest.mark.parametrize(
+    ("n", "names"),
+    [(2, ["tiny1", "tiny2", "tiny4", "mqa", "odd_vocab"]), (4, ["tiny1", "tiny2", "tiny4", "mqa"])],
+)
+def test_ranks_together_generate_what_one_does(
+    n: int,
+    names: list[str],
+    checkpoints: dict[str, Path],
+    alone: dict[str, list[list[int]]],
+    tmp_path: Path,
+) -> None:
+    paths = [str(checkpoints[name]) for name in names]
+    out = str(tmp_path / "rank")
+    done = torchrun("--nproc_per_node", str(n), script(tmp_path, GENERATE), out, *paths)
+    assert done.returncode == 0, done.stderr[-3000:]
+    ranks = [json.loads(Path(f"{out}{rank}").read_text()) for rank in range(n)]
+    for name, path in zip(names, paths, strict=True):
+        assert ranks[0][path]["greedy"] == alone[name]
+        assert all(rank[path] == ranks[0][path] for rank in ranks)
+    whole = sum(p.numel() for p in Llama.build(TINY, device="cpu").model.parameters())
+    assert ranks[0][paths[0]]["parameters"] < 1.05 * whole / n
+
+
+def test_numbers_that_do_not_fit_are_refused_with_those_that_do(tmp_path: Path) -> None:
+    code = "from llama import Llama; Llama.build(device='cpu')"
+    done = torchrun("--nproc_per_node", "3", script(tmp_path, code))
+    assert done.returncode != 0
+    assert "3 processes can't share 8 heads" in done.stderr
+    assert "these numbers can: 1, 2, 4, 8" in done.stderr
+
+
+def test_two_nodes(checkpoints, alone, tmp_path: Path) -> None:
+    out, port = str(tmp_path / "rank"), free_port()
+    nodes = [
+        subprocess.Popen(
+            [
+                *TORCHRUN,
+                *("--nnodes", "2", "--node_rank", str(node), "--nproc_per_node", "1"),
+                *("--master_addr", "127.0.0.1", "--master_port", str(port)),
+                *(script(tmp_path, GENERATE), out, str(TINY)),
+            ],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for node in range(2)
+    ]
+    for node in nodes:
+        _, errors = node.communicate(timeout=120)
+        assert node.returncode == 0, errors[-3000:]
+    for rank in range(2):
+        found = json.loads(Path(f"{out}{rank}").read_text())
+        assert found[str(TINY)]["greedy"] == alone["tiny1"]
+
+
+# A rank writes its process id, then the second one comes to harm while the first works or waits.
+FAULTY = """
+import os, signal, sys, time
+from llama import Llama, checkpoint, parallel
+kind, out, rank = sys.argv[1], sys.argv[2], int(os.environ["RANK"])
+with open(out + str(rank), "w") as file:
+    file.write(str(os.getpid()))
+harmed = rank == 1
+if harmed and kind == "loading":
+    def read(path):
+        raise ValueError("damaged on this rank only")
+    checkpoint.open_shard = read
+llama = Llama.build(device="cpu")
+if harmed:
+    forward, calls = llama.model.forward_packed, iter(range(10**9))
+    def harm(*arguments):
+        if next(calls) == 20:
+            if kind == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if kind == "memory":
+                raise MemoryError("out of memory on this rank only")
+        return forward(*arguments)
+    llama.model.forward_packed = harm
+while True:
+    llama.generate([[1, 20, 300]], 100, temperature=0)
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("loading", "damaged on this rank only"),
+        ("memory", "out of memory on this rank only"),
+        ("killed", "SIGKILL"),
+    ],
+)
+def test_a_rank_that_dies_ends_the_job(kind: str, message: str, tmp_path: Path) -> None:
+    out = str(tmp_path / "pid")
+    start = time.monotonic()
+    done = torchrun("--nproc_per_node", "2", script(tmp_path, FAULTY), kind, out, timeout=60)
+    assert done.returncode not in (0, None)
+    assert message in done.stderr
+    assert time.monotonic() - start < 45  # starting included
+    for rank in range(2):
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(Path(f"{out}{rank}").read_text()), 0)
+
+
+def test_a_rank_killed_from_outside_ends_the_job_within_30_seconds(tmp_path: Path) -> None:
+    out = tmp_path / "pid"
+    job = subprocess.Popen(
+        [*TORCHRUN, "--nproc_per_node", "2", script(tmp_path, FAULTY), "none", str(out)],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 60
+    files = [Path(f"{out}{rank}") for rank in range(2)]
+    while not all(f.exists() and f.read_text() for f in files):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    time.sleep(4)  # in the middle of generation
+    os.kill(int(files[0].read_text()), signal.SIGKILL)
+    start = time.monotonic()
+    _, errors = job.communicate(timeout=40)
+    assert time.monotonic() - start < 30
+    assert job.returncode not in (0, None)
+    assert "SIGKILL" in errors
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(files[1].read_text()), 0)
+
+
+def test_an_idle_rank_is_no_fault(tmp_path: Path) -> None:
+    # Any wait, however long, must be shorter than the group's timeout.
+    code = """
+import torch
+from datetime import timedelta
+from torch.distributed import distributed_c10d
+from llama import Llama
+Llama.build(device="cpu")
+group = distributed_c10d._get_default_group()._get_backend(torch.device("cpu"))
+print("timeout", group.options._timeout > timedelta(days=30))
+"""
+    done = torchrun("--nproc_per_node", "2", script(tmp_path, code))
+    assert done.stdout.count("timeout True") == 2, done.stderr[-2000:]

@@ -1,0 +1,71 @@
+"""Sampling: greedy, nucleus, and draws that depend on the row's own number alone."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llama.sampling import next_tokens, sample_top_p, token_logprobs
+
+ROWS = st.integers(0, 2**31).map(
+    lambda seed: torch.randn(5, 40, generator=torch.Generator().manual_seed(seed)) * 3
+)
+UNIT = st.floats(0, 1, exclude_max=True, width=32)
+
+
+@settings(max_examples=100, deadline=None)
+@given(ROWS, st.floats(0, 1), UNIT, st.floats(1e-5, 10))
+def test_draws_stay_in_the_nucleus(
+    logits: torch.Tensor, top_p: float, u: float, temperature: float
+) -> None:
+    tokens = next_tokens(logits, temperature, top_p, torch.full((5,), u))
+    probs = (logits.double() / temperature).softmax(-1)
+    for row, token in zip(probs, tokens, strict=True):
+        likelier = row[row > row[token] + 1e-6].sum()
+        assert likelier <= top_p + 1e-5
+
+
+@settings(max_examples=50, deadline=None)
+@given(ROWS, st.floats(0.1, 1), st.lists(UNIT, min_size=5, max_size=5))
+def test_a_row_draws_the_same_in_any_company(
+    logits: torch.Tensor, top_p: float, uniforms: list[float]
+) -> None:
+    u = torch.tensor(uniforms)
+    together = next_tokens(logits, 0.8, top_p, u)
+    alone = [next_tokens(logits[i : i + 1], 0.8, top_p, u[i : i + 1]) for i in range(5)]
+    assert together.tolist() == torch.cat(alone).tolist()
+
+
+def test_frequencies_follow_the_probabilities() -> None:
+    probs = torch.tensor([0.1, 0.4, 0.2, 0.3])
+    uniforms = (torch.arange(10_000) + 0.5) / 10_000  # every quantile once
+
+    def frequencies(top_p: float) -> list[float]:
+        tokens = sample_top_p(probs.expand(10_000, 4), top_p, uniforms)
+        return (tokens.bincount(minlength=4) / 10_000).tolist()
+
+    assert frequencies(1.0) == pytest.approx([0.1, 0.4, 0.2, 0.3], abs=2e-4)
+    # 0.4 and 0.3 are needed to reach 0.5; drawn in their own proportion.
+    assert frequencies(0.5) == pytest.approx([0, 4 / 7, 0, 3 / 7], abs=2e-4)
+    assert frequencies(0.0) == [0, 1, 0, 0]
+
+
+def test_temperature_zero_and_tiny_ones_are_greedy() -> None:
+    logits = torch.tensor([[1.0, 3.0, 2.9], [1e30, -1e30, 0.0]])
+    for temperature in (0.0, 1e-30, 1e-5):
+        assert next_tokens(logits, temperature, 1.0, torch.tensor([0.999, 0.999])).tolist() == [
+            1,
+            0,
+        ]
+
+
+def test_the_largest_draw_stays_in_the_vocabulary() -> None:
+    flat = torch.full((1, 32_000), 1 / 32_000)
+    assert 0 <= sample_top_p(flat, 1.0, torch.tensor([1.0])).item() < 32_000
+
+
+def test_logprobs_are_those_of_the_untempered_softmax() -> None:
+    logits = torch.randn(6, 50)
+    tokens = torch.randint(0, 50, (6,))
+    expected = logits.double().softmax(-1)[torch.arange(6), tokens].log()
+    torch.testing.assert_close(token_logprobs(logits, tokens).double(), expected)

@@ -1,0 +1,92 @@
+"""Text streams: pieces join to the text, no half characters, no stop strings."""
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llama import Tokenizer
+from llama.streaming import TextStream
+
+
+def run(stream: TextStream, ids: list[int]) -> list[str]:
+    pieces = []
+    for token in ids:
+        pieces.append(stream.push(token))
+        if stream.stopped:
+            break
+    return [*pieces, stream.flush()]
+
+
+def test_pieces_join_to_the_decoded_text_for_any_ids(tiny_tokenizer: Tokenizer) -> None:
+    t = tiny_tokenizer
+
+    @settings(max_examples=300, deadline=None)
+    @given(st.lists(st.integers(0, t.n_words - 1), max_size=40), st.booleans())
+    def check(ids: list[int], infilling: bool) -> None:
+        decode = t.decode_infilling if infilling else t.decode
+        stream = TextStream(decode)
+        pieces = run(stream, ids)
+        assert "".join(pieces) == decode(ids) == stream.text
+        assert stream.n_tokens == len(ids)
+
+    check()
+
+
+def test_pieces_in_context_continue_the_context(tiny_tokenizer: Tokenizer) -> None:
+    t = tiny_tokenizer
+    ids = t.encode("Tom has a kite.", bos=True, eos=False)
+    for cut in range(1, len(ids)):
+        pieces = run(TextStream(t.decode, context=ids[:cut]), ids[cut:])
+        assert t.decode(ids[:cut]) + "".join(pieces) == "Tom has a kite."
+
+
+def test_characters_of_several_bytes_arrive_whole(tiny_tokenizer: Tokenizer) -> None:
+    text = "a€😀語é b"
+    pieces = run(TextStream(tiny_tokenizer.decode), tiny_tokenizer.encode(text, False, False))
+    assert "".join(pieces) == text
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_an_incomplete_character_at_the_end_is_shown_as_such(tiny_tokenizer: Tokenizer) -> None:
+    ids = tiny_tokenizer.encode("a€", False, False)[:-1]
+    assert "".join(run(TextStream(tiny_tokenizer.decode), ids)) == tiny_tokenizer.decode(ids)
+    assert tiny_tokenizer.decode(ids).endswith("\ufffd")
+
+
+def test_nothing_of_a_stop_string_leaks(tiny_tokenizer: Tokenizer) -> None:
+    t = tiny_tokenizer
+    words = st.sampled_from(["a", "b", "ab", "aab", " ", "€", "\n", "c"])
+
+    @settings(max_examples=300, deadline=None)
+    @given(
+        st.lists(words, max_size=20).map("".join),
+        st.lists(st.lists(words, min_size=1, max_size=4).map("".join), min_size=1, max_size=3),
+    )
+    def check(text: str, stop: list[str]) -> None:
+        ids = t.encode_infilling(text)
+        stream = TextStream(t.decode_infilling, stop)
+        released = ""
+        for token in ids:
+            released += stream.push(token)
+            assert not any(s in released for s in stop)
+            if stream.stopped:
+                break
+        released += stream.flush()
+        # The first token that completes a stop string ends the text.
+        grown = (t.decode_infilling(ids[:n]) for n in range(len(ids) + 1))
+        ended = next((g for g in grown if any(s in g for s in stop)), None)
+        at = len(text) if ended is None else min(ended.find(s) for s in stop if s in ended)
+        assert released == stream.text == text[:at]
+        assert stream.stopped == (ended is not None)
+        kept = t.decode_infilling(ids[: stream.n_tokens])
+        assert text[:at].startswith(kept)
+
+    check()
+
+
+def test_text_before_a_stop_string_is_not_held_longer_than_needed(
+    tiny_tokenizer: Tokenizer,
+) -> None:
+    t = tiny_tokenizer
+    stream = TextStream(t.decode_infilling, ["cow!"])
+    pieces = [stream.push(i) for i in t.encode_infilling("the cat")]
+    assert "".join(pieces) == "the cat"

@@ -1,0 +1,262 @@
+"""Make the embedded checkpoint ``llama/tiny`` from nothing: text, tokenizer, weights, figures.
+
+    python tools/train_tiny.py train       # tokenizer and weights: half an hour on two cores
+    python tools/train_tiny.py evaluate    # the figures of MODEL_CARD.md
+
+The text is composed by ``tiny_world.py``; its held-out combinations never appear in training.
+"""
+
+import json
+import math
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import fire
+import torch
+import torch.nn.functional as F
+from sentencepiece import SentencePieceTrainer
+from tiny_world import TASKS, Sample, compose, compose_task
+from torch import nn
+from tqdm import tqdm
+
+from llama import Llama, ModelArgs, Tokenizer, Transformer
+from llama.model import apply_rotary_emb
+from llama.parallel import initialize
+from llama.prompts import B_INST, E_INST, dialog_prompt_tokens, infilling_prompt_tokens
+
+OUT_DIR = Path(__file__).resolve().parent.parent / "llama" / "tiny"
+PARAMS = {
+    "dim": 192,
+    "n_layers": 4,
+    "n_heads": 8,
+    "n_kv_heads": 4,
+    "vocab_size": 768,
+    "multiple_of": 64,
+    "norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+}
+MAX_SEQ_LEN = 512
+IGNORED = -100  # a target that counts for nothing
+
+
+def train_tokenizer(path: Path, rng: random.Random) -> None:
+    """A byte-fallback BPE model with Code Llama's infilling pieces as control symbols."""
+
+    def lines() -> Iterator[str]:
+        for _ in range(20_000):
+            sample = compose(rng)
+            turns = "\n".join(f"{B_INST} {m['content']} {E_INST}" for m in sample.messages)
+            for text in (sample.text, turns, sample.prefix, sample.middle, sample.suffix):
+                yield from text.splitlines()
+
+    with open(path, "wb") as model:
+        SentencePieceTrainer.train(
+            sentence_iterator=lines(),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=PARAMS["vocab_size"],
+            character_coverage=1.0,
+            byte_fallback=True,
+            split_digits=True,
+            allow_whitespace_only_pieces=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            control_symbols=["▁<PRE>", "▁<MID>", "▁<SUF>", "▁<EOT>"],
+            pad_id=-1,
+            num_threads=2,
+            minloglevel=2,
+        )
+
+
+def encode(
+    tokenizer: Tokenizer, sample: Sample, suffix_first: bool = False
+) -> tuple[list[int], list[int]]:
+    """Token ids and targets: what each position shall predict, or IGNORED."""
+    if sample.kind == "dialog":
+        return encode_dialog(tokenizer, sample)
+    if sample.kind == "infill":
+        ids = infilling_prompt_tokens(tokenizer, sample.prefix, sample.suffix, suffix_first)
+        assert tokenizer.eot_id is not None
+        ids = [*ids, *tokenizer.encode_infilling(sample.middle), tokenizer.eot_id]
+    else:
+        ids = tokenizer.encode(sample.text, bos=True, eos=True)
+    return ids[:-1], ids[1:]
+
+
+def encode_dialog(tokenizer: Tokenizer, sample: Sample) -> tuple[list[int], list[int]]:
+    """Only the assistant's words are targets, and the end of sequence after the last of them."""
+    dialog = list(sample.messages)
+    answers = [i for i, message in enumerate(dialog) if message["role"] == "assistant"]
+    ids: list[int] = []
+    targets: list[int] = []
+    for i in answers:
+        prompt = dialog_prompt_tokens(tokenizer, dialog[:i])
+        answer = tokenizer.encode(dialog[i]["content"], bos=False, eos=i == answers[-1])
+        ids = prompt + answer
+        known = len(targets)
+        targets += [IGNORED] * (len(prompt) - 1 - known) + answer
+    return ids[:-1], targets
+
+
+def join_dialogs(samples: list[Sample]) -> Sample:
+    """One long dialog of several: what came before must not disturb the next answer."""
+    messages = [m for sample in samples for m in sample.messages]
+    later = [m for m in messages[1:] if m["role"] != "system"]
+    return Sample("dialog", "joined", messages=(messages[0], *later))
+
+
+def batches(
+    tokenizer: Tokenizer, rng: random.Random, tokens: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Endless (ids, targets) of about ``tokens`` tokens, made of samples of similar length."""
+    while True:
+        encoded = []
+        while len(encoded) < 1024:
+            sample = compose(rng)
+            if sample.kind == "dialog" and rng.random() < 0.15:
+                # A system message rules the whole dialog, so only dialogs without one are joined.
+                more = [compose(rng) for _ in range(rng.randint(2, 10))]
+                plain = [
+                    s
+                    for s in (sample, *more)
+                    if s.kind == "dialog" and s.messages[0]["role"] != "system"
+                ]
+                sample = join_dialogs(plain) if plain else sample
+            suffix_first = sample.kind == "infill" and rng.random() < 0.5
+            pair = encode(tokenizer, sample, suffix_first)
+            if len(pair[0]) <= MAX_SEQ_LEN:
+                encoded.append(pair)
+        encoded.sort(key=lambda pair: len(pair[0]))
+        groups, group = [], []
+        for pair in encoded:
+            if len(pair[0]) * (len(group) + 1) > tokens:
+                groups.append(group)
+                group = []
+            group.append(pair)
+        groups.append(group)
+        rng.shuffle(groups)
+        for group in groups:
+            width = max(len(ids) for ids, _ in group)
+            yield (
+                torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in group]),
+                torch.tensor([t + [IGNORED] * (width - len(t)) for _, t in group]),
+            )
+
+
+def training_logits(model: Transformer, ids: torch.Tensor) -> torch.Tensor:
+    """The network's forward pass without its cache, for gradients. Shape (bsz * seqlen, vocab)."""
+    bsz, seqlen = ids.shape
+    head_dim = model.params.head_dim
+    freqs_cis = model.freqs_cis[:seqlen].repeat(bsz, 1, 1)
+    future = torch.full((seqlen, seqlen), float("-inf")).triu(1)
+    h = model.tok_embeddings(ids.flatten())
+    for layer in model.layers:
+        attention = layer.attention
+        x = layer.attention_norm(h)
+        xq = apply_rotary_emb(attention.wq(x).unflatten(-1, (-1, head_dim)), freqs_cis)
+        xk = apply_rotary_emb(attention.wk(x).unflatten(-1, (-1, head_dim)), freqs_cis)
+        xv = attention.wv(x).unflatten(-1, (-1, head_dim))
+        n_rep = xq.shape[1] // xk.shape[1]
+        xk, xv = xk.repeat_interleave(n_rep, 1), xv.repeat_interleave(n_rep, 1)
+        xq, xk, xv = (t.unflatten(0, (bsz, seqlen)).transpose(1, 2) for t in (xq, xk, xv))
+        # Written out: at this head size the fused kernel's backward pass is four times slower.
+        scores = (xq @ xk.transpose(2, 3)) * head_dim**-0.5 + future.to(xq.dtype)
+        out = scores.softmax(-1).to(xv.dtype) @ xv
+        h = h + attention.wo(out.transpose(1, 2).flatten(2).flatten(0, 1))
+        h = h + layer.feed_forward(layer.ffn_norm(h))
+    return model.output(model.norm(h))
+
+
+def initialize_weights(model: Transformer) -> None:
+    into_residual = ("wo.weight", "w2.weight")  # smaller, so that their sum keeps its size
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2:
+            scale = (2 * model.params.n_layers) ** -0.5 if name.endswith(into_residual) else 1.0
+            nn.init.normal_(parameter, std=0.05 * scale)
+
+
+def train(steps: int = 6500, seed: int = 1, batch_tokens: int = 4096, lr: float = 3e-3) -> None:
+    """Train from nothing and write ``llama/tiny``."""
+    torch.manual_seed(seed)
+    initialize(torch.device("cpu"))
+    OUT_DIR.mkdir(exist_ok=True)
+    train_tokenizer(OUT_DIR / "tokenizer.model", random.Random(f"tokenizer {seed}"))
+    tokenizer = Tokenizer(OUT_DIR / "tokenizer.model")
+    model = Transformer(ModelArgs(**PARAMS, max_batch_size=1, max_seq_len=MAX_SEQ_LEN))
+    initialize_weights(model)
+    matrices = [p for p in model.parameters() if p.dim() == 2]
+    gains = [p for p in model.parameters() if p.dim() != 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": gains, "weight_decay": 0.0}],
+        betas=(0.9, 0.98),
+        fused=True,
+    )
+    forward = torch.compile(training_logits, dynamic=True)
+    stream = batches(tokenizer, random.Random(f"train {seed}"), batch_tokens)
+    progress = tqdm(range(steps), unit="step")
+    mean_loss = math.log(tokenizer.n_words)
+    for step in progress:
+        ids, targets = next(stream)
+        warm_up, cool_down = (step + 1) / 200, 2 * (1 - step / steps)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(1.0, warm_up, cool_down)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = forward(model, ids)
+        loss = F.cross_entropy(logits.float(), targets.flatten(), ignore_index=IGNORED)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        mean_loss += 0.02 * (loss.item() - mean_loss)
+        progress.set_postfix(loss=f"{mean_loss:.3f}", refresh=False)
+    weights = {name: p.detach().bfloat16() for name, p in model.named_parameters()}
+    torch.save(weights, OUT_DIR / "consolidated.00.pth")
+    (OUT_DIR / "params.json").write_text(json.dumps(PARAMS) + "\n")
+
+
+def answer(llama: Llama, samples: list[Sample], suffix_first: bool) -> list[str]:
+    """The model's greedy middles or last answers."""
+    if samples[0].kind == "infill":
+        prefixes, suffixes = [s.prefix for s in samples], [s.suffix for s in samples]
+        middles = llama.text_infilling(prefixes, suffixes, 0, suffix_first=suffix_first)
+        return [middle["generation"] for middle in middles]
+    dialogs = [list(s.messages[:-1]) for s in samples]
+    return [r["generation"]["content"] for r in llama.chat_completion(dialogs, 0)]
+
+
+def perplexity(llama: Llama, samples: list[Sample], suffix_first: bool = False) -> float:
+    """Over the tokens that training would have counted."""
+    total, count = 0.0, 0
+    for sample in samples:
+        ids, targets = encode(llama.tokenizer, sample, suffix_first)
+        logits = llama.model(torch.tensor([ids]), 0)[0]
+        loss = F.cross_entropy(logits, torch.tensor(targets), ignore_index=IGNORED, reduction="sum")
+        total += loss.item()
+        count += sum(t != IGNORED for t in targets)
+    return math.exp(total / count)
+
+
+def evaluate(samples: int = 300, seed: int = 2) -> None:
+    """Measure ``llama/tiny`` on held-out combinations: perplexities and exact matches."""
+    llama = Llama.build(max_seq_len=MAX_SEQ_LEN, max_batch_size=32)
+    rng = random.Random(f"evaluate {seed}")
+    drawn = {t: [compose_task(t, rng, heldout=True) for _ in range(samples)] for t in TASKS}
+    print(f"{'held-out task':<24}{'perplexity':>12}{'exact match':>13}")
+    for task, some in drawn.items():
+        orders = (False, True) if task == "infill" else (False,)
+        for suffix_first in orders:
+            label = f"{task} (suffix first)" if suffix_first else task
+            line = f"{label:<24}{perplexity(llama, some, suffix_first):>12.3f}"
+            if task not in ("story", "tell", "code"):  # these have no one right answer
+                expected = [s.middle or s.messages[-1]["content"] for s in some]
+                found = answer(llama, some, suffix_first)
+                right = sum(a == b for a, b in zip(found, expected, strict=True))
+                line += f"{100 * right / samples:>11.1f} %"
+            print(line)
+    everything = [sample for some in drawn.values() for sample in some]
+    print(f"{'all':<24}{perplexity(llama, everything):>12.3f}")
+
+
+if __name__ == "__main__":
+    fire.Fire({"train": train, "evaluate": evaluate})
