@@ -10,7 +10,7 @@ def requirements() -> list[str]:
     return [line for line in lines if line and not line.startswith("#")]
 
 
-TEST = ["pytest>=8", "hypothesis>=6.100", "transformers>=4.56"]
+TEST = ["pytest>=8", "hypothesis>=6.100", "transformers>=5"]
 
 setup(
     name="llama",

@@ -16,7 +16,7 @@ from pathlib import Path
 import fire
 import torch
 
-from llama import ModelArgs, checkpoint
+from llama import ModelArgs, checkpoint, sharding
 from llama.generation import TINY
 
 PARAMS = {
@@ -55,7 +55,7 @@ def write(directory: Path, dtype: torch.dtype, shards: int) -> None:
     args = ModelArgs(**PARAMS)
     tensors = {
         name: torch.empty(shape, dtype=dtype).normal_(std=0.02)
-        for name, shape in checkpoint.full_shapes(args).items()
+        for name, shape in sharding.full_shapes(args).items()
     }
     checkpoint.save([tensors], args, directory, shards)
     (directory / "tokenizer.model").write_bytes((TINY / "tokenizer.model").read_bytes())

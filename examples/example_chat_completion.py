@@ -21,7 +21,7 @@ DIALOGS: list[Dialog] = [
         {"role": "system", "content": "You are a pirate."},
         {"role": "user", "content": "Where does the bee live?"},
     ],
-    [{"role": "user", "content": "Tom has a red ball. Anna has a blue kite. Who has the kite?"}],
+    [{"role": "user", "content": "Anna has a blue kite. What color is the kite?"}],
 ]
 
 

@@ -17,21 +17,16 @@ import torch
 
 from llama import parallel
 from llama.model import ModelArgs, Transformer
+from llama.sharding import (
+    check_model_parallel_size,
+    distinct_pieces,
+    full_shapes,
+    joined_shape,
+    rank_part,
+)
 
 logger = logging.getLogger(__name__)
 
-# The dimension along which shards and ranks divide a parameter; what isn't named is not divided.
-_SPLIT_DIM = {
-    "tok_embeddings": 1,
-    "wq": 0,
-    "wk": 0,
-    "wv": 0,
-    "wo": 1,
-    "w1": 0,
-    "w2": 1,
-    "w3": 0,
-    "output": 0,
-}
 # Published files carry these tables, which follow from the hyper-parameters.
 _DERIVED = ("rope.freqs", "rotary_emb.inv_freq")
 
@@ -196,42 +191,6 @@ def load(
     return model
 
 
-def check_model_parallel_size(args: ModelArgs, ranks: int) -> None:
-    """Raise ``ValueError``, listing what fits, if the network can't be divided among ranks."""
-
-    def fits(n: int) -> bool:
-        kv_heads = args.kv_heads
-        whole = args.n_heads % n == args.dim % n == args.hidden_dim % n == 0
-        return whole and (kv_heads % n == 0 or n % kv_heads == 0)
-
-    if not fits(ranks):
-        sizes = ", ".join(str(n) for n in range(1, args.n_heads + 1) if fits(n))
-        raise ValueError(
-            f"{ranks} processes can't share {args.n_heads} heads, {args.kv_heads} key/value heads, "
-            f"dim {args.dim} and hidden size {args.hidden_dim}: these numbers can: {sizes}"
-        )
-
-
-def full_shapes(args: ModelArgs) -> dict[str, tuple[int, ...]]:
-    """The parameters' shapes before they are divided among shards or ranks."""
-    kv_dim = args.kv_heads * args.head_dim
-    shapes: dict[str, tuple[int, ...]] = {"tok_embeddings.weight": (args.vocab_size, args.dim)}
-    for i in range(args.n_layers):
-        block = {
-            "attention.wq": (args.dim, args.dim),
-            "attention.wk": (kv_dim, args.dim),
-            "attention.wv": (kv_dim, args.dim),
-            "attention.wo": (args.dim, args.dim),
-            "feed_forward.w1": (args.hidden_dim, args.dim),
-            "feed_forward.w2": (args.dim, args.hidden_dim),
-            "feed_forward.w3": (args.hidden_dim, args.dim),
-            "attention_norm": (args.dim,),
-            "ffn_norm": (args.dim,),
-        }
-        shapes |= {f"layers.{i}.{name}.weight": shape for name, shape in block.items()}
-    return shapes | {"norm.weight": (args.dim,), "output.weight": (args.vocab_size, args.dim)}
-
-
 def open_shards(ckpt_dir: Path, args: ModelArgs) -> list[Tensors]:
     """Map all shards and check that together they make the network of ``args``.
 
@@ -251,71 +210,17 @@ def open_shards(ckpt_dir: Path, args: ModelArgs) -> list[Tensors]:
                 more = f" and {len(names) - 5} more" if len(names) > 5 else ""
                 raise ValueError(f"{path} {problem} {', '.join(names[:5])}{more}")
     for name, shape in expected.items():
-        pieces = distinct_pieces(name, [shard[name] for shard in shards], args)
-        for path, piece in zip(paths, pieces, strict=False):
+        pieces = [shard[name] for shard in shards]
+        for path, piece in zip(paths, pieces, strict=True):
             if not piece.is_floating_point():
                 raise ValueError(f"{name} in {path} is {piece.dtype}, not a floating-point tensor")
-        found = joined_shape(name, pieces)
+        found = joined_shape(name, distinct_pieces(name, pieces, args))
         if found != shape:
             raise ValueError(
                 f"{name} in {ckpt_dir} has the shape {found or 'of none of its shards'}, but "
                 f"params.json and the tokenizer make it {shape}"
             )
     return shards
-
-
-def split_dim(name: str) -> int | None:
-    """The dimension along which a parameter is divided; None where each rank has all of it."""
-    return _SPLIT_DIM.get(name.split(".")[-2])
-
-
-def joined_shape(name: str, pieces: list[torch.Tensor]) -> tuple[int, ...] | None:
-    """The shape of pieces put together, None if they don't go together."""
-    shapes = [tuple(piece.shape) for piece in pieces]
-    dim = split_dim(name)
-    if dim is None:
-        return shapes[0] if len(set(shapes)) == 1 else None
-    if any(len(shape) != 2 or shape[1 - dim] != shapes[0][1 - dim] for shape in shapes):
-        return None
-    joined = list(shapes[0])
-    joined[dim] = sum(shape[dim] for shape in shapes)
-    return tuple(joined)
-
-
-def distinct_pieces(name: str, pieces: list[torch.Tensor], args: ModelArgs) -> list[torch.Tensor]:
-    """Pieces without the copies of key/value heads that more shards than heads carry."""
-    if name.split(".")[-2] in ("wk", "wv") and len(pieces) > args.kv_heads:
-        return pieces[:: len(pieces) // args.kv_heads]
-    return pieces
-
-
-def rank_part(
-    name: str, pieces: list[torch.Tensor], args: ModelArgs, rank: int, ranks: int
-) -> torch.Tensor:
-    """What one of ``ranks`` ranks holds of a parameter that lies in ``pieces``, one a shard.
-
-    A part that lies within one piece is a view of it.
-    """
-    dim = split_dim(name)
-    if dim is None:
-        return pieces[0]
-    pieces = distinct_pieces(name, pieces, args)
-    total = sum(piece.shape[dim] for piece in pieces)
-    if name.split(".")[-2] in ("wk", "wv") and ranks > args.kv_heads:
-        length, begin = args.head_dim, rank * args.kv_heads // ranks * args.head_dim
-    else:
-        length = -(-total // ranks)  # rounded up: a vocabulary may not divide
-        begin = rank * length
-    end = min(begin + length, total)
-    found, first = [], 0
-    for piece in pieces:
-        low, high = max(begin - first, 0), min(end - first, piece.shape[dim])
-        if low < high:
-            found.append(piece.narrow(dim, low, high - low))
-        first += piece.shape[dim]
-    if end - begin < length:  # rows of the padded vocabulary, whose logits are cut
-        found.append(pieces[0].new_zeros(length - max(end - begin, 0), pieces[0].shape[1]))
-    return found[0] if len(found) == 1 else torch.cat(found, dim)
 
 
 def _shares_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -337,7 +242,11 @@ def release(tensors: list[torch.Tensor]) -> None:
 
 
 def save(
-    shards: list[Tensors], args: ModelArgs, out_dir: Path, model_parallel_size: int = 1
+    shards: list[Tensors],
+    args: ModelArgs,
+    out_dir: Path,
+    model_parallel_size: int = 1,
+    tokenizer: Path | None = None,
 ) -> None:
     """Write a checkpoint in Meta's layout, bit by bit the same weights in another number of files.
 
@@ -347,6 +256,7 @@ def save(
     Args:
         shards: the weights as they lie now, in one or more parts.
         model_parallel_size: how many files to write.
+        tokenizer: a ``tokenizer.model`` to put beside them.
 
     Raises:
         FileExistsError: ``out_dir`` is there already.
@@ -361,6 +271,8 @@ def save(
         cache = ("max_seq_len", "max_batch_size")
         params = {k: v for k, v in dataclasses.asdict(args).items() if k not in cache}
         (partial / "params.json").write_text(json.dumps(params) + "\n", encoding="utf-8")
+        if tokenizer is not None:
+            shutil.copyfile(tokenizer, partial / "tokenizer.model")
         for number in range(model_parallel_size):
             _show_progress(number, model_parallel_size)
             part = {}
@@ -395,9 +307,10 @@ def reshard(in_dir: str, out_dir: str, model_parallel_size: int = 1) -> None:
     source, target = Path(str(in_dir)), Path(str(out_dir))
     first = open_shard(find_shards(source)[0]).get("tok_embeddings.weight")
     args = read_args(source, n_words=-1 if first is None else first.shape[0])
-    save(open_shards(source, args), args, target, model_parallel_size)
+    tokenizer = None
     with contextlib.suppress(FileNotFoundError):
-        shutil.copyfile(find_tokenizer(source), target / "tokenizer.model")
+        tokenizer = find_tokenizer(source)
+    save(open_shards(source, args), args, target, model_parallel_size, tokenizer)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
 """The algorithm of generation: prompts go into the cache, then rows grow token by token."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from llama import parallel
-from llama.model import Segment, Transformer
+from llama.model import ModelArgs, Segment, Transformer
 from llama.sampling import next_tokens, token_logprobs
 from llama.streaming import TextStream
 
@@ -48,6 +48,57 @@ class Request:
     n_words: int  # ids from here on mean nothing to the tokenizer
 
 
+def make_rows(
+    params: ModelArgs,
+    prompts: Sequence[Sequence[int]],
+    max_gen_len: int | None,
+    seed: int,
+    decode: Callable[[Sequence[int]], str],
+    stop: Sequence[str],
+    in_context: bool,
+) -> list[Row]:
+    """A row for each prompt.
+
+    Args:
+        params: the model's, for the sizes of cache and vocabulary.
+        max_gen_len: new tokens at most; None for as many as the cache takes.
+        seed: row i draws by ``seed`` and i.
+        decode: from token ids to text.
+        stop: strings that end a row.
+        in_context: whether a row's text continues its prompt's, or begins afresh.
+
+    Raises:
+        ValueError: an argument is out of its range, or a prompt doesn't fit the cache.
+    """
+    if isinstance(stop, str):
+        raise TypeError(f"stop is one str: give a list, [{stop!r}]")
+    stop = tuple(stop)
+    if not all(isinstance(s, str) and s for s in stop):
+        raise ValueError(f"stop is {stop!r}: expected strings that are not empty")
+    if max_gen_len is None:
+        max_gen_len = params.max_seq_len
+    if not isinstance(max_gen_len, int) or max_gen_len < 0:
+        raise ValueError(f"max_gen_len is {max_gen_len!r}: expected a whole number, 0 or more")
+    rows = []
+    for i, prompt in enumerate(prompts):
+        ids = list(prompt)
+        if len(ids) > params.max_seq_len:
+            raise ValueError(
+                f"prompt {i} has {len(ids)} tokens, more than max_seq_len={params.max_seq_len}: "
+                "shorten it, or give Llama.build a larger max_seq_len"
+            )
+        wrong = [t for t in ids if not 0 <= t < params.vocab_size]
+        if wrong:
+            raise ValueError(
+                f"prompt {i} holds the token id {wrong[0]}, outside the vocabulary of "
+                f"{params.vocab_size}"
+            )
+        limit = min(max_gen_len, params.max_seq_len - len(ids))
+        text = TextStream(decode, stop, context=ids if in_context else ())
+        rows.append(Row(ids, limit, random.Random(f"{seed} {i}"), text))
+    return rows
+
+
 def run(model: Transformer, rows: list[Row], request: Request) -> Iterator[str]:
     """Work off one batch; row i of ``rows`` is row i of the cache. Yields each new text."""
     logits = _prefill(model, rows, request)
@@ -73,7 +124,14 @@ def _forward(
     device = model.freqs_cis.device
     ids = torch.tensor(tokens, device=device)
     chosen = None if select is None else torch.tensor(select, device=device, dtype=torch.long)
-    return model.forward_packed(ids, segments, chosen)
+    logits = model.forward_packed(ids, segments, chosen)
+    if not logits.isfinite().all():
+        model.clear_cache()
+        raise RuntimeError(
+            "the model's logits are not finite: its weights are damaged, or their range needs "
+            "dtype=torch.float32"
+        )
+    return logits
 
 
 def _prefill(model: Transformer, rows: list[Row], request: Request) -> torch.Tensor:
@@ -102,11 +160,6 @@ def _choose(
     logits: torch.Tensor, rows: list[Row], request: Request
 ) -> tuple[list[int], list[float]]:
     """Draw the rows' next tokens. Without ``logprobs``, the second list holds zeros."""
-    if not logits.isfinite().all():
-        raise RuntimeError(
-            "the model's logits are not finite: its weights are damaged, or their "
-            "range needs dtype=torch.float32"
-        )
     uniforms = torch.tensor([row.uniforms.random() for row in rows], device=logits.device)
     # A vocabulary may be padded beyond the tokenizer's pieces; those ids mean nothing.
     known = logits[:, : request.n_words]

@@ -2,7 +2,7 @@
 
 import random
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypedDict
@@ -10,7 +10,7 @@ from typing import Any, TypedDict
 import torch
 
 from llama import checkpoint, parallel
-from llama.decoding import Request, Row, run
+from llama.decoding import Request, Row, make_rows, run
 from llama.model import Transformer
 from llama.prompts import (
     UNSAFE_ERROR,
@@ -21,7 +21,6 @@ from llama.prompts import (
     has_special_tags,
     infilling_prompt_tokens,
 )
-from llama.streaming import TextStream
 from llama.tokenizer import Tokenizer
 
 TINY = Path(__file__).parent / "tiny"
@@ -84,7 +83,12 @@ class Llama:
             ValueError: a file is malformed, or files, processes and arguments don't fit together.
         """
         ckpt_dir = Path(ckpt_dir)
-        torch_device = torch.device(device) if device is not None else parallel.detect_device()
+        for name, size in (("max_seq_len", max_seq_len), ("max_batch_size", max_batch_size)):
+            if type(size) is not int or size < 1:
+                raise ValueError(f"{name} is {size!r}: expected a whole number above 0")
+        if dtype is not None and not isinstance(dtype, torch.dtype):
+            raise TypeError(f"dtype is {dtype!r}: give a torch.dtype such as torch.float32")
+        torch_device = parallel.detect_device(device)
         ranks = parallel.initialize(torch_device)
         if model_parallel_size not in (None, ranks):
             raise ValueError(
@@ -103,7 +107,9 @@ class Llama:
         self.tokenizer = tokenizer
         self._seeds = random.Random(seed)
         self._lock = threading.Lock()
-        self._owner: int | None = None
+        self._turn: object = None  # which call has the cache
+        self._owner: int | None = None  # the thread that works or iterates on it
+        self._home: int | None = None  # the thread that calls, where there are several ranks
 
     def generate(
         self,
@@ -138,7 +144,6 @@ class Llama:
         Raises:
             ValueError: an argument is out of its range, or a prompt doesn't fit.
         """
-        stop = _checked_stop(stop)
         request = self._request(temperature, top_p, logprobs, echo, stop_token, bool(stop))
         rows = self._rows(prompt_tokens, max_gen_len, seed, self.tokenizer.decode, stop)
         self._run_all(rows, request)
@@ -168,7 +173,7 @@ class Llama:
         request = self._request(temperature, top_p, logprobs, echo)
         ids = [self._text_prompt(prompt) for prompt in _checked_list(prompts, "prompts")]
         decode = self.tokenizer.decode
-        rows = self._rows(ids, max_gen_len, seed, decode, _checked_stop(stop), in_context=echo)
+        rows = self._rows(ids, max_gen_len, seed, decode, stop, in_context=echo)
         self._run_all(rows, request)
         predictions = []
         for row in rows:
@@ -201,7 +206,7 @@ class Llama:
         """
         request = self._request(temperature, top_p, logprobs, stop_token=self.tokenizer.step_id)
         ids = [self._dialog_prompt(dialog) for dialog in _checked_list(dialogs, "dialogs")]
-        rows = self._rows(ids, max_gen_len, seed, self.tokenizer.decode, _checked_stop(stop))
+        rows = self._rows(ids, max_gen_len, seed, self.tokenizer.decode, stop)
         self._run_all([row for row in rows if row.prompt], request)
         predictions = []
         for row in rows:
@@ -244,7 +249,7 @@ class Llama:
         pairs = list(zip(prefixes, suffixes, strict=True))
         ids = [infilling_prompt_tokens(self.tokenizer, *pair, suffix_first) for pair in pairs]
         decode = self.tokenizer.decode_infilling
-        rows = self._rows(ids, max_gen_len, seed, decode, _checked_stop(stop))
+        rows = self._rows(ids, max_gen_len, seed, decode, stop)
         self._run_all(rows, request)
         predictions = []
         for row, (prefix, suffix) in zip(rows, pairs, strict=True):
@@ -262,17 +267,16 @@ class Llama:
         *,
         stop: Sequence[str] = (),
         seed: int | None = None,
-    ) -> Iterator[str]:
+    ) -> Generator[str, None, None]:
         """``text_completion`` of one prompt, piece by piece: joined, they are the same text.
 
-        Until the iterator is exhausted or closed, it keeps the model to itself.
+        Until it is exhausted or closed, other threads wait; another call of the same thread takes
+        the model over, and the iterator then raises RuntimeError.
         """
         request = self._request(temperature, top_p)
         ids = [self._text_prompt(prompt)]
         decode = self.tokenizer.decode
-        return self._stream(
-            self._rows(ids, max_gen_len, seed, decode, _checked_stop(stop)), request
-        )
+        return self._stream(self._rows(ids, max_gen_len, seed, decode, stop), request)
 
     def chat_completion_stream(
         self,
@@ -283,17 +287,18 @@ class Llama:
         *,
         stop: Sequence[str] = (),
         seed: int | None = None,
-    ) -> Iterator[str]:
+    ) -> Generator[str, None, None]:
         """``chat_completion`` of one dialog, piece by piece: joined, they are the answer's content.
 
-        Until the iterator is exhausted or closed, it keeps the model to itself.
+        Until it is exhausted or closed, other threads wait; another call of the same thread takes
+        the model over, and the iterator then raises RuntimeError.
         """
         request = self._request(temperature, top_p, stop_token=self.tokenizer.step_id)
         ids = self._dialog_prompt(dialog)
         if not ids:
-            return iter([UNSAFE_ERROR])
+            return (text for text in [UNSAFE_ERROR])
         decode = self.tokenizer.decode
-        rows = self._rows([ids], max_gen_len, seed, decode, _checked_stop(stop))
+        rows = self._rows([ids], max_gen_len, seed, decode, stop)
         return self._stream(rows, request)
 
     def text_infilling_stream(
@@ -307,17 +312,16 @@ class Llama:
         *,
         stop: Sequence[str] = (),
         seed: int | None = None,
-    ) -> Iterator[str]:
+    ) -> Generator[str, None, None]:
         """``text_infilling`` of one pair, piece by piece: joined, they are the middle.
 
-        Until the iterator is exhausted or closed, it keeps the model to itself.
+        Until it is exhausted or closed, other threads wait; another call of the same thread takes
+        the model over, and the iterator then raises RuntimeError.
         """
         request = self._request(temperature, top_p, stop_token=self.tokenizer.eot_id)
         ids = [infilling_prompt_tokens(self.tokenizer, prefix, suffix, suffix_first)]
         decode = self.tokenizer.decode_infilling
-        return self._stream(
-            self._rows(ids, max_gen_len, seed, decode, _checked_stop(stop)), request
-        )
+        return self._stream(self._rows(ids, max_gen_len, seed, decode, stop), request)
 
     def _text_prompt(self, prompt: str) -> list[int]:
         return self.tokenizer.encode(prompt, bos=True, eos=False)
@@ -356,31 +360,8 @@ class Llama:
         stop: Sequence[str],
         in_context: bool = False,
     ) -> list[Row]:
-        max_seq_len, vocab_size = self.model.params.max_seq_len, self.model.params.vocab_size
-        if max_gen_len is None:
-            max_gen_len = max_seq_len
-        if max_gen_len < 0:
-            raise ValueError(f"max_gen_len is {max_gen_len}: expected 0 or more")
-        if seed is None:
-            seed = self._seeds.getrandbits(63)
-        rows = []
-        for i, prompt in enumerate(prompts):
-            ids = list(prompt)
-            if len(ids) > max_seq_len:
-                raise ValueError(
-                    f"prompt {i} has {len(ids)} tokens, more than max_seq_len={max_seq_len}: "
-                    "shorten it, or give Llama.build a larger max_seq_len"
-                )
-            wrong = [t for t in ids if not 0 <= t < vocab_size]
-            if wrong:
-                raise ValueError(
-                    f"prompt {i} holds the token id {wrong[0]}, outside the vocabulary of "
-                    f"{vocab_size}"
-                )
-            limit = min(max_gen_len, max_seq_len - len(ids))
-            text = TextStream(decode, stop, context=ids if in_context else ())
-            rows.append(Row(ids, limit, random.Random(f"{seed} {i}"), text))
-        return rows
+        seed = self._seeds.getrandbits(63) if seed is None else seed
+        return make_rows(self.model.params, prompts, max_gen_len, seed, decode, stop, in_context)
 
     def _run_all(self, rows: list[Row], request: Request) -> None:
         if any(not row.prompt for row in rows):
@@ -391,26 +372,43 @@ class Llama:
                 for _ in run(self.model, batch, request):
                     pass
 
-    def _stream(self, rows: list[Row], request: Request) -> Iterator[str]:
-        with self._exclusive():
+    def _stream(self, rows: list[Row], request: Request) -> Generator[str, None, None]:
+        with self._exclusive() as still_mine:
             for piece in run(self.model, rows, request):
                 if piece:
                     yield piece
+                    still_mine()
 
     @contextmanager
-    def _exclusive(self) -> Iterator[None]:
-        """Keep the cache to one call; others wait, but a thread can't wait for itself."""
-        if self._owner == threading.get_ident():
+    def _exclusive(self) -> Iterator[Callable[[], None]]:
+        """Keep the cache to one call. Yields what a stream asks before it goes on."""
+        me = threading.get_ident()
+        if parallel.world_size() > 1 and self._home not in (None, me):
             raise RuntimeError(
-                "a stream of this Llama is still open in this thread: exhaust it, or close() it, "
-                "before the next call"
+                "several ranks work on each call, and threads could bring calls to them in "
+                "different orders: make all calls from one thread"
             )
-        with self._lock:
-            self._owner = threading.get_ident()
-            try:
-                yield
-            finally:
-                self._owner = None
+        self._home = me
+        # A thread can't wait for a stream of its own: it takes over, and the stream is told.
+        if not self._lock.acquire(blocking=False) and self._owner != me:
+            self._lock.acquire()
+        turn = self._turn = object()
+        self._owner = me
+
+        def still_mine() -> None:
+            if self._turn is not turn:
+                raise RuntimeError(
+                    "another call has used this Llama since the stream began: exhaust or close() "
+                    "a stream before the next call"
+                )
+            self._owner = threading.get_ident()  # a stream may be handed on to another thread
+
+        try:
+            yield still_mine
+        finally:
+            if self._turn is turn:
+                self._turn = self._owner = None
+                self._lock.release()
 
     def _with_scores(self, prediction: Any, row: Row, request: Request) -> Any:
         if request.logprobs:
@@ -424,11 +422,3 @@ def _checked_list(values: Any, name: str) -> Any:
     if isinstance(values, str | bytes | dict):
         raise TypeError(f"{name} is one {type(values).__name__}: give a list, [{name[:-1]}]")
     return values
-
-
-def _checked_stop(stop: Sequence[str]) -> Sequence[str]:
-    if isinstance(stop, str):
-        raise TypeError(f"stop is one str: give a list, [{stop!r}]")
-    if not all(isinstance(s, str) and s for s in stop):
-        raise ValueError(f"stop is {stop!r}: expected strings that are not empty")
-    return stop

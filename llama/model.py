@@ -126,7 +126,7 @@ class RMSNorm(nn.Module):
 
 
 def precompute_freqs_cis(
-    head_dim: int, max_seq_len: int, theta: float, device: torch.device | None = None
+    head_dim: int, max_seq_len: int, theta: float, device: torch.device
 ) -> torch.Tensor:
     """The rotary angles' cosines and sines for every position (RoFormer, section 3.2.2).
 
@@ -135,10 +135,12 @@ def precompute_freqs_cis(
     Returns:
         float32, shape (max_seq_len, 2, head_dim / 2): cosines, then sines.
     """
-    exponents = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
+    # On the CPU first: accelerators round the sines of large angles in ways of their own.
+    exponents = torch.arange(0, head_dim, 2, device="cpu", dtype=torch.float32) / head_dim
     freqs = 1.0 / theta**exponents  # (head_dim / 2)
-    angles = torch.outer(torch.arange(max_seq_len, device=device, dtype=torch.float32), freqs)
-    return torch.stack((angles.cos(), angles.sin()), dim=1)  # (max_seq_len, 2, head_dim / 2)
+    angles = torch.outer(torch.arange(max_seq_len, device="cpu", dtype=torch.float32), freqs)
+    table = torch.stack((angles.cos(), angles.sin()), dim=1)  # (max_seq_len, 2, head_dim / 2)
+    return table.to(device)
 
 
 def apply_rotary_emb(x: torch.Tensor, freqs_cis: torch.Tensor) -> torch.Tensor:
@@ -200,6 +202,8 @@ class Attention(nn.Module):
         # two layouts of the queries say so without copying a key.
         n_rep = self.n_local_heads // self.n_local_kv_heads
         xq = xq.unflatten(1, (-1, n_rep))  # (n, n_kv_heads, n_rep, head_dim)
+        if xq.device.type == "mps":  # strided keys gave wrong sums there (pytorch issue 163597)
+            keys, values = keys.contiguous(), values.contiguous()
         if xq.shape[0] == keys.shape[0]:  # one token a row: the group stands as its positions
             out = F.scaled_dot_product_attention(xq, keys, values, attn_mask=span.mask)
         else:  # many tokens of one row: the group stands as a batch that looks at one row
@@ -269,6 +273,12 @@ class Transformer(nn.Module):
         for block in self.layers:
             block.attention.allocate_cache(args, device, dtype)  # type: ignore[operator, union-attr]
 
+    def clear_cache(self) -> None:
+        """Forget everything: not a number, once in the cache, would spread to later calls."""
+        for name, buffer in self.named_buffers():
+            if name.endswith(("cache_k", "cache_v")):
+                buffer.zero_()
+
     @torch.inference_mode()
     def forward(
         self,
@@ -301,12 +311,15 @@ class Transformer(nn.Module):
             )
         select = None
         if positions is not None:
-            chosen = torch.as_tensor(positions, device=tokens.device) % seqlen
-            rows = torch.arange(bsz, device=tokens.device)
-            select = (rows[:, None] * seqlen + chosen).flatten()
+            chosen = [int(position) for position in positions]
+            wrong = [p for p in chosen if not -seqlen <= p < seqlen]
+            if wrong:
+                raise ValueError(f"position {wrong[0]} of {seqlen} new tokens")
+            flat = [row * seqlen + p % seqlen for row in range(bsz) for p in chosen]
+            select = torch.tensor(flat, device=tokens.device, dtype=torch.long)
         segments = [Segment(row, start, seqlen) for row, start in enumerate(starts)]
         logits = self.forward_packed(tokens.flatten(), segments, select)
-        return logits.view(bsz, -1, self.params.vocab_size)
+        return logits.unflatten(0, (bsz, seqlen if positions is None else len(positions)))
 
     @torch.inference_mode()
     def forward_packed(

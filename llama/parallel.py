@@ -22,17 +22,22 @@ def launched() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def choose_device(cuda: bool, mps: bool, local_rank: int) -> torch.device:
+def choose_device(
+    wanted: str | torch.device | None, cuda: bool, mps: bool, local_rank: int, ranks: int
+) -> torch.device:
     """The device for a process: its own GPU, else Apple's, else the CPU.
 
     Args:
+        wanted: what the caller asked for; None to choose.
         cuda: whether CUDA is available.
         mps: whether Apple's Metal is available.
         local_rank: the number of the process on this machine.
+        ranks: the number of processes in all; several can't talk to each other from MPS.
     """
-    if cuda:
-        return torch.device("cuda", local_rank)
-    return torch.device("mps" if mps else "cpu")
+    if wanted is None:
+        wanted = "cuda" if cuda else "mps" if mps and ranks == 1 else "cpu"
+    device = torch.device(wanted)
+    return torch.device("cuda", local_rank) if str(device) == "cuda" else device
 
 
 def choose_dtype(checkpoint: torch.dtype, device_type: str, fast_bf16: bool) -> torch.dtype:
@@ -60,10 +65,15 @@ def has_fast_bf16(device: torch.device) -> bool:
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
-def detect_device() -> torch.device:
+def detect_device(wanted: str | torch.device | None = None) -> torch.device:
     """``choose_device`` for this machine and process."""
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    return choose_device(torch.cuda.is_available(), torch.backends.mps.is_available(), local_rank)
+    return choose_device(
+        wanted,
+        torch.cuda.is_available(),
+        torch.backends.mps.is_available(),
+        local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+        ranks=int(os.environ.get("WORLD_SIZE", "1")),
+    )
 
 
 def initialize(device: torch.device | None = None) -> int:
@@ -79,28 +89,36 @@ def initialize(device: torch.device | None = None) -> int:
         The number of processes.
 
     Raises:
-        ValueError: there are more processes than GPUs.
+        ValueError: there are more processes than GPUs, or the processes are connected for another
+            kind of device.
     """
-    device = device or detect_device()
+    device = detect_device(device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
-        if (device.index or 0) >= torch.cuda.device_count():
+        if device.index >= torch.cuda.device_count():
             raise ValueError(
                 f"process {device.index} of this machine needs a GPU of its own, but there are "
                 f"{torch.cuda.device_count()}: start fewer processes, or use device='cpu'"
             )
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        backend = "nccl" if device.type == "cuda" else "gloo"
         if launched():
-            # A rank may wait for work as long as it likes: that others have died is the
-            # launcher's to notice, not a timeout's.
-            dist.init_process_group(backend, timeout=timedelta(days=365))
+            dist.init_process_group(backend)
         else:
             store = dist.HashStore()  # type: ignore[attr-defined]
             dist.init_process_group(backend, store=store, rank=0, world_size=1)
     if not model_parallel_is_initialized():
         with contextlib.redirect_stdout(io.StringIO()):  # fairscale announces its groups
             initialize_model_parallel(dist.get_world_size())
+        # A rank may wait for work as long as it likes: that others have died is the launcher's to
+        # notice, not a timeout's. fairscale's groups take no timeout when they are made.
+        set_timeout = dist.distributed_c10d._set_pg_timeout
+        set_timeout(timedelta(days=365), get_model_parallel_group())
+    if dist.get_world_size() > 1 and dist.get_backend() != backend:
+        raise ValueError(
+            f"the processes are connected by {dist.get_backend()}, but {device} needs {backend}: "
+            "start anew to change the kind of device"
+        )
     return world_size()
 
 

@@ -31,14 +31,24 @@ UNSAFE_ERROR = "Error: special tags are not allowed as part of the prompt."
 
 def has_special_tags(dialog: Dialog) -> bool:
     """Whether a message contains text that stands for the format's structure."""
-    return any(tag in message["content"] for message in dialog for tag in SPECIAL_TAGS)
+    texts = [text for m in dialog for text in (m["content"], m.get("destination", ""))]
+    return any(tag in text for text in texts for tag in SPECIAL_TAGS)
 
 
 def check_dialog(dialog: Dialog) -> None:
-    """Raise ``ValueError``, naming the message, unless a dialog is well formed.
+    """Raise an error that names the message unless a dialog is well formed.
 
     Well formed is: perhaps one system message, then user and assistant in turn, the user last.
+
+    Raises:
+        TypeError: it isn't a sequence of dictionaries.
+        ValueError: a role, a content or the order of messages is wrong.
     """
+    if not isinstance(dialog, Sequence) or not all(isinstance(m, dict) for m in dialog):
+        raise TypeError(
+            "a dialog is a list of messages such as {'role': 'user', 'content': 'Hello'}, and "
+            f"dialogs are a list of such lists; this one is {dialog!r}"
+        )
     if not dialog:
         raise ValueError("the dialog is empty: give at least one message of the user")
     first = int(dialog[0].get("role") == "system")
@@ -50,6 +60,11 @@ def check_dialog(dialog: Dialog) -> None:
             raise ValueError(
                 f"message {i} of the dialog has the role {role!r}: "
                 "known are 'system', 'user' and 'assistant'"
+            )
+        destination = message.get("destination", "")
+        if not isinstance(destination, str) or len(destination.splitlines()) > 1:
+            raise ValueError(
+                f"message {i} of the dialog has the destination {destination!r}: expected a name"
             )
         expected = "system" if i < first else ("user", "assistant")[(i - first) % 2]
         if role != expected:
@@ -70,7 +85,7 @@ def dialog_prompt_tokens(tokenizer: Tokenizer, dialog: Dialog) -> list[int]:
     The turn-based format is used where the tokenizer has ``<step>``, the INST format elsewhere.
 
     Raises:
-        ValueError: the dialog is not well formed (see ``check_dialog``).
+        TypeError, ValueError: the dialog is not well formed (see ``check_dialog``).
     """
     check_dialog(dialog)
     if tokenizer.step_id is not None:

@@ -44,6 +44,7 @@ def sample_top_p(probs: torch.Tensor, top_p: float, uniforms: torch.Tensor) -> t
     nucleus[:, 0] = True
     size = nucleus.sum(dim=-1, keepdim=True)
     mass = reached.gather(1, size - 1)
+    uniforms = uniforms.clamp(max=1 - 2**-24)  # a draw just below 1 may have been rounded up
     drawn = (reached <= uniforms[:, None] * mass).sum(dim=-1, keepdim=True)
     return order.gather(1, torch.minimum(drawn, size - 1)).squeeze(1)
 

@@ -9,6 +9,7 @@ from conftest import make_model
 
 from llama import Dialog, Llama, Tokenizer, decoding
 from llama.generation import TINY
+from llama.model import pack
 from llama.prompts import UNSAFE_ERROR
 
 STORY = "Once upon a time, there was a little girl named Mia."
@@ -62,6 +63,26 @@ class TestRaggedBatches:
         assert pieces[0] == whole[0]
         for ours, theirs in zip(pieces[1], whole[1], strict=True):
             assert ours == pytest.approx(theirs, abs=1e-4)
+
+
+def test_long_prompts_go_in_pieces_and_their_logits_are_not_made(
+    checkpoint_dir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llama = Llama.build(checkpoint_dir(), max_seq_len=1200, device="cpu", dtype=torch.float32)
+    forward, passes = llama.model.forward_packed, []
+
+    def watched(tokens: torch.Tensor, segments: list, select: torch.Tensor | None) -> torch.Tensor:
+        masks = [span.mask for span in pack(segments, tokens.device).spans]
+        assert all(mask is None or mask.shape[0] <= 512 for mask in masks)
+        logits = forward(tokens, segments, select)
+        passes.append((len(tokens), len(logits)))
+        return logits
+
+    monkeypatch.setattr(llama.model, "forward_packed", watched)
+    llama.generate([[1] * 1100] * 5, 1)
+    assert sum(tokens for tokens, _ in passes) == 5 * 1100
+    assert max(tokens for tokens, _ in passes) <= 2048
+    assert sum(logits for _, logits in passes) == 5
 
 
 class TestLogprobs:
@@ -147,6 +168,10 @@ class TestStop:
         assert len(result["tokens"]) == len(result["logprobs"])
         echoed = tiny.text_completion([STORY], 0, max_gen_len=60, stop=["."], echo=True)[0]
         assert echoed["generation"] == f"{STORY} {result['generation']}"
+
+    def test_stop_strings_may_come_from_a_generator(self, tiny: Llama) -> None:
+        result = tiny.text_completion([STORY], 0, max_gen_len=60, stop=(s for s in ["."]))
+        assert "." not in result[0]["generation"]
 
     def test_generate_takes_stop_strings_too(self, tiny: Llama) -> None:
         ids = encode(tiny, STORY)
@@ -264,14 +289,47 @@ class TestStreams:
                 tiny.text_completion(PROMPTS, 0, max_gen_len=30)
         assert tiny.text_completion(PROMPTS, 0, max_gen_len=30) == expected
 
-    def test_a_call_beside_an_open_stream_is_refused(self, tiny: Llama) -> None:
+    def test_a_call_beside_an_open_stream_ends_it_with_an_error(self, tiny: Llama) -> None:
+        expected = tiny.text_completion(PROMPTS, 0, max_gen_len=30)
+        stream = tiny.text_completion_stream("Sam had a", 0)
+        next(stream)
+        assert tiny.text_completion(PROMPTS, 0, max_gen_len=30) == expected
+        with pytest.raises(RuntimeError, match="another call has used this Llama"):
+            next(stream)
+        assert tiny.text_completion(PROMPTS, 0, max_gen_len=30) == expected
+
+    def test_other_threads_wait_for_an_open_stream(self, tiny: Llama) -> None:
+        expected = tiny.text_completion([STORY], 0, max_gen_len=20)
         stream = tiny.text_completion_stream(STORY, 0, max_gen_len=20)
-        first = next(stream)
-        with pytest.raises(RuntimeError, match="still open in this thread"):
-            tiny.text_completion([STORY], 0, max_gen_len=5)
-        rest = "".join(stream)
-        whole = tiny.text_completion([STORY], 0, max_gen_len=20)[0]["generation"]
-        assert first + rest == whole
+        pieces, results = [next(stream)], []
+        thread = threading.Thread(
+            target=lambda: results.append(tiny.text_completion([STORY], 0, max_gen_len=20))
+        )
+        thread.start()
+        thread.join(timeout=0.5)
+        assert thread.is_alive()
+        pieces += stream
+        thread.join(timeout=30)
+        assert results == [expected]
+        assert "".join(pieces) == expected[0]["generation"]
+
+    def test_a_stream_may_be_handed_to_another_thread_which_may_then_call(
+        self, tiny: Llama
+    ) -> None:
+        stream = tiny.text_completion_stream(STORY, 0, max_gen_len=20)
+        next(stream)
+
+        def go_on_and_call() -> None:
+            next(stream)
+            tiny.text_completion([STORY], 0, max_gen_len=3)
+
+        thread = threading.Thread(target=go_on_and_call)
+        thread.start()
+        thread.join(timeout=30)
+        assert not thread.is_alive()
+
+    def test_streams_of_refused_dialogs_can_be_closed_too(self, tiny: Llama) -> None:
+        tiny.chat_completion_stream(ask("[INST]")).close()
 
     def test_mistakes_are_told_before_the_first_piece(self, tiny: Llama) -> None:
         with pytest.raises(ValueError, match="temperature"):
@@ -302,6 +360,7 @@ class TestMistakes:
             ({"top_p": 1.1}, r"top_p is 1\.1"),
             ({"top_p": -1}, "top_p is -1"),
             ({"max_gen_len": -1}, "max_gen_len is -1"),
+            ({"max_gen_len": 2.5}, r"max_gen_len is 2\.5"),
             ({"stop": [""]}, "not empty"),
         ],
     )
@@ -329,14 +388,30 @@ class TestMistakes:
             tiny.text_completion("abc")
         with pytest.raises(TypeError, match="stop is one str"):
             tiny.text_completion(["abc"], stop="a")
+        with pytest.raises(TypeError, match="a dialog is a list of messages"):
+            tiny.chat_completion(ask("one dialog, not a list of them"))
         with pytest.raises(ValueError, match="1 prefixes but 2 suffixes"):
             tiny.text_infilling(["a"], ["b", "c"])
 
-    def test_weights_that_give_nonsense_are_named(self, checkpoint_dir) -> None:
-        llama = Llama.build(checkpoint_dir(), device="cpu")
-        llama.model.norm.weight.fill_(float("nan"))
-        with pytest.raises(RuntimeError, match="logits are not finite"):
-            llama.generate([[1]], 3)
+    def test_weights_that_give_nonsense_are_named_and_later_calls_unaffected(
+        self, checkpoint_dir
+    ) -> None:
+        llama = Llama.build(checkpoint_dir(), max_seq_len=64, device="cpu", dtype=torch.float32)
+        prompts = [[1, 20], [1] * 40]
+        expected = llama.generate(prompts, 3, temperature=0)
+        embedding = llama.model.tok_embeddings.weight[7].clone()
+        llama.model.tok_embeddings.weight[7] = float("nan")
+        for prompt in ([7] * 30, [7] * 64):
+            with pytest.raises(RuntimeError, match="logits are not finite"):
+                llama.generate([prompt], 3, logprobs=True, echo=True)
+        llama.model.tok_embeddings.weight[7] = embedding
+        assert llama.generate(prompts, 3, temperature=0) == expected
+
+    def test_sizes_and_dtypes_of_a_build(self) -> None:
+        with pytest.raises(ValueError, match="max_seq_len is 0"):
+            Llama.build(max_seq_len=0)
+        with pytest.raises(TypeError, match="dtype is 'float32'"):
+            Llama.build(dtype="float32")  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")

@@ -135,6 +135,9 @@ def test_selected_positions_are_those_of_all() -> None:
         model(tokens, 0, positions=[-1, 3]), everything[:, [-1, 3]], atol=1e-6, rtol=0
     )
     assert everything.dtype == torch.float32
+    assert model(tokens, 0, positions=[]).shape == (2, 0, 96)
+    with pytest.raises(ValueError, match="position 10 of 10"):
+        model(tokens, 0, positions=[10])
 
 
 def test_neighbouring_rows_and_stale_cache_leave_no_trace() -> None:
@@ -143,6 +146,17 @@ def test_neighbouring_rows_and_stale_cache_leave_no_trace() -> None:
     fresh = model(tokens, 0)
     model(torch.randint(0, 96, (4, 60)), 0)
     torch.testing.assert_close(model(tokens, 0), fresh, atol=0, rtol=0)
+
+
+def test_attention_reads_the_filled_part_of_the_cache_only() -> None:
+    model = make_model(n_kv_heads=2)
+    tokens = torch.randint(0, 96, (2, 12))
+    expected = model(tokens, 0)
+    for layer in model.layers:
+        layer.attention.cache_k.fill_(float("nan"))
+        layer.attention.cache_v.fill_(float("nan"))
+    pieces = [model(tokens[:, :7], 0), model(tokens[:, 7:11], 7), model(tokens[:, 11:], 11)]
+    torch.testing.assert_close(torch.cat(pieces, 1), expected, atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize(

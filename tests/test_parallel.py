@@ -19,17 +19,34 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
 # What each rank does: build, generate, and write what it got.
 GENERATE = """
-import json, os, sys, torch
+import json, os, sys, threading, torch
+from datetime import timedelta
+from fairscale.nn.model_parallel.initialize import get_model_parallel_group
 from llama import Llama
+rank = int(os.environ["RANK"])
 out = {}
 for directory in sys.argv[2:]:
-    llama = Llama.build(directory, max_seq_len=128, device="cpu", dtype=torch.float32)
+    llama = Llama.build(directory, max_seq_len=1024, device="cpu", dtype=torch.float32)
     prompts = [[1, 20, 300], [1] + list(range(40, 80)), [1]]
     out[directory] = {
         "greedy": llama.generate(prompts, 40, temperature=0)[0],
-        "sampled": llama.generate(prompts, 40, temperature=0.9, logprobs=True)[0],
+        # Other seeds on other ranks: all must take the tokens that rank 0 drew.
+        "sampled": llama.generate(prompts, 40, temperature=0.9, seed=rank)[0],
+        "long": llama.generate([[1, 5, 9] * 300], 5, temperature=0)[0],
         "parameters": sum(p.numel() for p in llama.model.parameters()),
     }
+# A rank may wait for the others' work as long as it takes.
+group = get_model_parallel_group()._get_backend(torch.device("cpu"))
+assert group.options._timeout > timedelta(days=30)
+# Threads could bring calls to the ranks in different orders: a second one is refused.
+def call():
+    try:
+        llama.generate([[1]], 1)
+    except RuntimeError as error:
+        out["thread"] = str(error)
+thread = threading.Thread(target=call)
+thread.start()
+thread.join()
 with open(sys.argv[1] + os.environ["RANK"], "w") as file:
     json.dump(out, file)
 """
@@ -51,16 +68,23 @@ def free_port() -> int:
 
 
 @pytest.mark.parametrize(
-    ("cuda", "mps", "local_rank", "expected"),
+    ("wanted", "cuda", "mps", "local_rank", "ranks", "expected"),
     [
-        (True, False, 0, "cuda:0"),
-        (True, True, 3, "cuda:3"),
-        (False, True, 0, "mps"),
-        (False, False, 1, "cpu"),
+        (None, True, False, 0, 1, "cuda:0"),
+        (None, True, True, 3, 4, "cuda:3"),
+        (None, False, True, 0, 1, "mps"),
+        (None, False, True, 0, 2, "cpu"),
+        (None, False, False, 1, 2, "cpu"),
+        ("cpu", True, True, 0, 1, "cpu"),
+        ("cuda", True, False, 2, 4, "cuda:2"),
+        ("cuda:1", True, False, 0, 1, "cuda:1"),
+        (torch.device("cuda"), True, False, 1, 2, "cuda:1"),
     ],
 )
-def test_choice_of_device(cuda: bool, mps: bool, local_rank: int, expected: str) -> None:
-    assert str(parallel.choose_device(cuda, mps, local_rank)) == expected
+def test_choice_of_device(
+    wanted: str | None, cuda: bool, mps: bool, local_rank: int, ranks: int, expected: str
+) -> None:
+    assert str(parallel.choose_device(wanted, cuda, mps, local_rank, ranks)) == expected
 
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
@@ -131,7 +155,7 @@ def test_shards_are_joined_in_one_process(alone: dict[str, list[list[int]]]) -> 
 
 @pytest.mark.parametrize(
     ("n", "names"),
-    [(2, ["tiny1", "tiny2", "tiny4", "mqa", "odd_vocab"]), (4, ["tiny1", "tiny2", "tiny4", "mqa"])],
+    [(2, ["tiny1", "tiny2", "tiny4", "mqa", "odd_vocab"]), (4, ["tiny1", "tiny2"])],
 )
 def test_ranks_together_generate_what_one_does(
     n: int,
@@ -148,16 +172,17 @@ def test_ranks_together_generate_what_one_does(
     for name, path in zip(names, paths, strict=True):
         assert ranks[0][path]["greedy"] == alone[name]
         assert all(rank[path] == ranks[0][path] for rank in ranks)
+    assert all("make all calls from one thread" in rank["thread"] for rank in ranks)
     whole = sum(p.numel() for p in Llama.build(TINY, device="cpu").model.parameters())
     assert ranks[0][paths[0]]["parameters"] < 1.05 * whole / n
 
 
-def test_numbers_that_do_not_fit_are_refused_with_those_that_do(tmp_path: Path) -> None:
-    code = "from llama import Llama; Llama.build(device='cpu')"
-    done = torchrun("--nproc_per_node", "3", script(tmp_path, code))
-    assert done.returncode != 0
-    assert "3 processes can't share 8 heads" in done.stderr
-    assert "these numbers can: 1, 2, 4, 8" in done.stderr
+def test_numbers_that_do_not_fit_are_refused_with_those_that_do(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(parallel, "world_size", lambda: 3)
+    with pytest.raises(ValueError, match=r"3 processes can't share .* can: 1, 2, 4, 8$"):
+        Llama.build(device="cpu")
 
 
 def test_two_nodes(checkpoints, alone, tmp_path: Path) -> None:
@@ -185,8 +210,8 @@ def test_two_nodes(checkpoints, alone, tmp_path: Path) -> None:
 
 # A rank writes its process id, then the second one comes to harm while the first works or waits.
 FAULTY = """
-import os, signal, sys, time
-from llama import Llama, checkpoint, parallel
+import os, sys
+from llama import Llama, checkpoint
 kind, out, rank = sys.argv[1], sys.argv[2], int(os.environ["RANK"])
 with open(out + str(rank), "w") as file:
     file.write(str(os.getpid()))
@@ -196,14 +221,11 @@ if harmed and kind == "loading":
         raise ValueError("damaged on this rank only")
     checkpoint.open_shard = read
 llama = Llama.build(device="cpu")
-if harmed:
+if harmed and kind == "memory":
     forward, calls = llama.model.forward_packed, iter(range(10**9))
     def harm(*arguments):
         if next(calls) == 20:
-            if kind == "killed":
-                os.kill(os.getpid(), signal.SIGKILL)
-            if kind == "memory":
-                raise MemoryError("out of memory on this rank only")
+            raise MemoryError("out of memory on this rank only")
         return forward(*arguments)
     llama.model.forward_packed = harm
 while True:
@@ -216,7 +238,6 @@ while True:
     [
         ("loading", "damaged on this rank only"),
         ("memory", "out of memory on this rank only"),
-        ("killed", "SIGKILL"),
     ],
 )
 def test_a_rank_that_dies_ends_the_job(kind: str, message: str, tmp_path: Path) -> None:
@@ -252,18 +273,3 @@ def test_a_rank_killed_from_outside_ends_the_job_within_30_seconds(tmp_path: Pat
     assert "SIGKILL" in errors
     with pytest.raises(ProcessLookupError):
         os.kill(int(files[1].read_text()), 0)
-
-
-def test_an_idle_rank_is_no_fault(tmp_path: Path) -> None:
-    # Any wait, however long, must be shorter than the group's timeout.
-    code = """
-import torch
-from datetime import timedelta
-from torch.distributed import distributed_c10d
-from llama import Llama
-Llama.build(device="cpu")
-group = distributed_c10d._get_default_group()._get_backend(torch.device("cpu"))
-print("timeout", group.options._timeout > timedelta(days=30))
-"""
-    done = torchrun("--nproc_per_node", "2", script(tmp_path, code))
-    assert done.stdout.count("timeout True") == 2, done.stderr[-2000:]

@@ -134,6 +134,13 @@ def test_tags_are_found_in_any_message(tag: str, place: int) -> None:
     assert not has_special_tags(dialog)
     dialog[place]["content"] += f"x{tag}y"
     assert has_special_tags(dialog)
+    assert has_special_tags([{**user("b"), "destination": tag}])
+
+
+@pytest.mark.parametrize("dialog", ["Hi", ["Hi"], {"role": "user", "content": "Hi"}, None])
+def test_what_is_no_dialog_is_refused(dialog: object) -> None:
+    with pytest.raises(TypeError, match="a dialog is a list of messages"):
+        check_dialog(dialog)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -150,6 +157,8 @@ def test_tags_are_found_in_any_message(tag: str, place: int) -> None:
         ([{"content": "a"}], "message 0 of the dialog has the role None"),
         ([{"role": "user", "content": None}], "message 0 of the dialog has no text"),
         ([{"role": "user"}], "message 0 of the dialog has no text"),
+        ([{**user("a"), "destination": "x\n\n y"}], "message 0 of the dialog has the destination"),
+        ([{**user("a"), "destination": None}], "message 0 of the dialog has the destination"),
     ],
 )
 def test_malformed_dialogs_name_the_message(dialog: Dialog, message: str) -> None:

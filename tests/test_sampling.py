@@ -62,6 +62,8 @@ def test_temperature_zero_and_tiny_ones_are_greedy() -> None:
 def test_the_largest_draw_stays_in_the_vocabulary() -> None:
     flat = torch.full((1, 32_000), 1 / 32_000)
     assert 0 <= sample_top_p(flat, 1.0, torch.tensor([1.0])).item() < 32_000
+    sure = torch.tensor([[1.0, 0.0, 0.0]])
+    assert sample_top_p(sure, 1.0, torch.tensor([1 - 2**-26])).item() == 0
 
 
 def test_logprobs_are_those_of_the_untempered_softmax() -> None:

@@ -778,22 +778,19 @@ def _elliptic_question(rng: random.Random, before: Asked) -> Asked:
     return _fact(rng, before.animal, attribute, ABOUT_IT[attribute], "follow_up", before.animal)
 
 
-def _context(rng: random.Random) -> tuple[str, list[tuple[str, dict[str, str]]]]:
-    """Return statements that share no name, object or place, as text and as fields."""
-    count = rng.choice((2, 2, 3, 3, 4))
-    names, objects = rng.sample(NAMES, count), rng.sample(OBJECTS, count)
-    places, colors = rng.sample(PLACES, count), rng.sample(COLORS, count)
-    forms = [rng.choice(("has", "has", "lies", "stays")) for _ in range(count)]
-    scene = [
-        (form, {"name": name, "obj": obj, "place": place, "color": color})
-        for form, name, obj, place, color in zip(forms, names, objects, places, colors, strict=True)
-    ]
-    text = " ".join(rng.choice(STATEMENTS[form]).format(**fields) for form, fields in scene)
-    return text, scene
+def _context(rng: random.Random) -> tuple[str, str, dict[str, str]]:
+    """Return a statement as text, and the form and fields that it was made of."""
+    form = rng.choice(("has", "has", "lies", "stays"))
+    fields = {
+        "name": rng.choice(NAMES),
+        "obj": rng.choice(OBJECTS),
+        "place": rng.choice(PLACES),
+        "color": rng.choice(COLORS),
+    }
+    return rng.choice(STATEMENTS[form]).format(**fields), form, fields
 
 
-def _scene_question(rng: random.Random, scene: list[tuple[str, dict[str, str]]]) -> Asked:
-    form, fields = rng.choice(scene)
+def _scene_question(rng: random.Random, form: str, fields: dict[str, str]) -> Asked:
     kind, phrasings, sentence, word = rng.choice(CONTEXT_QUESTIONS[form])
     used = {
         "has": ("name", "color", "obj"),
@@ -810,21 +807,21 @@ def _scene_question(rng: random.Random, scene: list[tuple[str, dict[str, str]]])
 
 
 def _context_question(rng: random.Random) -> Asked:
-    text, scene = _context(rng)
-    asked = _scene_question(rng, scene)
+    text, form, fields = _context(rng)
+    asked = _scene_question(rng, form, fields)
     return asked._replace(text=f"{text} {asked.text}")
 
 
 def _count_question(rng: random.Random) -> Asked:
     kind = rng.choice(("count", "count", "after", "before"))
     if kind == "count":
-        first = rng.randint(0, 18)
-        last = rng.randint(first + 2, min(first + 9, 20))
+        first = rng.randint(0, 10)
+        last = rng.randint(first + 2, 12)
         text = rng.choice(COUNTING).format(a=first, b=last)
         answer = ", ".join(map(str, range(first, last + 1))) + "."
         return Asked(text, answer, answer, ("count", first, last))
     step = 1 if kind == "after" else -1
-    number = rng.randint(0, 19) if step == 1 else rng.randint(1, 20)
+    number = rng.randint(0, 12) if step == 1 else rng.randint(1, 12)
     phrasing = rng.choice(NEXT if step == 1 else BEFORE)
     answer = f"{_capital(kind)} {number} comes {number + step}."
     return Asked(phrasing.format(a=number), answer, answer, ("count", number, phrasing))
@@ -900,8 +897,8 @@ def _add_scene_turns(
     rng: random.Random, heldout: bool, system: str, turns: list[tuple[str, str]]
 ) -> None:
     while True:
-        text, scene = _context(rng)
-        first, second = _scene_question(rng, scene), _scene_question(rng, scene)
+        text, form, fields = _context(rng)
+        first, second = (_scene_question(rng, form, fields) for _ in range(2))
         if first.key == second.key or is_held_out(first.key):
             continue
         if is_held_out(second.key) == heldout:
@@ -1072,16 +1069,16 @@ def _compose_infill(rng: random.Random, heldout: bool) -> Sample:
 
 
 COMPOSERS: dict[str, tuple[int, Callable[[random.Random, bool], Sample]]] = {
-    "story": (30, _compose_story),
-    "fact": (11, _compose_fact),
-    "context": (11, _compose_context),
-    "count": (4, _compose_count),
-    "style": (7, _compose_style),
-    "follow_up": (8, _compose_follow_up),
+    "story": (14, _compose_story),
+    "fact": (6, _compose_fact),
+    "context": (12, _compose_context),
+    "count": (10, _compose_count),
+    "style": (16, _compose_style),
+    "follow_up": (12, _compose_follow_up),
     "smalltalk": (2, _compose_smalltalk),
     "tell": (2, _compose_tell),
-    "code": (8, _compose_code),
-    "infill": (17, _compose_infill),
+    "code": (6, _compose_code),
+    "infill": (20, _compose_infill),
 }
 TASKS: tuple[str, ...] = tuple(COMPOSERS)
 WEIGHTS = tuple(weight for weight, _ in COMPOSERS.values())

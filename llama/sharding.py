@@ -1,0 +1,110 @@
+"""How parameters are divided among files and ranks: pure functions of shapes and tensors."""
+
+import torch
+
+from llama.model import ModelArgs
+
+# The dimension along which shards and ranks divide a parameter; what isn't named is not divided.
+_SPLIT_DIM = {
+    "tok_embeddings": 1,
+    "wq": 0,
+    "wk": 0,
+    "wv": 0,
+    "wo": 1,
+    "w1": 0,
+    "w2": 1,
+    "w3": 0,
+    "output": 0,
+}
+
+
+def check_model_parallel_size(args: ModelArgs, ranks: int) -> None:
+    """Raise ``ValueError``, listing what fits, if the network can't be divided among ranks."""
+
+    def fits(n: int) -> bool:
+        if type(n) is not int or n < 1:
+            return False
+        kv_heads = args.kv_heads
+        whole = args.n_heads % n == args.dim % n == args.hidden_dim % n == 0
+        return whole and (kv_heads % n == 0 or n % kv_heads == 0)
+
+    if not fits(ranks):
+        sizes = ", ".join(str(n) for n in range(1, args.n_heads + 1) if fits(n))
+        raise ValueError(
+            f"{ranks} processes can't share {args.n_heads} heads, {args.kv_heads} key/value heads, "
+            f"dim {args.dim} and hidden size {args.hidden_dim}: these numbers can: {sizes}"
+        )
+
+
+def full_shapes(args: ModelArgs) -> dict[str, tuple[int, ...]]:
+    """The parameters' shapes before they are divided among shards or ranks."""
+    kv_dim = args.kv_heads * args.head_dim
+    shapes: dict[str, tuple[int, ...]] = {"tok_embeddings.weight": (args.vocab_size, args.dim)}
+    for i in range(args.n_layers):
+        block = {
+            "attention.wq": (args.dim, args.dim),
+            "attention.wk": (kv_dim, args.dim),
+            "attention.wv": (kv_dim, args.dim),
+            "attention.wo": (args.dim, args.dim),
+            "feed_forward.w1": (args.hidden_dim, args.dim),
+            "feed_forward.w2": (args.dim, args.hidden_dim),
+            "feed_forward.w3": (args.hidden_dim, args.dim),
+            "attention_norm": (args.dim,),
+            "ffn_norm": (args.dim,),
+        }
+        shapes |= {f"layers.{i}.{name}.weight": shape for name, shape in block.items()}
+    return shapes | {"norm.weight": (args.dim,), "output.weight": (args.vocab_size, args.dim)}
+
+
+def split_dim(name: str) -> int | None:
+    """The dimension along which a parameter is divided; None where each rank has all of it."""
+    return _SPLIT_DIM.get(name.split(".")[-2])
+
+
+def joined_shape(name: str, pieces: list[torch.Tensor]) -> tuple[int, ...] | None:
+    """The shape of pieces put together, None if they don't go together."""
+    shapes = [tuple(piece.shape) for piece in pieces]
+    dim = split_dim(name)
+    if dim is None:
+        return shapes[0] if len(set(shapes)) == 1 else None
+    if any(len(shape) != 2 or shape[1 - dim] != shapes[0][1 - dim] for shape in shapes):
+        return None
+    joined = list(shapes[0])
+    joined[dim] = sum(shape[dim] for shape in shapes)
+    return tuple(joined)
+
+
+def distinct_pieces(name: str, pieces: list[torch.Tensor], args: ModelArgs) -> list[torch.Tensor]:
+    """Pieces without the copies of key/value heads that more shards than heads carry."""
+    if name.split(".")[-2] in ("wk", "wv") and len(pieces) > args.kv_heads:
+        return pieces[:: len(pieces) // args.kv_heads]
+    return pieces
+
+
+def rank_part(
+    name: str, pieces: list[torch.Tensor], args: ModelArgs, rank: int, ranks: int
+) -> torch.Tensor:
+    """What one of ``ranks`` ranks holds of a parameter that lies in ``pieces``, one a shard.
+
+    A part that lies within one piece is a view of it.
+    """
+    dim = split_dim(name)
+    if dim is None:
+        return pieces[0]
+    pieces = distinct_pieces(name, pieces, args)
+    total = sum(piece.shape[dim] for piece in pieces)
+    if name.split(".")[-2] in ("wk", "wv") and ranks > args.kv_heads:
+        length, begin = args.head_dim, rank * args.kv_heads // ranks * args.head_dim
+    else:
+        length = -(-total // ranks)  # rounded up: a vocabulary may not divide
+        begin = rank * length
+    end = min(begin + length, total)
+    found, first = [], 0
+    for piece in pieces:
+        low, high = max(begin - first, 0), min(end - first, piece.shape[dim])
+        if low < high:
+            found.append(piece.narrow(dim, low, high - low))
+        first += piece.shape[dim]
+    if end - begin < length:  # rows of the padded vocabulary, whose logits are cut
+        found.append(pieces[0].new_zeros(length - max(end - begin, 0), pieces[0].shape[1]))
+    return found[0] if len(found) == 1 else torch.cat(found, dim)
