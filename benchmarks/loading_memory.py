@@ -1,6 +1,7 @@
 """How much memory loading takes, beside what it has to: weights and cache.
 
     python benchmarks/loading_memory.py
+    python benchmarks/loading_memory.py --size 7B --cases "bf16 as it is"
 
 Writes random checkpoints of 1.1 billion parameters (2.2 GB) to a temporary directory and loads
 each in a fresh process: bfloat16 as it is, float16 converted, and two shards joined into one.
@@ -19,13 +20,11 @@ import torch
 from llama import ModelArgs, checkpoint, sharding
 from llama.generation import TINY
 
-PARAMS = {
-    "dim": 2048,
-    "n_layers": 22,
-    "n_heads": 32,
-    "n_kv_heads": 4,
-    "vocab_size": 32000,
-    "multiple_of": 256,
+SIZES = {
+    "1.1B": ModelArgs(
+        dim=2048, n_layers=22, n_heads=32, n_kv_heads=4, vocab_size=32000, multiple_of=256
+    ),
+    "7B": ModelArgs(dim=4096, n_layers=32, n_heads=32, vocab_size=32000, multiple_of=256),
 }
 CASES = {
     "bf16 as it is": (torch.bfloat16, 1),
@@ -51,8 +50,7 @@ print(json.dumps({
 """
 
 
-def write(directory: Path, dtype: torch.dtype, shards: int) -> None:
-    args = ModelArgs(**PARAMS)
+def write(args: ModelArgs, directory: Path, dtype: torch.dtype, shards: int) -> None:
     tensors = {
         name: torch.empty(shape, dtype=dtype).normal_(std=0.02)
         for name, shape in sharding.full_shapes(args).items()
@@ -61,13 +59,14 @@ def write(directory: Path, dtype: torch.dtype, shards: int) -> None:
     (directory / "tokenizer.model").write_bytes((TINY / "tokenizer.model").read_bytes())
 
 
-def main() -> None:
+def main(size: str = "1.1B", cases: str = ",".join(CASES)) -> None:
     """Print the peak resident memory of each case and its ratio to weights and cache."""
     print(f"{'case':<16}{'weights + cache':>17}{'peak, loaded':>14}{'peak, used':>12}{'ratio':>8}")
     with tempfile.TemporaryDirectory() as directory:
-        for case, (dtype, shards) in CASES.items():
+        for case in cases.split(","):
+            dtype, shards = CASES[case]
             path = Path(directory) / case.replace(" ", "-")
-            write(path, dtype, shards)
+            write(SIZES[size], path, dtype, shards)
             done = subprocess.run(
                 [sys.executable, "-c", LOAD, str(path)],
                 stdout=subprocess.PIPE,

@@ -7,6 +7,7 @@ import json
 import logging
 import mmap
 import os
+import re
 import shutil
 import sys
 import time
@@ -17,11 +18,14 @@ import torch
 
 from llama import parallel
 from llama.model import ModelArgs, Transformer
+from llama.params import read_args
 from llama.sharding import (
+    cache_bytes,
     check_model_parallel_size,
     distinct_pieces,
     full_shapes,
     joined_shape,
+    parameter_count,
     rank_part,
 )
 
@@ -29,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 # Published files carry these tables, which follow from the hyper-parameters.
 _DERIVED = ("rope.freqs", "rotary_emb.inv_freq")
+# How PyTorch's files began before they were zip archives: a pickled number.
+_OLD_FORMAT = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19"
 
 Tensors = dict[str, torch.Tensor]
 
@@ -47,6 +53,8 @@ def find_shards(ckpt_dir: Path) -> list[Path]:
             f"{ckpt_dir} has no weights: expected consolidated.00.pth, consolidated.01.pth, ..."
         )
     for number, path in enumerate(shards):
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is no regular file: download it again")
         if path.name != f"consolidated.{number:02d}.pth":
             raise FileNotFoundError(
                 f"{ckpt_dir} has {len(shards)} weight files but consolidated.{number:02d}.pth is "
@@ -70,70 +78,6 @@ def find_tokenizer(ckpt_dir: Path) -> Path:
     )
 
 
-def read_args(
-    ckpt_dir: Path, n_words: int, max_seq_len: int = 512, max_batch_size: int = 8
-) -> ModelArgs:
-    """The hyper-parameters in ``params.json``, with the size of the cache.
-
-    Args:
-        n_words: the tokenizer's vocabulary, which a ``vocab_size`` of -1 stands for.
-
-    Raises:
-        FileNotFoundError: there is no ``params.json``.
-        ValueError: it is malformed, or holds a key or value that nobody knows.
-    """
-    path = ckpt_dir / "params.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"no {path}: a checkpoint needs its hyper-parameters")
-    try:
-        params = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(params, dict):
-        raise ValueError(f"{path} holds a {type(params).__name__}, not an object of parameters")
-    known = [field.name for field in dataclasses.fields(ModelArgs)]
-    unknown = sorted(set(params) - set(known))
-    if unknown:
-        raise ValueError(
-            f"{path} has the unknown key{'s' * (len(unknown) > 1)} {', '.join(unknown)}: "
-            f"known are {', '.join(known)}"
-        )
-    args = ModelArgs(**{**params, "max_seq_len": max_seq_len, "max_batch_size": max_batch_size})
-    _check_args(args, path)
-    if args.vocab_size == -1:
-        args.vocab_size = n_words
-    if n_words > args.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {n_words} pieces, but {path} gives the model a vocabulary of "
-            f"{args.vocab_size}: this is another model's tokenizer"
-        )
-    return args
-
-
-def _check_args(args: ModelArgs, path: Path) -> None:
-    sizes = ("dim", "n_layers", "n_heads", "multiple_of", "max_seq_len", "max_batch_size")
-    for name in (*sizes, "n_kv_heads", "vocab_size"):
-        value = getattr(args, name)
-        if (name, value) in (("n_kv_heads", None), ("vocab_size", -1)):
-            continue
-        if type(value) is not int or value < 1:
-            raise ValueError(f"{name} is {value!r} ({path}): expected a whole number above 0")
-    for name in ("norm_eps", "rope_theta", "ffn_dim_multiplier"):
-        value = getattr(args, name)
-        if name == "ffn_dim_multiplier" and value is None:
-            continue
-        if type(value) not in (int, float) or not 0 < value < float("inf"):
-            raise ValueError(f"{name} is {value!r} ({path}): expected a number above 0")
-    if args.dim % args.n_heads or args.head_dim % 2:
-        raise ValueError(
-            f"dim {args.dim} and n_heads {args.n_heads} ({path}) don't give heads of an even size"
-        )
-    if args.n_heads % args.kv_heads:
-        raise ValueError(
-            f"n_heads {args.n_heads} is no multiple of n_kv_heads {args.kv_heads} ({path})"
-        )
-
-
 def open_shard(path: Path) -> Tensors:
     """Map a shard's tensors into memory; nothing is read until it is used.
 
@@ -143,14 +87,35 @@ def open_shard(path: Path) -> Tensors:
     try:
         tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path} can't be read as a checkpoint: {reason}") from error
+        raise ValueError(f"{path} {_what_is_wrong(path, error)}") from error
     if not isinstance(tensors, dict) or not all(
         isinstance(name, str) and isinstance(tensor, torch.Tensor)
         for name, tensor in tensors.items()
     ):
         raise ValueError(f"{path} is no checkpoint: expected a dictionary of named tensors")
     return {name: t for name, t in tensors.items() if not name.endswith(_DERIVED)}
+
+
+def _what_is_wrong(path: Path, error: Exception) -> str:
+    """Why a file can't be read, in terms of the file."""
+    foreign = re.search(r"GLOBAL ([\w.]+)", str(error))
+    if foreign:
+        return (
+            f"is refused: its pickle names {foreign[1]}, which no weights need and which could run "
+            "foreign code"
+        )
+    with open(path, "rb") as file:
+        head = file.read(512)
+    if not head:
+        return "is empty: download it again"
+    if b"<html" in head.lower() or b"<!doctype" in head.lower():
+        return "is a web page, not a checkpoint: download it again, perhaps with a new link"
+    if head.startswith(_OLD_FORMAT):
+        return "is in PyTorch's old format: torch.load it and torch.save it again"
+    if not head.startswith(b"PK"):
+        return "is no checkpoint, which would be a zip archive: download it again"
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return f"is damaged or no checkpoint ({reason}): download it again"
 
 
 def load(
@@ -165,6 +130,7 @@ def load(
 
     Raises:
         FileNotFoundError: weight files are missing.
+        MemoryError: weights and cache are more than the machine has.
         ValueError: a tensor is missing, unexpected or of the wrong shape, or the network can't be
             divided among the ranks.
     """
@@ -172,11 +138,12 @@ def load(
     rank, ranks = parallel.rank(), parallel.world_size()
     check_model_parallel_size(args, ranks)
     shards = open_shards(ckpt_dir, args)
-    with torch.device("meta"):
-        model = Transformer(args)
     if dtype is None:
         stored = shards[0]["tok_embeddings.weight"].dtype
         dtype = parallel.choose_dtype(stored, device.type, parallel.has_fast_bf16(device))
+    check_memory(args, dtype, device, ranks)
+    with torch.device("meta"):
+        model = Transformer(args)
     tensors = {}
     for name in model.state_dict():
         pieces = [shard[name] for shard in shards]
@@ -200,6 +167,12 @@ def open_shards(ckpt_dir: Path, args: ModelArgs) -> list[Tensors]:
     """
     paths = find_shards(ckpt_dir)
     shards = [open_shard(path) for path in paths]
+    size, count = sum(path.stat().st_size for path in paths), parameter_count(args)
+    if count > size:  # before anything is made in the size that params.json tells
+        raise ValueError(
+            f"params.json in {ckpt_dir} describes {count:,} parameters, but the weight files hold "
+            f"{size:,} bytes: one of them belongs to another model"
+        )
     expected = full_shapes(args)
     for path, shard in zip(paths, shards, strict=True):
         for problem, names in (
@@ -221,6 +194,30 @@ def open_shards(ckpt_dir: Path, args: ModelArgs) -> list[Tensors]:
                 f"params.json and the tokenizer make it {shape}"
             )
     return shards
+
+
+def check_memory(args: ModelArgs, dtype: torch.dtype, device: torch.device, ranks: int) -> None:
+    """Raise ``MemoryError``, saying what to change, if weights and cache can't fit the device."""
+    available = parallel.device_memory(device)
+    here = parallel.local_ranks() if device.type == "cpu" else 1  # which share this memory
+    weights = parameter_count(args) * dtype.itemsize * here // ranks
+    cache = cache_bytes(args, dtype, ranks) * here
+    if available is None or weights + cache <= available:
+        return
+    left = (available - weights) * args.max_seq_len * args.max_batch_size // cache
+    if left >= 1:
+        advice = (
+            f"max_seq_len={args.max_seq_len} times max_batch_size={args.max_batch_size} can be at "
+            f"most {left}"
+        )
+    elif dtype.itemsize > 2:
+        advice = f"dtype={dtype} could be torch.bfloat16, or more processes share the weights"
+    else:
+        advice = "the weights alone are too much: share them among processes on more devices"
+    raise MemoryError(
+        f"weights of {weights / 1e9:.1f} GB and a cache of {cache / 1e9:.1f} GB don't fit the "
+        f"{available / 1e9:.1f} GB of this machine's {device.type}: {advice}"
+    )
 
 
 def _shares_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -282,7 +279,10 @@ def save(
                 if name == "output.weight":  # padding is the ranks' affair, not the files'
                     rows = args.vocab_size - number * whole.shape[0]
                     whole = whole[: max(rows, 0)]
-                part[name] = whole.detach().to("cpu", copy=True).contiguous()
+                whole = whole.detach().cpu().contiguous()
+                # torch.save writes the whole of what a view is a part of.
+                whole_storage = whole.untyped_storage().nbytes() == whole.nbytes
+                part[name] = whole if whole_storage else whole.clone()
             torch.save(part, partial / f"consolidated.{number:02d}.pth")
         _show_progress(model_parallel_size, model_parallel_size)
         partial.rename(out_dir)
@@ -314,4 +314,9 @@ def reshard(in_dir: str, out_dir: str, model_parallel_size: int = 1) -> None:
 
 
 if __name__ == "__main__":
-    fire.Fire({"reshard": reshard})
+    from llama.inspection import inspect  # it reads checkpoints, with this module
+
+    if sys.argv[1:2] == ["reshard"]:
+        fire.Fire({"reshard": reshard})
+    else:
+        fire.Fire(inspect)

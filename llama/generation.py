@@ -12,6 +12,7 @@ import torch
 from llama import checkpoint, parallel
 from llama.decoding import Request, Row, make_rows, run
 from llama.model import Transformer
+from llama.params import read_args
 from llama.prompts import (
     UNSAFE_ERROR,
     Dialog,
@@ -80,6 +81,7 @@ class Llama:
 
         Raises:
             FileNotFoundError: the directory, a weight file or the tokenizer is missing.
+            MemoryError: weights and cache are more than the machine has.
             ValueError: a file is malformed, or files, processes and arguments don't fit together.
         """
         ckpt_dir = Path(ckpt_dir)
@@ -98,7 +100,7 @@ class Llama:
             )
         checkpoint.find_shards(ckpt_dir)  # the clearest answer first
         tokenizer = Tokenizer(tokenizer_path or checkpoint.find_tokenizer(ckpt_dir))
-        args = checkpoint.read_args(ckpt_dir, tokenizer.n_words, max_seq_len, max_batch_size)
+        args = read_args(ckpt_dir, tokenizer.n_words, max_seq_len, max_batch_size)
         model = checkpoint.load(ckpt_dir, args, torch_device, dtype)
         return Llama(model, tokenizer, seed)
 

@@ -5,6 +5,7 @@ import io
 import os
 from collections.abc import Mapping
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -76,6 +77,21 @@ def detect_device(wanted: str | torch.device | None = None) -> torch.device:
     )
 
 
+def device_memory(device: torch.device) -> int | None:
+    """The bytes of memory that a device has in all; None where there is no telling."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[1])
+    if device.type == "mps":
+        return int(torch.mps.recommended_max_memory())
+    try:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
+    limit = Path("/sys/fs/cgroup/memory.max")  # a container may have less than its machine
+    allowed = limit.read_text().strip() if limit.is_file() else "max"
+    return min(total, int(allowed)) if allowed.isdigit() else total
+
+
 def initialize(device: torch.device | None = None) -> int:
     """Join the other processes and share the network among all of them.
 
@@ -130,6 +146,11 @@ def world_size() -> int:
             "making a Transformer"
         )
     return int(get_model_parallel_world_size())
+
+
+def local_ranks() -> int:
+    """The number of processes on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def rank() -> int:

@@ -36,6 +36,21 @@ def check_model_parallel_size(args: ModelArgs, ranks: int) -> None:
         )
 
 
+def parameter_count(args: ModelArgs) -> int:
+    """The number of parameters, by arithmetic alone."""
+    kv_dim = args.kv_heads * args.head_dim
+    attention = 2 * args.dim * args.dim + 2 * args.dim * kv_dim
+    block = attention + 3 * args.dim * args.hidden_dim + 2 * args.dim
+    return args.n_layers * block + 2 * args.vocab_size * args.dim + args.dim
+
+
+def cache_bytes(args: ModelArgs, dtype: torch.dtype, ranks: int = 1) -> int:
+    """The size of one rank's key/value cache."""
+    positions = args.max_batch_size * args.max_seq_len
+    heads = max(args.kv_heads, ranks) // ranks
+    return 2 * args.n_layers * positions * heads * args.head_dim * dtype.itemsize
+
+
 def full_shapes(args: ModelArgs) -> dict[str, tuple[int, ...]]:
     """The parameters' shapes before they are divided among shards or ranks."""
     kv_dim = args.kv_heads * args.head_dim

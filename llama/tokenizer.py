@@ -39,6 +39,8 @@ class Tokenizer:
         except RuntimeError as error:
             raise ValueError(f"{path} is not a SentencePiece model") from error
 
+        if self.sp_model.bos_id() < 0 or self.sp_model.eos_id() < 0:
+            raise ValueError(f"{path} has no pieces for a sequence's beginning and end")
         self.n_words: int = self.sp_model.vocab_size()
         self.bos_id: int = self.sp_model.bos_id()
         self.eos_id: int = self.sp_model.eos_id()

@@ -1,7 +1,10 @@
 """Checkpoint directories: any number of shards, real layouts, clear answers to broken ones."""
 
+import hashlib
+import io
 import json
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +13,7 @@ import pytest
 import torch
 from conftest import make_model
 
-from llama import Llama, checkpoint, sharding
+from llama import Llama, ModelArgs, checkpoint, inspection, parallel, sharding
 from llama.generation import TINY
 
 
@@ -210,6 +213,122 @@ def test_model_parallel_size_must_be_the_number_of_processes() -> None:
         Llama.build(model_parallel_size=2, device="cpu")
 
 
+class Harmful:
+    """Unpickled without care it would write a file."""
+
+    def __init__(self, marker: Path):
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.system, (f"touch {self.marker}",)
+
+
+def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(
+    checkpoint_dir, tmp_path: Path
+) -> None:
+    path, marker = checkpoint_dir(), tmp_path / "ran"
+    edit(path, norm__weight=Harmful(marker))
+    with pytest.raises(ValueError, match=r"is refused: its pickle names (posix|nt)\.system"):
+        build(path)
+    assert not marker.exists()
+    torch.load(path / "consolidated.00.pth", weights_only=False)  # the test's own file is harmful
+    assert marker.exists()
+
+
+class TestMemory:
+    def test_too_long_a_cache_is_told_with_what_would_fit(self) -> None:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        with pytest.raises(MemoryError, match=r"max_batch_size=100000 can be at most \d+"):
+            Llama.build(max_seq_len=10**6, max_batch_size=10**5, device="cpu")
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # KiB
+
+    def test_too_large_weights_suggest_a_smaller_dtype_or_more_processes(self, monkeypatch) -> None:
+        monkeypatch.setattr(parallel, "device_memory", lambda _: 1_000_000)
+        with pytest.raises(MemoryError, match=r"could be torch\.bfloat16"):
+            Llama.build(device="cpu", dtype=torch.float32)
+        with pytest.raises(MemoryError, match="share them among processes"):
+            Llama.build(device="cpu", dtype=torch.bfloat16)
+
+    def test_what_fits_by_the_message_fits(self, monkeypatch) -> None:
+        monkeypatch.setattr(parallel, "device_memory", lambda _: 20_000_000)
+        with pytest.raises(MemoryError) as error:
+            Llama.build(device="cpu", dtype=torch.bfloat16, max_seq_len=512, max_batch_size=64)
+        most = int(str(error.value).split("at most ")[1])
+        Llama.build(device="cpu", dtype=torch.bfloat16, max_seq_len=most, max_batch_size=1)
+        with pytest.raises(MemoryError):
+            Llama.build(device="cpu", dtype=torch.bfloat16, max_seq_len=most + 9, max_batch_size=1)
+
+    def test_the_machine_has_memory(self) -> None:
+        assert parallel.device_memory(torch.device("cpu")) > 1e9
+
+
+class TestInspection:
+    def test_it_tells_what_a_checkpoint_is(self, checkpoint_dir, capsys) -> None:
+        path = checkpoint_dir(torch.float16)
+        checkpoint.reshard(str(path), str(path.parent / "two"), model_parallel_size=2)
+        inspection.inspect(str(path.parent / "two"), max_seq_len=1000, max_batch_size=10)
+        out = capsys.readouterr().out
+        assert "205,120 in float16" in out
+        assert "dim 64, 2 layers, 8 heads, 8 key/value heads" in out
+        assert "files        2 of" in out
+        assert "768 pieces" in out
+        assert "max_batch_size=10, max_seq_len=1000" in out
+        assert "unknown" in out
+        assert "every file is whole" in out
+
+    @pytest.mark.parametrize(
+        ("folder", "params", "expected"),
+        [
+            ("llama-2-7b-chat", {}, "llama-2-7b-chat by its folder's name (7B"),
+            ("CodeLlama-34b", {}, "CodeLlama-34b by its folder's name (7B"),
+            ("somewhere", {}, "LLaMA or Llama 2 7B"),
+            ("somewhere", {"rope_theta": 1e6}, "Code Llama 7B"),
+            ("somewhere", {"dim": 8192, "n_layers": 80, "n_heads": 64}, "LLaMA 65B"),
+            (
+                "somewhere",
+                {"dim": 8192, "n_layers": 80, "n_heads": 64, "n_kv_heads": 8},
+                "Llama 2 70B",
+            ),
+            ("somewhere", {"dim": 512}, "unknown"),
+        ],
+    )
+    def test_families(self, folder: str, params: dict, expected: str) -> None:
+        args = ModelArgs(vocab_size=32000, **params)
+        assert inspection.identify(Path(folder), args, None).startswith(expected)
+
+    def test_damaged_bytes_that_load_are_found(self, checkpoint_dir, capsys) -> None:
+        path = checkpoint_dir()
+        file = path / "consolidated.00.pth"
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1  # in the middle of a tensor
+        file.write_bytes(content)
+        build(path)
+        with pytest.raises(SystemExit):
+            inspection.inspect(str(path))
+        assert "DAMAGED" in capsys.readouterr().out
+
+    def test_the_checklist_is_checked(self, checkpoint_dir, capsys) -> None:
+        path = checkpoint_dir()
+        digest = hashlib.md5((path / "params.json").read_bytes()).hexdigest()
+        (path / "checklist.chk").write_text(f"{digest}  params.json\n")
+        assert inspection.verify(path) == []
+        with open(path / "params.json", "a") as file:
+            file.write(" ")
+        assert "params.json differs" in inspection.verify(path)[0]
+        (path / "checklist.chk").write_text(f"{digest}  gone.pth\n{digest}  ../x\nwhat\n")
+        found = inspection.verify(path)
+        assert len(found) == 3
+        assert "gone.pth is missing" in found[0]
+
+    def test_the_command_line(self, checkpoint_dir) -> None:
+        command = [sys.executable, "-m", "llama.checkpoint"]
+        good = subprocess.run([*command, str(TINY)], capture_output=True, text=True)
+        assert (good.returncode, "every file is whole" in good.stdout) == (0, True)
+        bad = subprocess.run([*command, "/nowhere"], capture_output=True, text=True)
+        assert (bad.returncode, "Traceback" in bad.stderr) == (1, False)
+        assert "no checkpoint directory at /nowhere" in bad.stdout
+
+
 class TestBroken:
     def test_missing_directory(self, tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError, match=r"no checkpoint directory at .*nowhere"):
@@ -232,6 +351,8 @@ class TestBroken:
             (None, "no .*params.json"),
             ("{", "not JSON"),
             ("[1]", "holds a list"),
+            ("[" * 100_000, "not JSON"),
+            ('{"dim": ' + "9" * 5000 + "}", "not JSON"),
             ({"use_scaled_rope": True}, "unknown key use_scaled_rope"),
             ({"dim": 65}, "heads of an even size"),
             ({"dim": -64}, "dim is -64"),
@@ -241,6 +362,9 @@ class TestBroken:
             ({"norm_eps": 0}, "norm_eps is 0"),
             ({"rope_theta": None}, "rope_theta is None"),
             ({"vocab_size": 100}, "another model's tokenizer"),
+            ({"dim": 2**40}, "dim is larger than any model's"),
+            ({"n_layers": 10**9}, r"describes [\d,]+ parameters, but the weight files hold"),
+            ({"rope_theta": float("nan")}, "rope_theta is nan"),
             ({"vocab_size": 1000}, r"tok_embeddings.weight in .* has the shape \(768, 64\)"),
             ({"n_layers": 3}, r"lacks layers\.2\.attention"),
             ({"n_layers": 1}, r"has the unexpected layers\.1\.attention"),
@@ -278,10 +402,18 @@ class TestBroken:
         path = checkpoint_dir()
         file = path / "consolidated.00.pth"
         good = file.read_bytes()
-        for content in (b"", b"<!DOCTYPE html>", good[: len(good) // 2], os.urandom(1000)):
+        for content, message in (
+            (b"", "is empty"),
+            (b"\n<!DOCTYPE html><html>", "is a web page"),
+            (good[: len(good) // 2], "is damaged or no checkpoint"),
+            (b"x" * 1000, "is no checkpoint"),
+        ):
             file.write_bytes(content)
-            with pytest.raises(ValueError, match=r"consolidated\.00\.pth can't be read"):
+            with pytest.raises(ValueError, match=rf"consolidated\.00\.pth {message}"):
                 build(path)
+        torch.save(torch.load(io.BytesIO(good)), file, _use_new_zipfile_serialization=False)
+        with pytest.raises(ValueError, match="is in PyTorch's old format"):
+            build(path)
         torch.save([1, 2], file)
         with pytest.raises(ValueError, match="expected a dictionary of named tensors"):
             build(path)

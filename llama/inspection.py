@@ -1,0 +1,151 @@
+"""What a checkpoint is and whether it is whole: ``python -m llama.checkpoint DIR``."""
+
+import contextlib
+import hashlib
+import re
+import sys
+import zipfile
+from pathlib import Path
+
+import torch
+
+from llama import checkpoint
+from llama.model import ModelArgs
+from llama.params import read_args
+from llama.sharding import cache_bytes, parameter_count
+from llama.tokenizer import Tokenizer
+
+# dim, n_layers -> the size's name
+_SIZES = {
+    (4096, 32): "7B",
+    (5120, 40): "13B",
+    (6656, 60): "33B",
+    (8192, 48): "34B",
+    (8192, 80): "65B or 70B",
+}
+
+
+def inspect(ckpt_dir: str, max_seq_len: int = 512, max_batch_size: int = 8) -> None:
+    """Print what a checkpoint is and what memory it needs, then verify all of its files.
+
+    Exits with status 1 if a file is damaged or missing.
+
+    Args:
+        ckpt_dir: a checkpoint in Meta's layout.
+        max_seq_len: positions of the cache to count the memory for.
+        max_batch_size: rows of the cache to count the memory for.
+    """
+    directory = Path(str(ckpt_dir))
+    try:
+        _describe(directory, max_seq_len, max_batch_size)
+        problems = verify(directory)
+    except (OSError, ValueError) as error:
+        problems = [str(error)]
+    for problem in problems:
+        print(f"DAMAGED: {problem}")
+    if problems:
+        sys.exit(1)
+    print("every file is whole")
+
+
+def _describe(directory: Path, max_seq_len: int, max_batch_size: int) -> None:
+    paths = checkpoint.find_shards(directory)
+    tokenizer = None
+    with contextlib.suppress(FileNotFoundError):
+        tokenizer = Tokenizer(checkpoint.find_tokenizer(directory))
+    first = checkpoint.open_shard(paths[0]).get("tok_embeddings.weight")
+    n_words = tokenizer.n_words if tokenizer else -1 if first is None else first.shape[0]
+    args = read_args(directory, n_words, max_seq_len, max_batch_size)
+    shards = checkpoint.open_shards(directory, args)
+    dtypes = sorted(
+        {str(t.dtype).removeprefix("torch.") for shard in shards for t in shard.values()}
+    )
+    count = parameter_count(args)
+    print(f"model        {identify(directory, args, tokenizer)}")
+    print(f"parameters   {count:,} in {', '.join(dtypes)}")
+    print(f"shape        {_shape(args)}")
+    print(
+        f"files        {len(paths)} of {sum(p.stat().st_size for p in paths) / 1e9:.2f} GB in all"
+    )
+    print(f"tokenizer    {f'{tokenizer.n_words} pieces' if tokenizer else 'none'}")
+    weights = sum(t.nbytes for shard in shards for t in shard.values())
+    cache = cache_bytes(args, torch.bfloat16)
+    print(
+        f"memory       {weights / 1e9:.2f} GB of weights and {cache / 1e9:.2f} GB of cache in "
+        f"bfloat16 at max_batch_size={max_batch_size}, max_seq_len={max_seq_len}"
+    )
+
+
+def _shape(args: ModelArgs) -> str:
+    return (
+        f"dim {args.dim}, {args.n_layers} layers, {args.n_heads} heads, {args.kv_heads} key/value "
+        f"heads, hidden size {args.hidden_dim}, vocabulary {args.vocab_size}"
+    )
+
+
+def identify(directory: Path, args: ModelArgs, tokenizer: Tokenizer | None) -> str:
+    """The family and size as far as folder name, shape and tokenizer tell, else "unknown"."""
+    size = _SIZES.get((args.dim, args.n_layers), "unknown size")
+    name = directory.resolve().name
+    if re.fullmatch(r"llama-2-\d+b(-chat)?|CodeLlama-\d+b(-Python|-Instruct)?", name):
+        return f"{name} by its folder's name ({size} by its shape)"
+    if size == "unknown size":
+        return "unknown"
+    if args.rope_theta == 1e6 or (tokenizer and tokenizer.prefix_id is not None):
+        return f"Code Llama {size.removeprefix('65B or ')}"
+    if size == "65B or 70B":
+        return "LLaMA 65B" if args.kv_heads == args.n_heads else "Llama 2 70B"
+    return f"LLaMA {size}" if size == "33B" else f"LLaMA or Llama 2 {size}"
+
+
+def verify(directory: Path) -> list[str]:
+    """What is wrong with a checkpoint's files: damaged tensor bytes load without complaint.
+
+    Checks ``checklist.chk`` (MD5), where there is one, and the checksums (CRC-32) that each weight
+    file carries.
+    """
+    problems = []
+    checklist = directory / "checklist.chk"
+    if checklist.is_file():
+        for line in checklist.read_text(encoding="utf-8", errors="replace").splitlines():
+            expected, _, name = line.partition(" ")
+            name = name.strip().removeprefix("*")
+            path = directory / name
+            if not re.fullmatch(r"[0-9a-f]{32}", expected) or "/" in name:
+                problems.append(f"{checklist} has the line {line!r}, which is no checksum")
+            elif not path.is_file():
+                problems.append(f"{path} is missing, but checklist.chk names it")
+            elif _md5(path) != expected:
+                problems.append(f"{path} differs from its checksum in checklist.chk")
+    else:
+        print("no checklist.chk: only the checksums inside of the weight files are verified")
+    for path in checkpoint.find_shards(directory):
+        _progress(path)
+        try:
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+        except (
+            zipfile.BadZipFile,
+            OSError,
+            ValueError,
+            NotImplementedError,
+            RuntimeError,
+        ) as error:
+            problems.append(f"{path} can't be read: {error}")
+        else:
+            if damaged:
+                problems.append(f"{path} is damaged in {damaged}")
+    return problems
+
+
+def _md5(path: Path) -> str:
+    _progress(path)
+    digest = hashlib.md5(usedforsecurity=False)
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _progress(path: Path) -> None:
+    print(f"checking {path.name} ({path.stat().st_size / 1e9:.2f} GB)", file=sys.stderr)
