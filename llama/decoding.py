@@ -1,8 +1,9 @@
 """The algorithm of generation: prompts go into the cache, then rows grow token by token."""
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -47,6 +48,24 @@ class Request:
     needs_text: bool  # whether rows keep their text, as stop strings and text tasks want
     n_words: int  # ids from here on mean nothing to the tokenizer
 
+    def __post_init__(self) -> None:
+        for name, value in (("temperature", self.temperature), ("top_p", self.top_p)):
+            if not isinstance(value, int | float):
+                raise TypeError(f"{name} is {value!r}: give a number")
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature is {self.temperature!r}: expected 0 (greedy) or more")
+        if not 0 <= self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p!r}: expected a probability mass from 0 to 1")
+
+
+def checked_list(values: Any, name: str) -> Any:
+    """``values``, unless they are one thing where a list of such things belongs."""
+    if isinstance(values, str | bytes | dict):
+        raise TypeError(f"{name} is one {type(values).__name__}: give a list of them")
+    if not isinstance(values, Iterable):
+        raise TypeError(f"{name} is {values!r}: give a list")
+    return values
+
 
 def make_rows(
     params: ModelArgs,
@@ -68,11 +87,10 @@ def make_rows(
         in_context: whether a row's text continues its prompt's, or begins afresh.
 
     Raises:
+        TypeError: an argument is of the wrong type.
         ValueError: an argument is out of its range, or a prompt doesn't fit the cache.
     """
-    if isinstance(stop, str):
-        raise TypeError(f"stop is one str: give a list, [{stop!r}]")
-    stop = tuple(stop)
+    stop = tuple(checked_list(stop, "stop"))
     if not all(isinstance(s, str) and s for s in stop):
         raise ValueError(f"stop is {stop!r}: expected strings that are not empty")
     if max_gen_len is None:
@@ -80,8 +98,13 @@ def make_rows(
     if not isinstance(max_gen_len, int) or max_gen_len < 0:
         raise ValueError(f"max_gen_len is {max_gen_len!r}: expected a whole number, 0 or more")
     rows = []
-    for i, prompt in enumerate(prompts):
+    for i, prompt in enumerate(checked_list(prompts, "prompt_tokens")):
+        if isinstance(prompt, str | bytes) or not isinstance(prompt, Sequence):
+            raise TypeError(f"prompt {i} is {prompt!r}: give a list of token ids for each prompt")
         ids = list(prompt)
+        foreign = [t for t in ids if not isinstance(t, int)]
+        if foreign:
+            raise TypeError(f"prompt {i} holds {foreign[0]!r}: give token ids, which are int")
         if len(ids) > params.max_seq_len:
             raise ValueError(
                 f"prompt {i} has {len(ids)} tokens, more than max_seq_len={params.max_seq_len}: "

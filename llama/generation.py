@@ -5,14 +5,15 @@ import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 
 from llama import checkpoint, parallel
-from llama.decoding import Request, Row, make_rows, run
+from llama.decoding import Request, Row, checked_list, make_rows, run
 from llama.model import Transformer
 from llama.params import read_args
+from llama.predictions import ChatPrediction, CompletionPrediction, InfillingPrediction
 from llama.prompts import (
     UNSAFE_ERROR,
     Dialog,
@@ -26,30 +27,6 @@ from llama.tokenizer import Tokenizer
 
 TINY = Path(__file__).parent / "tiny"
 """The checkpoint that comes with the package."""
-
-
-class _Scores(TypedDict, total=False):
-    tokens: list[str]
-    logprobs: list[float]
-
-
-class CompletionPrediction(_Scores):
-    """A completion; with ``logprobs`` also its tokens and their log-probabilities."""
-
-    generation: str
-
-
-class ChatPrediction(_Scores):
-    """An answer; with ``logprobs`` also its tokens and their log-probabilities."""
-
-    generation: Message
-
-
-class InfillingPrediction(_Scores):
-    """A middle and the whole; with ``logprobs`` also its tokens and their log-probabilities."""
-
-    generation: str
-    full_text: str
 
 
 class Llama:
@@ -88,8 +65,10 @@ class Llama:
         for name, size in (("max_seq_len", max_seq_len), ("max_batch_size", max_batch_size)):
             if type(size) is not int or size < 1:
                 raise ValueError(f"{name} is {size!r}: expected a whole number above 0")
-        if dtype is not None and not isinstance(dtype, torch.dtype):
-            raise TypeError(f"dtype is {dtype!r}: give a torch.dtype such as torch.float32")
+        if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
+            raise TypeError(
+                f"dtype is {dtype!r}: give torch.float32, torch.bfloat16 or torch.float16"
+            )
         torch_device = parallel.detect_device(device)
         ranks = parallel.initialize(torch_device)
         if model_parallel_size not in (None, ranks):
@@ -173,7 +152,7 @@ class Llama:
             and ``logprobs``.
         """
         request = self._request(temperature, top_p, logprobs, echo)
-        ids = [self._text_prompt(prompt) for prompt in _checked_list(prompts, "prompts")]
+        ids = [self._text_prompt(prompt) for prompt in checked_list(prompts, "prompts")]
         decode = self.tokenizer.decode
         rows = self._rows(ids, max_gen_len, seed, decode, stop, in_context=echo)
         self._run_all(rows, request)
@@ -207,7 +186,7 @@ class Llama:
                 ``generate``.
         """
         request = self._request(temperature, top_p, logprobs, stop_token=self.tokenizer.step_id)
-        ids = [self._dialog_prompt(dialog) for dialog in _checked_list(dialogs, "dialogs")]
+        ids = [self._dialog_prompt(dialog) for dialog in checked_list(dialogs, "dialogs")]
         rows = self._rows(ids, max_gen_len, seed, self.tokenizer.decode, stop)
         self._run_all([row for row in rows if row.prompt], request)
         predictions = []
@@ -244,8 +223,8 @@ class Llama:
             ValueError: the model wasn't trained for infilling, or as in ``generate``.
         """
         request = self._request(temperature, top_p, logprobs, stop_token=self.tokenizer.eot_id)
-        prefixes = _checked_list(prefixes, "prefixes")
-        suffixes = _checked_list(suffixes, "suffixes")
+        prefixes = checked_list(prefixes, "prefixes")
+        suffixes = checked_list(suffixes, "suffixes")
         if len(prefixes) != len(suffixes):
             raise ValueError(f"{len(prefixes)} prefixes but {len(suffixes)} suffixes: give pairs")
         pairs = list(zip(prefixes, suffixes, strict=True))
@@ -342,10 +321,6 @@ class Llama:
         stop_token: int | None = None,
         needs_text: bool = True,
     ) -> Request:
-        if not 0 <= temperature < float("inf"):
-            raise ValueError(f"temperature is {temperature!r}: expected 0 (greedy) or more")
-        if not 0 <= top_p <= 1:
-            raise ValueError(f"top_p is {top_p!r}: expected a probability mass from 0 to 1")
         stop_tokens = {self.tokenizer.eos_id}
         if stop_token is not None:
             stop_tokens.add(stop_token)
@@ -418,9 +393,3 @@ class Llama:
             prediction["tokens"] = [self.tokenizer.token_piece(t) for t in ids]
             prediction["logprobs"] = row.prompt_logprobs * request.echo + row.logprobs
         return prediction
-
-
-def _checked_list(values: Any, name: str) -> Any:
-    if isinstance(values, str | bytes | dict):
-        raise TypeError(f"{name} is one {type(values).__name__}: give a list, [{name[:-1]}]")
-    return values

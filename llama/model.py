@@ -300,6 +300,8 @@ class Transformer(nn.Module):
         Raises:
             ValueError: the tokens don't fit the cache.
         """
+        if tokens.dim() != 2:
+            raise ValueError(f"tokens of shape {tuple(tokens.shape)}: expected shape (bsz, seqlen)")
         bsz, seqlen = tokens.shape
         if isinstance(start_pos, int):
             starts = [start_pos] * bsz

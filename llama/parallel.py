@@ -37,7 +37,10 @@ def choose_device(
     """
     if wanted is None:
         wanted = "cuda" if cuda else "mps" if mps and ranks == 1 else "cpu"
-    device = torch.device(wanted)
+    try:
+        device = torch.device(wanted)
+    except RuntimeError as error:
+        raise ValueError(f"device is {wanted!r}: give 'cpu', 'cuda', 'cuda:1' or 'mps'") from error
     return torch.device("cuda", local_rank) if str(device) == "cuda" else device
 
 

@@ -112,11 +112,16 @@ class Tokenizer:
         return self._decode(self.sp_model, t)
 
     def _decode(self, model: SentencePieceProcessor, t: Sequence[int]) -> str:
+        if isinstance(t, str | bytes):
+            raise TypeError(f"the tokenizer decodes token ids, not {type(t).__name__}: {t!r}")
         for i in t:
-            if not 0 <= i < self.n_words:
-                raise ValueError(f"token id {i} is outside the vocabulary of {self.n_words}")
+            self._check_id(i)
         text: str = model.decode(list(t))
         return text
+
+    def _check_id(self, i: int) -> None:
+        if not 0 <= i < self.n_words:
+            raise ValueError(f"token id {i} is outside the vocabulary of {self.n_words}")
 
     def encode_infilling(self, s: str) -> list[int]:
         """``encode`` without the space that SentencePiece puts in front of a text."""
@@ -128,5 +133,6 @@ class Tokenizer:
 
     def token_piece(self, t: int) -> str:
         """The vocabulary's entry for an id, as it is written there (``▁`` for a space)."""
+        self._check_id(t)
         piece: str = self.sp_model.id_to_piece(t)
         return piece
