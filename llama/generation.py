@@ -11,6 +11,7 @@ import torch
 
 from llama import checkpoint, parallel
 from llama.decoding import Request, Row, checked_list, make_rows, run
+from llama.files import find_shards, find_tokenizer
 from llama.model import Transformer
 from llama.params import read_args
 from llama.predictions import ChatPrediction, CompletionPrediction, InfillingPrediction
@@ -77,8 +78,8 @@ class Llama:
                 f"process{'es' * (ranks > 1)} run: leave it out, or start with "
                 f"torchrun --nproc_per_node {model_parallel_size}"
             )
-        checkpoint.find_shards(ckpt_dir)  # the clearest answer first
-        tokenizer = Tokenizer(tokenizer_path or checkpoint.find_tokenizer(ckpt_dir))
+        find_shards(ckpt_dir)  # the clearest answer first
+        tokenizer = Tokenizer(tokenizer_path or find_tokenizer(ckpt_dir))
         args = read_args(ckpt_dir, tokenizer.n_words, max_seq_len, max_batch_size)
         model = checkpoint.load(ckpt_dir, args, torch_device, dtype)
         return Llama(model, tokenizer, seed)

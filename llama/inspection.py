@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from llama import checkpoint
+from llama.files import find_shards, find_tokenizer, open_shard, open_shards
 from llama.model import ModelArgs
 from llama.params import read_args
 from llama.sharding import cache_bytes, parameter_count
@@ -49,14 +49,14 @@ def inspect(ckpt_dir: str, max_seq_len: int = 512, max_batch_size: int = 8) -> N
 
 
 def _describe(directory: Path, max_seq_len: int, max_batch_size: int) -> None:
-    paths = checkpoint.find_shards(directory)
+    paths = find_shards(directory)
     tokenizer = None
     with contextlib.suppress(FileNotFoundError):
-        tokenizer = Tokenizer(checkpoint.find_tokenizer(directory))
-    first = checkpoint.open_shard(paths[0]).get("tok_embeddings.weight")
+        tokenizer = Tokenizer(find_tokenizer(directory))
+    first = open_shard(paths[0]).get("tok_embeddings.weight")
     n_words = tokenizer.n_words if tokenizer else -1 if first is None else first.shape[0]
     args = read_args(directory, n_words, max_seq_len, max_batch_size)
-    shards = checkpoint.open_shards(directory, args)
+    shards = open_shards(directory, args)
     dtypes = sorted(
         {str(t.dtype).removeprefix("torch.") for shard in shards for t in shard.values()}
     )
@@ -119,7 +119,7 @@ def verify(directory: Path) -> list[str]:
                 problems.append(f"{path} differs from its checksum in checklist.chk")
     else:
         print("no checklist.chk: only the checksums inside of the weight files are verified")
-    for path in checkpoint.find_shards(directory):
+    for path in find_shards(directory):
         _progress(path)
         try:
             with zipfile.ZipFile(path) as archive:

@@ -211,7 +211,7 @@ def test_two_nodes(checkpoints, alone, tmp_path: Path) -> None:
 # A rank writes its process id, then the second one comes to harm while the first works or waits.
 FAULTY = """
 import os, sys
-from llama import Llama, checkpoint
+from llama import Llama, files
 kind, out, rank = sys.argv[1], sys.argv[2], int(os.environ["RANK"])
 with open(out + str(rank), "w") as file:
     file.write(str(os.getpid()))
@@ -219,7 +219,7 @@ harmed = rank == 1
 if harmed and kind == "loading":
     def read(path):
         raise ValueError("damaged on this rank only")
-    checkpoint.open_shard = read
+    files.open_shard = read
 llama = Llama.build(device="cpu")
 if harmed and kind == "memory":
     forward, calls = llama.model.forward_packed, iter(range(10**9))

@@ -1,0 +1,149 @@
+"""The files of a checkpoint directory in Meta's layout: found, mapped and checked."""
+
+import ctypes
+import mmap
+import re
+from pathlib import Path
+
+import torch
+
+from llama.model import ModelArgs
+from llama.sharding import distinct_pieces, full_shapes, joined_shape, parameter_count
+
+# Published files carry these tables, which follow from the hyper-parameters.
+_DERIVED = ("rope.freqs", "rotary_emb.inv_freq")
+# How PyTorch's files began before they were zip archives: a pickled number.
+_OLD_FORMAT = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19"
+
+Tensors = dict[str, torch.Tensor]
+
+
+def find_shards(ckpt_dir: Path) -> list[Path]:
+    """The checkpoint's weight files in order.
+
+    Raises:
+        FileNotFoundError: the directory or its shards are missing.
+    """
+    if not ckpt_dir.is_dir():
+        raise FileNotFoundError(f"no checkpoint directory at {ckpt_dir}: check ckpt_dir")
+    shards = sorted(ckpt_dir.glob("consolidated.*.pth"))
+    if not shards:
+        raise FileNotFoundError(
+            f"{ckpt_dir} has no weights: expected consolidated.00.pth, consolidated.01.pth, ..."
+        )
+    for number, path in enumerate(shards):
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is no regular file: download it again")
+        if path.name != f"consolidated.{number:02d}.pth":
+            raise FileNotFoundError(
+                f"{ckpt_dir} has {len(shards)} weight files but consolidated.{number:02d}.pth is "
+                f"missing (found {path.name} in its place): download it again"
+            )
+    return shards
+
+
+def find_tokenizer(ckpt_dir: Path) -> Path:
+    """The checkpoint's tokenizer, beside it or, as in Llama 2's layout, one directory up.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    for directory in (ckpt_dir, ckpt_dir.resolve().parent):
+        path = directory / "tokenizer.model"
+        if path.is_file():
+            return path
+    raise FileNotFoundError(
+        f"no tokenizer.model in {ckpt_dir} or its parent: give its path as tokenizer_path"
+    )
+
+
+def open_shard(path: Path) -> Tensors:
+    """Map a shard's tensors into memory; nothing is read until it is used.
+
+    Raises:
+        ValueError: the file is no checkpoint.
+    """
+    try:
+        tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{path} {_what_is_wrong(path, error)}") from error
+    if not isinstance(tensors, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, torch.Tensor)
+        for name, tensor in tensors.items()
+    ):
+        raise ValueError(f"{path} is no checkpoint: expected a dictionary of named tensors")
+    return {name: t for name, t in tensors.items() if not name.endswith(_DERIVED)}
+
+
+def _what_is_wrong(path: Path, error: Exception) -> str:
+    """Why a file can't be read, in terms of the file."""
+    foreign = re.search(r"GLOBAL ([\w.]+)", str(error))
+    if foreign:
+        return (
+            f"is refused: its pickle names {foreign[1]}, which no weights need and which could run "
+            "foreign code"
+        )
+    with open(path, "rb") as file:
+        head = file.read(512)
+    if not head:
+        return "is empty: download it again"
+    if b"<html" in head.lower() or b"<!doctype" in head.lower():
+        return "is a web page, not a checkpoint: download it again, perhaps with a new link"
+    if head.startswith(_OLD_FORMAT):
+        return "is in PyTorch's old format: torch.load it and torch.save it again"
+    if not head.startswith(b"PK"):
+        return "is no checkpoint, which would be a zip archive: download it again"
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return f"is damaged or no checkpoint ({reason}): download it again"
+
+
+def open_shards(ckpt_dir: Path, args: ModelArgs) -> list[Tensors]:
+    """Map all shards and check that together they make the network of ``args``.
+
+    Raises:
+        FileNotFoundError: weight files are missing.
+        ValueError: a file is no checkpoint, or a tensor is missing, unexpected or misshapen.
+    """
+    paths = find_shards(ckpt_dir)
+    shards = [open_shard(path) for path in paths]
+    size, count = sum(path.stat().st_size for path in paths), parameter_count(args)
+    if count > size:  # before anything is made in the size that params.json tells
+        raise ValueError(
+            f"params.json in {ckpt_dir} describes {count:,} parameters, but the weight files hold "
+            f"{size:,} bytes: one of them belongs to another model"
+        )
+    expected = full_shapes(args)
+    for path, shard in zip(paths, shards, strict=True):
+        for problem, names in (
+            ("lacks", sorted(expected.keys() - shard.keys())),
+            ("has the unexpected", sorted(shard.keys() - expected.keys())),
+        ):
+            if names:
+                more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+                raise ValueError(f"{path} {problem} {', '.join(names[:5])}{more}")
+    for name, shape in expected.items():
+        pieces = [shard[name] for shard in shards]
+        for path, piece in zip(paths, pieces, strict=True):
+            if not piece.is_floating_point():
+                raise ValueError(f"{name} in {path} is {piece.dtype}, not a floating-point tensor")
+        found = joined_shape(name, distinct_pieces(name, pieces, args))
+        if found != shape:
+            raise ValueError(
+                f"{name} in {ckpt_dir} has the shape {found or 'of none of its shards'}, but "
+                f"params.json and the tokenizer make it {shape}"
+            )
+    return shards
+
+
+def release(tensors: list[torch.Tensor]) -> None:
+    """Let go of the memory of mapped tensors that were copied; they can still be read again."""
+    if not hasattr(mmap, "MADV_DONTNEED"):
+        return
+    for tensor in tensors:
+        # Only whole pages, so that neighbours in the file keep theirs.
+        start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        end = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+        if tensor.is_contiguous() and start < end:
+            ctypes.CDLL(None).madvise(
+                ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED
+            )
