@@ -39,11 +39,12 @@ class Tokenizer:
         except RuntimeError as error:
             raise ValueError(f"{path} is not a SentencePiece model") from error
 
-        if self.sp_model.bos_id() < 0 or self.sp_model.eos_id() < 0:
-            raise ValueError(f"{path} has no pieces for a sequence's beginning and end")
         self.n_words: int = self.sp_model.vocab_size()
         self.bos_id: int = self.sp_model.bos_id()
         self.eos_id: int = self.sp_model.eos_id()
+        needed = (self.bos_id, self.eos_id, self.sp_model.unk_id())
+        if not all(0 <= i < self.n_words for i in needed):
+            raise ValueError(f"{path} lacks one of the pieces <s>, </s> and <unk>")
         self.pad_id: int = self.sp_model.pad_id()
         self.prefix_id = self._control_id("▁<PRE>")
         self.middle_id = self._control_id("▁<MID>")
