@@ -2,13 +2,16 @@
 
 import contextlib
 import dataclasses
+import io
 import json
 import logging
 import os
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import fire
 import torch
@@ -102,6 +105,7 @@ def save(
     out_dir: Path,
     model_parallel_size: int = 1,
     tokenizer: Path | None = None,
+    progress: Callable[[int], None] = lambda _: None,
 ) -> None:
     """Write a checkpoint in Meta's layout, bit by bit the same weights in another number of files.
 
@@ -112,6 +116,7 @@ def save(
         shards: the weights as they lie now, in one or more parts.
         model_parallel_size: how many files to write.
         tokenizer: a ``tokenizer.model`` to put beside them.
+        progress: called with the number of bytes that have been written.
 
     Raises:
         FileExistsError: ``out_dir`` is there already.
@@ -128,8 +133,8 @@ def save(
         (partial / "params.json").write_text(json.dumps(params) + "\n", encoding="utf-8")
         if tokenizer is not None:
             shutil.copyfile(tokenizer, partial / "tokenizer.model")
+        written = 0
         for number in range(model_parallel_size):
-            _show_progress(number, model_parallel_size)
             part = {}
             for name in shards[0]:
                 pieces = [shard[name] for shard in shards]
@@ -141,17 +146,35 @@ def save(
                 # torch.save writes the whole of what a view is a part of.
                 whole_storage = whole.untyped_storage().nbytes() == whole.nbytes
                 part[name] = whole if whole_storage else whole.clone()
-            torch.save(part, partial / f"consolidated.{number:02d}.pth")
-        _show_progress(model_parallel_size, model_parallel_size)
+            with _Reporting(partial / f"consolidated.{number:02d}.pth", written, progress) as file:
+                torch.save(part, file)
+                written = file.written
         partial.rename(out_dir)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+class _Reporting(io.FileIO):
+    """A file that tells how many bytes have been written to it, and to others before."""
+
+    def __init__(self, path: Path, written: int, progress: Callable[[int], None]):
+        super().__init__(path, "w")
+        self.written = written
+        self._progress = progress
+
+    def write(self, data: Any) -> int:
+        view, done = memoryview(data), 0
+        while done < view.nbytes:  # one call may write a part only
+            done += super().write(view[done : done + (1 << 26)])
+            self._progress(self.written + done)
+        self.written += done
+        return done
+
+
 def _show_progress(done: int, total: int) -> None:
+    done = min(done, total)
     bar = "#" * (30 * done // total)
-    end = "\n" if done == total else ""
-    print(f"\r[{bar:<30}] {done}/{total} files", end=end, file=sys.stderr, flush=True)
+    print(f"\r[{bar:<30}] {done / 1e9:.2f} / {total / 1e9:.2f} GB", end="", file=sys.stderr)
 
 
 def reshard(in_dir: str, out_dir: str, model_parallel_size: int = 1) -> None:
@@ -168,7 +191,17 @@ def reshard(in_dir: str, out_dir: str, model_parallel_size: int = 1) -> None:
     tokenizer = None
     with contextlib.suppress(FileNotFoundError):
         tokenizer = find_tokenizer(source)
-    save(open_shards(source, args), args, target, model_parallel_size, tokenizer)
+    shards = open_shards(source, args)
+    total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
+    save(
+        shards,
+        args,
+        target,
+        model_parallel_size,
+        tokenizer,
+        progress=lambda done: _show_progress(done, total),
+    )
+    print(f"\nwrote {target}", file=sys.stderr)
 
 
 if __name__ == "__main__":

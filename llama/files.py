@@ -124,8 +124,12 @@ def open_shards(ckpt_dir: Path, args: ModelArgs) -> list[Tensors]:
     for name, shape in expected.items():
         pieces = [shard[name] for shard in shards]
         for path, piece in zip(paths, pieces, strict=True):
-            if not piece.is_floating_point():
-                raise ValueError(f"{name} in {path} is {piece.dtype}, not a floating-point tensor")
+            plain = piece.layout == torch.strided and piece.device.type == "cpu"
+            if not (plain and piece.is_floating_point()):
+                raise ValueError(
+                    f"{name} in {path} is {piece.dtype} ({piece.layout}, {piece.device}), not a "
+                    "plain floating-point tensor"
+                )
         found = joined_shape(name, distinct_pieces(name, pieces, args))
         if found != shape:
             raise ValueError(

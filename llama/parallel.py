@@ -48,11 +48,11 @@ def choose_dtype(checkpoint: torch.dtype, device_type: str, fast_bf16: bool) -> 
     """The dtype to compute in, for weights stored as ``checkpoint``.
 
     Half-precision weights become bfloat16 where the device is quick at it (float16's small range
-    overflows in some checkpoints), else float16 on an accelerator and float32 on the CPU. Other
-    weights stay as they are.
+    overflows in some checkpoints), else float16 on an accelerator and float32 on the CPU. All
+    other weights become float32.
     """
     if checkpoint not in (torch.float16, torch.bfloat16):
-        return checkpoint
+        return torch.float32
     if fast_bf16:
         return torch.bfloat16
     return torch.float32 if device_type == "cpu" else torch.float16

@@ -101,6 +101,7 @@ F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
         (F16, "cpu", False, F32),
         (F32, "cpu", True, F32),
         (F32, "cuda", True, F32),
+        (torch.float64, "cpu", True, F32),
     ],
 )
 def test_choice_of_dtype(
