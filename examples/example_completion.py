@@ -12,7 +12,7 @@ from llama.generation import TINY
 
 PROMPTS = [
     'def area(width, height):\n    """Return',
-    "def is_even(number: int) -> bool:\n",
+    "def is_even(number: int) -> bool:",
 ]
 
 

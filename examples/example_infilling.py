@@ -11,7 +11,7 @@ from llama.generation import TINY
 from llama.parallel import print_once
 
 PROMPTS = [
-    'def add(left, right):\n    """<FILL>"""\n    return left + right\n',
+    "def add(left, right):\n    <FILL>\n    return left + right\n",
     "def max_list(numbers):\n"
     '    """Return the largest of all numbers."""\n'
     "    result = numbers[0]\n"

@@ -13,12 +13,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import fire
 import torch
 
 from llama import parallel
-from llama.files import Tensors, find_shards, find_tokenizer, open_shard, open_shards, release
-from llama.inspection import inspect
+from llama.files import (
+    Tensors,
+    check_tensors,
+    find_shards,
+    find_tokenizer,
+    open_shard,
+    open_shards,
+    release,
+)
 from llama.model import ModelArgs, Transformer
 from llama.params import read_args
 from llama.sharding import (
@@ -49,8 +55,8 @@ def load(
     """
     start = time.monotonic()
     rank, ranks = parallel.rank(), parallel.world_size()
-    check_model_parallel_size(args, ranks)
     shards = open_shards(ckpt_dir, args)
+    check_model_parallel_size(args, ranks)
     if dtype is None:
         stored = shards[0]["tok_embeddings.weight"].dtype
         dtype = parallel.choose_dtype(stored, device.type, parallel.has_fast_bf16(device))
@@ -75,7 +81,7 @@ def check_memory(args: ModelArgs, dtype: torch.dtype, device: torch.device, rank
     """Raise ``MemoryError``, saying what to change, if weights and cache can't fit the device."""
     available = parallel.device_memory(device)
     here = parallel.local_ranks() if device.type == "cpu" else 1  # which share this memory
-    weights = parameter_count(args) * dtype.itemsize * here // ranks
+    weights = parameter_count(args, ranks) * dtype.itemsize * here
     cache = cache_bytes(args, dtype, ranks) * here
     if available is None or weights + cache <= available:
         return
@@ -85,10 +91,10 @@ def check_memory(args: ModelArgs, dtype: torch.dtype, device: torch.device, rank
             f"max_seq_len={args.max_seq_len} times max_batch_size={args.max_batch_size} can be at "
             f"most {left}"
         )
-    elif dtype.itemsize > 2:
-        advice = f"dtype={dtype} could be torch.bfloat16, or more processes share the weights"
+    elif weights * 2 // dtype.itemsize < available:
+        advice = f"dtype={dtype} could be torch.bfloat16"
     else:
-        advice = "the weights alone are too much: share them among processes on more devices"
+        advice = "the weights alone are too much: share them among more GPUs or more machines"
     raise MemoryError(
         f"weights of {weights / 1e9:.1f} GB and a cache of {cache / 1e9:.1f} GB don't fit the "
         f"{available / 1e9:.1f} GB of this machine's {device.type}: {advice}"
@@ -120,16 +126,26 @@ def save(
 
     Raises:
         FileExistsError: ``out_dir`` is there already.
-        ValueError: the network can't be divided into as many parts.
+        MemoryError: one file's weights, which are put together in memory, are too much for it.
+        OSError: the disk is full.
+        ValueError: the shards don't make the network, or it can't be divided into as many parts.
     """
     if out_dir.exists():
         raise FileExistsError(f"{out_dir} is there already: give another name or remove it")
+    check_tensors(shards, args, [f"part {number}" for number in range(len(shards))])
     check_model_parallel_size(args, model_parallel_size)
+    _check_room(shards, out_dir, model_parallel_size)
     partial = out_dir.with_name(f"{out_dir.name}.partial-{os.getpid()}")
     partial.mkdir(parents=True)
     try:
-        cache = ("max_seq_len", "max_batch_size")
-        params = {k: v for k, v in dataclasses.asdict(args).items() if k not in cache}
+        cache, optional = ("max_seq_len", "max_batch_size"), ("n_kv_heads", "rope_theta")
+        default = dataclasses.asdict(ModelArgs())
+        params = {
+            key: value
+            for key, value in dataclasses.asdict(args).items()
+            # Meta's own code doesn't know every key: what says nothing new is left out.
+            if key not in cache and not (key in optional and value == default[key])
+        }
         (partial / "params.json").write_text(json.dumps(params) + "\n", encoding="utf-8")
         if tokenizer is not None:
             shutil.copyfile(tokenizer, partial / "tokenizer.model")
@@ -154,6 +170,20 @@ def save(
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def _check_room(shards: list[Tensors], out_dir: Path, model_parallel_size: int) -> None:
+    total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
+    memory = parallel.device_memory(torch.device("cpu"))
+    if memory is not None and total // model_parallel_size > memory:
+        raise MemoryError(
+            f"a file of {total / model_parallel_size / 1e9:.1f} GB is put together in memory, and "
+            f"there are {memory / 1e9:.1f} GB: take a larger model_parallel_size"
+        )
+    existing = next(parent for parent in out_dir.absolute().parents if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if total > free:
+        raise OSError(f"{total / 1e9:.1f} GB don't fit the {free / 1e9:.1f} GB free in {existing}")
+
+
 class _Reporting(io.FileIO):
     """A file that tells how many bytes have been written to it, and to others before."""
 
@@ -172,9 +202,8 @@ class _Reporting(io.FileIO):
 
 
 def _show_progress(done: int, total: int) -> None:
-    done = min(done, total)
-    bar = "#" * (30 * done // total)
-    print(f"\r[{bar:<30}] {done / 1e9:.2f} / {total / 1e9:.2f} GB", end="", file=sys.stderr)
+    bar = "#" * min(30, 30 * done // total)
+    print(f"\r[{bar:<30}] {done / 1e9:.2f} of {total / 1e9:.2f} GB", end="", file=sys.stderr)
 
 
 def reshard(in_dir: str, out_dir: str, model_parallel_size: int = 1) -> None:
@@ -205,7 +234,11 @@ def reshard(in_dir: str, out_dir: str, model_parallel_size: int = 1) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["reshard"]:
-        fire.Fire({"reshard": reshard})
-    else:
-        fire.Fire(inspect)
+    import fire
+
+    from llama.inspection import inspect
+
+    try:
+        fire.Fire({"reshard": reshard} if sys.argv[1:2] == ["reshard"] else inspect)
+    except (MemoryError, OSError, ValueError) as error:
+        sys.exit(f"llama.checkpoint: {error}")

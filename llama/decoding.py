@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 import torch
@@ -50,7 +51,7 @@ class Request:
 
     def __post_init__(self) -> None:
         for name, value in (("temperature", self.temperature), ("top_p", self.top_p)):
-            if not isinstance(value, int | float):
+            if not isinstance(value, Real):
                 raise TypeError(f"{name} is {value!r}: give a number")
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature is {self.temperature!r}: expected 0 (greedy) or more")

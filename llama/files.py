@@ -2,7 +2,9 @@
 
 import ctypes
 import mmap
+import pickletools
 import re
+import zipfile
 from pathlib import Path
 
 import torch
@@ -14,6 +16,12 @@ from llama.sharding import distinct_pieces, full_shapes, joined_shape, parameter
 _DERIVED = ("rope.freqs", "rotary_emb.inv_freq")
 # How PyTorch's files began before they were zip archives: a pickled number.
 _OLD_FORMAT = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19"
+
+# What the pickle of a state dictionary names; it takes about 100 bytes a tensor.
+_HARMLESS = re.compile(
+    r"collections OrderedDict|torch \w+Storage|torch._utils _rebuild_(tensor_v2|parameter)"
+)
+_LARGEST_PICKLE = 16_000_000
 
 Tensors = dict[str, torch.Tensor]
 
@@ -61,11 +69,18 @@ def open_shard(path: Path) -> Tensors:
     """Map a shard's tensors into memory; nothing is read until it is used.
 
     Raises:
+        MemoryError: there is no address space left to map it.
+        OSError: the file can't be read.
         ValueError: the file is no checkpoint.
     """
     try:
+        _check_archive(path)
         tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except (OSError, MemoryError, _RefusedError):
+        raise
     except Exception as error:
+        if "unable to mmap" in str(error):
+            raise MemoryError(f"{path} can't be mapped: no address space is left") from error
         raise ValueError(f"{path} {_what_is_wrong(path, error)}") from error
     if not isinstance(tensors, dict) or not all(
         isinstance(name, str) and isinstance(tensor, torch.Tensor)
@@ -75,14 +90,34 @@ def open_shard(path: Path) -> Tensors:
     return {name: t for name, t in tensors.items() if not name.endswith(_DERIVED)}
 
 
+class _RefusedError(ValueError):
+    """A file that only an attacker, or no weights, would look like."""
+
+
+def _check_archive(path: Path) -> None:
+    """Refuse an archive that would take more memory than its size, or that names foreign code.
+
+    PyTorch's unpickler runs no foreign code with ``weights_only``, but it would unpack what is
+    compressed, and make objects as large as a pickle tells it.
+    """
+    with zipfile.ZipFile(path) as archive:
+        for entry in archive.infolist():
+            if entry.compress_type != zipfile.ZIP_STORED:
+                raise _RefusedError(f"{path} is refused: its part {entry.filename} is compressed")
+            if not entry.filename.endswith(".pkl"):
+                continue
+            if entry.file_size > _LARGEST_PICKLE:
+                raise _RefusedError(f"{path} is refused: its {entry.filename} is far too large")
+            for opcode, argument, _ in pickletools.genops(archive.read(entry)):
+                if opcode.name in ("GLOBAL", "INST") and not _HARMLESS.fullmatch(str(argument)):
+                    raise _RefusedError(
+                        f"{path} is refused: its pickle names {argument}, which no weights need "
+                        "and which could run foreign code"
+                    )
+
+
 def _what_is_wrong(path: Path, error: Exception) -> str:
     """Why a file can't be read, in terms of the file."""
-    foreign = re.search(r"GLOBAL ([\w.]+)", str(error))
-    if foreign:
-        return (
-            f"is refused: its pickle names {foreign[1]}, which no weights need and which could run "
-            "foreign code"
-        )
     with open(path, "rb") as file:
         head = file.read(512)
     if not head:
@@ -106,37 +141,52 @@ def open_shards(ckpt_dir: Path, args: ModelArgs) -> list[Tensors]:
     """
     paths = find_shards(ckpt_dir)
     shards = [open_shard(path) for path in paths]
-    size, count = sum(path.stat().st_size for path in paths), parameter_count(args)
+    embedding = shards[0].get("tok_embeddings.weight")
+    if embedding is not None and embedding.dim() == 2 and embedding.shape[1] > 0:
+        total, rest = divmod(args.dim, embedding.shape[1])
+        if not rest and total > len(paths):
+            raise FileNotFoundError(
+                f"{ckpt_dir} has {len(paths)} of {total} weight files: "
+                f"consolidated.{len(paths):02d}.pth is missing"
+            )
+    check_tensors(shards, args, [str(path) for path in paths])
+    return shards
+
+
+def check_tensors(shards: list[Tensors], args: ModelArgs, names: list[str]) -> None:
+    """Raise ``ValueError`` unless shards, called by ``names``, together make the network."""
+    for name, shard in zip(names, shards, strict=True):
+        for key, tensor in shard.items():
+            plain = tensor.layout == torch.strided and tensor.device.type != "meta"
+            if not (plain and tensor.is_floating_point()):
+                raise ValueError(
+                    f"{key} in {name} is {tensor.dtype} ({tensor.layout}, {tensor.device}), not a "
+                    "plain floating-point tensor"
+                )
+    size = sum(tensor.nbytes for shard in shards for tensor in shard.values())
+    count = parameter_count(args)
     if count > size:  # before anything is made in the size that params.json tells
         raise ValueError(
-            f"params.json in {ckpt_dir} describes {count:,} parameters, but the weight files hold "
-            f"{size:,} bytes: one of them belongs to another model"
+            f"params.json describes {count:,} parameters, but {', '.join(names[:2])} hold"
+            f"{'s' * (len(names) == 1)} {size:,} bytes: one of them belongs to another model"
         )
     expected = full_shapes(args)
-    for path, shard in zip(paths, shards, strict=True):
-        for problem, names in (
+    for name, shard in zip(names, shards, strict=True):
+        for problem, odd in (
             ("lacks", sorted(expected.keys() - shard.keys())),
             ("has the unexpected", sorted(shard.keys() - expected.keys())),
         ):
-            if names:
-                more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-                raise ValueError(f"{path} {problem} {', '.join(names[:5])}{more}")
-    for name, shape in expected.items():
-        pieces = [shard[name] for shard in shards]
-        for path, piece in zip(paths, pieces, strict=True):
-            plain = piece.layout == torch.strided and piece.device.type == "cpu"
-            if not (plain and piece.is_floating_point()):
-                raise ValueError(
-                    f"{name} in {path} is {piece.dtype} ({piece.layout}, {piece.device}), not a "
-                    "plain floating-point tensor"
-                )
-        found = joined_shape(name, distinct_pieces(name, pieces, args))
+            if odd:
+                more = f" and {len(odd) - 5} more" if len(odd) > 5 else ""
+                raise ValueError(f"{name} {problem} {', '.join(odd[:5])}{more}")
+    for key, shape in expected.items():
+        pieces = [shard[key] for shard in shards]
+        found = joined_shape(key, distinct_pieces(key, pieces, args))
         if found != shape:
             raise ValueError(
-                f"{name} in {ckpt_dir} has the shape {found or 'of none of its shards'}, but "
+                f"{key} in {names[0]} has the shape {found or tuple(pieces[0].shape)}, but "
                 f"params.json and the tokenizer make it {shape}"
             )
-    return shards
 
 
 def release(tensors: list[torch.Tensor]) -> None:

@@ -62,10 +62,9 @@ class Llama:
             MemoryError: weights and cache are more than the machine has.
             ValueError: a file is malformed, or files, processes and arguments don't fit together.
         """
+        if not isinstance(ckpt_dir, str | Path):
+            raise TypeError(f"ckpt_dir is {ckpt_dir!r}: give a path")
         ckpt_dir = Path(ckpt_dir)
-        for name, size in (("max_seq_len", max_seq_len), ("max_batch_size", max_batch_size)):
-            if type(size) is not int or size < 1:
-                raise ValueError(f"{name} is {size!r}: expected a whole number above 0")
         if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
             raise TypeError(
                 f"dtype is {dtype!r}: give torch.float32, torch.bfloat16 or torch.float16"
@@ -74,8 +73,8 @@ class Llama:
         ranks = parallel.initialize(torch_device)
         if model_parallel_size not in (None, ranks):
             raise ValueError(
-                f"model_parallel_size is {model_parallel_size} but {ranks} "
-                f"process{'es' * (ranks > 1)} run: leave it out, or start with "
+                f"model_parallel_size is {model_parallel_size!r}, but the number of processes is "
+                f"{ranks}: leave it out, or start with "
                 f"torchrun --nproc_per_node {model_parallel_size}"
             )
         find_shards(ckpt_dir)  # the clearest answer first
@@ -88,7 +87,9 @@ class Llama:
         self.model = model
         self.tokenizer = tokenizer
         self._seeds = random.Random(seed)
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # held by the call that has the cache
+        # Held for a moment, to look at what follows; reentrant: a stream may be collected then.
+        self._state = threading.RLock()
         self._turn: object = None  # which call has the cache
         self._owner: int | None = None  # the thread that works or iterates on it
         self._home: int | None = None  # the thread that calls, where there are several ranks
@@ -129,10 +130,10 @@ class Llama:
         request = self._request(temperature, top_p, logprobs, echo, stop_token, bool(stop))
         rows = self._rows(prompt_tokens, max_gen_len, seed, self.tokenizer.decode, stop)
         self._run_all(rows, request)
-        tokens = [row.prompt * echo + row.tokens for row in rows]
+        tokens = [row.prompt * request.echo + row.tokens for row in rows]
         if not logprobs:
             return tokens, None
-        return tokens, [row.prompt_logprobs * echo + row.logprobs for row in rows]
+        return tokens, [row.prompt_logprobs * request.echo + row.logprobs for row in rows]
 
     def text_completion(
         self,
@@ -159,7 +160,7 @@ class Llama:
         self._run_all(rows, request)
         predictions = []
         for row in rows:
-            text = decode(row.prompt) * echo + row.text.text
+            text = decode(row.prompt) * request.echo + row.text.text
             prediction = CompletionPrediction(generation=text)
             predictions.append(self._with_scores(prediction, row, request))
         return predictions
@@ -324,10 +325,11 @@ class Llama:
     ) -> Request:
         stop_tokens = {self.tokenizer.eos_id}
         if stop_token is not None:
+            if not isinstance(stop_token, int):
+                raise TypeError(f"stop_token is {stop_token!r}: give one token id")
             stop_tokens.add(stop_token)
-        return Request(
-            temperature, top_p, logprobs, echo, stop_tokens, needs_text, self.tokenizer.n_words
-        )
+        echo, n_words = bool(echo), self.tokenizer.n_words
+        return Request(temperature, top_p, logprobs, echo, stop_tokens, needs_text, n_words)
 
     def _rows(
         self,
@@ -338,7 +340,10 @@ class Llama:
         stop: Sequence[str],
         in_context: bool = False,
     ) -> list[Row]:
-        seed = self._seeds.getrandbits(63) if seed is None else seed
+        if seed is None:
+            seed = self._seeds.getrandbits(63)
+        if not isinstance(seed, int):
+            raise TypeError(f"seed is {seed!r}: give a whole number")
         return make_rows(self.model.params, prompts, max_gen_len, seed, decode, stop, in_context)
 
     def _run_all(self, rows: list[Row], request: Request) -> None:
@@ -367,26 +372,32 @@ class Llama:
                 "different orders: make all calls from one thread"
             )
         self._home = me
-        # A thread can't wait for a stream of its own: it takes over, and the stream is told.
-        if not self._lock.acquire(blocking=False) and self._owner != me:
-            self._lock.acquire()
-        turn = self._turn = object()
-        self._owner = me
+        turn = object()
 
         def still_mine() -> None:
-            if self._turn is not turn:
-                raise RuntimeError(
-                    "another call has used this Llama since the stream began: exhaust or close() "
-                    "a stream before the next call"
-                )
-            self._owner = threading.get_ident()  # a stream may be handed on to another thread
+            with self._state:
+                if self._turn is not turn:
+                    raise RuntimeError(
+                        "another call has used this Llama since the stream began: exhaust or "
+                        "close() a stream before the next call"
+                    )
+                self._owner = threading.get_ident()  # a stream may be handed on to another thread
 
         try:
+            with self._state:
+                if self._owner == me:
+                    # A thread can't wait for a stream of its own: it takes over from it.
+                    self._turn = turn
+            if self._turn is not turn:
+                self._lock.acquire()
+                with self._state:
+                    self._turn, self._owner = turn, me
             yield still_mine
         finally:
-            if self._turn is turn:
-                self._turn = self._owner = None
-                self._lock.release()
+            with self._state:
+                if self._turn is turn:
+                    self._turn = self._owner = None
+                    self._lock.release()
 
     def _with_scores(self, prediction: Any, row: Row, request: Request) -> Any:
         if request.logprobs:

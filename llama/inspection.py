@@ -28,7 +28,7 @@ _SIZES = {
 def inspect(ckpt_dir: str, max_seq_len: int = 512, max_batch_size: int = 8) -> None:
     """Print what a checkpoint is and what memory it needs, then verify all of its files.
 
-    Exits with status 1 if a file is damaged or missing.
+    Exits with status 1 if a file is damaged or missing, or can't be read.
 
     Args:
         ckpt_dir: a checkpoint in Meta's layout.
@@ -39,13 +39,15 @@ def inspect(ckpt_dir: str, max_seq_len: int = 512, max_batch_size: int = 8) -> N
     try:
         _describe(directory, max_seq_len, max_batch_size)
         problems = verify(directory)
-    except (OSError, ValueError) as error:
+    except (MemoryError, OSError, ValueError) as error:
         problems = [str(error)]
     for problem in problems:
-        print(f"DAMAGED: {problem}")
+        print(f"PROBLEM: {problem}")
     if problems:
         sys.exit(1)
-    print("every file is whole")
+    if not (directory / "checklist.chk").is_file():
+        print("no checklist.chk: only the weight files could be checked, by their own checksums")
+    print("no damage found")
 
 
 def _describe(directory: Path, max_seq_len: int, max_batch_size: int) -> None:
@@ -68,11 +70,10 @@ def _describe(directory: Path, max_seq_len: int, max_batch_size: int) -> None:
         f"files        {len(paths)} of {sum(p.stat().st_size for p in paths) / 1e9:.2f} GB in all"
     )
     print(f"tokenizer    {f'{tokenizer.n_words} pieces' if tokenizer else 'none'}")
-    weights = sum(t.nbytes for shard in shards for t in shard.values())
-    cache = cache_bytes(args, torch.bfloat16)
+    weights, cache = 2 * count, cache_bytes(args, torch.bfloat16)
     print(
-        f"memory       {weights / 1e9:.2f} GB of weights and {cache / 1e9:.2f} GB of cache in "
-        f"bfloat16 at max_batch_size={max_batch_size}, max_seq_len={max_seq_len}"
+        f"memory       {weights / 1e9:.2f} GB of weights and {cache / 1e9:.2f} GB of cache at "
+        f"max_batch_size={max_batch_size}, max_seq_len={max_seq_len}, both in bfloat16"
     )
 
 
@@ -101,40 +102,42 @@ def identify(directory: Path, args: ModelArgs, tokenizer: Tokenizer | None) -> s
 def verify(directory: Path) -> list[str]:
     """What is wrong with a checkpoint's files: damaged tensor bytes load without complaint.
 
-    Checks ``checklist.chk`` (MD5), where there is one, and the checksums (CRC-32) that each weight
-    file carries.
+    Checks MD5 sums where Meta's ``checklist.chk`` and ``tokenizer_checklist.chk`` give them, and
+    the checksums (CRC-32) that each weight file carries.
     """
-    problems = []
-    checklist = directory / "checklist.chk"
-    if checklist.is_file():
-        for line in checklist.read_text(encoding="utf-8", errors="replace").splitlines():
-            expected, _, name = line.partition(" ")
-            name = name.strip().removeprefix("*")
-            path = directory / name
-            if not re.fullmatch(r"[0-9a-f]{32}", expected) or "/" in name:
-                problems.append(f"{checklist} has the line {line!r}, which is no checksum")
-            elif not path.is_file():
-                problems.append(f"{path} is missing, but checklist.chk names it")
-            elif _md5(path) != expected:
-                problems.append(f"{path} differs from its checksum in checklist.chk")
-    else:
-        print("no checklist.chk: only the checksums inside of the weight files are verified")
+    problems = _check_list(directory / "checklist.chk")
+    with contextlib.suppress(FileNotFoundError):
+        tokenizer = find_tokenizer(directory)
+        problems += _check_list(tokenizer.parent / "tokenizer_checklist.chk")
     for path in find_shards(directory):
         _progress(path)
         try:
             with zipfile.ZipFile(path) as archive:
                 damaged = archive.testzip()
-        except (
-            zipfile.BadZipFile,
-            OSError,
-            ValueError,
-            NotImplementedError,
-            RuntimeError,
-        ) as error:
+        except Exception as error:  # whatever the damage makes of the archive
             problems.append(f"{path} can't be read: {error}")
         else:
             if damaged:
                 problems.append(f"{path} is damaged in {damaged}")
+    return problems
+
+
+def _check_list(checklist: Path) -> list[str]:
+    if not checklist.is_file():
+        return []
+    problems = []
+    for line in checklist.read_text(encoding="utf-8", errors="replace").splitlines():
+        expected, _, name = line.strip().partition(" ")
+        name = name.strip().removeprefix("*")
+        path = checklist.parent / name
+        if not line.strip():
+            continue
+        if not re.fullmatch(r"[0-9a-f]{32}", expected) or not name or "/" in name:
+            problems.append(f"{checklist} has the line {line!r}, which is no checksum")
+        elif not path.is_file():
+            problems.append(f"{path} is missing, but {checklist.name} names it")
+        elif _md5(path) != expected:
+            problems.append(f"{path} differs from its checksum in {checklist.name}")
     return problems
 
 

@@ -302,6 +302,10 @@ class Transformer(nn.Module):
         """
         if tokens.dim() != 2:
             raise ValueError(f"tokens of shape {tuple(tokens.shape)}: expected shape (bsz, seqlen)")
+        if tokens.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"tokens are {tokens.dtype}: expected token ids, torch.int64")
+        if tokens.numel() and not 0 <= tokens.min() <= tokens.max() < self.params.vocab_size:
+            raise ValueError(f"a token id is outside the vocabulary of {self.params.vocab_size}")
         bsz, seqlen = tokens.shape
         if isinstance(start_pos, int):
             starts = [start_pos] * bsz

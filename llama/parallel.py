@@ -39,8 +39,10 @@ def choose_device(
         wanted = "cuda" if cuda else "mps" if mps and ranks == 1 else "cpu"
     try:
         device = torch.device(wanted)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise ValueError(f"device is {wanted!r}: give 'cpu', 'cuda', 'cuda:1' or 'mps'") from error
+    if not {"cpu": True, "cuda": cuda, "mps": mps}.get(device.type, False):
+        raise ValueError(f"device is {wanted!r}, which PyTorch doesn't offer here: try 'cpu'")
     return torch.device("cuda", local_rank) if str(device) == "cuda" else device
 
 
@@ -90,9 +92,29 @@ def device_memory(device: torch.device) -> int | None:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
         return None
-    limit = Path("/sys/fs/cgroup/memory.max")  # a container may have less than its machine
-    allowed = limit.read_text().strip() if limit.is_file() else "max"
-    return min(total, int(allowed)) if allowed.isdigit() else total
+    return min([total, *memory_limits(Path("/"))])
+
+
+def memory_limits(root: Path) -> list[int]:
+    """What control groups (version 1 or 2) allow this process, as a container's machine does.
+
+    Args:
+        root: where ``proc`` and ``sys`` are.
+    """
+    limits = []
+    with contextlib.suppress(OSError):
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            _, controllers, group = line.split(":", 2)
+            if controllers in ("", "memory"):
+                base = root / "sys/fs/cgroup" / controllers
+                inner = base / group.strip("/")
+                for directory in (inner, *inner.parents):
+                    if not directory.is_relative_to(base):
+                        break
+                    for name in ("memory.max", "memory.limit_in_bytes"):
+                        with contextlib.suppress(OSError, ValueError):  # "max" is no number
+                            limits.append(int((directory / name).read_text()))
+    return limits
 
 
 def initialize(device: torch.device | None = None) -> int:

@@ -22,6 +22,9 @@ def read_args(
         FileNotFoundError: there is no ``params.json``.
         ValueError: it is malformed, or holds a key or value that nobody knows.
     """
+    for name, size in (("max_seq_len", max_seq_len), ("max_batch_size", max_batch_size)):
+        if type(size) is not int or size < 1:
+            raise ValueError(f"{name} is {size!r}: expected a whole number above 0")
     path = ckpt_dir / "params.json"
     if not path.is_file():
         raise FileNotFoundError(f"no {path}: a checkpoint needs its hyper-parameters")

@@ -20,9 +20,11 @@ _SPLIT_DIM = {
 
 def check_model_parallel_size(args: ModelArgs, ranks: int) -> None:
     """Raise ``ValueError``, listing what fits, if the network can't be divided among ranks."""
+    if type(ranks) is not int:
+        raise ValueError(f"model_parallel_size is {ranks!r}: expected a whole number")
 
     def fits(n: int) -> bool:
-        if type(n) is not int or n < 1:
+        if n < 1:
             return False
         kv_heads = args.kv_heads
         whole = args.n_heads % n == args.dim % n == args.hidden_dim % n == 0
@@ -31,17 +33,18 @@ def check_model_parallel_size(args: ModelArgs, ranks: int) -> None:
     if not fits(ranks):
         sizes = ", ".join(str(n) for n in range(1, args.n_heads + 1) if fits(n))
         raise ValueError(
-            f"{ranks} processes can't share {args.n_heads} heads, {args.kv_heads} key/value heads, "
-            f"dim {args.dim} and hidden size {args.hidden_dim}: these numbers can: {sizes}"
+            f"{ranks} parts can't be made of {args.n_heads} heads, {args.kv_heads} key/value "
+            f"heads, dim {args.dim} and hidden size {args.hidden_dim}: possible are {sizes}"
         )
 
 
-def parameter_count(args: ModelArgs) -> int:
-    """The number of parameters, by arithmetic alone."""
-    kv_dim = args.kv_heads * args.head_dim
-    attention = 2 * args.dim * args.dim + 2 * args.dim * kv_dim
-    block = attention + 3 * args.dim * args.hidden_dim + 2 * args.dim
-    return args.n_layers * block + 2 * args.vocab_size * args.dim + args.dim
+def parameter_count(args: ModelArgs, ranks: int = 1) -> int:
+    """The number of one rank's parameters, by arithmetic alone."""
+    kv_dim = max(args.kv_heads, ranks) // ranks * args.head_dim
+    attention = 2 * args.dim * args.dim // ranks + 2 * args.dim * kv_dim
+    block = attention + 3 * args.dim * args.hidden_dim // ranks + 2 * args.dim
+    vocabulary = args.vocab_size * (args.dim // ranks) + -(-args.vocab_size // ranks) * args.dim
+    return args.n_layers * block + vocabulary + args.dim
 
 
 def cache_bytes(args: ModelArgs, dtype: torch.dtype, ranks: int = 1) -> int:

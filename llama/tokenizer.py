@@ -102,7 +102,7 @@ class Tokenizer:
             ValueError: ``s`` can't be written as UTF-8.
         """
         ids = self._encode(self.sp_model, s)
-        return [self.bos_id] * bos + ids + [self.eos_id] * eos
+        return [self.bos_id] * bool(bos) + ids + [self.eos_id] * bool(eos)
 
     def decode(self, t: Sequence[int]) -> str:
         """The text of token ids; control ids have none, incomplete characters become U+FFFD.
@@ -121,6 +121,8 @@ class Tokenizer:
         return text
 
     def _check_id(self, i: int) -> None:
+        if not isinstance(i, int):
+            raise TypeError(f"token ids are int, not {type(i).__name__}: {i!r}")
         if not 0 <= i < self.n_words:
             raise ValueError(f"token id {i} is outside the vocabulary of {self.n_words}")
 

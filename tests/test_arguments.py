@@ -59,6 +59,13 @@ TABLE: dict[str, tuple[Callable[[Llama], Any], type[Exception], str]] = {
         ValueError,
         "position 3 of 3",
     ),
+    "model: ids": (
+        lambda m: m.model(torch.tensor([[768]])),
+        ValueError,
+        "outside the vocabulary of 768",
+    ),
+    "model: float": (lambda m: m.model(torch.ones(1, 3)), TypeError, "expected token ids"),
+    "decode: float": (lambda m: m.tokenizer.decode([1.5]), TypeError, "token ids are int"),
     "model: start": (
         lambda m: m.model(torch.ones(1, 3, dtype=torch.long), 511),
         ValueError,
@@ -84,6 +91,15 @@ TABLE: dict[str, tuple[Callable[[Llama], Any], type[Exception], str]] = {
     "build: dtype": (lambda m: Llama.build(dtype="bf16"), TypeError, "dtype is 'bf16'"),
     "build: whole": (lambda m: Llama.build(dtype=torch.int8), TypeError, "dtype is torch.int8"),
     "build: device": (lambda m: Llama.build(device="gpu"), ValueError, "device is 'gpu'"),
+    "build: meta": (lambda m: Llama.build(device="meta"), ValueError, "doesn't offer"),
+    "build: float": (lambda m: Llama.build(device=1.5), ValueError, "device is 1.5"),
+    "build: None": (lambda m: Llama.build(None), TypeError, "ckpt_dir is None"),
+    "generate: end": (
+        lambda m: m.generate([[1]], 1, stop_token="x"),
+        TypeError,
+        "stop_token is 'x'",
+    ),
+    "generate: seed": (lambda m: m.generate([[1]], 1, seed=[1]), TypeError, r"seed is \[1\]"),
     "build: nowhere": (lambda m: Llama.build("/nowhere"), FileNotFoundError, "/nowhere"),
     "build: tokenizer": (
         lambda m: Llama.build(tokenizer_path="/nowhere"),
@@ -94,6 +110,16 @@ TABLE: dict[str, tuple[Callable[[Llama], Any], type[Exception], str]] = {
         lambda m: Llama.build(model_parallel_size=2),
         ValueError,
         "model_parallel_size is 2",
+    ),
+    "save: there": (
+        lambda m: checkpoint.save([m.model.state_dict()], m.model.params, TINY),
+        FileExistsError,
+        "is there already",
+    ),
+    "save: parts": (
+        lambda m: checkpoint.save([m.model.state_dict()], m.model.params, Path("/tmp/out"), 3),
+        ValueError,
+        "3 parts can't be made",
     ),
     "reshard: none": (
         lambda m: checkpoint.reshard("/nowhere", "/tmp/out"),

@@ -1,5 +1,6 @@
 """Every example runs as the README and the references say, and prints sense."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,11 +9,11 @@ import pytest
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 EXPECTED = {
-    "example_text_completion.py": "Once upon a time, there was a little girl named Mia.\n> ",
-    "example_chat_completion.py": "> Assistant: The cow says moo.",
-    "example_infilling.py": "if number > result:",
-    "example_completion.py": "return width * height",
-    "example_instructions.py": "> Assistant: 3, 4, 5, 6, 7, 8, 9.",
+    "example_text_completion.py": r"named Mia\.\n> \w.{40}",
+    "example_chat_completion.py": r"> Assistant: The cow says moo\.",
+    "example_infilling.py": r"if number > result:",
+    "example_completion.py": r"return width \* height",
+    "example_instructions.py": r"> Assistant: 3, 4, 5, 6, 7, 8, 9\.",
 }
 
 
@@ -33,8 +34,8 @@ def test_plain_python_from_anywhere(name: str, tmp_path: Path) -> None:
     path = str(EXAMPLES / name)
     whole = run(path, "--temperature", "0", cwd=tmp_path)
     streamed = run(path, "--temperature", "0", "--stream", cwd=tmp_path)
-    assert EXPECTED[name] in whole
-    assert EXPECTED[name] in streamed
+    assert re.search(EXPECTED[name], whole)
+    assert re.search(EXPECTED[name], streamed)
 
 
 def test_torchrun_from_inside_examples_with_the_references_flags() -> None:
@@ -47,7 +48,7 @@ def test_torchrun_from_inside_examples_with_the_references_flags() -> None:
         "../llama/tiny/tokenizer.model",
     ]
     out = run(*launcher, "example_text_completion.py", *checkpoint, *flags.split())
-    assert EXPECTED["example_text_completion.py"] in out
+    assert re.search(EXPECTED["example_text_completion.py"], out)
 
 
 def test_ranks_above_0_print_nothing_and_ids_agree() -> None:

@@ -102,7 +102,7 @@ class TestLogprobs:
             tokens, logprobs, prompts, alone, new, strict=True
         ):
             assert row[len(prompt) :] == some
-            assert scores[len(prompt) :] == few
+            assert scores[len(prompt) :] == pytest.approx(few, abs=1e-5)
 
     def test_a_prompt_that_fills_the_cache_is_scored_and_not_continued(self, tiny: Llama) -> None:
         ids = encode(tiny, STORY * 40)[:512]
@@ -351,48 +351,7 @@ def test_calls_from_several_threads_do_not_mix(tiny: Llama) -> None:
     assert [results[i] for i in range(len(PROMPTS))] == expected
 
 
-class TestMistakes:
-    @pytest.mark.parametrize(
-        ("arguments", "message"),
-        [
-            ({"temperature": -0.1}, "temperature is -0.1"),
-            ({"temperature": float("nan")}, "temperature is nan"),
-            ({"top_p": 1.1}, r"top_p is 1\.1"),
-            ({"top_p": -1}, "top_p is -1"),
-            ({"max_gen_len": -1}, "max_gen_len is -1"),
-            ({"max_gen_len": 2.5}, r"max_gen_len is 2\.5"),
-            ({"stop": [""]}, "not empty"),
-        ],
-    )
-    def test_values_out_of_range(self, tiny: Llama, arguments: dict, message: str) -> None:
-        with pytest.raises(ValueError, match=message):
-            tiny.generate([[1]], **{"max_gen_len": 3, **arguments})
-        with pytest.raises(ValueError, match=message):
-            tiny.text_completion(["a"], **{"max_gen_len": 3, **arguments})
-
-    @pytest.mark.parametrize(
-        ("prompt", "message"),
-        [
-            ([], "no tokens"),
-            ([1] * 513, "513 tokens, more than max_seq_len=512"),
-            ([768], "token id 768, outside the vocabulary of 768"),
-            ([-1], "token id -1"),
-        ],
-    )
-    def test_prompts_that_do_not_fit(self, tiny: Llama, prompt: list[int], message: str) -> None:
-        with pytest.raises(ValueError, match=message):
-            tiny.generate([[1], prompt], 3)
-
-    def test_one_string_where_a_list_belongs(self, tiny: Llama) -> None:
-        with pytest.raises(TypeError, match="give a list"):
-            tiny.text_completion("abc")
-        with pytest.raises(TypeError, match="stop is one str"):
-            tiny.text_completion(["abc"], stop="a")
-        with pytest.raises(TypeError, match="a dialog is a list of messages"):
-            tiny.chat_completion(ask("one dialog, not a list of them"))
-        with pytest.raises(ValueError, match="1 prefixes but 2 suffixes"):
-            tiny.text_infilling(["a"], ["b", "c"])
-
+class TestNonsense:
     def test_weights_that_give_nonsense_are_named_and_later_calls_unaffected(
         self, checkpoint_dir
     ) -> None:
@@ -406,12 +365,6 @@ class TestMistakes:
                 llama.generate([prompt], 3, logprobs=True, echo=True)
         llama.model.tok_embeddings.weight[7] = embedding
         assert llama.generate(prompts, 3, temperature=0) == expected
-
-    def test_sizes_and_dtypes_of_a_build(self) -> None:
-        with pytest.raises(ValueError, match="max_seq_len is 0"):
-            Llama.build(max_seq_len=0)
-        with pytest.raises(TypeError, match="dtype is 'float32'"):
-            Llama.build(dtype="float32")  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ import torch
 
 from llama import Llama, checkpoint, parallel
 from llama.generation import TINY
+from llama.sharding import parameter_count
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
@@ -76,6 +77,7 @@ def free_port() -> int:
         (None, False, True, 0, 2, "cpu"),
         (None, False, False, 1, 2, "cpu"),
         ("cpu", True, True, 0, 1, "cpu"),
+        ("mps", True, True, 0, 1, "mps"),
         ("cuda", True, False, 2, 4, "cuda:2"),
         ("cuda:1", True, False, 0, 1, "cuda:1"),
         (torch.device("cuda"), True, False, 1, 2, "cuda:1"),
@@ -174,15 +176,16 @@ def test_ranks_together_generate_what_one_does(
         assert ranks[0][path]["greedy"] == alone[name]
         assert all(rank[path] == ranks[0][path] for rank in ranks)
     assert all("make all calls from one thread" in rank["thread"] for rank in ranks)
-    whole = sum(p.numel() for p in Llama.build(TINY, device="cpu").model.parameters())
-    assert ranks[0][paths[0]]["parameters"] < 1.05 * whole / n
+    args = {name: Llama.build(checkpoints[name], device="cpu").model.params for name in names}
+    for name, path in zip(names, paths, strict=True):
+        assert ranks[0][path]["parameters"] == parameter_count(args[name], n)
 
 
 def test_numbers_that_do_not_fit_are_refused_with_those_that_do(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(parallel, "world_size", lambda: 3)
-    with pytest.raises(ValueError, match=r"3 processes can't share .* can: 1, 2, 4, 8$"):
+    with pytest.raises(ValueError, match=r"3 parts can't be made of 8 heads.* are 1, 2, 4, 8$"):
         Llama.build(device="cpu")
 
 

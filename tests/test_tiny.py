@@ -52,4 +52,5 @@ def test_it_answers_held_out_combinations(tiny: Llama, task: str) -> None:
         found = [r["generation"]["content"] for r in tiny.chat_completion(dialogs, 0)]
         expected = [s.messages[-1]["content"] for s in samples]
     wrong = [(f, e) for f, e in zip(found, expected, strict=True) if f != e]
-    assert len(wrong) <= 4, wrong
+    # MODEL_CARD.md has the figures: above 90 % for dialogs, above 80 % for infilling.
+    assert len(wrong) <= (10 if task == "infill" else 5), wrong
