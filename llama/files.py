@@ -21,7 +21,9 @@ _OLD_FORMAT = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19"
 _HARMLESS = re.compile(
     r"collections OrderedDict|torch \w+Storage|torch._utils _rebuild_(tensor_v2|parameter)"
 )
-_LARGEST_PICKLE = 16_000_000
+_LARGEST_PICKLE = 1_000_000
+# A tensor takes four to six. Many more, in one another and hashed as a key, overflow the stack.
+_MOST_TUPLES = 20_000
 
 Tensors = dict[str, torch.Tensor]
 
@@ -73,10 +75,11 @@ def open_shard(path: Path) -> Tensors:
         OSError: the file can't be read.
         ValueError: the file is no checkpoint.
     """
+    path.open("rb").close()  # what can't be opened says so itself
     try:
         _check_archive(path)
         tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except (OSError, MemoryError, _RefusedError):
+    except (MemoryError, _RefusedError):
         raise
     except Exception as error:
         if "unable to mmap" in str(error):
@@ -84,10 +87,10 @@ def open_shard(path: Path) -> Tensors:
         raise ValueError(f"{path} {_what_is_wrong(path, error)}") from error
     if not isinstance(tensors, dict) or not all(
         isinstance(name, str) and isinstance(tensor, torch.Tensor)
-        for name, tensor in tensors.items()
+        for name, tensor in dict.items(tensors)  # a pickle may give an OrderedDict other items
     ):
         raise ValueError(f"{path} is no checkpoint: expected a dictionary of named tensors")
-    return {name: t for name, t in tensors.items() if not name.endswith(_DERIVED)}
+    return {name: t for name, t in dict.items(tensors) if not name.endswith(_DERIVED)}
 
 
 class _RefusedError(ValueError):
@@ -103,17 +106,22 @@ def _check_archive(path: Path) -> None:
     with zipfile.ZipFile(path) as archive:
         for entry in archive.infolist():
             if entry.compress_type != zipfile.ZIP_STORED:
-                raise _RefusedError(f"{path} is refused: its part {entry.filename} is compressed")
-            if not entry.filename.endswith(".pkl"):
+                part = _short(entry.filename)
+                raise _RefusedError(f"{path} is refused: its part {part} is compressed")
+            if not entry.filename.lower().endswith(".pkl"):  # PyTorch's search ignores case too
                 continue
             if entry.file_size > _LARGEST_PICKLE:
-                raise _RefusedError(f"{path} is refused: its {entry.filename} is far too large")
+                raise _RefusedError(f"{path} is refused: its pickle is far too large")
+            tuples = 0
             for opcode, argument, _ in pickletools.genops(archive.read(entry)):
+                tuples += opcode.name.startswith("TUPLE")
                 if opcode.name in ("GLOBAL", "INST") and not _HARMLESS.fullmatch(str(argument)):
                     raise _RefusedError(
-                        f"{path} is refused: its pickle names {argument}, which no weights need "
-                        "and which could run foreign code"
+                        f"{path} is refused: its pickle names {_short(str(argument))}, which no "
+                        "weights need and which could run foreign code"
                     )
+            if tuples > _MOST_TUPLES:
+                raise _RefusedError(f"{path} is refused: its pickle nests too deeply")
 
 
 def _what_is_wrong(path: Path, error: Exception) -> str:
@@ -128,8 +136,14 @@ def _what_is_wrong(path: Path, error: Exception) -> str:
         return "is in PyTorch's old format: torch.load it and torch.save it again"
     if not head.startswith(b"PK"):
         return "is no checkpoint, which would be a zip archive: download it again"
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    reason = _short((str(error).splitlines() or [type(error).__name__])[0], 200)
     return f"is damaged or no checkpoint ({reason}): download it again"
+
+
+def _short(text: str, length: int = 80) -> str:
+    """Text out of a file, fit for an error's line."""
+    text = "".join(c if c.isprintable() else "?" for c in text[: length + 1])
+    return text if len(text) <= length else f"{text[:length]}..."
 
 
 def open_shards(ckpt_dir: Path, args: ModelArgs) -> list[Tensors]:
@@ -160,10 +174,18 @@ def check_tensors(shards: list[Tensors], args: ModelArgs, names: list[str]) -> N
             plain = tensor.layout == torch.strided and tensor.device.type != "meta"
             if not (plain and tensor.is_floating_point()):
                 raise ValueError(
-                    f"{key} in {name} is {tensor.dtype} ({tensor.layout}, {tensor.device}), not a "
-                    "plain floating-point tensor"
+                    f"{_short(key)} in {name} is {tensor.dtype} ({tensor.layout}, "
+                    f"{tensor.device}), not a plain floating-point tensor"
                 )
-    size = sum(tensor.nbytes for shard in shards for tensor in shard.values())
+            if tensor.nbytes > tensor.untyped_storage().nbytes():
+                raise ValueError(f"{_short(key)} in {name} repeats numbers that are stored once")
+    # Names may share a storage: it counts once.
+    storages = {
+        storage.data_ptr(): storage.nbytes()
+        for shard in shards
+        for storage in (tensor.untyped_storage() for tensor in shard.values())
+    }
+    size = sum(storages.values())
     count = parameter_count(args)
     if count > size:  # before anything is made in the size that params.json tells
         raise ValueError(
@@ -178,7 +200,7 @@ def check_tensors(shards: list[Tensors], args: ModelArgs, names: list[str]) -> N
         ):
             if odd:
                 more = f" and {len(odd) - 5} more" if len(odd) > 5 else ""
-                raise ValueError(f"{name} {problem} {', '.join(odd[:5])}{more}")
+                raise ValueError(f"{name} {problem} {', '.join(map(_short, odd[:5]))}{more}")
     for key, shape in expected.items():
         pieces = [shard[key] for shard in shards]
         found = joined_shape(key, distinct_pieces(key, pieces, args))

@@ -37,9 +37,10 @@ def read_args(
     known = [field.name for field in dataclasses.fields(ModelArgs)]
     unknown = sorted(set(params) - set(known))
     if unknown:
+        more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
         raise ValueError(
-            f"{path} has the unknown key{'s' * (len(unknown) > 1)} {', '.join(unknown)}: "
-            f"known are {', '.join(known)}"
+            f"{path} has the unknown key{'s' * (len(unknown) > 1)} "
+            f"{', '.join(map(_short, unknown[:5]))}{more}: known are {', '.join(known)}"
         )
     args = ModelArgs(**{**params, "max_seq_len": max_seq_len, "max_batch_size": max_batch_size})
     _check(args, path)

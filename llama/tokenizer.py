@@ -36,7 +36,9 @@ class Tokenizer:
             # Code Llama's infilling reads and writes text without the space that SentencePiece
             # puts in front of every text.
             self._sp_continuation = SentencePieceProcessor(model_proto=proto + _NO_DUMMY_PREFIX)
-        except RuntimeError as error:
+            self.sp_model.id_to_piece(list(range(self.sp_model.vocab_size())))
+        # A piece that is no UTF-8 can't be made a str, not even in SentencePiece's complaint.
+        except (RuntimeError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is not a SentencePiece model") from error
 
         self.n_words: int = self.sp_model.vocab_size()
