@@ -201,9 +201,19 @@ class _Reporting(io.FileIO):
         return done
 
 
-def _show_progress(done: int, total: int) -> None:
-    bar = "#" * min(30, 30 * done // total)
-    print(f"\r[{bar:<30}] {done / 1e9:.2f} of {total / 1e9:.2f} GB", end="", file=sys.stderr)
+def _progress_bar(total: int) -> Callable[[int], None]:
+    """A function that shows how much of ``total`` bytes is done."""
+    shown = -1
+
+    def show(done: int) -> None:
+        nonlocal shown
+        percent = min(100, 100 * done // total)
+        if percent > shown:
+            shown = percent
+            bar = "#" * (30 * percent // 100)
+            print(f"\r[{bar:<30}] {percent} % of {total / 1e9:.2f} GB", end="", file=sys.stderr)
+
+    return show
 
 
 def reshard(in_dir: str, out_dir: str, model_parallel_size: int = 1) -> None:
@@ -228,7 +238,7 @@ def reshard(in_dir: str, out_dir: str, model_parallel_size: int = 1) -> None:
         target,
         model_parallel_size,
         tokenizer,
-        progress=lambda done: _show_progress(done, total),
+        progress=_progress_bar(total),
     )
     print(f"\nwrote {target}", file=sys.stderr)
 

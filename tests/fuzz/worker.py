@@ -1,0 +1,168 @@
+"""The process that mutates, loads and runs checkpoints: numbers on stdin, reports on stdout.
+
+Each request and report is one line of JSON. A request is answered twice: when the mutated files
+lie on disk, and when the library has answered.
+"""
+
+import contextlib
+import ctypes
+import gc
+import json
+import linecache
+import os
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import mutations
+import torch
+
+import llama
+from llama import Llama
+
+MEMORY = 6 << 30  # address space that one mutation may add
+RESIDENT = 1 << 30  # memory that it may fill: the files have a few megabytes
+LONGEST = 2000  # characters of an error's message
+PACKAGE = str(Path(llama.__file__).parent)
+
+
+def main(seed: int) -> None:
+    requests, reports = sys.stdin, os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # nothing that a library prints gets among the reports
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
+
+    def report(**content: Any) -> None:
+        reports.write(json.dumps(content) + "\n")
+        reports.flush()
+
+    try:
+        bases = mutations.make_bases()
+        for name, files in bases.items():  # what is sound must run, or nothing here means much
+            kind, text = answer_of_files(files, folder / name)
+            if kind != "runs":
+                raise RuntimeError(f"the undamaged checkpoint {name} fails: {kind} {text}")
+        report(ready=True)
+        for line in requests:
+            request = json.loads(line)
+            run_one(seed, request["number"], request["plant"], bases, folder, report)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def run_one(
+    seed: int, number: int, plant: str, bases: dict[str, mutations.Files], folder: Path, report: Any
+) -> None:
+    marker = folder / "marker"
+    target = folder / "ckpt"
+    try:
+        what, files = mutations.make(seed, number, bases, marker)
+        mutations.write_files(files, target)
+        report(what=what)
+        del files
+        before = _start_measuring()
+        start = time.monotonic()
+        kind, text = answer(target, plant, marker)
+        seconds = time.monotonic() - start
+        grown = _status("VmHWM") - before
+        if grown > RESIDENT:
+            kind, text = "MEMORY", f"{grown >> 20} MiB were filled; {kind}: {text}"
+        if marker.exists():
+            kind, text = "CODE EXECUTED", f"the marker is there; {kind}: {text}"
+        report(kind=kind, text=text, seconds=seconds, memory=grown)
+    finally:
+        shutil.rmtree(target, ignore_errors=True)
+        marker.unlink(missing_ok=True)
+
+
+def answer_of_files(files: mutations.Files, target: Path) -> tuple[str, str]:
+    mutations.write_files(files, target)
+    return answer(target, "", target / "marker")
+
+
+def answer(directory: Path, plant: str, marker: Path) -> tuple[str, str]:
+    """What the library does with a directory: the kind of its answer, and its text."""
+    try:
+        _plant(plant, marker)
+        model = Llama.build(
+            directory, max_seq_len=64, max_batch_size=2, device="cpu", dtype=torch.float32
+        )
+        found = model.text_completion(["Once upon a"], max_gen_len=4, logprobs=True, seed=1)
+        return ("runs", "") if isinstance(found[0]["generation"], str) else ("NO TEXT", str(found))
+    except BaseException as error:
+        return judge(error)
+    finally:
+        gc.collect()
+
+
+def judge(error: BaseException) -> tuple[str, str]:
+    """Whether an error is one of those that the library raises on purpose, and says something."""
+    tb = error.__traceback__
+    while tb is not None and tb.tb_next is not None:
+        tb = tb.tb_next
+    place, line, raised = "", 0, False
+    if tb is not None:
+        place, line = tb.tb_frame.f_code.co_filename, tb.tb_lineno
+        raised = linecache.getline(place, line).strip().startswith("raise ")
+    ours = raised and place.startswith(PACKAGE)
+    name, message = type(error).__name__, str(error)
+    text = f"{message[:400]!a} ({Path(place).name}:{line})"
+    if not ours or not message.strip():
+        return f"RAW {name}", text
+    if type(error) is RuntimeError and "not finite" in message:
+        return "clean: not finite", text
+    own = type(error).__module__.startswith("llama.") and isinstance(error, ValueError)
+    if not own and type(error) not in (ValueError, FileNotFoundError, MemoryError):
+        return f"RAW {name}", text
+    if any(sign in message for sign in ("DefaultCPUAllocator", "bad_alloc", "MemoryError")):
+        return "ALLOCATION", text
+    if len(message) > LONGEST or "\n" in message.strip() or not message.isprintable():
+        return "UNREADABLE MESSAGE", f"{len(message)} characters: {text}"
+    return f"clean: {name}", text
+
+
+def _plant(bug: str, marker: Path) -> None:
+    """A bug that the harness must notice."""
+    if bug == "raise":
+        raise KeyError("planted")
+    if bug == "hang":
+        time.sleep(1000)
+    if bug == "crash":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if bug == "allocate":
+        torch.zeros(2 * MEMORY, dtype=torch.uint8)
+    if bug == "fill":
+        torch.ones(2 * RESIDENT, dtype=torch.uint8)
+    if bug == "execute":
+        marker.touch()
+
+
+def _status(name: str) -> int:
+    """A size of this process in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024
+    raise KeyError(name)
+
+
+def _start_measuring() -> int:
+    """Give the process its limit anew. Returns its resident memory."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    resource.setrlimit(resource.RLIMIT_AS, (_status("VmSize") + MEMORY, hard))
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
+    return _status("VmRSS")
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
