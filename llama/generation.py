@@ -47,8 +47,7 @@ class Llama:
         """Load a checkpoint, in one process or with the others that ``torchrun`` started.
 
         Args:
-            ckpt_dir: directory of ``params.json`` and ``consolidated.*.pth``; the embedded model
-                by default.
+            ckpt_dir: directory of a checkpoint in Meta's layout; the embedded one by default.
             tokenizer_path: a ``tokenizer.model``; looked for in ``ckpt_dir``, then in its parent.
             max_seq_len: positions in the cache: prompt and generated tokens together.
             max_batch_size: rows in the cache; more prompts are worked off in turn.
@@ -271,11 +270,8 @@ class Llama:
         stop: Sequence[str] = (),
         seed: int | None = None,
     ) -> Generator[str, None, None]:
-        """``chat_completion`` of one dialog, piece by piece: joined, they are the answer's content.
-
-        Until it is exhausted or closed, other threads wait; another call of the same thread takes
-        the model over, and the iterator then raises RuntimeError.
-        """
+        """``chat_completion`` of one dialog, piece by piece, as in ``text_completion_stream``:
+        joined, they are the answer's content."""
         request = self._request(temperature, top_p, stop_token=self.tokenizer.step_id)
         ids = self._dialog_prompt(dialog)
         if not ids:
@@ -296,11 +292,8 @@ class Llama:
         stop: Sequence[str] = (),
         seed: int | None = None,
     ) -> Generator[str, None, None]:
-        """``text_infilling`` of one pair, piece by piece: joined, they are the middle.
-
-        Until it is exhausted or closed, other threads wait; another call of the same thread takes
-        the model over, and the iterator then raises RuntimeError.
-        """
+        """``text_infilling`` of one pair, piece by piece, as in ``text_completion_stream``: joined,
+        they are the middle."""
         request = self._request(temperature, top_p, stop_token=self.tokenizer.eot_id)
         ids = [infilling_prompt_tokens(self.tokenizer, prefix, suffix, suffix_first)]
         decode = self.tokenizer.decode_infilling
