@@ -47,6 +47,7 @@ class Fuzzer:
         self._process: subprocess.Popen[bytes] | None = None
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115
         self._pending = b""
+        self._folder = tempfile.TemporaryDirectory(prefix="fuzz-")
 
     def run(self, number: int, plant: str = "") -> Outcome:
         """Try one mutation; ``plant`` names a bug that the worker then has (``worker._plant``)."""
@@ -86,14 +87,18 @@ class Fuzzer:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+        self._stderr.close()
+        self._folder.cleanup()
 
     def _started(self) -> subprocess.Popen[bytes]:
         if self._process is None:
             self._stderr.seek(0)
             self._stderr.truncate()
             self._pending = b""
+            folder = tempfile.mkdtemp(dir=self._folder.name)  # the last worker may have left files
+            worker = Path(__file__).with_name("worker.py")
             self._process = subprocess.Popen(
-                [sys.executable, str(Path(__file__).with_name("worker.py")), str(self.seed)],
+                [sys.executable, str(worker), str(self.seed), folder],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._stderr,

@@ -170,7 +170,8 @@ def tokenizer_bytes(rng: random.Random, files: Files, marker: Path) -> str:
 def special_file(rng: random.Random, files: Files, marker: Path) -> str:
     name = rng.choice(sorted(files))
     files[name] = content = rng.choice([*Special, b"", b"\0", b"version https://git-lfs\n" * 3])
-    return f"{name} is {content.value if isinstance(content, Special) else content!r}"
+    what = content.value if isinstance(content, Special) else repr(content)
+    return f"{name} is {what}"
 
 
 def file_names(rng: random.Random, files: Files, marker: Path) -> str:

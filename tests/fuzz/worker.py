@@ -14,7 +14,6 @@ import resource
 import shutil
 import signal
 import sys
-import tempfile
 import time
 import warnings
 from pathlib import Path
@@ -32,30 +31,27 @@ LONGEST = 2000  # characters of an error's message
 PACKAGE = str(Path(llama.__file__).parent)
 
 
-def main(seed: int) -> None:
+def main(seed: int, folder: Path) -> None:
     requests, reports = sys.stdin, os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # nothing that a library prints gets among the reports
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
 
     def report(**content: Any) -> None:
         reports.write(json.dumps(content) + "\n")
         reports.flush()
 
-    try:
-        bases = mutations.make_bases()
-        for name, files in bases.items():  # what is sound must run, or nothing here means much
-            kind, text = answer_of_files(files, folder / name)
-            if kind != "runs":
-                raise RuntimeError(f"the undamaged checkpoint {name} fails: {kind} {text}")
-        report(ready=True)
-        for line in requests:
-            request = json.loads(line)
-            run_one(seed, request["number"], request["plant"], bases, folder, report)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    bases = mutations.make_bases()
+    for name, files in bases.items():  # what is sound must run, or nothing here means much
+        kind, text = answer_of_files(files, folder / name)
+        if kind != "runs":
+            raise RuntimeError(f"the undamaged checkpoint {name} fails: {kind} {text}")
+    gc.freeze()  # what is there now needn't be searched after each mutation
+    report(ready=True)
+    for line in requests:
+        request = json.loads(line)
+        run_one(seed, request["number"], request["plant"], bases, folder, report)
 
 
 def run_one(
@@ -165,4 +161,4 @@ def _start_measuring() -> int:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(int(sys.argv[1]), Path(sys.argv[2]))
