@@ -114,8 +114,7 @@ class Llama:
             temperature: 0 takes the likeliest token each time.
             top_p: probability mass that tokens are drawn from.
             logprobs: whether to give the tokens' log-probabilities (untempered).
-            echo: whether to give the prompt too, in front; the first echoed token, which nothing
-                predicts, has the log-probability 0.0.
+            echo: whether to give the prompt too; its first token has the log-probability 0.0.
             stop_token: an id that ends a row, besides the end of sequence.
             stop: strings that end a row, looked for in the text of its new tokens.
             seed: makes the draws repeatable; row i then draws alike in any company.
@@ -124,7 +123,8 @@ class Llama:
             The rows' tokens, without what ended them, and their log-probabilities or None.
 
         Raises:
-            ValueError: an argument is out of its range, or a prompt doesn't fit.
+            TypeError, ValueError: an argument is wrong, or a prompt doesn't fit.
+            RuntimeError: the logits aren't finite, or a second thread calls on several ranks.
         """
         request = self._request(temperature, top_p, logprobs, echo, stop_token, bool(stop))
         rows = self._rows(prompt_tokens, max_gen_len, seed, self.tokenizer.decode, stop)

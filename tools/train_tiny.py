@@ -1,6 +1,6 @@
 """Make the embedded checkpoint ``llama/tiny`` from nothing: text, tokenizer, weights, figures.
 
-    python tools/train_tiny.py train       # tokenizer and weights: half an hour on two cores
+    python tools/train_tiny.py train       # tokenizer and weights: 36 minutes on one core
     python tools/train_tiny.py evaluate    # the figures of MODEL_CARD.md
 
 The text is composed by ``tiny_world.py``; its held-out combinations never appear in training.
