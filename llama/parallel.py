@@ -1,5 +1,6 @@
 """Which device and dtype to use, and the group of processes that share the network."""
 
+import atexit
 import contextlib
 import io
 import os
@@ -10,6 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from fairscale.nn.model_parallel.initialize import (
+    destroy_model_parallel,
     get_model_parallel_group,
     get_model_parallel_rank,
     get_model_parallel_world_size,
@@ -148,6 +150,7 @@ def initialize(device: torch.device | None = None) -> int:
         else:
             store = dist.HashStore()  # type: ignore[attr-defined]
             dist.init_process_group(backend, store=store, rank=0, world_size=1)
+        atexit.register(_leave)
     if not model_parallel_is_initialized():
         with contextlib.redirect_stdout(io.StringIO()):  # fairscale announces its groups
             initialize_model_parallel(dist.get_world_size())
@@ -161,6 +164,17 @@ def initialize(device: torch.device | None = None) -> int:
             "start anew to change the kind of device"
         )
     return world_size()
+
+
+def _leave() -> None:
+    """Part from the other processes while Python is still whole.
+
+    gloo's threads, when they let go of a last tensor, take Python's lock. Where the interpreter is
+    already on its way out, that ends the process with SIGABRT.
+    """
+    if dist.is_initialized():  # a script may have parted on its own
+        destroy_model_parallel()
+        dist.destroy_process_group()
 
 
 def world_size() -> int:
