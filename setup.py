@@ -21,7 +21,7 @@ setup(
     license="MIT",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    packages=["llama"],
+    packages=["llama", "llama.formats"],
     package_data={"llama": ["py.typed", "tiny/*"]},
     install_requires=requirements(),
     extras_require={

@@ -9,71 +9,64 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from llama import parallel
-from llama.files import (
-    Tensors,
-    check_tensors,
-    find_shards,
-    find_tokenizer,
-    open_shard,
-    open_shards,
-    release,
-)
+from llama.files import open_meta, release
 from llama.model import ModelArgs, Transformer
-from llama.params import read_args
-from llama.sharding import (
-    cache_bytes,
-    check_model_parallel_size,
-    parameter_count,
-    rank_part,
-)
+from llama.params import make_args
+from llama.sharding import cache_bytes, check_model_parallel_size, parameter_count
+from llama.weights import Checkpoint, Weights
 
 logger = logging.getLogger(__name__)
 
 
 def load(
-    ckpt_dir: Path, args: ModelArgs, device: torch.device, dtype: torch.dtype | None
+    checkpoint: Checkpoint, args: ModelArgs, device: torch.device, dtype: torch.dtype | None
 ) -> Transformer:
-    """Build the network and fill this rank's part of it from any number of shards.
+    """Build the network and fill this rank's part of it from any number of parts.
 
     Args:
-        args: the checkpoint's hyper-parameters (``read_args``).
+        args: the checkpoint's hyper-parameters (``make_args``).
         device: where weights and cache shall be.
         dtype: what they shall be; None chooses by checkpoint and device (``choose_dtype``).
 
     Raises:
-        FileNotFoundError: weight files are missing.
         MemoryError: weights and cache are more than the machine has.
         ValueError: a tensor is missing, unexpected or of the wrong shape, or the network can't be
             divided among the ranks.
     """
     start = time.monotonic()
     rank, ranks = parallel.rank(), parallel.world_size()
-    shards = open_shards(ckpt_dir, args)
+    checkpoint.check(args)
     check_model_parallel_size(args, ranks)
     if dtype is None:
-        stored = shards[0]["tok_embeddings.weight"].dtype
-        dtype = parallel.choose_dtype(stored, device.type, parallel.has_fast_bf16(device))
+        fast_bf16 = parallel.has_fast_bf16(device)
+        dtype = parallel.choose_dtype(checkpoint.dtype, device.type, fast_bf16)
     check_memory(args, dtype, device, ranks)
     with torch.device("meta"):
         model = Transformer(args)
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for name in model.state_dict():
-        pieces = [shard[name] for shard in shards]
+        if name == "output.weight" and args.tie_word_embeddings and ranks == 1:
+            tensors[name] = tensors["tok_embeddings.weight"]
+            continue
+        part = checkpoint.rank_part(name, args, rank, ranks).to(device, dtype).contiguous()
+        mapped = checkpoint.mapped(name)
         # What needs no change stays mapped: it is read when it is used, and never copied.
-        tensors[name] = rank_part(name, pieces, args, rank, ranks).to(device, dtype).contiguous()
-        if not any(_shares_memory(tensors[name], piece) for piece in pieces):
-            release(pieces)
+        if not any(_shares_memory(part, tensor) for tensor in mapped):
+            if part.untyped_storage().nbytes() > part.nbytes:
+                part = part.clone()  # of what was made whole, only this rank's part stays
+            release(mapped)
+        tensors[name] = part
     model.load_state_dict(tensors, assign=True)
     model.requires_grad_(False)
     model.allocate_buffers(device, dtype)
-    logger.info("loaded %s in %.2f seconds", ckpt_dir, time.monotonic() - start)
+    logger.info("loaded %s in %.2f seconds", checkpoint.names[0], time.monotonic() - start)
     return model
 
 
@@ -106,11 +99,12 @@ def _shares_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def save(
-    shards: list[Tensors],
+    shards: Sequence[Mapping[str, torch.Tensor]],
     args: ModelArgs,
     out_dir: Path,
     model_parallel_size: int = 1,
-    tokenizer: Path | None = None,
+    files: Mapping[str, Path | bytes] | None = None,
+    dtype: torch.dtype | None = None,
     progress: Callable[[int], None] = lambda _: None,
 ) -> None:
     """Write a checkpoint in Meta's layout, bit by bit the same weights in another number of files.
@@ -121,7 +115,8 @@ def save(
     Args:
         shards: the weights as they lie now, in one or more parts.
         model_parallel_size: how many files to write.
-        tokenizer: a ``tokenizer.model`` to put beside them.
+        files: what to put beside them, such as a ``tokenizer.model``: a path or the contents.
+        dtype: what to store; None for what the shards hold.
         progress: called with the number of bytes that have been written.
 
     Raises:
@@ -130,58 +125,92 @@ def save(
         OSError: the disk is full.
         ValueError: the shards don't make the network, or it can't be divided into as many parts.
     """
-    if out_dir.exists():
-        raise FileExistsError(f"{out_dir} is there already: give another name or remove it")
-    check_tensors(shards, args, [f"part {number}" for number in range(len(shards))])
+    parts = [shard if isinstance(shard, Weights) else Weights.of(shard) for shard in shards]
+    if args.tie_word_embeddings:
+        for part in parts:
+            part.shapes.pop("output.weight", None)
+    names = [f"part {number}" for number in range(len(parts))]
+    first = parts[0]["tok_embeddings.weight"].dtype if "tok_embeddings.weight" in parts[0] else None
+    checkpoint = Checkpoint("ModelArgs", {}, parts, names, dtype or first or torch.float32)
+    checkpoint.check(args)
     check_model_parallel_size(args, model_parallel_size)
-    _check_room(shards, out_dir, model_parallel_size)
-    partial = out_dir.with_name(f"{out_dir.name}.partial-{os.getpid()}")
-    partial.mkdir(parents=True)
-    try:
-        cache, optional = ("max_seq_len", "max_batch_size"), ("n_kv_heads", "rope_theta")
-        default = dataclasses.asdict(ModelArgs())
-        params = {
-            key: value
-            for key, value in dataclasses.asdict(args).items()
-            # Meta's own code doesn't know every key: what says nothing new is left out.
-            if key not in cache and not (key in optional and value == default[key])
-        }
-        (partial / "params.json").write_text(json.dumps(params) + "\n", encoding="utf-8")
-        if tokenizer is not None:
-            shutil.copyfile(tokenizer, partial / "tokenizer.model")
-        written = 0
-        for number in range(model_parallel_size):
-            part = {}
-            for name in shards[0]:
-                pieces = [shard[name] for shard in shards]
-                whole = rank_part(name, pieces, args, number, model_parallel_size)
-                if name == "output.weight":  # padding is the ranks' affair, not the files'
-                    rows = args.vocab_size - number * whole.shape[0]
-                    whole = whole[: max(rows, 0)]
-                whole = whole.detach().cpu().contiguous()
-                # torch.save writes the whole of what a view is a part of.
-                whole_storage = whole.untyped_storage().nbytes() == whole.nbytes
-                part[name] = whole if whole_storage else whole.clone()
-            with _Reporting(partial / f"consolidated.{number:02d}.pth", written, progress) as file:
-                torch.save(part, file)
-                written = file.written
-        partial.rename(out_dir)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _check_room(shards: list[Tensors], out_dir: Path, model_parallel_size: int) -> None:
-    total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
+    total = parameter_count(args) * checkpoint.dtype.itemsize
     memory = parallel.device_memory(torch.device("cpu"))
     if memory is not None and total // model_parallel_size > memory:
         raise MemoryError(
             f"a file of {total / model_parallel_size / 1e9:.1f} GB is put together in memory, and "
             f"there are {memory / 1e9:.1f} GB: take a larger model_parallel_size"
         )
+    with new_directory(out_dir, total) as partial:
+        write_json(partial / "params.json", _params(args))
+        write_files(partial, files or {})
+        written = 0
+        for number in range(model_parallel_size):
+            tensors = {}
+            for name in parts[0]:
+                tensor = checkpoint.rank_part(name, args, number, model_parallel_size)
+                if name == "output.weight":  # padding is the ranks' affair, not the files'
+                    rows = args.n_outputs - number * tensor.shape[0]
+                    tensor = tensor[: max(rows, 0)]
+                tensor = tensor.detach().to("cpu", dtype).contiguous()
+                # torch.save writes the whole of what a view is a part of.
+                whole_storage = tensor.untyped_storage().nbytes() == tensor.nbytes
+                tensors[name] = tensor if whole_storage else tensor.clone()
+            with _Reporting(partial / f"consolidated.{number:02d}.pth", written, progress) as file:
+                torch.save(tensors, file)
+                written = file.written
+
+
+def _params(args: ModelArgs) -> dict[str, Any]:
+    """What ``params.json`` says: Meta's own code doesn't know every key, so nothing needless."""
+    always = ("dim", "n_layers", "n_heads", "vocab_size", "multiple_of", "norm_eps")
+    usual = dataclasses.asdict(ModelArgs())
+    derived = ModelArgs(
+        dim=args.dim,
+        n_heads=args.n_heads,
+        multiple_of=args.multiple_of,
+        ffn_dim_multiplier=args.ffn_dim_multiplier,
+    )
+    usual |= {"head_dim": derived.head_dim, "hidden_dim": derived.hidden_dim}
+    return {
+        key: value
+        for key, value in dataclasses.asdict(args).items()
+        if key not in ("max_seq_len", "max_batch_size") and (key in always or value != usual[key])
+    }
+
+
+@contextlib.contextmanager
+def new_directory(out_dir: Path, size: int) -> Iterator[Path]:
+    """A directory to fill with ``size`` bytes, which gets its name once it is complete.
+
+    Raises:
+        FileExistsError: ``out_dir`` is there already.
+        OSError: the disk hasn't that much room.
+    """
+    if out_dir.exists():
+        raise FileExistsError(f"{out_dir} is there already: give another name or remove it")
     existing = next(parent for parent in out_dir.absolute().parents if parent.exists())
     free = shutil.disk_usage(existing).free
-    if total > free:
-        raise OSError(f"{total / 1e9:.1f} GB don't fit the {free / 1e9:.1f} GB free in {existing}")
+    if size > free:
+        raise OSError(f"{size / 1e9:.1f} GB don't fit the {free / 1e9:.1f} GB free in {existing}")
+    partial = out_dir.with_name(f"{out_dir.name}.partial-{os.getpid()}")
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        partial.rename(out_dir)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+
+def write_files(directory: Path, files: Mapping[str, Path | bytes]) -> None:
+    """Put files, given by path or by contents, into a directory."""
+    for name, source in files.items():
+        data = source if isinstance(source, bytes) else source.read_bytes()
+        (directory / name).write_bytes(data)
 
 
 class _Reporting(io.FileIO):
@@ -201,7 +230,7 @@ class _Reporting(io.FileIO):
         return done
 
 
-def _progress_bar(total: int) -> Callable[[int], None]:
+def progress_bar(total: int) -> Callable[[int], None]:
     """A function that shows how much of ``total`` bytes is done."""
     shown = -1
 
@@ -224,23 +253,18 @@ def reshard(in_dir: str, out_dir: str, model_parallel_size: int = 1) -> None:
         out_dir: where to write it; must not exist.
         model_parallel_size: how many ``consolidated.*.pth`` files to write.
     """
-    source, target = Path(str(in_dir)), Path(str(out_dir))
-    first = open_shard(find_shards(source)[0]).get("tok_embeddings.weight")
-    args = read_args(source, n_words=-1 if first is None else first.shape[0])
-    tokenizer = None
-    with contextlib.suppress(FileNotFoundError):
-        tokenizer = find_tokenizer(source)
-    shards = open_shards(source, args)
-    total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
-    save(
-        shards,
-        args,
-        target,
-        model_parallel_size,
-        tokenizer,
-        progress=_progress_bar(total),
-    )
+    source, target = open_meta(Path(str(in_dir))), Path(str(out_dir))
+    args = make_args(source.params, source.source, n_words=vocabulary_size(source))
+    total = parameter_count(args) * source.dtype.itemsize
+    show = progress_bar(total)
+    save(source.parts, args, target, model_parallel_size, source.files, progress=show)
     print(f"\nwrote {target}", file=sys.stderr)
+
+
+def vocabulary_size(checkpoint: Checkpoint) -> int:
+    """The number of rows of the embedding, -1 where it is missing."""
+    shape = checkpoint.parts[0].shapes.get("tok_embeddings.weight", ())
+    return shape[0] if shape else -1
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from llama import parallel
-from llama.model import ModelArgs, Segment, Transformer
+from llama.model import ModelArgs, Transformer
+from llama.packing import Segment
 from llama.sampling import next_tokens, token_logprobs
 from llama.streaming import TextStream
 

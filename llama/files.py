@@ -1,5 +1,6 @@
 """The files of a checkpoint directory in Meta's layout: found, mapped and checked."""
 
+import contextlib
 import ctypes
 import mmap
 import pickletools
@@ -9,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from llama.model import ModelArgs
-from llama.sharding import distinct_pieces, full_shapes, joined_shape, parameter_count
+from llama.params import read_params
+from llama.weights import Checkpoint, Weights, printable
 
 # Published files carry these tables, which follow from the hyper-parameters.
 _DERIVED = ("rope.freqs", "rotary_emb.inv_freq")
@@ -106,7 +107,7 @@ def _check_archive(path: Path) -> None:
     with zipfile.ZipFile(path) as archive:
         for entry in archive.infolist():
             if entry.compress_type != zipfile.ZIP_STORED:
-                part = _short(entry.filename)
+                part = printable(entry.filename)
                 raise _RefusedError(f"{path} is refused: its part {part} is compressed")
             if not entry.filename.lower().endswith(".pkl"):  # PyTorch's search ignores case too
                 continue
@@ -117,7 +118,7 @@ def _check_archive(path: Path) -> None:
                 tuples += opcode.name.startswith("TUPLE")
                 if opcode.name in ("GLOBAL", "INST") and not _HARMLESS.fullmatch(str(argument)):
                     raise _RefusedError(
-                        f"{path} is refused: its pickle names {_short(str(argument))}, which no "
+                        f"{path} is refused: its pickle names {printable(str(argument))}, which no "
                         "weights need and which could run foreign code"
                     )
             if tuples > _MOST_TUPLES:
@@ -136,79 +137,78 @@ def _what_is_wrong(path: Path, error: Exception) -> str:
         return "is in PyTorch's old format: torch.load it and torch.save it again"
     if not head.startswith(b"PK"):
         return "is no checkpoint, which would be a zip archive: download it again"
-    reason = _short((str(error).splitlines() or [type(error).__name__])[0], 200)
+    reason = printable((str(error).splitlines() or [type(error).__name__])[0], 200)
     return f"is damaged or no checkpoint ({reason}): download it again"
 
 
-def _short(text: str, length: int = 80) -> str:
-    """Text out of a file, fit for an error's line."""
-    text = "".join(c if c.isprintable() else "?" for c in text[: length + 1])
-    return text if len(text) <= length else f"{text[:length]}..."
-
-
-def open_shards(ckpt_dir: Path, args: ModelArgs) -> list[Tensors]:
-    """Map all shards and check that together they make the network of ``args``.
+def open_meta(ckpt_dir: Path) -> Checkpoint:
+    """Map a checkpoint in Meta's layout.
 
     Raises:
-        FileNotFoundError: weight files are missing.
-        ValueError: a file is no checkpoint, or a tensor is missing, unexpected or misshapen.
+        FileNotFoundError: weight files or ``params.json`` are missing.
+        ValueError: a file is no checkpoint.
     """
     paths = find_shards(ckpt_dir)
+    params = read_params(ckpt_dir / "params.json")
     shards = [open_shard(path) for path in paths]
     embedding = shards[0].get("tok_embeddings.weight")
+    dtype = torch.float32 if embedding is None else embedding.dtype
     if embedding is not None and embedding.dim() == 2 and embedding.shape[1] > 0:
-        total, rest = divmod(args.dim, embedding.shape[1])
-        if not rest and total > len(paths):
+        dim = params.get("dim")
+        total = dim // embedding.shape[1] if isinstance(dim, int) else 0
+        if 64 >= total > len(paths) and total * embedding.shape[1] == dim:
             raise FileNotFoundError(
                 f"{ckpt_dir} has {len(paths)} of {total} weight files: "
                 f"consolidated.{len(paths):02d}.pth is missing"
             )
-    check_tensors(shards, args, [str(path) for path in paths])
-    return shards
-
-
-def check_tensors(shards: list[Tensors], args: ModelArgs, names: list[str]) -> None:
-    """Raise ``ValueError`` unless shards, called by ``names``, together make the network."""
+    names = [str(path) for path in paths]
     for name, shard in zip(names, shards, strict=True):
-        for key, tensor in shard.items():
-            plain = tensor.layout == torch.strided and tensor.device.type != "meta"
-            if not (plain and tensor.is_floating_point()):
-                raise ValueError(
-                    f"{_short(key)} in {name} is {tensor.dtype} ({tensor.layout}, "
-                    f"{tensor.device}), not a plain floating-point tensor"
-                )
-            if tensor.nbytes > tensor.untyped_storage().nbytes():
-                raise ValueError(f"{_short(key)} in {name} repeats numbers that are stored once")
-    # Names may share a storage: it counts once.
+        check_plain(shard, name)
+    parts = [Weights.of(shard) for shard in shards]
+    files: dict[str, Path | bytes] = dict(text_files(ckpt_dir))
+    if "tokenizer.model" not in files and "tokenizer.json" not in files:
+        with contextlib.suppress(FileNotFoundError):
+            files["tokenizer.model"] = find_tokenizer(ckpt_dir)
+    return Checkpoint(f"{ckpt_dir / 'params.json'}", params, parts, names, dtype, files)
+
+
+# What lies beside weights and concerns text, by Hugging Face's names.
+TEXT_FILES = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+def text_files(directory: Path) -> dict[str, Path]:
+    """Those of ``TEXT_FILES`` that a directory has."""
+    paths = {name: directory / name for name in TEXT_FILES}
+    return {name: path for name, path in paths.items() if path.is_file()}
+
+
+def check_plain(tensors: Tensors, name: str) -> None:
+    """Raise ``ValueError`` if a tensor isn't what weights are, or more than its file holds."""
+    for key, tensor in tensors.items():
+        plain = tensor.layout == torch.strided and tensor.device.type != "meta"
+        if not (plain and tensor.is_floating_point()):
+            raise ValueError(
+                f"{printable(key)} in {name} is {tensor.dtype} ({tensor.layout}, "
+                f"{tensor.device}), not a plain floating-point tensor"
+            )
+        if tensor.nbytes > tensor.untyped_storage().nbytes():
+            raise ValueError(f"{printable(key)} in {name} repeats numbers that are stored once")
+    # Names may share a storage, as tied weights do; many that do are an attack on the memory.
     storages = {
         storage.data_ptr(): storage.nbytes()
-        for shard in shards
-        for storage in (tensor.untyped_storage() for tensor in shard.values())
+        for storage in (tensor.untyped_storage() for tensor in tensors.values())
     }
-    size = sum(storages.values())
-    count = parameter_count(args)
-    if count > size:  # before anything is made in the size that params.json tells
-        raise ValueError(
-            f"params.json describes {count:,} parameters, but {', '.join(names[:2])} hold"
-            f"{'s' * (len(names) == 1)} {size:,} bytes: one of them belongs to another model"
-        )
-    expected = full_shapes(args)
-    for name, shard in zip(names, shards, strict=True):
-        for problem, odd in (
-            ("lacks", sorted(expected.keys() - shard.keys())),
-            ("has the unexpected", sorted(shard.keys() - expected.keys())),
-        ):
-            if odd:
-                more = f" and {len(odd) - 5} more" if len(odd) > 5 else ""
-                raise ValueError(f"{name} {problem} {', '.join(map(_short, odd[:5]))}{more}")
-    for key, shape in expected.items():
-        pieces = [shard[key] for shard in shards]
-        found = joined_shape(key, distinct_pieces(key, pieces, args))
-        if found != shape:
-            raise ValueError(
-                f"{key} in {names[0]} has the shape {found or tuple(pieces[0].shape)}, but "
-                f"params.json and the tokenizer make it {shape}"
-            )
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    if size > 2 * sum(storages.values()):
+        raise ValueError(f"the tensors of {name} repeat numbers that are stored once")
 
 
 def release(tensors: list[torch.Tensor]) -> None:

@@ -11,9 +11,9 @@ import torch
 
 from llama import checkpoint, parallel
 from llama.decoding import Request, Row, checked_list, make_rows, run
-from llama.files import find_shards, find_tokenizer
+from llama.files import find_tokenizer, open_meta
 from llama.model import Transformer
-from llama.params import read_args
+from llama.params import make_args
 from llama.predictions import ChatPrediction, CompletionPrediction, InfillingPrediction
 from llama.prompts import (
     UNSAFE_ERROR,
@@ -76,10 +76,11 @@ class Llama:
                 f"{ranks}: leave it out, or start with "
                 f"torchrun --nproc_per_node {model_parallel_size}"
             )
-        find_shards(ckpt_dir)  # the clearest answer first
+        source = open_meta(ckpt_dir)
         tokenizer = Tokenizer(tokenizer_path or find_tokenizer(ckpt_dir))
-        args = read_args(ckpt_dir, tokenizer.n_words, max_seq_len, max_batch_size)
-        model = checkpoint.load(ckpt_dir, args, torch_device, dtype)
+        n_words = tokenizer.n_words
+        args = make_args(source.params, source.source, n_words, max_seq_len, max_batch_size)
+        model = checkpoint.load(source, args, torch_device, dtype)
         return Llama(model, tokenizer, seed)
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer, seed: int = 1):

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import torch
 
-from llama.files import find_shards, find_tokenizer, open_shard, open_shards
+from llama.checkpoint import vocabulary_size
+from llama.files import find_shards, find_tokenizer, open_meta
 from llama.model import ModelArgs
-from llama.params import read_args
+from llama.params import make_args
 from llama.sharding import cache_bytes, parameter_count
 from llama.tokenizer import Tokenizer
 
@@ -55,12 +56,12 @@ def _describe(directory: Path, max_seq_len: int, max_batch_size: int) -> None:
     tokenizer = None
     with contextlib.suppress(FileNotFoundError):
         tokenizer = Tokenizer(find_tokenizer(directory))
-    first = open_shard(paths[0]).get("tok_embeddings.weight")
-    n_words = tokenizer.n_words if tokenizer else -1 if first is None else first.shape[0]
-    args = read_args(directory, n_words, max_seq_len, max_batch_size)
-    shards = open_shards(directory, args)
+    checkpoint = open_meta(directory)
+    n_words = tokenizer.n_words if tokenizer else vocabulary_size(checkpoint)
+    args = make_args(checkpoint.params, checkpoint.source, n_words, max_seq_len, max_batch_size)
+    checkpoint.check(args)
     dtypes = sorted(
-        {str(t.dtype).removeprefix("torch.") for shard in shards for t in shard.values()}
+        {str(t.dtype).removeprefix("torch.") for part in checkpoint.parts for t in part.values()}
     )
     count = parameter_count(args)
     print(f"model        {identify(directory, args, tokenizer)}")

@@ -5,15 +5,17 @@ another, without padding. Everything but attention treats each token on its own;
 the row's part of the key/value cache.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from llama.linear import ColumnParallelLinear, ParallelEmbedding, RowParallelLinear
+from llama.packing import Packed, Segment, Span, pack
 from llama.parallel import world_size
 
 
@@ -22,7 +24,15 @@ class ModelArgs:
     """The hyper-parameters of a checkpoint (its ``params.json``) and the size of the cache.
 
     ``vocab_size`` of -1 stands for the tokenizer's. ``n_kv_heads`` of None means one key/value
-    head for each query head (multi-head attention).
+    head for each query head (multi-head attention). The last five extend Meta's format:
+
+    Args:
+        head_dim: a head's width; -1 for ``dim / n_heads``.
+        hidden_dim: the feed-forward layer's width; -1 for 2/3 of 4 ``dim``, times
+            ``ffn_dim_multiplier``, rounded up to a multiple of ``multiple_of``.
+        rope_scaling: how rotary frequencies are stretched, see ``rope_factors``.
+        tie_word_embeddings: whether the output's weight is the embedding's.
+        labels: a classifier's classes, whose logits the network gives in place of tokens'.
     """
 
     dim: int = 4096
@@ -36,10 +46,20 @@ class ModelArgs:
     rope_theta: float = 10000.0
     max_batch_size: int = 32
     max_seq_len: int = 2048
+    head_dim: int = -1
+    hidden_dim: int = -1
+    rope_scaling: dict[str, Any] | None = None
+    tie_word_embeddings: bool = False
+    labels: list[str] | None = None
 
-    @property
-    def head_dim(self) -> int:
-        return self.dim // self.n_heads
+    def __post_init__(self) -> None:
+        if self.head_dim == -1:
+            self.head_dim = self.dim // self.n_heads
+        if self.hidden_dim == -1:
+            hidden = int(2 * 4 * self.dim / 3)
+            if self.ffn_dim_multiplier is not None:
+                hidden = int(self.ffn_dim_multiplier * hidden)
+            self.hidden_dim = self.multiple_of * -(-hidden // self.multiple_of)
 
     @property
     def kv_heads(self) -> int:
@@ -47,68 +67,9 @@ class ModelArgs:
         return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
 
     @property
-    def hidden_dim(self) -> int:
-        """The width of the feed-forward layer: 2/3 of 4 ``dim``, scaled, then rounded up."""
-        hidden = int(2 * 4 * self.dim / 3)
-        if self.ffn_dim_multiplier is not None:
-            hidden = int(self.ffn_dim_multiplier * hidden)
-        return self.multiple_of * ((hidden + self.multiple_of - 1) // self.multiple_of)
-
-
-class Segment(NamedTuple):
-    """New tokens of one row: which row of the cache, the first one's position, how many."""
-
-    row: int
-    start_pos: int
-    length: int
-
-
-class Span(NamedTuple):
-    """What one attention call covers: several new tokens of one row (a piece of a prompt), or
-    one new token of each of several neighbouring rows (a decoding step)."""
-
-    tokens: slice  # of the packed tokens
-    rows: slice  # of the cache
-    filled: int  # cache positions to read
-    mask: torch.Tensor | None  # True where a token may look; None where it may look at all
-
-
-class Packed(NamedTuple):
-    """Where the packed tokens of a forward pass stand. Index tensors have shape (n_tokens,)."""
-
-    rows: torch.Tensor
-    positions: torch.Tensor
-    spans: list[Span]
-
-
-def pack(segments: Sequence[Segment], device: torch.device) -> Packed:
-    """Lay segments out one after another and group those that one attention call can serve."""
-    spans = []
-    first = 0
-    i = 0
-    while i < len(segments):
-        row, start_pos, length = segments[i]
-        group = [segments[i]]
-        if length == 1:
-            while i + len(group) < len(segments):
-                candidate = segments[i + len(group)]
-                if candidate.length != 1 or candidate.row != row + len(group):
-                    break
-                group.append(candidate)
-        filled = max(s.start_pos for s in group) + length
-        mask = None
-        if length > 1 and start_pos > 0:  # causal, after what the cache already holds
-            mask = torch.ones(length, filled, dtype=torch.bool, device=device).tril(start_pos)
-        elif any(s.start_pos + length < filled for s in group):  # rows of different lengths
-            lengths = torch.tensor([s.start_pos + 1 for s in group], device=device)
-            mask = torch.arange(filled, device=device) < lengths[:, None, None, None]
-        tokens = slice(first, first + length * len(group))
-        spans.append(Span(tokens, slice(row, row + len(group)), filled, mask))
-        first = tokens.stop
-        i += len(group)
-    rows = [s.row for s in segments for _ in range(s.length)]
-    positions = [p for s in segments for p in range(s.start_pos, s.start_pos + s.length)]
-    return Packed(torch.tensor(rows, device=device), torch.tensor(positions, device=device), spans)
+    def n_outputs(self) -> int:
+        """How many logits the network gives."""
+        return self.vocab_size if self.labels is None else len(self.labels)
 
 
 class RMSNorm(nn.Module):
@@ -125,20 +86,52 @@ class RMSNorm(nn.Module):
         return normed.type_as(x) * self.weight
 
 
-def precompute_freqs_cis(
-    head_dim: int, max_seq_len: int, theta: float, device: torch.device
-) -> torch.Tensor:
-    """The rotary angles' cosines and sines for every position (RoFormer, section 3.2.2).
+def rope_factors(args: ModelArgs) -> torch.Tensor:
+    """What each rotary frequency is divided by, so that a network reads longer texts.
 
-    Pair ``i`` of a head turns by ``position * theta ** (-2 i / head_dim)``.
+    ``rope_scaling`` is None, or has a ``rope_type`` and that type's parameters:
+
+    - ``linear``: ``factor`` for all (https://arxiv.org/abs/2306.15595).
+    - ``llama3``: ``factor`` for waves longer than ``original_max_position_embeddings /
+      low_freq_factor``, 1 for those shorter than the same by ``high_freq_factor``, and a mixture
+      of both frequencies in between (Llama 3.1's reference).
+    - ``factors``: ``factors`` lists them.
+
+    Returns:
+        float32, shape (head_dim / 2,).
+    """
+    scaling = args.rope_scaling or {"rope_type": "linear", "factor": 1.0}
+    if scaling["rope_type"] == "factors":
+        return torch.tensor(scaling["factors"], device="cpu", dtype=torch.float32)
+    factor = torch.full((args.head_dim // 2,), float(scaling["factor"]), device="cpu")
+    if scaling["rope_type"] == "linear":
+        return factor
+    turns = scaling["original_max_position_embeddings"] * rope_freqs(args) / (2 * math.pi)
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    kept = ((turns - low) / (high - low)).clamp(0, 1)  # how much of the frequency stays unscaled
+    return 1 / ((1 - kept) / factor + kept)
+
+
+def rope_freqs(args: ModelArgs) -> torch.Tensor:
+    """Pair ``i`` of a head turns by ``rope_theta ** (-2 i / head_dim)`` from token to token.
+
+    Returns:
+        float32, shape (head_dim / 2,), before any scaling.
+    """
+    exponents = torch.arange(0, args.head_dim, 2, device="cpu", dtype=torch.float32)
+    return 1.0 / args.rope_theta ** (exponents / args.head_dim)
+
+
+def precompute_freqs_cis(args: ModelArgs, device: torch.device) -> torch.Tensor:
+    """The rotary angles' cosines and sines for every position (RoFormer, section 3.2.2).
 
     Returns:
         float32, shape (max_seq_len, 2, head_dim / 2): cosines, then sines.
     """
     # On the CPU first: accelerators round the sines of large angles in ways of their own.
-    exponents = torch.arange(0, head_dim, 2, device="cpu", dtype=torch.float32) / head_dim
-    freqs = 1.0 / theta**exponents  # (head_dim / 2)
-    angles = torch.outer(torch.arange(max_seq_len, device="cpu", dtype=torch.float32), freqs)
+    freqs = rope_freqs(args) / rope_factors(args)
+    positions = torch.arange(args.max_seq_len, device="cpu", dtype=torch.float32)
+    angles = torch.outer(positions, freqs)
     table = torch.stack((angles.cos(), angles.sin()), dim=1)  # (max_seq_len, 2, head_dim / 2)
     return table.to(device)
 
@@ -254,11 +247,11 @@ class Transformer(nn.Module):
         super().__init__()
         self.params = params
         n_ranks = world_size()
-        padded_vocab = -(-params.vocab_size // n_ranks) * n_ranks
+        padded_outputs = -(-params.n_outputs // n_ranks) * n_ranks
         self.tok_embeddings = ParallelEmbedding(params.vocab_size, params.dim)
         self.layers = nn.ModuleList(TransformerBlock(params) for _ in range(params.n_layers))
         self.norm = RMSNorm(params.dim, params.norm_eps)
-        self.output = ColumnParallelLinear(params.dim, padded_vocab, gather_output=True)
+        self.output = ColumnParallelLinear(params.dim, padded_outputs, gather_output=True)
         self.allocate_buffers(torch.get_default_device(), torch.get_default_dtype())
 
     def allocate_buffers(self, device: torch.device, dtype: torch.dtype) -> None:
@@ -267,11 +260,10 @@ class Transformer(nn.Module):
         The cache holds ``max_batch_size * max_seq_len`` positions a layer, in ``dtype``; its
         memory is first touched where tokens are written.
         """
-        args = self.params
-        table = precompute_freqs_cis(args.head_dim, args.max_seq_len, args.rope_theta, device)
+        table = precompute_freqs_cis(self.params, device)
         self.register_buffer("freqs_cis", table, persistent=False)
         for block in self.layers:
-            block.attention.allocate_cache(args, device, dtype)  # type: ignore[operator, union-attr]
+            block.attention.allocate_cache(self.params, device, dtype)  # type: ignore[operator, union-attr]
 
     def clear_cache(self) -> None:
         """Forget everything: not a number, once in the cache, would spread to later calls."""
@@ -295,7 +287,7 @@ class Transformer(nn.Module):
             positions: which of the ``seqlen`` positions to give logits for; None for all.
 
         Returns:
-            float32, shape (bsz, seqlen or len(positions), vocab_size).
+            float32, shape (bsz, seqlen or len(positions), n_outputs).
 
         Raises:
             ValueError: the tokens don't fit the cache.
@@ -342,19 +334,30 @@ class Transformer(nn.Module):
             select: indices into ``tokens`` of those to give logits for; None for all.
 
         Returns:
-            float32, shape (n_tokens or len(select), vocab_size).
+            float32, shape (n_tokens or len(select), n_outputs).
 
         Raises:
             ValueError: the tokens don't fit the cache.
         """
+        h = self.hidden_states(tokens, segments, select)
+        return self.output(h)[:, : self.params.n_outputs].float()
+
+    @torch.inference_mode()
+    def hidden_states(
+        self,
+        tokens: torch.Tensor,
+        segments: Sequence[Segment],
+        select: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """What ``forward_packed`` makes logits of: shape (n_tokens or len(select), dim)."""
         self._check(tokens, segments)
         packed = pack(segments, tokens.device)
         freqs_cis = self.freqs_cis[packed.positions]
         h = self.tok_embeddings(tokens)  # (n_tokens, dim)
         for layer in self.layers:
             h = layer(h, freqs_cis, packed)
-        h = self.norm(h if select is None else h[select])
-        return self.output(h)[:, : self.params.vocab_size].float()
+        normed: torch.Tensor = self.norm(h if select is None else h[select])
+        return normed
 
     def _check(self, tokens: torch.Tensor, segments: Sequence[Segment]) -> None:
         total = sum(length for _, _, length in segments)

@@ -1,8 +1,13 @@
 """How parameters are divided among files and ranks: pure functions of shapes and tensors."""
 
+from collections.abc import Sequence
+from typing import TypeVar
+
 import torch
 
 from llama.model import ModelArgs
+
+T = TypeVar("T")
 
 # The dimension along which shards and ranks divide a parameter; what isn't named is not divided.
 _SPLIT_DIM = {
@@ -40,10 +45,13 @@ def check_model_parallel_size(args: ModelArgs, ranks: int) -> None:
 
 def parameter_count(args: ModelArgs, ranks: int = 1) -> int:
     """The number of one rank's parameters, by arithmetic alone."""
+    q_dim = args.n_heads * args.head_dim // ranks
     kv_dim = max(args.kv_heads, ranks) // ranks * args.head_dim
-    attention = 2 * args.dim * args.dim // ranks + 2 * args.dim * kv_dim
+    attention = 2 * args.dim * q_dim + 2 * args.dim * kv_dim
     block = attention + 3 * args.dim * args.hidden_dim // ranks + 2 * args.dim
-    vocabulary = args.vocab_size * (args.dim // ranks) + -(-args.vocab_size // ranks) * args.dim
+    vocabulary = args.vocab_size * (args.dim // ranks)
+    if ranks > 1 or not args.tie_word_embeddings:  # ranks divide the two along different lines
+        vocabulary += -(-args.n_outputs // ranks) * args.dim
     return args.n_layers * block + vocabulary + args.dim
 
 
@@ -55,15 +63,19 @@ def cache_bytes(args: ModelArgs, dtype: torch.dtype, ranks: int = 1) -> int:
 
 
 def full_shapes(args: ModelArgs) -> dict[str, tuple[int, ...]]:
-    """The parameters' shapes before they are divided among shards or ranks."""
+    """The parameters' shapes before they are divided among shards or ranks.
+
+    An output that is the embedding (``tie_word_embeddings``) isn't among them.
+    """
+    q_dim = args.n_heads * args.head_dim
     kv_dim = args.kv_heads * args.head_dim
     shapes: dict[str, tuple[int, ...]] = {"tok_embeddings.weight": (args.vocab_size, args.dim)}
     for i in range(args.n_layers):
         block = {
-            "attention.wq": (args.dim, args.dim),
+            "attention.wq": (q_dim, args.dim),
             "attention.wk": (kv_dim, args.dim),
             "attention.wv": (kv_dim, args.dim),
-            "attention.wo": (args.dim, args.dim),
+            "attention.wo": (args.dim, q_dim),
             "feed_forward.w1": (args.hidden_dim, args.dim),
             "feed_forward.w2": (args.dim, args.hidden_dim),
             "feed_forward.w3": (args.hidden_dim, args.dim),
@@ -71,7 +83,10 @@ def full_shapes(args: ModelArgs) -> dict[str, tuple[int, ...]]:
             "ffn_norm": (args.dim,),
         }
         shapes |= {f"layers.{i}.{name}.weight": shape for name, shape in block.items()}
-    return shapes | {"norm.weight": (args.dim,), "output.weight": (args.vocab_size, args.dim)}
+    shapes["norm.weight"] = (args.dim,)
+    if not args.tie_word_embeddings:
+        shapes["output.weight"] = (args.n_outputs, args.dim)
+    return shapes
 
 
 def split_dim(name: str) -> int | None:
@@ -79,9 +94,8 @@ def split_dim(name: str) -> int | None:
     return _SPLIT_DIM.get(name.split(".")[-2])
 
 
-def joined_shape(name: str, pieces: list[torch.Tensor]) -> tuple[int, ...] | None:
+def joined_shape(name: str, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...] | None:
     """The shape of pieces put together, None if they don't go together."""
-    shapes = [tuple(piece.shape) for piece in pieces]
     dim = split_dim(name)
     if dim is None:
         return shapes[0] if len(set(shapes)) == 1 else None
@@ -92,7 +106,7 @@ def joined_shape(name: str, pieces: list[torch.Tensor]) -> tuple[int, ...] | Non
     return tuple(joined)
 
 
-def distinct_pieces(name: str, pieces: list[torch.Tensor], args: ModelArgs) -> list[torch.Tensor]:
+def distinct_pieces(name: str, pieces: Sequence[T], args: ModelArgs) -> Sequence[T]:
     """Pieces without the copies of key/value heads that more shards than heads carry."""
     if name.split(".")[-2] in ("wk", "wv") and len(pieces) > args.kv_heads:
         return pieces[:: len(pieces) // args.kv_heads]
@@ -100,7 +114,7 @@ def distinct_pieces(name: str, pieces: list[torch.Tensor], args: ModelArgs) -> l
 
 
 def rank_part(
-    name: str, pieces: list[torch.Tensor], args: ModelArgs, rank: int, ranks: int
+    name: str, pieces: Sequence[torch.Tensor], args: ModelArgs, rank: int, ranks: int
 ) -> torch.Tensor:
     """What one of ``ranks`` ranks holds of a parameter that lies in ``pieces``, one a shard.
 

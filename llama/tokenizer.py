@@ -1,6 +1,8 @@
-"""Text to token ids and back, with a SentencePiece model."""
+"""Text to token ids and back."""
 
+import re
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
@@ -9,74 +11,79 @@ from sentencepiece import SentencePieceProcessor
 # normalizer_spec (3) with its field add_dummy_prefix (3) set to false.
 _NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
 
+# Breaks up what reads like a control piece in a message's text: a character that Unicode reserves
+# for such internal use and that no text holds.
+_MARK = "\ufdd0"
 
-class Tokenizer:
-    """A SentencePiece model and the ids of its control pieces.
 
-    The infilling ids ``prefix_id``, ``middle_id``, ``suffix_id``, ``eot_id`` (Code Llama) and the
-    turn's end ``step_id`` (Code Llama 70B-Instruct) are None where the model lacks the piece.
-    Text never encodes to one of them: written out as text they become ordinary pieces.
+class BaseTokenizer:
+    """What all tokenizers have in common: ids of control pieces, and that text never becomes one.
+
+    Attributes:
+        n_words: the size of the vocabulary.
+        bos_id, eos_id, pad_id: begin and end of a sequence, padding; -1 where there is none.
+        add_bos: whether a text on its own begins with ``bos_id``.
+        stop_ids: the ids that end what a model writes; ``eos_id`` is one.
+        control_ids: the control pieces' spelling and id.
+        prefix_id, middle_id, suffix_id, eot_id: Code Llama's infilling pieces, or None.
+        step_id: the end of a turn of Code Llama 70B-Instruct, or None.
     """
 
-    def __init__(self, model_path: str | Path):
-        """Load a model.
+    n_words: int
+    bos_id: int
+    eos_id: int
+    pad_id: int
+    add_bos: bool = True
+    stop_ids: frozenset[int]
+    control_ids: dict[str, int]
 
-        Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: the file is no SentencePiece model.
-        """
-        path = Path(model_path)
-        if not path.is_file():
-            raise FileNotFoundError(f"no tokenizer at {path}: give the path of a tokenizer.model")
-        proto = path.read_bytes()
-        try:
-            if not proto:
-                raise RuntimeError("empty file")
-            self.sp_model = SentencePieceProcessor(model_proto=proto)
-            # Code Llama's infilling reads and writes text without the space that SentencePiece
-            # puts in front of every text.
-            self._sp_continuation = SentencePieceProcessor(model_proto=proto + _NO_DUMMY_PREFIX)
-            self.sp_model.id_to_piece(list(range(self.sp_model.vocab_size())))
-        # A piece that is no UTF-8 can't be made a str, not even in SentencePiece's complaint.
-        except (RuntimeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not a SentencePiece model") from error
+    def _to_ids(self, s: str, continued: bool) -> list[int]:
+        """The ids of a text; one that is ``continued`` has other text before it."""
+        raise NotImplementedError
 
-        self.n_words: int = self.sp_model.vocab_size()
-        self.bos_id: int = self.sp_model.bos_id()
-        self.eos_id: int = self.sp_model.eos_id()
-        needed = (self.bos_id, self.eos_id, self.sp_model.unk_id())
-        if not all(0 <= i < self.n_words for i in needed):
-            raise ValueError(f"{path} lacks one of the pieces <s>, </s> and <unk>")
-        self.pad_id: int = self.sp_model.pad_id()
-        self.prefix_id = self._control_id("▁<PRE>")
-        self.middle_id = self._control_id("▁<MID>")
-        self.suffix_id = self._control_id("▁<SUF>")
-        self.eot_id = self._control_id("▁<EOT>")
-        self.step_id = self._control_id("<step>")
-        self._as_text = {
-            control: self._spell(control)
-            for control in (
-                self.prefix_id,
-                self.middle_id,
-                self.suffix_id,
-                self.eot_id,
-                self.step_id,
-            )
-            if control is not None
-        }
+    def _to_text(self, ids: list[int], continued: bool) -> str:
+        """The text of ids, none of which is a control piece's."""
+        raise NotImplementedError
 
-    def _control_id(self, piece: str) -> int | None:
-        found: int = self.sp_model.piece_to_id(piece)
-        # A piece that isn't there is answered with the id of the unknown one.
-        return found if self.sp_model.id_to_piece(found) == piece else None
+    def token_piece(self, t: int) -> str:
+        """The vocabulary's entry for an id, as it is written there."""
+        raise NotImplementedError
 
-    def _spell(self, control: int) -> list[int]:
-        """The ordinary pieces that read like a control piece: it is cut, so that it isn't met."""
-        text = self.token_piece(control).replace("▁", " ")
-        encode = self._sp_continuation.encode
-        return [*encode(text[:2]), *encode(text[2:])]
+    @cached_property
+    def prefix_id(self) -> int | None:
+        return self.control_ids.get("▁<PRE>")
 
-    def _encode(self, model: SentencePieceProcessor, s: str) -> list[int]:
+    @cached_property
+    def middle_id(self) -> int | None:
+        return self.control_ids.get("▁<MID>")
+
+    @cached_property
+    def suffix_id(self) -> int | None:
+        return self.control_ids.get("▁<SUF>")
+
+    @cached_property
+    def eot_id(self) -> int | None:
+        return self.control_ids.get("▁<EOT>")
+
+    @cached_property
+    def step_id(self) -> int | None:
+        return self.control_ids.get("<step>")
+
+    @cached_property
+    def _as_text(self) -> dict[int, list[int]]:
+        """For each control id the ordinary pieces that read like it: cut, so that it isn't met."""
+        spelled = {}
+        for piece, control in self.control_ids.items():
+            text = piece.replace("▁", " ")
+            spelled[control] = [*self._to_ids(text[:2], True), *self._to_ids(text[2:], True)]
+        return spelled
+
+    @cached_property
+    def _controls(self) -> re.Pattern[str]:
+        longest_first = sorted((c for c in self.control_ids if len(c) > 1), key=len, reverse=True)
+        return re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
+
+    def _encode(self, s: str, continued: bool) -> list[int]:
         if not isinstance(s, str):
             raise TypeError(f"the tokenizer encodes str, not {type(s).__name__}: {s!r}")
         try:
@@ -86,13 +93,13 @@ class Tokenizer:
                 f"the text holds half of a surrogate pair at {error.start}, which is no "
                 "character: decode it with the right encoding first"
             ) from error
-        ids: list[int] = model.encode(s)
+        ids = self._to_ids(s, continued)
         if self._as_text.keys().isdisjoint(ids):
             return ids
         return [part for i in ids for part in self._as_text.get(i, (i,))]
 
     def encode(self, s: str, bos: bool, eos: bool) -> list[int]:
-        """The token ids of a text.
+        """The token ids of a text; what reads like a control piece in it stays text.
 
         Args:
             s: the text.
@@ -103,8 +110,32 @@ class Tokenizer:
             TypeError: ``s`` is not a ``str``.
             ValueError: ``s`` can't be written as UTF-8.
         """
-        ids = self._encode(self.sp_model, s)
+        ids = self._encode(s, continued=False)
         return [self.bos_id] * bool(bos) + ids + [self.eos_id] * bool(eos)
+
+    def encode_infilling(self, s: str) -> list[int]:
+        """``encode`` without the space that SentencePiece puts in front of a text."""
+        return self._encode(s, continued=True)
+
+    def protect(self, text: str) -> str:
+        """A message's text, fit to be put into a prompt for ``encode_rendered``."""
+        text = text.replace(_MARK, "")
+        while self._controls.search(text):  # marked once, what overlaps it may stand out
+            text = self._controls.sub(lambda found: found[0][0] + _MARK + found[0][1:], text)
+        return text
+
+    def encode_rendered(self, text: str) -> list[int]:
+        """The ids of a prompt written out: control pieces become their ids, all else is text.
+
+        Only what went through ``protect`` may come from a user.
+        """
+        ids = []
+        for part in self._controls.split(text):
+            if part in self.control_ids:
+                ids.append(self.control_ids[part])
+            elif part:
+                ids += self.encode(part.replace(_MARK, ""), bos=False, eos=False)
+        return ids
 
     def decode(self, t: Sequence[int]) -> str:
         """The text of token ids; control ids have none, incomplete characters become U+FFFD.
@@ -112,15 +143,18 @@ class Tokenizer:
         Raises:
             ValueError: an id isn't in the vocabulary.
         """
-        return self._decode(self.sp_model, t)
+        return self._decode(t, continued=False)
 
-    def _decode(self, model: SentencePieceProcessor, t: Sequence[int]) -> str:
+    def decode_infilling(self, t: Sequence[int]) -> str:
+        """``decode`` that keeps a space in front of the text."""
+        return self._decode(t, continued=True)
+
+    def _decode(self, t: Sequence[int], continued: bool) -> str:
         if isinstance(t, str | bytes):
             raise TypeError(f"the tokenizer decodes token ids, not {type(t).__name__}: {t!r}")
         for i in t:
             self._check_id(i)
-        text: str = model.decode(list(t))
-        return text
+        return self._to_text(list(t), continued)
 
     def _check_id(self, i: int) -> None:
         if not isinstance(i, int):
@@ -128,13 +162,65 @@ class Tokenizer:
         if not 0 <= i < self.n_words:
             raise ValueError(f"token id {i} is outside the vocabulary of {self.n_words}")
 
-    def encode_infilling(self, s: str) -> list[int]:
-        """``encode`` without the space that SentencePiece puts in front of a text."""
-        return self._encode(self._sp_continuation, s)
 
-    def decode_infilling(self, t: Sequence[int]) -> str:
-        """``decode`` that keeps a space in front of the text."""
-        return self._decode(self._sp_continuation, t)
+class Tokenizer(BaseTokenizer):
+    """A SentencePiece model."""
+
+    def __init__(self, model_path: str | Path, proto: bytes | None = None):
+        """Load a model.
+
+        Args:
+            model_path: a ``tokenizer.model``.
+            proto: its contents, where they don't come from a file; the path then is a name.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is no SentencePiece model.
+        """
+        path = Path(model_path)
+        if proto is None:
+            if not path.is_file():
+                raise FileNotFoundError(
+                    f"no tokenizer at {path}: give the path of a tokenizer.model"
+                )
+            proto = path.read_bytes()
+        try:
+            if not proto:
+                raise RuntimeError("empty file")
+            self.sp_model = SentencePieceProcessor(model_proto=proto)
+            # Code Llama's infilling reads and writes text without the space that SentencePiece
+            # puts in front of every text.
+            self._sp_continuation = SentencePieceProcessor(model_proto=proto + _NO_DUMMY_PREFIX)
+            pieces = self.sp_model.id_to_piece(list(range(self.sp_model.vocab_size())))
+        # A piece that is no UTF-8 can't be made a str, not even in SentencePiece's complaint.
+        except (RuntimeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is not a SentencePiece model") from error
+
+        self.n_words = self.sp_model.vocab_size()
+        self.bos_id = self.sp_model.bos_id()
+        self.eos_id = self.sp_model.eos_id()
+        needed = (self.bos_id, self.eos_id, self.sp_model.unk_id())
+        if not all(0 <= i < self.n_words for i in needed):
+            raise ValueError(f"{path} lacks one of the pieces <s>, </s> and <unk>")
+        self.pad_id = self.sp_model.pad_id()
+        self.stop_ids = frozenset({self.eos_id})
+        # Code Llama's own pieces aren't marked as control pieces in all of its models.
+        published = {"▁<PRE>", "▁<MID>", "▁<SUF>", "▁<EOT>", "<step>"}
+        self.control_ids = {
+            piece: i
+            for i, piece in enumerate(pieces)
+            if piece and (self.sp_model.is_control(i) or piece in published)
+        }
+
+    def _to_ids(self, s: str, continued: bool) -> list[int]:
+        model = self._sp_continuation if continued else self.sp_model
+        ids: list[int] = model.encode(s)
+        return ids
+
+    def _to_text(self, ids: list[int], continued: bool) -> str:
+        model = self._sp_continuation if continued else self.sp_model
+        text: str = model.decode(ids)
+        return text
 
     def token_piece(self, t: int) -> str:
         """The vocabulary's entry for an id, as it is written there (``▁`` for a space)."""

@@ -6,7 +6,7 @@ from conftest import make_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llama import ModelArgs, Transformer, parallel
-from llama.model import Segment
+from llama.packing import Segment
 
 VARIANTS = {
     "mha": {},

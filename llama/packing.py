@@ -1,0 +1,62 @@
+"""How the new tokens of a batch lie side by side, and which attention call serves which of them."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+
+class Segment(NamedTuple):
+    """New tokens of one row: which row of the cache, the first one's position, how many."""
+
+    row: int
+    start_pos: int
+    length: int
+
+
+class Span(NamedTuple):
+    """What one attention call covers: several new tokens of one row (a piece of a prompt), or
+    one new token of each of several neighbouring rows (a decoding step)."""
+
+    tokens: slice  # of the packed tokens
+    rows: slice  # of the cache
+    filled: int  # cache positions to read
+    mask: torch.Tensor | None  # True where a token may look; None where it may look at all
+
+
+class Packed(NamedTuple):
+    """Where the packed tokens of a forward pass stand. Index tensors have shape (n_tokens,)."""
+
+    rows: torch.Tensor
+    positions: torch.Tensor
+    spans: list[Span]
+
+
+def pack(segments: Sequence[Segment], device: torch.device) -> Packed:
+    """Lay segments out one after another and group those that one attention call can serve."""
+    spans = []
+    first = 0
+    i = 0
+    while i < len(segments):
+        row, start_pos, length = segments[i]
+        group = [segments[i]]
+        if length == 1:
+            while i + len(group) < len(segments):
+                candidate = segments[i + len(group)]
+                if candidate.length != 1 or candidate.row != row + len(group):
+                    break
+                group.append(candidate)
+        filled = max(s.start_pos for s in group) + length
+        mask = None
+        if length > 1 and start_pos > 0:  # causal, after what the cache already holds
+            mask = torch.ones(length, filled, dtype=torch.bool, device=device).tril(start_pos)
+        elif any(s.start_pos + length < filled for s in group):  # rows of different lengths
+            lengths = torch.tensor([s.start_pos + 1 for s in group], device=device)
+            mask = torch.arange(filled, device=device) < lengths[:, None, None, None]
+        tokens = slice(first, first + length * len(group))
+        spans.append(Span(tokens, slice(row, row + len(group)), filled, mask))
+        first = tokens.stop
+        i += len(group)
+    rows = [s.row for s in segments for _ in range(s.length)]
+    positions = [p for s in segments for p in range(s.start_pos, s.start_pos + s.length)]
+    return Packed(torch.tensor(rows, device=device), torch.tensor(positions, device=device), spans)

@@ -1,0 +1,124 @@
+"""A checkpoint of any format as the network wants it: Meta's names and layout, made on demand."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llama.model import ModelArgs
+from llama.sharding import distinct_pieces, full_shapes, joined_shape, parameter_count, rank_part
+
+Shape = tuple[int, ...]
+
+
+class Weights(Mapping[str, torch.Tensor]):
+    """The tensors of one part of a checkpoint under Meta's names, made when they are asked for.
+
+    Args:
+        shapes: theirs, before anything is read.
+        read: gives the tensor of a name.
+        mapped: gives what a name's tensor is made from, as it lies in mapped files.
+    """
+
+    def __init__(
+        self,
+        shapes: Mapping[str, Shape],
+        read: Callable[[str], torch.Tensor],
+        mapped: Callable[[str], Sequence[torch.Tensor]] = lambda name: (),
+    ):
+        self.shapes = dict(shapes)
+        self.mapped = mapped
+        self._read = read
+
+    @staticmethod
+    def of(tensors: Mapping[str, torch.Tensor]) -> "Weights":
+        """Tensors that are there already."""
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        return Weights(shapes, tensors.__getitem__, lambda name: (tensors[name],))
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name not in self.shapes:
+            raise KeyError(name)
+        return self._read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+
+@dataclass
+class Checkpoint:
+    """What every format comes down to.
+
+    Attributes:
+        source: where the hyper-parameters come from, for errors.
+        params: the hyper-parameters, with the keys of ``params.json`` (``ModelArgs``).
+        parts: the weights, in one or more parts as Meta divides them.
+        names: what errors call the parts.
+        dtype: what most weights are stored as, or a half-precision one where they are quantised.
+        files: what lies beside the weights and concerns text, under Hugging Face's names:
+            ``tokenizer.model`` or ``tokenizer.json``, ``tokenizer_config.json`` and so on.
+    """
+
+    source: str
+    params: dict[str, Any]
+    parts: list[Weights]
+    names: list[str]
+    dtype: torch.dtype
+    files: dict[str, Path | bytes] = field(default_factory=dict)
+
+    def check(self, args: ModelArgs) -> None:
+        """Raise ``ValueError`` unless the parts together make the network of ``args``."""
+        check_shapes([part.shapes for part in self.parts], args, self.names, self.source)
+
+    def rank_part(self, name: str, args: ModelArgs, rank: int, ranks: int) -> torch.Tensor:
+        """What one of ``ranks`` ranks holds of a parameter."""
+        if name == "output.weight" and args.tie_word_embeddings:
+            whole = self.rank_part("tok_embeddings.weight", args, 0, 1)
+            return rank_part(name, [whole], args, rank, ranks)
+        return rank_part(name, [part[name] for part in self.parts], args, rank, ranks)
+
+    def mapped(self, name: str) -> list[torch.Tensor]:
+        """What a parameter is made from, as it lies in mapped files."""
+        return [tensor for part in self.parts if name in part for tensor in part.mapped(name)]
+
+
+def check_shapes(
+    parts: Sequence[Mapping[str, Shape]], args: ModelArgs, names: Sequence[str], source: str
+) -> None:
+    """Raise ``ValueError`` unless tensors of these shapes make the network of ``args``."""
+    size = sum(prod(shape) for part in parts for shape in part.values())
+    count = parameter_count(args)
+    if count > 4 * size:  # before anything is made in the size that the hyper-parameters tell
+        raise ValueError(
+            f"{source} describes {count:,} parameters, but {', '.join(names[:2])} hold"
+            f"{'s' * (len(names) == 1)} {size:,}: one of them belongs to another model"
+        )
+    expected = full_shapes(args)
+    for name, part in zip(names, parts, strict=True):
+        for problem, odd in (
+            ("lacks", sorted(expected.keys() - part.keys())),
+            ("has the unexpected", sorted(part.keys() - expected.keys())),
+        ):
+            if odd:
+                more = f" and {len(odd) - 5} more" if len(odd) > 5 else ""
+                raise ValueError(f"{name} {problem} {', '.join(map(printable, odd[:5]))}{more}")
+    for key, shape in expected.items():
+        pieces = [part[key] for part in parts]
+        found = joined_shape(key, distinct_pieces(key, pieces, args))
+        if found != shape:
+            raise ValueError(
+                f"{key} in {names[0]} has the shape {found or pieces[0]}, but {source} and the "
+                f"tokenizer make it {shape}"
+            )
+
+
+def printable(text: str, length: int = 80) -> str:
+    """Text out of a file, fit for an error's line."""
+    text = "".join(c if c.isprintable() else "?" for c in text[: length + 1])
+    return text if len(text) <= length else f"{text[:length]}..."
