@@ -10,14 +10,9 @@ import torch
 
 from llama import parallel
 from llama.model import ModelArgs, Transformer
-from llama.packing import Segment
+from llama.packing import Segment, prefill_passes
 from llama.sampling import next_tokens, token_logprobs
 from llama.streaming import TextStream
-
-# A prompt is prefilled in pieces, so that masks and scores stay small however long it is. A row's
-# pieces are cut at the same places whatever rows stand beside it.
-PREFILL_CHUNK = 512  # tokens of one row
-PREFILL_TOKENS = 2048  # tokens of all rows
 
 
 @dataclass
@@ -100,6 +95,16 @@ def make_rows(
     if not isinstance(max_gen_len, int) or max_gen_len < 0:
         raise ValueError(f"max_gen_len is {max_gen_len!r}: expected a whole number, 0 or more")
     rows = []
+    for i, ids in enumerate(checked_prompts(params, prompts)):
+        limit = min(max_gen_len, params.max_seq_len - len(ids))
+        text = TextStream(decode, stop, context=ids if in_context else ())
+        rows.append(Row(ids, limit, random.Random(f"{seed} {i}"), text))
+    return rows
+
+
+def checked_prompts(params: ModelArgs, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    """The prompts as lists, if the model can read them; errors as in ``make_rows``."""
+    checked = []
     for i, prompt in enumerate(checked_list(prompts, "prompt_tokens")):
         if isinstance(prompt, str | bytes) or not isinstance(prompt, Sequence):
             raise TypeError(f"prompt {i} is {prompt!r}: give a list of token ids for each prompt")
@@ -118,10 +123,8 @@ def make_rows(
                 f"prompt {i} holds the token id {wrong[0]}, outside the vocabulary of "
                 f"{params.vocab_size}"
             )
-        limit = min(max_gen_len, params.max_seq_len - len(ids))
-        text = TextStream(decode, stop, context=ids if in_context else ())
-        rows.append(Row(ids, limit, random.Random(f"{seed} {i}"), text))
-    return rows
+        checked.append(ids)
+    return checked
 
 
 def run(model: Transformer, rows: list[Row], request: Request) -> Iterator[str]:
@@ -136,43 +139,51 @@ def run(model: Transformer, rows: list[Row], request: Request) -> Iterator[str]:
             yield _take(row, token, logprob, request)
         active = [(i, row) for i, row in active if not row.done]
         if active:
-            logits = _forward(
+            logits = checked_forward(
                 model,
                 [row.tokens[-1] for _, row in active],
                 [Segment(i, len(row.prompt) + len(row.tokens) - 1, 1) for i, row in active],
             )
 
 
-def _forward(
-    model: Transformer, tokens: list[int], segments: list[Segment], select: list[int] | None = None
+def checked_forward(
+    model: Transformer,
+    tokens: list[int],
+    segments: list[Segment],
+    select: list[int] | None = None,
+    hidden: bool = False,
 ) -> torch.Tensor:
+    """``forward_packed``, or ``hidden_states`` in float32, of lists of ids and positions.
+
+    Raises:
+        RuntimeError: the result isn't finite; the cache is empty then.
+    """
     device = model.freqs_cis.device
     ids = torch.tensor(tokens, device=device)
     chosen = None if select is None else torch.tensor(select, device=device, dtype=torch.long)
-    logits = model.forward_packed(ids, segments, chosen)
-    if not logits.isfinite().all():
+    forward = model.hidden_states if hidden else model.forward_packed
+    found = forward(ids, segments, chosen).float()
+    if not found.isfinite().all():
         model.clear_cache()
         raise RuntimeError(
             "the model's logits are not finite: its weights are damaged, or their range needs "
             "dtype=torch.float32"
         )
-    return logits
+    return found
 
 
 def _prefill(model: Transformer, rows: list[Row], request: Request) -> torch.Tensor:
     """Put prompts into the cache. Returns the logits after each, shape (n_rows, vocab_size)."""
     score = request.logprobs and request.echo
     last: list[torch.Tensor] = [torch.empty(0)] * len(rows)
-    done = [0] * len(rows)
-    while segments := _next_pieces(rows, done):
+    for segments in prefill_passes([len(row.prompt) for row in rows]):
         tokens = [t for i, start, n in segments for t in rows[i].prompt[start : start + n]]
         ends, total = [], 0
         for i, start, n in segments:
-            done[i] = start + n
             total += n
-            if done[i] == len(rows[i].prompt):
+            if start + n == len(rows[i].prompt):
                 ends.append((i, total - 1))
-        logits = _forward(model, tokens, segments, None if score else [at for _, at in ends])
+        logits = checked_forward(model, tokens, segments, None if score else [at for _, at in ends])
         if score:
             _score_prompts(rows, segments, logits)
             logits = logits[[at for _, at in ends]]
@@ -214,18 +225,6 @@ def _take(row: Row, token: int, logprob: float, request: Request) -> str:
             row.tokens, row.logprobs = row.tokens[:kept], row.logprobs[:kept]
             row.ended = True
     return piece
-
-
-def _next_pieces(rows: list[Row], done: list[int]) -> list[Segment]:
-    """The next piece of each prompt that isn't in the cache yet, as far as they fit a pass."""
-    pieces: list[Segment] = []
-    total = 0
-    for i, row in enumerate(rows):
-        length = min(PREFILL_CHUNK, len(row.prompt) - done[i])
-        if length and (not pieces or total + length <= PREFILL_TOKENS):
-            pieces.append(Segment(i, done[i], length))
-            total += length
-    return pieces
 
 
 def _score_prompts(rows: list[Row], segments: list[Segment], logits: torch.Tensor) -> None:

@@ -1,36 +1,36 @@
 """Generation: prompts in, the model's continuations out, whole or token by token."""
 
-import random
-import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from llama import checkpoint, parallel
-from llama.decoding import Request, Row, checked_list, make_rows, run
-from llama.files import find_tokenizer, open_meta
-from llama.model import Transformer
+from llama.base import BaseLlama
+from llama.chat_formats import FORMATS
+from llama.decoding import checked_list
+from llama.formats import apply_adapter, open_checkpoint
+from llama.formats.text import choose_chat, load_tokenizer, replace_tokenizer
 from llama.params import make_args
-from llama.predictions import ChatPrediction, CompletionPrediction, InfillingPrediction
+from llama.pooling import label_scores, last_logits, pool
+from llama.predictions import (
+    ChatPrediction,
+    Classification,
+    CompletionPrediction,
+    InfillingPrediction,
+)
 from llama.prompts import (
     UNSAFE_ERROR,
     Dialog,
     Message,
-    check_dialog,
-    dialog_prompt_tokens,
-    has_special_tags,
     infilling_prompt_tokens,
 )
-from llama.tokenizer import Tokenizer
 
 TINY = Path(__file__).parent / "tiny"
 """The checkpoint that comes with the package."""
 
 
-class Llama:
+class Llama(BaseLlama):
     """A model and its tokenizer. Calls from several threads wait for each other."""
 
     @staticmethod
@@ -43,21 +43,30 @@ class Llama:
         seed: int = 1,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        adapter: str | Path | Sequence[str | Path] = (),
+        chat_format: str | None = None,
     ) -> "Llama":
         """Load a checkpoint, in one process or with the others that ``torchrun`` started.
 
         Args:
-            ckpt_dir: directory of a checkpoint in Meta's layout; the embedded one by default.
-            tokenizer_path: a ``tokenizer.model``; looked for in ``ckpt_dir``, then in its parent.
+            ckpt_dir: a directory in Meta's or Hugging Face's layout, a GGUF file or one of
+                llama2.c; the embedded checkpoint by default.
+            tokenizer_path: a ``tokenizer.model`` or ``tokenizer.json``, where the checkpoint
+                doesn't bring its own.
             max_seq_len: positions in the cache: prompt and generated tokens together.
             max_batch_size: rows in the cache; more prompts are worked off in turn.
             model_parallel_size: where given, must equal the number of processes.
             seed: what later calls draw their seeds from; the same in all processes.
             device: where to run; CUDA, else Apple's MPS, else the CPU by default.
             dtype: what to compute in; by default what the checkpoint and the device suggest.
+            adapter: a directory with a LoRA adapter to merge in, or several in order.
+            chat_format: how dialogs are written, one of ``llama.chat_formats.FORMATS``; by default
+                as the checkpoint's own template says, else as Meta's models were trained.
 
         Raises:
             FileNotFoundError: the directory, a weight file or the tokenizer is missing.
+            ImportError: the checkpoint's format needs a package that isn't installed.
             MemoryError: weights and cache are more than the machine has.
             ValueError: a file is malformed, or files, processes and arguments don't fit together.
         """
@@ -76,23 +85,18 @@ class Llama:
                 f"{ranks}: leave it out, or start with "
                 f"torchrun --nproc_per_node {model_parallel_size}"
             )
-        source = open_meta(ckpt_dir)
-        tokenizer = Tokenizer(tokenizer_path or find_tokenizer(ckpt_dir))
+        source = open_checkpoint(ckpt_dir)
+        for directory in [adapter] if isinstance(adapter, str | Path) else adapter:
+            source = apply_adapter(source, Path(directory))
+        if tokenizer_path is not None:
+            source = replace_tokenizer(source, Path(tokenizer_path))
+        vocabulary = checkpoint.vocabulary_size(source)
+        tokenizer = load_tokenizer(source.files, vocabulary, ckpt_dir)
+        chat = choose_chat(chat_format, source.files, tokenizer)
         n_words = tokenizer.n_words
         args = make_args(source.params, source.source, n_words, max_seq_len, max_batch_size)
         model = checkpoint.load(source, args, torch_device, dtype)
-        return Llama(model, tokenizer, seed)
-
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, seed: int = 1):
-        self.model = model
-        self.tokenizer = tokenizer
-        self._seeds = random.Random(seed)
-        self._lock = threading.Lock()  # held by the call that has the cache
-        # Held for a moment, to look at what follows; reentrant: a stream may be collected then.
-        self._state = threading.RLock()
-        self._turn: object = None  # which call has the cache
-        self._owner: int | None = None  # the thread that works or iterates on it
-        self._home: int | None = None  # the thread that calls, where there are several ranks
+        return Llama(model, tokenizer, seed, chat)
 
     def generate(
         self,
@@ -127,7 +131,9 @@ class Llama:
             TypeError, ValueError: an argument is wrong, or a prompt doesn't fit.
             RuntimeError: the logits aren't finite, or a second thread calls on several ranks.
         """
-        request = self._request(temperature, top_p, logprobs, echo, stop_token, bool(stop))
+        if not isinstance(stop_token, int | None):
+            raise TypeError(f"stop_token is {stop_token!r}: give one token id")
+        request = self._request(temperature, top_p, logprobs, echo, [stop_token], bool(stop))
         rows = self._rows(prompt_tokens, max_gen_len, seed, self.tokenizer.decode, stop)
         self._run_all(rows, request)
         tokens = [row.prompt * request.echo + row.tokens for row in rows]
@@ -187,15 +193,16 @@ class Llama:
             ValueError: a dialog is not well formed (``llama.prompts.check_dialog``), or as in
                 ``generate``.
         """
-        request = self._request(temperature, top_p, logprobs, stop_token=self.tokenizer.step_id)
+        request = self._request(temperature, top_p, logprobs, stop_tokens=self._chat_stops())
         ids = [self._dialog_prompt(dialog) for dialog in checked_list(dialogs, "dialogs")]
+        stop = (*checked_list(stop, "stop"), *self.chat.stop)
         rows = self._rows(ids, max_gen_len, seed, self.tokenizer.decode, stop)
         self._run_all([row for row in rows if row.prompt], request)
         predictions = []
         for row in rows:
             text = row.text.text if row.prompt else UNSAFE_ERROR
             answer = Message(role="assistant", content=text)
-            if self.tokenizer.step_id is not None:
+            if self.chat is FORMATS["turn-based"]:
                 answer["destination"] = "user"
             prediction = ChatPrediction(generation=answer)
             predictions.append(self._with_scores(prediction, row, request))
@@ -224,7 +231,7 @@ class Llama:
         Raises:
             ValueError: the model wasn't trained for infilling, or as in ``generate``.
         """
-        request = self._request(temperature, top_p, logprobs, stop_token=self.tokenizer.eot_id)
+        request = self._request(temperature, top_p, logprobs, stop_tokens=[self.tokenizer.eot_id])
         prefixes = checked_list(prefixes, "prefixes")
         suffixes = checked_list(suffixes, "suffixes")
         if len(prefixes) != len(suffixes):
@@ -273,12 +280,12 @@ class Llama:
     ) -> Generator[str, None, None]:
         """``chat_completion`` of one dialog, piece by piece, as in ``text_completion_stream``:
         joined, they are the answer's content."""
-        request = self._request(temperature, top_p, stop_token=self.tokenizer.step_id)
+        request = self._request(temperature, top_p, stop_tokens=self._chat_stops())
         ids = self._dialog_prompt(dialog)
         if not ids:
             return (text for text in [UNSAFE_ERROR])
-        decode = self.tokenizer.decode
-        rows = self._rows([ids], max_gen_len, seed, decode, stop)
+        stop = (*checked_list(stop, "stop"), *self.chat.stop)
+        rows = self._rows([ids], max_gen_len, seed, self.tokenizer.decode, stop)
         return self._stream(rows, request)
 
     def text_infilling_stream(
@@ -295,107 +302,44 @@ class Llama:
     ) -> Generator[str, None, None]:
         """``text_infilling`` of one pair, piece by piece, as in ``text_completion_stream``: joined,
         they are the middle."""
-        request = self._request(temperature, top_p, stop_token=self.tokenizer.eot_id)
+        request = self._request(temperature, top_p, stop_tokens=[self.tokenizer.eot_id])
         ids = [infilling_prompt_tokens(self.tokenizer, prefix, suffix, suffix_first)]
         decode = self.tokenizer.decode_infilling
         return self._stream(self._rows(ids, max_gen_len, seed, decode, stop), request)
 
-    def _text_prompt(self, prompt: str) -> list[int]:
-        return self.tokenizer.encode(prompt, bos=True, eos=False)
+    def embed(self, texts: Sequence[str], pooling: str = "mean") -> torch.Tensor:
+        """Vectors of texts: the network's last hidden states.
 
-    def _dialog_prompt(self, dialog: Dialog) -> list[int]:
-        """The prompt's ids; none for a dialog that is to be refused."""
-        check_dialog(dialog)
-        return [] if has_special_tags(dialog) else dialog_prompt_tokens(self.tokenizer, dialog)
+        Args:
+            texts: of any number and lengths up to ``max_seq_len`` tokens.
+            pooling: ``"mean"`` over a text's tokens, or the ``"last"`` one's.
 
-    def _request(
-        self,
-        temperature: float,
-        top_p: float,
-        logprobs: bool = False,
-        echo: bool = False,
-        stop_token: int | None = None,
-        needs_text: bool = True,
-    ) -> Request:
-        stop_tokens = {self.tokenizer.eos_id}
-        if stop_token is not None:
-            if not isinstance(stop_token, int):
-                raise TypeError(f"stop_token is {stop_token!r}: give one token id")
-            stop_tokens.add(stop_token)
-        echo, n_words = bool(echo), self.tokenizer.n_words
-        return Request(temperature, top_p, logprobs, echo, stop_tokens, needs_text, n_words)
+        Returns:
+            float32, shape (len(texts), dim); not normalised.
 
-    def _rows(
-        self,
-        prompts: Sequence[Sequence[int]],
-        max_gen_len: int | None,
-        seed: int | None,
-        decode: Callable[[Sequence[int]], str],
-        stop: Sequence[str],
-        in_context: bool = False,
-    ) -> list[Row]:
-        if seed is None:
-            seed = self._seeds.getrandbits(63)
-        if not isinstance(seed, int):
-            raise TypeError(f"seed is {seed!r}: give a whole number")
-        return make_rows(self.model.params, prompts, max_gen_len, seed, decode, stop, in_context)
+        Raises:
+            TypeError, ValueError: an argument is wrong, or a text doesn't fit.
+            RuntimeError: as in ``generate``.
+        """
+        if pooling not in ("mean", "last"):
+            raise ValueError(f"pooling is {pooling!r}: expected 'mean' or 'last'")
+        pooled = self._read(texts, lambda prompts: pool(self.model, prompts, pooling))
+        return pooled.reshape(-1, self.model.params.dim)
 
-    def _run_all(self, rows: list[Row], request: Request) -> None:
-        if any(not row.prompt for row in rows):
-            raise ValueError("a prompt has no tokens: begin it with the tokenizer's bos_id")
-        with self._exclusive():
-            for first in range(0, len(rows), self.model.params.max_batch_size):
-                batch = rows[first : first + self.model.params.max_batch_size]
-                for _ in run(self.model, batch, request):
-                    pass
+    def classify(self, texts: Sequence[str]) -> list[Classification]:
+        """The classes of texts, for checkpoints with a classifier's head.
 
-    def _stream(self, rows: list[Row], request: Request) -> Generator[str, None, None]:
-        with self._exclusive() as still_mine:
-            for piece in run(self.model, rows, request):
-                if piece:
-                    yield piece
-                    still_mine()
+        Returns:
+            For each text ``{"label": name, "score": probability, "logits": one for each label}``.
 
-    @contextmanager
-    def _exclusive(self) -> Iterator[Callable[[], None]]:
-        """Keep the cache to one call. Yields what a stream asks before it goes on."""
-        me = threading.get_ident()
-        if parallel.world_size() > 1 and self._home not in (None, me):
-            raise RuntimeError(
-                "several ranks work on each call, and threads could bring calls to them in "
-                "different orders: make all calls from one thread"
-            )
-        self._home = me
-        turn = object()
-
-        def still_mine() -> None:
-            with self._state:
-                if self._turn is not turn:
-                    raise RuntimeError(
-                        "another call has used this Llama since the stream began: exhaust or "
-                        "close() a stream before the next call"
-                    )
-                self._owner = threading.get_ident()  # a stream may be handed on to another thread
-
-        try:
-            with self._state:
-                if self._owner == me:
-                    # A thread can't wait for a stream of its own: it takes over from it.
-                    self._turn = turn
-            if self._turn is not turn:
-                self._lock.acquire()
-                with self._state:
-                    self._turn, self._owner = turn, me
-            yield still_mine
-        finally:
-            with self._state:
-                if self._turn is turn:
-                    self._turn = self._owner = None
-                    self._lock.release()
-
-    def _with_scores(self, prediction: Any, row: Row, request: Request) -> Any:
-        if request.logprobs:
-            ids = row.prompt * request.echo + row.tokens
-            prediction["tokens"] = [self.tokenizer.token_piece(t) for t in ids]
-            prediction["logprobs"] = row.prompt_logprobs * request.echo + row.logprobs
-        return prediction
+        Raises:
+            ValueError: the checkpoint has no labels, or as in ``embed``.
+        """
+        labels = self.model.params.labels
+        if labels is None:
+            raise ValueError("this checkpoint writes text: classifying needs one with labels")
+        logits = self._read(texts, lambda prompts: last_logits(self.model, prompts))
+        return [
+            Classification(label=labels[int(row.argmax())], score=score, logits=row.tolist())
+            for row, score in zip(logits, label_scores(logits), strict=True)
+        ]

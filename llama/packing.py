@@ -1,9 +1,14 @@
 """How the new tokens of a batch lie side by side, and which attention call serves which of them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
+
+# A prompt is prefilled in pieces, so that masks and scores stay small however long it is. A row's
+# pieces are cut at the same places whatever rows stand beside it.
+PREFILL_CHUNK = 512  # tokens of one row
+PREFILL_TOKENS = 2048  # tokens of all rows
 
 
 class Segment(NamedTuple):
@@ -60,3 +65,20 @@ def pack(segments: Sequence[Segment], device: torch.device) -> Packed:
     rows = [s.row for s in segments for _ in range(s.length)]
     positions = [p for s in segments for p in range(s.start_pos, s.start_pos + s.length)]
     return Packed(torch.tensor(rows, device=device), torch.tensor(positions, device=device), spans)
+
+
+def prefill_passes(lengths: Sequence[int]) -> Iterator[list[Segment]]:
+    """What each forward pass takes of prompts of these lengths, until all are in the cache."""
+    done = [0] * len(lengths)
+    while True:
+        segments: list[Segment] = []
+        total = 0
+        for row, length in enumerate(lengths):
+            piece = min(PREFILL_CHUNK, length - done[row])
+            if piece and (not segments or total + piece <= PREFILL_TOKENS):
+                segments.append(Segment(row, done[row], piece))
+                done[row] += piece
+                total += piece
+        if not segments:
+            return
+        yield segments

@@ -27,3 +27,11 @@ class InfillingPrediction(_Scores):
 
     generation: str
     full_text: str
+
+
+class Classification(TypedDict):
+    """The likeliest label, its probability, and the logits of all labels in order."""
+
+    label: str
+    score: float
+    logits: list[float]

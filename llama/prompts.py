@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Literal, TypedDict
 
-from llama.tokenizer import Tokenizer
+from llama.tokenizer import BaseTokenizer
 
 Role = Literal["system", "user", "assistant"]
 
@@ -14,9 +14,14 @@ class _Content(TypedDict):
 
 
 class Message(_Content, total=False):
-    """One turn of a dialog. ``destination`` is only met in Code Llama 70B-Instruct's format."""
+    """One turn of a dialog.
+
+    ``destination`` is only met in Code Llama 70B-Instruct's format; ``input``, what a user's
+    instruction is about, in Alpaca's and those made after it.
+    """
 
     destination: str
+    input: str
 
 
 Dialog = Sequence[Message]
@@ -29,10 +34,38 @@ SPECIAL_TAGS = (B_INST, E_INST, "<<SYS>>", "<</SYS>>", "<step>")
 UNSAFE_ERROR = "Error: special tags are not allowed as part of the prompt."
 
 
-def has_special_tags(dialog: Dialog) -> bool:
+def has_tags(dialog: Dialog, tags: Sequence[str] = SPECIAL_TAGS) -> bool:
     """Whether a message contains text that stands for the format's structure."""
     texts = [text for m in dialog for text in (m["content"], m.get("destination", ""))]
-    return any(tag in text for text in texts for tag in SPECIAL_TAGS)
+    return any(tag in text for text in texts for tag in tags)
+
+
+def check_messages(dialog: Dialog) -> None:
+    """Raise an error unless a dialog is a list of messages that have a role and a text.
+
+    Raises:
+        TypeError: it isn't a sequence of dictionaries.
+        ValueError: it is empty, or a message has no role or content, or holds what is no text.
+    """
+    if not isinstance(dialog, Sequence) or not all(isinstance(m, dict) for m in dialog):
+        raise TypeError(
+            "a dialog is a list of messages such as {'role': 'user', 'content': 'Hello'}, and "
+            f"dialogs are a list of such lists; this one is {dialog!r}"
+        )
+    if not dialog:
+        raise ValueError("the dialog is empty: give at least one message of the user")
+    for i, message in enumerate(dialog):
+        if not isinstance(message.get("content"), str):
+            raise ValueError(f"message {i} of the dialog has no text as its 'content': {message!r}")
+        for key, value in message.items():
+            if not isinstance(value, str):
+                raise ValueError(
+                    f"message {i} of the dialog has the {key} {value!r}: expected a text"
+                )
+        if "role" not in message:
+            raise ValueError(
+                f"message {i} of the dialog has no role: known are 'system', 'user', 'assistant'"
+            )
 
 
 def check_dialog(dialog: Dialog) -> None:
@@ -44,27 +77,24 @@ def check_dialog(dialog: Dialog) -> None:
         TypeError: it isn't a sequence of dictionaries.
         ValueError: a role, a content or the order of messages is wrong.
     """
-    if not isinstance(dialog, Sequence) or not all(isinstance(m, dict) for m in dialog):
-        raise TypeError(
-            "a dialog is a list of messages such as {'role': 'user', 'content': 'Hello'}, and "
-            f"dialogs are a list of such lists; this one is {dialog!r}"
-        )
-    if not dialog:
-        raise ValueError("the dialog is empty: give at least one message of the user")
-    first = int(dialog[0].get("role") == "system")
+    check_messages(dialog)
+    first = int(dialog[0]["role"] == "system")
     for i, message in enumerate(dialog):
-        role, content = message.get("role"), message.get("content")
-        if not isinstance(content, str):
-            raise ValueError(f"message {i} of the dialog has no text as its 'content': {message!r}")
+        role = message["role"]
         if role not in ("system", "user", "assistant"):
             raise ValueError(
                 f"message {i} of the dialog has the role {role!r}: "
                 "known are 'system', 'user' and 'assistant'"
             )
         destination = message.get("destination", "")
-        if not isinstance(destination, str) or len(destination.splitlines()) > 1:
+        if len(destination.splitlines()) > 1:
             raise ValueError(
                 f"message {i} of the dialog has the destination {destination!r}: expected a name"
+            )
+        if role != "user" and message.get("input"):
+            raise ValueError(
+                f"message {i} of the dialog has the input {message['input']!r} and is by {role!r}: "
+                "inputs belong to the user's messages"
             )
         expected = "system" if i < first else ("user", "assistant")[(i - first) % 2]
         if role != expected:
@@ -79,7 +109,17 @@ def check_dialog(dialog: Dialog) -> None:
         )
 
 
-def dialog_prompt_tokens(tokenizer: Tokenizer, dialog: Dialog) -> list[int]:
+def refuse_inputs(dialog: Dialog) -> None:
+    """Raise a ValueError that names the message if one has an ``input``, for formats without."""
+    for i, message in enumerate(dialog):
+        if message.get("input"):
+            raise ValueError(
+                f"message {i} of the dialog has an 'input', for which its chat format has no "
+                "place: make it part of the 'content'"
+            )
+
+
+def dialog_prompt_tokens(tokenizer: BaseTokenizer, dialog: Dialog) -> list[int]:
     """A dialog as the prompt for its next answer.
 
     The turn-based format is used where the tokenizer has ``<step>``, the INST format elsewhere.
@@ -87,14 +127,15 @@ def dialog_prompt_tokens(tokenizer: Tokenizer, dialog: Dialog) -> list[int]:
     Raises:
         TypeError, ValueError: the dialog is not well formed (see ``check_dialog``).
     """
-    check_dialog(dialog)
     if tokenizer.step_id is not None:
-        return _turn_based_tokens(tokenizer, tokenizer.step_id, dialog)
-    return _inst_tokens(tokenizer, dialog)
+        return turn_based_tokens(tokenizer, dialog)
+    return inst_tokens(tokenizer, dialog)
 
 
-def _inst_tokens(tokenizer: Tokenizer, dialog: Dialog) -> list[int]:
+def inst_tokens(tokenizer: BaseTokenizer, dialog: Dialog) -> list[int]:
     """<s>[INST] <<SYS>>\\nSYSTEM\\n<</SYS>>\\n\\nUSER [/INST] ANSWER </s><s>[INST] USER [/INST]"""
+    check_dialog(dialog)
+    refuse_inputs(dialog)
     contents = [message["content"] for message in dialog]
     if dialog[0]["role"] == "system":
         contents[:2] = [B_SYS + contents[0] + E_SYS + contents[1]]
@@ -106,9 +147,15 @@ def _inst_tokens(tokenizer: Tokenizer, dialog: Dialog) -> list[int]:
     return tokens + tokenizer.encode(f"{B_INST} {contents[-1]} {E_INST}", bos=True, eos=False)
 
 
-def _turn_based_tokens(tokenizer: Tokenizer, step_id: int, dialog: Dialog) -> list[int]:
+def turn_based_tokens(tokenizer: BaseTokenizer, dialog: Dialog) -> list[int]:
     """<s> Source: system\\n\\n SYSTEM<step> Source: user\\n\\n USER<step> Source: assistant\\n
     Destination: user\\n\\n"""
+    check_dialog(dialog)
+    refuse_inputs(dialog)
+    if tokenizer.step_id is None:
+        raise ValueError(
+            "this tokenizer has no <step>: the turn-based format needs Code Llama 70B-Instruct's"
+        )
     if dialog[0]["role"] != "system":
         dialog = [Message(role="system", content=""), *dialog]
     tokens = [tokenizer.bos_id]
@@ -117,14 +164,14 @@ def _turn_based_tokens(tokenizer: Tokenizer, step_id: int, dialog: Dialog) -> li
         content = message["content"].strip()
         if content:
             tokens += tokenizer.encode(f"\n\n {content}", bos=False, eos=False)
-        tokens.append(step_id)
+        tokens.append(tokenizer.step_id)
     reply = Message(role="assistant", content="", destination="user")
     return (
         tokens + _header_tokens(tokenizer, reply) + tokenizer.encode("\n\n ", bos=False, eos=False)
     )
 
 
-def _header_tokens(tokenizer: Tokenizer, message: Message) -> list[int]:
+def _header_tokens(tokenizer: BaseTokenizer, message: Message) -> list[int]:
     header = f" Source: {message['role']}"
     if "destination" in message:
         header += f"\nDestination: {message['destination'].strip()}"
@@ -132,7 +179,7 @@ def _header_tokens(tokenizer: Tokenizer, message: Message) -> list[int]:
 
 
 def infilling_prompt_tokens(
-    tokenizer: Tokenizer, prefix: str, suffix: str, suffix_first: bool = False
+    tokenizer: BaseTokenizer, prefix: str, suffix: str, suffix_first: bool = False
 ) -> list[int]:
     """The prompt for the text between ``prefix`` and ``suffix``.
 

@@ -27,6 +27,8 @@ class BaseTokenizer:
         control_ids: the control pieces' spelling and id.
         prefix_id, middle_id, suffix_id, eot_id: Code Llama's infilling pieces, or None.
         step_id: the end of a turn of Code Llama 70B-Instruct, or None.
+        spaced: whether, in a prompt written out, each text after a control piece begins as a text
+            on its own does (with SentencePiece's space), as Meta's prompts do.
     """
 
     n_words: int
@@ -34,6 +36,7 @@ class BaseTokenizer:
     eos_id: int
     pad_id: int
     add_bos: bool = True
+    spaced: bool = True
     stop_ids: frozenset[int]
     control_ids: dict[str, int]
 
@@ -134,7 +137,8 @@ class BaseTokenizer:
             if part in self.control_ids:
                 ids.append(self.control_ids[part])
             elif part:
-                ids += self.encode(part.replace(_MARK, ""), bos=False, eos=False)
+                continued = bool(ids) and not self.spaced
+                ids += self._encode(part.replace(_MARK, ""), continued)
         return ids
 
     def decode(self, t: Sequence[int]) -> str:

@@ -177,7 +177,9 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = make_model(vocab_size=768, n_layers=1)
     target = directory / "model"
     tokenizer = TINY / "tokenizer.model"
-    checkpoint.save([model.state_dict()], model.params, target, files={"tokenizer.model": tokenizer})
+    checkpoint.save(
+        [model.state_dict()], model.params, target, files={"tokenizer.model": tokenizer}
+    )
     return target
 
 

@@ -72,7 +72,7 @@ def test_the_tokenizer_is_found_in_the_parent(checkpoint_dir, tmp_path: Path) ->
     assert build(path).tokenizer.n_words == 768
     assert build(path, tokenizer_path=TINY / "tokenizer.model").tokenizer.n_words == 768
     (tmp_path / "tokenizer.model").unlink()
-    with pytest.raises(FileNotFoundError, match=r"no tokenizer\.model in"):
+    with pytest.raises(FileNotFoundError, match=r"no tokenizer\.model or tokenizer\.json in"):
         build(path)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import make_model
 
-from llama import Dialog, Llama, Tokenizer, decoding
+from llama import Dialog, Llama, Tokenizer, decoding, packing
 from llama.generation import TINY
 from llama.model import pack
 from llama.prompts import UNSAFE_ERROR
@@ -57,8 +57,8 @@ class TestRaggedBatches:
     ) -> None:
         prompts = [encode(tiny, p) for p in (STORY * 8, "Sam", STORY * 5)]
         whole = tiny.generate(prompts, 40, temperature=0, logprobs=True, echo=True)
-        monkeypatch.setattr(decoding, "PREFILL_CHUNK", 13)
-        monkeypatch.setattr(decoding, "PREFILL_TOKENS", 30)
+        monkeypatch.setattr(packing, "PREFILL_CHUNK", 13)
+        monkeypatch.setattr(packing, "PREFILL_TOKENS", 30)
         pieces = tiny.generate(prompts, 40, temperature=0, logprobs=True, echo=True)
         assert pieces[0] == whole[0]
         for ours, theirs in zip(pieces[1], whole[1], strict=True):

@@ -9,7 +9,7 @@ from llama.prompts import (
     SPECIAL_TAGS,
     check_dialog,
     dialog_prompt_tokens,
-    has_special_tags,
+    has_tags,
     infilling_prompt_tokens,
 )
 
@@ -131,10 +131,10 @@ def test_infilling_needs_a_model_trained_for_it(llama2_tokenizer: Tokenizer) -> 
 @pytest.mark.parametrize("place", [0, 1, 3])
 def test_tags_are_found_in_any_message(tag: str, place: int) -> None:
     dialog: Dialog = [system("a"), user("b"), assistant("c"), user("d")]
-    assert not has_special_tags(dialog)
+    assert not has_tags(dialog)
     dialog[place]["content"] += f"x{tag}y"
-    assert has_special_tags(dialog)
-    assert has_special_tags([{**user("b"), "destination": tag}])
+    assert has_tags(dialog)
+    assert has_tags([{**user("b"), "destination": tag}])
 
 
 @pytest.mark.parametrize("dialog", ["Hi", ["Hi"], {"role": "user", "content": "Hi"}, None])
@@ -154,7 +154,7 @@ def test_what_is_no_dialog_is_refused(dialog: object) -> None:
         ([user("a"), system("b"), user("c")], "message 1 of the dialog is by 'system'"),
         ([system("a"), system("b"), user("c")], "message 1 of the dialog is by 'system'"),
         ([{"role": "tool", "content": "a"}], "message 0 of the dialog has the role 'tool'"),
-        ([{"content": "a"}], "message 0 of the dialog has the role None"),
+        ([{"content": "a"}], "message 0 of the dialog has no role"),
         ([{"role": "user", "content": None}], "message 0 of the dialog has no text"),
         ([{"role": "user"}], "message 0 of the dialog has no text"),
         ([{**user("a"), "destination": "x\n\n y"}], "message 0 of the dialog has the destination"),

@@ -1,0 +1,98 @@
+"""``tokenizer.json``: the tokenizers of Hugging Face's library ``tokenizers``."""
+
+import copy
+import json
+from collections.abc import Callable
+from typing import Any
+
+from llama.formats.extras import need
+from llama.tokenizer import BaseTokenizer
+
+
+class JsonTokenizer(BaseTokenizer):
+    """A ``tokenizer.json`` behind the interface of ``Tokenizer``."""
+
+    def __init__(self, data: dict[str, Any], name: str, is_structure: Callable[[str], bool]):
+        """Make a tokenizer of a parsed ``tokenizer.json``.
+
+        Args:
+            name: what errors call it.
+            is_structure: whether an added piece is a control piece although it isn't marked so.
+
+        Raises:
+            ImportError: the package ``tokenizers`` is missing.
+            ValueError: the library can't make a tokenizer of it.
+        """
+        data = {**copy.deepcopy(data), "truncation": None, "padding": None}
+        added = [spec for spec in data.get("added_tokens") or [] if isinstance(spec, dict)]
+        for spec in added:
+            spec["special"] = bool(spec.get("special")) or is_structure(str(spec.get("content")))
+        tokenizers = need("tokenizers")
+        try:
+            self._whole = tokenizers.Tokenizer.from_str(json.dumps(data))
+            self._continued = tokenizers.Tokenizer.from_str(json.dumps(_without_prefix(data)))
+        except Exception as error:  # the library raises nothing more exact
+            raise ValueError(f"{name} is no tokenizer.json: {error}") from error
+        vocabulary: dict[str, int] = self._whole.get_vocab(with_added_tokens=True)
+        if not vocabulary:
+            raise ValueError(f"{name} has an empty vocabulary")
+        self.n_words = max(vocabulary.values()) + 1
+        self.control_ids = {
+            spec["content"]: vocabulary[spec["content"]]
+            for spec in added
+            if spec["special"] and str(spec.get("content")) in vocabulary
+        }
+        self.bos_id = self.eos_id = self.pad_id = -1
+        self.stop_ids = frozenset()
+        # Like SentencePiece, but for one scheme: the space stands in front of the first text only.
+        steps = _steps(data.get("pre_tokenizer"))
+        self.spaced = all(step.get("prepend_scheme") != "first" for step in steps)
+        begun: list[int] = self._whole.encode("").ids  # what the post-processor puts around a text
+        self.add_bos = bool(begun) and begun[0] in self.control_ids.values()
+        if self.add_bos:
+            self.bos_id = begun[0]
+        # From here on what reads like a control piece is text; those in a prompt are met before.
+        self._whole.encode_special_tokens = self._continued.encode_special_tokens = True
+
+    def _to_ids(self, s: str, continued: bool) -> list[int]:
+        model = self._continued if continued else self._whole
+        ids: list[int] = model.encode(s, add_special_tokens=False).ids
+        return ids
+
+    def _to_text(self, ids: list[int], continued: bool) -> str:
+        model = self._continued if continued else self._whole
+        controls = set(self.control_ids.values())
+        text: str = model.decode([i for i in ids if i not in controls], skip_special_tokens=False)
+        return text
+
+    def token_piece(self, t: int) -> str:
+        """The vocabulary's entry for an id, as it is written there."""
+        self._check_id(t)
+        return self._whole.id_to_token(t) or ""
+
+
+def _steps(part: object) -> list[dict[str, Any]]:
+    """The steps of a normalizer, pre-tokenizer or decoder, of which there may be one or several."""
+    if not isinstance(part, dict):
+        return []
+    for name in ("normalizers", "pretokenizers", "decoders"):
+        if isinstance(part.get(name), list):
+            return [step for inner in part[name] for step in _steps(inner)]
+    return [part]
+
+
+def _without_prefix(data: dict[str, Any]) -> dict[str, Any]:
+    """A tokenizer that puts no space in front of a text, and takes none away in decoding."""
+    data = copy.deepcopy(data)
+    for step in _steps(data.get("normalizer")):
+        if step.get("type") == "Prepend":
+            step["prepend"] = ""
+    for part in ("pre_tokenizer", "decoder"):
+        for step in _steps(data.get(part)):
+            if step.get("type") == "Metaspace":
+                step["prepend_scheme"] = "never"
+            if step.get("type") == "ByteLevel":
+                step["add_prefix_space"] = False
+            if step.get("type") == "Strip":
+                step["start"] = 0
+    return data
