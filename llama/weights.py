@@ -63,6 +63,7 @@ class Checkpoint:
         dtype: what most weights are stored as, or a half-precision one where they are quantised.
         files: what lies beside the weights and concerns text, under Hugging Face's names:
             ``tokenizer.model`` or ``tokenizer.json``, ``tokenizer_config.json`` and so on.
+        quantised: whether tensors are stored in fewer bits; what is read of them is float32.
     """
 
     source: str
@@ -71,6 +72,7 @@ class Checkpoint:
     names: list[str]
     dtype: torch.dtype
     files: dict[str, Path | bytes] = field(default_factory=dict)
+    quantised: bool = False
 
     def check(self, args: ModelArgs) -> None:
         """Raise ``ValueError`` unless the parts together make the network of ``args``."""

@@ -89,6 +89,8 @@ def _params(config: Mapping[str, Any], source: str) -> dict[str, Any]:
         params["n_kv_heads"] = config["num_key_value_heads"]
     if config.get("head_dim") is not None:
         params["head_dim"] = config["head_dim"]
+    if type(config.get("max_position_embeddings")) is int:
+        params["max_seq_len"] = config["max_position_embeddings"]
     # transformers 5 says in rope_parameters what older versions said in two places.
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(rope, dict):

@@ -1,0 +1,68 @@
+"""A checkpoint of any format, written in Meta's or Hugging Face's: ``python -m llama.convert``."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from llama.checkpoint import progress_bar, save, vocabulary_size
+from llama.formats import apply_adapter, open_checkpoint
+from llama.params import make_args
+from llama.sharding import parameter_count
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def convert(
+    in_path: str,
+    out_dir: str,
+    to: str = "meta",
+    model_parallel_size: int = 1,
+    dtype: str | None = None,
+    adapter: str | tuple[str, ...] = (),
+) -> None:
+    """Write a checkpoint in another format, with all that belongs to its tokenizer.
+
+    Args:
+        in_path: a directory in Meta's or Hugging Face's layout, a GGUF file or one of llama2.c.
+        out_dir: where to write; must not exist.
+        to: meta or hf.
+        model_parallel_size: how many consolidated.*.pth files to write (meta only).
+        dtype: float32, bfloat16 or float16; by default every tensor stays as it is stored, and
+            quantised ones become float16.
+        adapter: a LoRA adapter to merge in, or several separated by commas.
+
+    Raises:
+        FileExistsError: ``out_dir`` is there already.
+        ValueError: an argument is wrong, or as in ``llama.formats.open_checkpoint``.
+    """
+    if to not in ("meta", "hf"):
+        raise ValueError(f"to is {to!r}: expected 'meta' or 'hf'")
+    if dtype is not None and dtype not in _DTYPES:
+        raise ValueError(f"dtype is {dtype!r}: expected {', '.join(_DTYPES)}")
+    if to == "hf" and model_parallel_size != 1:
+        raise ValueError("model_parallel_size is for Meta's layout: leave it out with --to hf")
+    target = Path(str(out_dir))
+    source = open_checkpoint(Path(str(in_path)))
+    for directory in [adapter] if isinstance(adapter, str) else adapter:
+        source = apply_adapter(source, Path(directory))
+    args = make_args(source.params, source.source, n_words=vocabulary_size(source))
+    kept = source.dtype if source.quantised else None
+    wanted = kept if dtype is None else _DTYPES[dtype]
+    show = progress_bar(parameter_count(args) * (wanted or source.dtype).itemsize)
+    if to == "meta":
+        save(source.parts, args, target, model_parallel_size, source.files, wanted, show)
+    else:
+        from llama.formats.to_hf import save_hf
+
+        save_hf(source, args, target, wanted, show)
+    print(f"\nwrote {target}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    import fire
+
+    try:
+        fire.Fire(convert)
+    except (ImportError, MemoryError, OSError, ValueError) as error:
+        sys.exit(f"llama.convert: {error}")
