@@ -60,9 +60,18 @@ def main(
     max_batch_size: int = 8,
     max_gen_len: int | None = None,
     stream: bool = False,
+    chat_format: str | None = None,
+    adapter: str | tuple[str, ...] = (),
 ) -> None:
     """Print a few dialogs and the model's answers; ``stream`` shows them as they come."""
-    llama = Llama.build(ckpt_dir, tokenizer_path, max_seq_len, max_batch_size)
+    llama = Llama.build(
+        ckpt_dir,
+        tokenizer_path,
+        max_seq_len,
+        max_batch_size,
+        chat_format=chat_format,
+        adapter=adapter,
+    )
     answer(llama, DIALOGS, temperature, top_p, max_gen_len, stream)
 
 
