@@ -4,7 +4,8 @@
     python benchmarks/loading_memory.py --size 7B --cases "bf16 as it is"
 
 Writes random checkpoints of 1.1 billion parameters (2.2 GB) to a temporary directory and loads
-each in a fresh process: bfloat16 as it is, float16 converted, and two shards joined into one.
+each in a fresh process: bfloat16 as it is, float16 converted, two shards joined into one, and a
+Hugging Face directory in one process and in two.
 """
 
 import json
@@ -18,7 +19,9 @@ import fire
 import torch
 
 from llama import ModelArgs, checkpoint, sharding
+from llama.formats.to_hf import save_hf
 from llama.generation import TINY
+from llama.weights import Checkpoint, Weights
 
 SIZES = {
     "1.1B": ModelArgs(
@@ -26,24 +29,29 @@ SIZES = {
     ),
     "7B": ModelArgs(dim=4096, n_layers=32, n_heads=32, vocab_size=32000, multiple_of=256),
 }
+# What is stored, in how many files (0: a Hugging Face directory), for how many processes.
 CASES = {
-    "bf16 as it is": (torch.bfloat16, 1),
-    "fp16 to bf16": (torch.float16, 1),
-    "2 shards to 1": (torch.bfloat16, 2),
+    "bf16 as it is": (torch.bfloat16, 1, 1),
+    "fp16 to bf16": (torch.float16, 1, 1),
+    "2 shards to 1": (torch.bfloat16, 2, 1),
+    "HF": (torch.bfloat16, 0, 1),
+    "HF, 2 processes": (torch.bfloat16, 0, 2),
 }
 LOAD = """
 import json, sys, torch
-from llama import Llama
-llama = Llama.build(sys.argv[1], device="cpu", dtype=torch.bfloat16)
-tensors = [*llama.model.parameters()]
-cache = [t for name, t in llama.model.named_buffers() if "cache" in name]
+from llama import Llama, parallel
 def peak():
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+imported = peak()
+llama = Llama.build(sys.argv[1], device="cpu", dtype=torch.bfloat16)
+tensors = [*llama.model.parameters()]
+cache = [t for name, t in llama.model.named_buffers() if "cache" in name]
 loaded = peak()
 llama.generate([[1] * 500], 4, temperature=0)
-print(json.dumps({
+parallel.print_once(json.dumps({
     "needed": sum(t.nbytes for t in tensors) + sum(t.nbytes for t in cache),
+    "imported": imported,
     "loaded": loaded,
     "generated": peak(),
 }))
@@ -55,28 +63,37 @@ def write(args: ModelArgs, directory: Path, dtype: torch.dtype, shards: int) -> 
         name: torch.empty(shape, dtype=dtype).normal_(std=0.02)
         for name, shape in sharding.full_shapes(args).items()
     }
-    checkpoint.save([tensors], args, directory, shards)
-    (directory / "tokenizer.model").write_bytes((TINY / "tokenizer.model").read_bytes())
+    files = {"tokenizer.model": TINY / "tokenizer.model"}
+    if shards:
+        checkpoint.save([tensors], args, directory, shards, files)
+    else:
+        whole = Checkpoint("random", {}, [Weights.of(tensors)], ["random"], dtype, files)
+        save_hf(whole, args, directory)
 
 
-def main(size: str = "1.1B", cases: str = ",".join(CASES)) -> None:
-    """Print the peak resident memory of each case and its ratio to weights and cache."""
-    print(f"{'case':<16}{'weights + cache':>17}{'peak, loaded':>14}{'peak, used':>12}{'ratio':>8}")
+def main(size: str = "1.1B", cases: str = ";".join(CASES)) -> None:
+    """Print the peak resident memory of a process by stages, and its ratio to weights and cache."""
+    columns = ("weights + cache", "imports", "loaded", "used", "ratio")
+    print(f"{'case':<16}" + "".join(f"{column:>17}" for column in columns))
     with tempfile.TemporaryDirectory() as directory:
-        for case in cases.split(","):
-            dtype, shards = CASES[case]
+        for case in cases.split(";"):
+            dtype, shards, processes = CASES[case]
             path = Path(directory) / case.replace(" ", "-")
             write(SIZES[size], path, dtype, shards)
+            launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+            script = Path(directory) / "load.py"
+            script.write_text(LOAD)
             done = subprocess.run(
-                [sys.executable, "-c", LOAD, str(path)],
+                [sys.executable, *launcher * (processes > 1), str(script), str(path)],
                 stdout=subprocess.PIPE,
+                stderr=None if processes == 1 else subprocess.DEVNULL,
                 check=True,
                 env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
             )
             found = json.loads(done.stdout)
-            needed, loaded, used = (found[k] / 1e9 for k in ("needed", "loaded", "generated"))
-            ratio = max(loaded, used) / needed
-            print(f"{case:<16}{needed:>14.2f} GB{loaded:>11.2f} GB{used:>9.2f} GB{ratio:>8.2f}")
+            sizes = [found[key] / 1e9 for key in ("needed", "imported", "loaded", "generated")]
+            ratio = max(sizes[2:]) / sizes[0]
+            print(f"{case:<16}" + "".join(f"{n:>14.2f} GB" for n in sizes) + f"{ratio:>17.2f}")
             for file in path.iterdir():
                 file.unlink()
 

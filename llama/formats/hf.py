@@ -32,11 +32,15 @@ def open_hf(directory: Path) -> Checkpoint:
     for name, tensor in _open_weights(directory).items():
         if name.endswith("rotary_emb.inv_freq"):  # stale: it follows from the hyper-parameters
             continue
+        if name == "lm_head.weight" and (classifies or params["tie_word_embeddings"]):  # stale too
+            continue
         # A bare LlamaModel's names lack the prefix.
-        meta = meta_name(name) or meta_name(f"model.{name}") or name
-        stale = name == "lm_head.weight" and (classifies or params["tie_word_embeddings"])
-        if not stale:
-            tensors[meta] = tensor
+        meta = meta_name(name) or meta_name(f"model.{name}")
+        if meta is None:
+            raise ValueError(f"{directory} has the unexpected {printable(name)}")
+        if meta in tensors:
+            raise ValueError(f"{directory} holds {meta} twice, under two names")
+        tensors[meta] = tensor
     check_plain(tensors, str(directory))
     odd = [name for name, tensor in tensors.items() if tensor.dtype not in _DTYPES]
     if odd:
@@ -153,8 +157,9 @@ def _open_index(path: Path) -> dict[str, torch.Tensor]:
     ):
         raise ValueError(f"{path} has no weight_map from tensors to files beside it")
     tensors: dict[str, torch.Tensor] = {}
+    there = {entry.name for entry in path.parent.iterdir() if entry.is_file()}
     for file in sorted(set(weight_map.values())):
-        if not (path.parent / file).is_file():
+        if file not in there:
             raise FileNotFoundError(f"{path} names {printable(file)}, which is missing")
         found = open_tensors(path.parent / file)
         for name in (name for name, where in weight_map.items() if where == file):

@@ -7,32 +7,51 @@ from typing import Any
 
 from llama.formats.extras import need
 from llama.tokenizer import BaseTokenizer
+from llama.weights import printable
 
 
 class JsonTokenizer(BaseTokenizer):
     """A ``tokenizer.json`` behind the interface of ``Tokenizer``."""
 
-    def __init__(self, data: dict[str, Any], name: str, is_structure: Callable[[str], bool]):
+    def __init__(
+        self,
+        data: dict[str, Any],
+        name: str,
+        is_control: Callable[[str], bool],
+        is_structure: Callable[[str], bool],
+        vocab_size: int | None = None,
+    ):
         """Make a tokenizer of a parsed ``tokenizer.json``.
 
         Args:
             name: what errors call it.
-            is_structure: whether an added piece is a control piece although it isn't marked so.
+            is_control: whether an added piece is a control piece although it isn't marked so.
+            is_structure: whether an added piece, if it is none, still belongs to prompts' structure:
+                text never becomes it, but a model that writes it writes text.
+            vocab_size: how many ids the model knows; added pieces beyond them are dropped.
 
         Raises:
             ImportError: the package ``tokenizers`` is missing.
             ValueError: the library can't make a tokenizer of it.
         """
         data = {**copy.deepcopy(data), "truncation": None, "padding": None}
-        added = [spec for spec in data.get("added_tokens") or [] if isinstance(spec, dict)]
+        given = data.get("added_tokens")
+        added = (
+            [spec for spec in given if isinstance(spec, dict)] if isinstance(given, list) else []
+        )
+        if vocab_size is not None:
+            added = [spec for spec in added if not _is_beyond(spec.get("id"), vocab_size)]
+            data["added_tokens"] = added
+        controls = [s for s in added if s.get("special") or is_control(str(s.get("content")))]
         for spec in added:
-            spec["special"] = bool(spec.get("special")) or is_structure(str(spec.get("content")))
+            spec["special"] = spec in controls or is_structure(str(spec.get("content")))
         tokenizers = need("tokenizers")
         try:
             self._whole = tokenizers.Tokenizer.from_str(json.dumps(data))
             self._continued = tokenizers.Tokenizer.from_str(json.dumps(_without_prefix(data)))
         except Exception as error:  # the library raises nothing more exact
-            raise ValueError(f"{name} is no tokenizer.json: {error}") from error
+            reason = printable(str(error), 200)
+            raise ValueError(f"{name} is no tokenizer.json: {reason}") from error
         vocabulary: dict[str, int] = self._whole.get_vocab(with_added_tokens=True)
         if not vocabulary:
             raise ValueError(f"{name} has an empty vocabulary")
@@ -42,6 +61,7 @@ class JsonTokenizer(BaseTokenizer):
             for spec in added
             if spec["special"] and str(spec.get("content")) in vocabulary
         }
+        self._silent = {self.control_ids.get(str(spec["content"])) for spec in controls}
         self.bos_id = self.eos_id = self.pad_id = -1
         self.stop_ids = frozenset()
         # Like SentencePiece, but for one scheme: the space stands in front of the first text only.
@@ -61,14 +81,18 @@ class JsonTokenizer(BaseTokenizer):
 
     def _to_text(self, ids: list[int], continued: bool) -> str:
         model = self._continued if continued else self._whole
-        controls = set(self.control_ids.values())
-        text: str = model.decode([i for i in ids if i not in controls], skip_special_tokens=False)
+        heard = [i for i in ids if i not in self._silent]
+        text: str = model.decode(heard, skip_special_tokens=False)
         return text
 
     def token_piece(self, t: int) -> str:
         """The vocabulary's entry for an id, as it is written there."""
         self._check_id(t)
         return self._whole.id_to_token(t) or ""
+
+
+def _is_beyond(i: object, vocab_size: int) -> bool:
+    return isinstance(i, int) and i >= vocab_size
 
 
 def _steps(part: object) -> list[dict[str, Any]]:

@@ -43,19 +43,29 @@ def load_tokenizer(
         if (text := _content(config.get(f"{role}_token"))) is not None
         or (text := _content(_read_json(files, "special_tokens_map.json").get(f"{role}_token")))
     }
+    template, named = chat_template(files) or "", {name for name in names.values() if name}
+
+    def is_structure(text: str) -> bool:
+        # White space and words may stand in any template without being pieces of its structure.
+        marks = text.replace("▁", " ").replace(" ", "")
+        return text in template and not (marks.isalnum() or marks.isspace() or not marks)
+
     tokenizer: BaseTokenizer
     if "tokenizer.model" in files:
+        for spec in added.values():
+            text = spec["content"]
+            spec["special"] = bool(spec.get("special")) or text in named or is_structure(text)
         tokenizer = Tokenizer(_name(files, "tokenizer.model"), _extended(files, added))
         # transformers' word for whether each text between control pieces begins with a space.
         tokenizer.spaced = config.get("legacy") is not False
         tokenizer.add_bos = config.get("add_bos_token") is not False
     elif "tokenizer.json" in files:
-        structure = chat_template(files) or ""
-        kept = {role: name for role, name in names.items() if name}
         tokenizer = JsonTokenizer(
             _read_json(files, "tokenizer.json"),
             _name(files, "tokenizer.json"),
-            lambda text: text in structure or text in kept.values(),
+            named.__contains__,
+            is_structure,
+            vocab_size,
         )
         if isinstance(config.get("add_bos_token"), bool):
             tokenizer.add_bos = config["add_bos_token"]
