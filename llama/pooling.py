@@ -50,6 +50,8 @@ def last_logits(model: Transformer, prompts: Sequence[list[int]]) -> torch.Tenso
 
 def label_scores(logits: torch.Tensor) -> list[float]:
     """The likeliest label's probability; a single label's stands against its absence."""
+    if not len(logits):
+        return []
     single = logits.shape[-1] == 1
     scores: list[float] = (logits.sigmoid() if single else logits.softmax(-1)).amax(-1).tolist()
     return scores

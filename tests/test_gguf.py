@@ -20,6 +20,7 @@ from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from llama import Tokenizer, Transformer, checkpoint, parallel
+from llama.formats import open_checkpoint
 from llama.formats.gguf import open_gguf
 from llama.formats.gguf_file import open_file
 from llama.formats.gguf_tokenizer import tokenizer_files
@@ -278,6 +279,7 @@ def test_a_split_file_is_read_from_any_of_its_parts(tmp_path: Path) -> None:
     ]
     for part in parts[:2]:
         assert_same_logits(load(open_gguf(part)), reference(values, {}))
+    assert open_checkpoint(tmp_path).names == open_gguf(parts[0]).names
     renamed = parts[0].rename(tmp_path / "other.gguf")
     with pytest.raises(ValueError, match=r"other.gguf is one of 3 parts"):
         open_gguf(renamed)

@@ -74,12 +74,12 @@ def assert_same(llama: Llama, reference: LlamaForCausalLM) -> None:
     with torch.inference_mode():
         expected = reference(tokens).logits
     assert (llama.model(tokens, 0) - expected).abs().max() < 1e-4
-    rows = llama.generate(PROMPTS, 24, temperature=0)[0]
+    rows = llama.generate(PROMPTS, 10, temperature=0)[0]
     padding = list(range(llama.tokenizer.n_words, vocab_size))  # means nothing to the tokenizer
     for prompt, row in zip(PROMPTS, rows, strict=True):
         wanted = reference.generate(
             torch.tensor([prompt]),
-            max_new_tokens=24,
+            max_new_tokens=10,
             do_sample=False,
             pad_token_id=0,
             suppress_tokens=padding or None,
@@ -286,29 +286,23 @@ print((peak() - before) / needed)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
-@pytest.mark.parametrize(
-    ("dtype", "limit"),
-    [
-        (torch.bfloat16, 1.15),  # 1.07; 1.23 if the pages of queries and keys, copied, stayed
-        (torch.float16, 1.35),  # 1.13, at times 1.3; 2 if all pages stayed
-    ],
-)
-def test_loading_takes_little_more_memory_than_the_weights(
-    dtype: torch.dtype, limit: float, tmp_path: Path
-) -> None:
+def test_loading_takes_little_more_memory_than_the_weights(tmp_path: Path) -> None:
     sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 5}
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig(**{**SMALL, **sizes, "num_key_value_heads": 8}))
     model.config.save_pretrained(tmp_path)
     config = {"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False}
     change(tmp_path, "config.json", **config)
-    tensors = {n: torch.full(t.shape, 0.01, dtype=dtype) for n, t in model.state_dict().items()}
+    tensors = {
+        n: torch.full(t.shape, 0.01, dtype=torch.bfloat16) for n, t in model.state_dict().items()
+    }
     save_file(tensors, tmp_path / "model.safetensors")
     shutil.copy(TINY / "tokenizer.model", tmp_path)
     done = subprocess.run(
         [sys.executable, "-c", MEMORY, str(tmp_path)], capture_output=True, text=True, check=True
     )
-    assert float(done.stdout) < limit
+    # 1.07; 1.23 if the pages of queries and keys, which are copied, stayed.
+    assert float(done.stdout) < 1.15
 
 
 @pytest.fixture(scope="module")
@@ -568,7 +562,7 @@ def test_any_configuration_loads_or_is_refused_with_a_reason(
     tensors = hf._open_weights(saved["single"])
     monkeypatch.setattr(hf, "_open_weights", lambda directory: tensors)
 
-    @settings(max_examples=400, deadline=None, database=None)
+    @settings(max_examples=120, deadline=None, database=None)
     @example({"rope_parameters": {"rope_type": [], "factor": {}}})
     @example({"architectures": {"0": 1}})
     @example({"architectures": [[]]})

@@ -3,6 +3,7 @@
 A format's module is imported when it is needed, so that none slows down the start.
 """
 
+import re
 from pathlib import Path
 
 from llama.files import find_shards, open_meta
@@ -35,7 +36,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
             return open_hf(path)
         found = sorted(path.glob("*.gguf"))
-        if len(found) == 1:
+        models = {re.sub(r"-\d{5}-of-\d{5}\.gguf$", "", file.name) for file in found}
+        if len(models) == 1:  # in one file, or in parts
             return _open_gguf(found[0])
         if found:
             names = ", ".join(file.name for file in found[:5])

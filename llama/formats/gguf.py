@@ -88,7 +88,9 @@ def open_gguf(path: Path) -> Checkpoint:
     )
     files: dict[str, Path | bytes] = dict(tokenizer_files(metadata, str(paths[0])))
     names = [str(paths[0])]
-    return Checkpoint(str(paths[0]), params, [weights], names, _usual_dtype(tensors), files)
+    quantised = any(tensor.kind not in PLAIN for tensor in tensors.values())
+    dtype = _usual_dtype(tensors)
+    return Checkpoint(str(paths[0]), params, [weights], names, dtype, files, quantised)
 
 
 def _split_paths(path: Path) -> list[Path]:
@@ -152,6 +154,8 @@ def _params(
     if scaling is not None:
         params["rope_scaling"] = scaling
     words = metadata.get("tokenizer.ggml.tokens")
+    if "context_length" in given:
+        params["max_seq_len"] = given["context_length"]
     params["vocab_size"] = len(words) if isinstance(words, list) else given.get("vocab_size", -1)
     params["tie_word_embeddings"] = "output.weight" not in stored
     return params

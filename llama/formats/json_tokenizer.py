@@ -26,8 +26,8 @@ class JsonTokenizer(BaseTokenizer):
         Args:
             name: what errors call it.
             is_control: whether an added piece is a control piece although it isn't marked so.
-            is_structure: whether an added piece, if it is none, still belongs to prompts' structure:
-                text never becomes it, but a model that writes it writes text.
+            is_structure: whether an added piece that is none still belongs to the structure of
+                prompts: text never becomes it, but a model that writes it writes text.
             vocab_size: how many ids the model knows; added pieces beyond them are dropped.
 
         Raises:
@@ -36,15 +36,15 @@ class JsonTokenizer(BaseTokenizer):
         """
         data = {**copy.deepcopy(data), "truncation": None, "padding": None}
         given = data.get("added_tokens")
-        added = (
-            [spec for spec in given if isinstance(spec, dict)] if isinstance(given, list) else []
-        )
-        if vocab_size is not None:
-            added = [spec for spec in added if not _is_beyond(spec.get("id"), vocab_size)]
-            data["added_tokens"] = added
-        controls = [s for s in added if s.get("special") or is_control(str(s.get("content")))]
+        if isinstance(given, list):
+            data["added_tokens"] = [spec for spec in given if not _is_beyond(spec, vocab_size)]
+        added = [spec for spec in data.get("added_tokens") or [] if isinstance(spec, dict)]
+        silent = set()
         for spec in added:
-            spec["special"] = spec in controls or is_structure(str(spec.get("content")))
+            text = str(spec.get("content"))
+            if spec.get("special") or is_control(text):
+                silent.add(text)
+            spec["special"] = text in silent or is_structure(text)
         tokenizers = need("tokenizers")
         try:
             self._whole = tokenizers.Tokenizer.from_str(json.dumps(data))
@@ -61,7 +61,7 @@ class JsonTokenizer(BaseTokenizer):
             for spec in added
             if spec["special"] and str(spec.get("content")) in vocabulary
         }
-        self._silent = {self.control_ids.get(str(spec["content"])) for spec in controls}
+        self._silent = {i for text, i in self.control_ids.items() if text in silent}
         self.bos_id = self.eos_id = self.pad_id = -1
         self.stop_ids = frozenset()
         # Like SentencePiece, but for one scheme: the space stands in front of the first text only.
@@ -91,8 +91,9 @@ class JsonTokenizer(BaseTokenizer):
         return self._whole.id_to_token(t) or ""
 
 
-def _is_beyond(i: object, vocab_size: int) -> bool:
-    return isinstance(i, int) and i >= vocab_size
+def _is_beyond(spec: object, vocab_size: int | None) -> bool:
+    i = spec.get("id") if isinstance(spec, dict) else None
+    return vocab_size is not None and isinstance(i, int) and i >= vocab_size
 
 
 def _steps(part: object) -> list[dict[str, Any]]:

@@ -1,14 +1,23 @@
 """Chat templates: a dialog written out by the checkpoint's own rule, in a sandbox."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
 from llama.formats.extras import need
+from llama.weights import printable
 
 # What a template has no use for, and what makes text of any size from a number.
-_UNNEEDED = ("center", "format", "indent", "pprint", "random", "urlize", "wordwrap", "xmlattr")
+_UNNEEDED_FILTERS = "batch center format indent pprint random round slice urlize wordwrap xmlattr"
+_UNNEEDED_GLOBALS = "cycler joiner lipsum"
+_UNNEEDED_METHODS = "center expandtabs format format_map ljust rjust to_bytes translate zfill"
+
+# What a template may do in all: characters that it puts together, and steps that it takes.
+_MOST_WORK = 100_000_000
+_STEP = 1000
+# Where a rendering's work is counted: a name that no template can write.
+_WORK = "work done"
 
 
 class ChatTemplate:
@@ -21,10 +30,14 @@ class ChatTemplate:
             ImportError: the package ``jinja2`` is missing.
             ValueError: it isn't written in Jinja's language.
         """
+        environment = _environment()
         try:
-            self._template = _environment().from_string(source)
-        except need("jinja2").TemplateError as error:
-            raise ValueError(f"the checkpoint's chat template can't be read: {error}") from error
+            self._template = environment.from_string(_counting(environment.parse(source)))
+        # Jinja's errors, and those that Python has with what Jinja makes of a strange template.
+        except Exception as error:
+            raise ValueError(
+                f"the checkpoint's chat template can't be read: {_why(error)}"
+            ) from error
 
     def render(self, messages: Iterable[Mapping[str, Any]], **names: str) -> str:
         """The prompt for the next answer, with the control pieces written out.
@@ -36,20 +49,65 @@ class ChatTemplate:
         Raises:
             ValueError: the template refuses the dialog, or does what no template needs.
         """
+        work = _Work()
+
+        def limited_range(*bounds: int) -> Sequence[int]:
+            numbers = range(*bounds)
+            work.spend(_STEP * len(numbers))
+            return numbers
+
+        variables: dict[str, Any] = {
+            "messages": [dict(message) for message in messages],
+            "add_generation_prompt": True,
+            "tools": None,
+            "documents": None,
+            "range": limited_range,
+            _WORK: work,
+        }
         try:
-            text = self._template.render(
-                messages=[dict(message) for message in messages],
-                add_generation_prompt=True,
-                tools=None,
-                documents=None,
-                range=_limited_range(),
-                **names,
-            )
+            text = self._template.render({**names, **variables})
         # Whatever goes wrong in there is the template's doing.
         except Exception as error:
-            reason = str(error) or type(error).__name__
-            raise ValueError(f"the checkpoint's chat template failed: {reason}") from error
+            raise ValueError(f"the checkpoint's chat template failed: {_why(error)}") from error
         return str(text)
+
+
+def _why(error: Exception) -> str:
+    return printable(" ".join(str(error).split()) or type(error).__name__, 200)
+
+
+class _Work:
+    """Counts what a rendering does, lest it never end or fill the memory."""
+
+    def __init__(self) -> None:
+        self._left = _MOST_WORK
+
+    def spend(self, amount: int) -> None:
+        self._left -= amount
+        if self._left < 0:
+            raise ValueError("it does far more than a template needs to")
+
+    def weigh(self, value: object) -> None:
+        """Count a value that is about to be copied or written out, with all that it holds."""
+        self.spend(len(value) if isinstance(value, str) else _STEP)
+        if isinstance(value, Mapping):
+            value = [*value.keys(), *value.values()]
+        if isinstance(value, list | tuple):
+            for item in value:
+                self.weigh(item)
+
+
+def _counting(tree: Any) -> Any:
+    """A parsed template whose loops and joined texts count as work."""
+    nodes: Any = need("jinja2.nodes")
+    for loop in tree.find_all(nodes.For):
+        size = sum(len(part.data) for part in loop.find_all(nodes.TemplateData))
+        weight = nodes.Const(_STEP + size)
+        loop.iter = nodes.Filter(loop.iter, "counted", [weight], [], None, None, lineno=loop.lineno)
+    for join in tree.find_all(nodes.Concat):
+        parts = nodes.List(join.nodes, lineno=join.lineno)
+        join.nodes = [nodes.Filter(parts, "join", [], [], None, None, lineno=join.lineno)]
+    return tree
 
 
 def _environment() -> Any:
@@ -68,26 +126,52 @@ def _environment() -> Any:
             return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
     class Sandbox(sandbox.ImmutableSandboxedEnvironment):
-        intercepted_binops = frozenset(["*", "**", "%"])
+        intercepted_binops = frozenset(["+", "*", "**", "%"])
 
         def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+            if operator == "+":
+                context[_WORK].weigh((left, right))
+                return super().call_binop(context, operator, left, right)
             numbers = isinstance(left, int) and isinstance(right, int)
-            if not numbers or (operator == "**" and (abs(left) > 1000 or right > 100)):
+            largest = (1000, 100) if operator == "**" else (2**63, 2**63)
+            if not numbers or abs(left) > largest[0] or abs(right) > largest[1]:
                 raise sandbox.SecurityError(f"{operator} is for small numbers here")
             return super().call_binop(context, operator, left, right)
+
+        def call(self, context: Any, function: Any, /, *args: Any, **kwargs: Any) -> Any:
+            context[_WORK].spend(_STEP)
+            name, text = (getattr(function, key, None) for key in ("__name__", "__self__"))
+            if isinstance(text, str) and name == "join":
+                return _join(context, args[0] if args else "", text)
+            if isinstance(text, str) and name == "replace":
+                return _replace(context, text, *args)
+            found = super().call(context, function, *args, **kwargs)
+            context[_WORK].spend(len(found) if isinstance(found, str | list) else 1)
+            return found
+
+        def wrap_str_format(self, value: Any) -> None:
+            """Jinja's own replacement for what ``is_safe_attribute`` refuses isn't wanted."""
+
+        def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+            safe: bool = super().is_safe_attribute(obj, attr, value)
+            return safe and not (isinstance(obj, str | int) and attr in _UNNEEDED_METHODS.split())
 
     environment = Sandbox(
         trim_blocks=True,
         lstrip_blocks=True,
+        finalize=jinja2.pass_context(_output),
         extensions=[Generation, "jinja2.ext.loopcontrols"],
     )
-    for name in _UNNEEDED:
+    for name in _UNNEEDED_FILTERS.split():
         environment.filters.pop(name, None)
-    environment.filters["tojson"] = _tojson
+    for name in _UNNEEDED_GLOBALS.split():
+        environment.globals.pop(name, None)
 
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)
 
+    for function in (_counted, _join, _replace, _tojson):
+        environment.filters[function.__name__[1:]] = jinja2.pass_context(function)
     environment.globals.update(
         raise_exception=raise_exception,
         strftime_now=lambda format: datetime.now().strftime(format),
@@ -95,19 +179,50 @@ def _environment() -> Any:
     return environment
 
 
-def _limited_range() -> Any:
-    """``range`` that gives so many numbers in all, lest loops in loops never end."""
-    left = iter(range(1_000_000))
-
-    def limited(*bounds: int) -> Iterable[int]:
-        for number in range(*bounds):
-            if next(left, None) is None:
-                raise ValueError("the template counts too far")
-            yield number
-
-    return limited
+def _counted(context: Any, items: Iterable[Any], weight: int) -> list[Any]:
+    found = list(items)
+    context[_WORK].spend(weight * len(found))
+    return found
 
 
-def _tojson(value: object, indent: int | None = None) -> str:
+def _output(context: Any, value: object) -> str:
+    context[_WORK].weigh(value)
+    return str(value)
+
+
+def _join(context: Any, items: Iterable[Any], between: str = "", attribute: Any = None) -> str:
+    if attribute is not None:
+        items = [context.environment.getitem(item, attribute) for item in items]
+    found = list(items)
+    context[_WORK].weigh(found)
+    context[_WORK].spend(len(found) * len(between))
+    return str(between).join(map(str, found))
+
+
+def _replace(context: Any, text: object, old: str, new: str, count: int | None = None) -> str:
+    text = str(text)
+    context[_WORK].spend(len(text) + text.count(old) * len(new))
+    return text.replace(old, new, -1 if count is None else count)
+
+
+def _tojson(
+    context: Any,
+    value: object,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
     # Jinja's own filter writes some characters as HTML would need them.
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+    context[_WORK].weigh(value)
+    if indent is not None and not (isinstance(indent, int) and 0 <= indent <= 16):
+        raise ValueError("tojson indents by 0 to 16 spaces here")
+    if separators is not None and sum(map(len, separators)) > 16:
+        raise ValueError("tojson has short separators here")
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )

@@ -13,7 +13,7 @@ from llama.formats.json_tokenizer import JsonTokenizer
 from llama.formats.template import ChatTemplate
 from llama.prompts import Dialog, check_messages
 from llama.tokenizer import BaseTokenizer, Tokenizer
-from llama.weights import Checkpoint
+from llama.weights import Checkpoint, printable
 
 Files = Mapping[str, Path | bytes]
 
@@ -47,8 +47,8 @@ def load_tokenizer(
 
     def is_structure(text: str) -> bool:
         # White space and words may stand in any template without being pieces of its structure.
-        marks = text.replace("▁", " ").replace(" ", "")
-        return text in template and not (marks.isalnum() or marks.isspace() or not marks)
+        marks = "".join(text.replace("▁", " ").split())
+        return bool(marks) and not marks.isalnum() and text in template
 
     tokenizer: BaseTokenizer
     if "tokenizer.model" in files:
@@ -78,10 +78,11 @@ def load_tokenizer(
         if name in tokenizer.control_ids:
             setattr(tokenizer, f"{role}_id", tokenizer.control_ids[name])
     stops = _read_json(files, "generation_config.json").get("eos_token_id")
-    ids = {i for i in (stops if isinstance(stops, list) else [stops]) if isinstance(i, int)}
+    stops = stops if isinstance(stops, list) else [stops]
+    ids = {i for i in stops if type(i) is int and 0 <= i < tokenizer.n_words}
     if tokenizer.eos_id < 0 and ids:
         tokenizer.eos_id = min(ids)
-    tokenizer.stop_ids = frozenset(i for i in (*ids, tokenizer.eos_id) if i >= 0)
+    tokenizer.stop_ids = frozenset(ids | ({tokenizer.eos_id} if tokenizer.eos_id >= 0 else set()))
     tokenizer.add_bos = tokenizer.add_bos and tokenizer.bos_id >= 0
     return tokenizer
 
@@ -206,16 +207,20 @@ def _extended(files: Files, added: Mapping[int, Mapping[str, Any]]) -> bytes:
     }
     if not changed:
         return proto
+    known = {plain.token_piece(i): i for i in range(n_words)}
     model = need("sentencepiece.sentencepiece_model_pb2").ModelProto()
     model.ParseFromString(proto)
     for i, spec in changed.items():
         if i > len(model.pieces):
             raise ValueError(
-                f"the piece {spec['content']!r} has the id {i}, but {len(model.pieces)} pieces "
-                "stand before it: added_tokens.json or tokenizer_config.json lacks some"
+                f"the piece {printable(spec['content'])} has the id {i}, but {len(model.pieces)} "
+                "pieces stand before it: added_tokens.json or tokenizer_config.json lacks some"
             )
+        name = spec["content"].replace(" ", "▁")
+        if known.setdefault(name, i) != i:
+            raise ValueError(f"the piece {printable(name)} has the ids {known[name]} and {i}")
         piece = model.pieces[i] if i < len(model.pieces) else model.pieces.add(score=0.0)
-        piece.piece = spec["content"].replace(" ", "▁")
+        piece.piece = name
         kinds = model.SentencePiece
         piece.type = kinds.CONTROL if spec.get("special") else kinds.USER_DEFINED
     data: bytes = model.SerializeToString()

@@ -1,0 +1,173 @@
+"""The engines that speed.py compares, each behind three functions: write, load, and step.
+
+A worker process measures one of them: ``python benchmarks/engines.py ENGINE PATH START``.
+"""
+
+import contextlib
+import gc
+import importlib.util
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+PROMPT = 512
+NEW = 32
+THREADS = 2
+
+
+def prompt_of(length: int, seed: int = 0) -> list[int]:
+    """Token ids that no cache has seen before."""
+    return [(seed * 7919 + i * 104729) % 31000 + 300 for i in range(length)]
+
+
+class Ours:
+    """This library, on Meta's layout."""
+
+    name, package = "llama", "llama"
+
+    def __init__(self, path: str, max_seq_len: int = PROMPT + 2 * NEW, max_batch_size: int = 1):
+        import torch
+
+        from llama import Llama
+
+        torch.set_num_threads(THREADS)
+        self.llama = Llama.build(
+            path, max_seq_len=max_seq_len, max_batch_size=max_batch_size, device="cpu"
+        )
+        self.llama.tokenizer.stop_ids = frozenset()  # random weights end a text at random
+
+    def generate(self, prompt: list[int], length: int) -> int:
+        return len(self.llama.generate([prompt], length, temperature=0)[0][0])
+
+
+class Transformers:
+    """transformers, on Hugging Face's layout."""
+
+    name, package = "transformers", "transformers"
+
+    def __init__(self, path: str):
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        torch.set_num_threads(THREADS)
+        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+
+    def generate(self, prompt: list[int], length: int) -> int:
+        import torch
+
+        tokens = torch.tensor([prompt])
+        out = self.model.generate(
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            max_new_tokens=length,
+            min_new_tokens=length,
+            do_sample=False,
+            pad_token_id=0,
+        )
+        return int(out.shape[1]) - len(prompt)
+
+
+class LlamaCpp:
+    """llama.cpp through llama-cpp-python, on a GGUF file."""
+
+    name, package = "llama.cpp", "llama_cpp"
+
+    def __init__(self, path: str):
+        import llama_cpp
+
+        self.model = llama_cpp.Llama(
+            path,
+            n_ctx=PROMPT + 2 * NEW,
+            n_batch=PROMPT,
+            n_ubatch=PROMPT,
+            n_threads=THREADS,
+            n_threads_batch=THREADS,
+            verbose=False,
+        )
+
+    def generate(self, prompt: list[int], length: int) -> int:
+        self.model.reset()
+        self.model.eval(prompt)
+        token = self.model.sample(temp=0.0)
+        for _ in range(length - 1):
+            self.model.eval([token])
+            token = self.model.sample(temp=0.0)
+        return length
+
+
+class CTranslate2:
+    """CTranslate2, on its own format."""
+
+    name, package = "ctranslate2", "ctranslate2"
+
+    def __init__(self, path: str):
+        import ctranslate2
+
+        self.model = ctranslate2.Generator(
+            path, compute_type="auto", intra_threads=THREADS, inter_threads=1
+        )
+
+    def generate(self, prompt: list[int], length: int) -> int:
+        tokens = [f"t{i}" for i in prompt]
+        found = self.model.generate_batch(
+            [tokens],
+            max_length=length,
+            min_length=length,
+            sampling_topk=1,
+            include_prompt_in_result=False,
+            end_token=[],
+        )
+        return len(found[0].sequences_ids[0])
+
+
+ENGINES = {engine.name: engine for engine in (Ours, Transformers, LlamaCpp, CTranslate2)}
+
+
+def installed() -> list[str]:
+    return [name for name, e in ENGINES.items() if importlib.util.find_spec(e.package)]
+
+
+def peak_memory() -> int:
+    """The most bytes that this process had resident."""
+    with open("/proc/self/status", encoding="utf-8") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+
+
+def timed(work: Callable[[], Any], repeats: int = 5) -> list[float]:
+    """Seconds that each of several runs took."""
+    seconds = []
+    for _ in range(repeats):
+        gc.collect()
+        start = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+def measure(engine: str, path: str, start: float) -> dict[str, float]:
+    """One engine, from the start of its process (as ``time.time`` gives it)."""
+    model = ENGINES[engine](path)
+    model.generate(prompt_of(PROMPT), 1)
+    first_token = time.time() - start
+    seeds = iter(range(1, 100))
+    prefill = statistics.median(timed(lambda: model.generate(prompt_of(PROMPT, next(seeds)), 1)))
+    whole = statistics.median(timed(lambda: model.generate(prompt_of(PROMPT, next(seeds)), NEW + 1), 3))
+    return {
+        "first_token_s": first_token,
+        "prefill_tokens_per_s": PROMPT / prefill,
+        "decode_tokens_per_s": NEW / (whole - prefill),
+        "peak_bytes": peak_memory(),
+    }
+
+
+if __name__ == "__main__":
+    with contextlib.redirect_stdout(sys.stderr):
+        found = measure(sys.argv[1], sys.argv[2], float(sys.argv[3]))
+    print(json.dumps(found))
+    sys.stdout.flush()
+    os._exit(0)  # some engines take long to tidy up
