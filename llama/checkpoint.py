@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from llama import parallel
-from llama.files import open_meta, release
+from llama.files import open_meta
+from llama.memory import release
 from llama.model import ModelArgs, Transformer
 from llama.params import make_args
 from llama.sharding import cache_bytes, check_model_parallel_size, parameter_count
@@ -51,6 +52,7 @@ def load(
     with torch.device("meta"):
         model = Transformer(args)
     tensors: dict[str, torch.Tensor] = {}
+    stay_mapped = []
     for name in model.state_dict():
         if name == "output.weight" and args.tie_word_embeddings and ranks == 1:
             tensors[name] = tensors["tok_embeddings.weight"]
@@ -58,13 +60,17 @@ def load(
         part = checkpoint.rank_part(name, args, rank, ranks).to(device, dtype).contiguous()
         mapped = checkpoint.mapped(name)
         # What needs no change stays mapped: it is read when it is used, and never copied.
-        if not any(_shares_memory(part, tensor) for tensor in mapped):
+        if any(_shares_memory(part, tensor) for tensor in mapped):
+            stay_mapped.append(name)
+        else:
             if part.untyped_storage().nbytes() > part.nbytes:
                 part = part.clone()  # of what was made whole, only this rank's part stays
             release(mapped)
         tensors[name] = part
     model.load_state_dict(tensors, assign=True)
     model.requires_grad_(False)
+    for name in stay_mapped:
+        model.get_parameter(name).is_mapped = True  # type: ignore[attr-defined]
     model.allocate_buffers(device, dtype)
     logger.info("loaded %s in %.2f seconds", checkpoint.names[0], time.monotonic() - start)
     return model

@@ -1,8 +1,6 @@
 """The files of a checkpoint directory in Meta's layout: found, mapped and checked."""
 
 import contextlib
-import ctypes
-import mmap
 import pickletools
 import re
 import zipfile
@@ -209,17 +207,3 @@ def check_plain(tensors: Tensors, name: str) -> None:
     size = sum(tensor.nbytes for tensor in tensors.values())
     if size > 2 * sum(storages.values()):
         raise ValueError(f"the tensors of {name} repeat numbers that are stored once")
-
-
-def release(tensors: list[torch.Tensor]) -> None:
-    """Let go of the memory of mapped tensors that were copied; they can still be read again."""
-    if not hasattr(mmap, "MADV_DONTNEED"):
-        return
-    for tensor in tensors:
-        # Only whole pages, so that neighbours in the file keep theirs.
-        start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-        end = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
-        if tensor.is_contiguous() and start < end:
-            ctypes.CDLL(None).madvise(
-                ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED
-            )

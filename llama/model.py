@@ -252,6 +252,7 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(TransformerBlock(params) for _ in range(params.n_layers))
         self.norm = RMSNorm(params.dim, params.norm_eps)
         self.output = ColumnParallelLinear(params.dim, padded_outputs, gather_output=True)
+        self.output.shared = params.tie_word_embeddings
         self.allocate_buffers(torch.get_default_device(), torch.get_default_dtype())
 
     def allocate_buffers(self, device: torch.device, dtype: torch.dtype) -> None:

@@ -1,5 +1,6 @@
 """Every example runs as the README and the references say, and prints sense."""
 
+import os
 import re
 import subprocess
 import sys
@@ -26,7 +27,16 @@ def run(*command: str, cwd: Path = EXAMPLES) -> str:
 
 
 def test_every_example_is_tested() -> None:
-    assert set(EXPECTED) == {path.name for path in EXAMPLES.glob("example_*.py")}
+    examples = {path.name for path in EXAMPLES.glob("example_*.py")}
+    assert set(EXPECTED) == examples - {"example_smollm2.py"}
+
+
+def test_a_real_model_answers() -> None:
+    path = os.environ.get("LLAMA_SMOLLM2")
+    if not path:
+        pytest.skip("LLAMA_SMOLLM2 is not set")
+    out = run("example_smollm2.py", "--ckpt_dir", path, "--max_gen_len", "12")
+    assert "> Assistant: The capital of France is Paris." in out
 
 
 @pytest.mark.parametrize("name", EXPECTED)

@@ -1,0 +1,21 @@
+"""Mapped memory, given back."""
+
+import ctypes
+import mmap
+from collections.abc import Iterable
+
+import torch
+
+
+def release(tensors: Iterable[torch.Tensor]) -> None:
+    """Let go of the memory of mapped tensors that were copied; they can still be read again."""
+    if not hasattr(mmap, "MADV_DONTNEED"):
+        return
+    for tensor in tensors:
+        # Only whole pages, so that neighbours in the file keep theirs.
+        start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        end = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+        if tensor.is_contiguous() and start < end:
+            ctypes.CDLL(None).madvise(
+                ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED
+            )

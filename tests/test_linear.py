@@ -1,0 +1,80 @@
+"""The projections' kernels: whatever computes it, the product is the same."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_model
+
+from llama import checkpoint, linear
+from llama.linear import ColumnParallelLinear
+
+
+@pytest.fixture
+def projection() -> ColumnParallelLinear:
+    make_model()  # the process group
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        layer = ColumnParallelLinear(96, 160).to(torch.bfloat16).requires_grad_(False)
+        layer.weight.normal_(std=0.1)
+    return layer
+
+
+@pytest.mark.parametrize("packs", [True, False])
+def test_every_kernel_gives_the_float32_product(projection, packs: bool, monkeypatch) -> None:
+    monkeypatch.setattr(linear, "_packing_pays", lambda: packs)
+    exact = projection.weight.float()
+    for use in range(linear._PACKED_OVER + 3):
+        for rows in (1, 2, 7, 33):
+            x = torch.randn(rows, 96).bfloat16()
+            out = projection(x)
+            assert out.dtype == torch.bfloat16
+            torch.testing.assert_close(out.float(), x.float() @ exact.T, atol=0.03, rtol=0.02), use
+    assert projection.weight.is_mkldnn == packs
+
+
+def test_packing_waits_for_the_second_use_and_is_spread(monkeypatch) -> None:
+    monkeypatch.setattr(linear, "_packing_pays", lambda: True)
+    model = make_model(n_layers=4).to(torch.bfloat16).requires_grad_(False)
+    model.allocate_buffers(torch.device("cpu"), torch.bfloat16)
+    layers = [m for m in model.modules() if isinstance(m, linear._Linear)]
+    counts = []
+    for _ in range(linear._PACKED_OVER + 1):
+        model.forward(torch.tensor([[1]]))
+        counts.append(sum(layer.weight.is_mkldnn for layer in layers))
+    assert counts[0] == 0  # the first token doesn't wait
+    assert counts[-1] == len(layers)
+    steps = [b - a for a, b in zip(counts, counts[1:], strict=False)]
+    assert max(steps) <= -(-len(layers) // linear._PACKED_OVER)  # nor does any other for all
+
+
+def test_weights_that_are_trained_are_left_alone(projection, monkeypatch) -> None:
+    monkeypatch.setattr(linear, "_packing_pays", lambda: True)
+    projection.requires_grad_(True)
+    for _ in range(linear._PACKED_OVER + 3):
+        projection(torch.ones(2, 96).bfloat16()).sum().backward()
+    assert not projection.weight.is_mkldnn
+
+
+def test_a_packed_model_is_saved_as_it_was(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(linear, "_packing_pays", lambda: True)
+    model = make_model().to(torch.bfloat16).requires_grad_(False)
+    model.allocate_buffers(torch.device("cpu"), torch.bfloat16)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    for _ in range(linear._PACKED_OVER + 1):
+        model.forward(torch.tensor([[1]]))
+    checkpoint.save([model.state_dict()], model.params, tmp_path / "out")
+    after = torch.load(tmp_path / "out" / "consolidated.00.pth")
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_a_tied_embedding_keeps_its_rows(monkeypatch) -> None:
+    monkeypatch.setattr(linear, "_packing_pays", lambda: True)
+    model = make_model(tie_word_embeddings=True).to(torch.bfloat16).requires_grad_(False)
+    model.output.weight = model.tok_embeddings.weight
+    model.allocate_buffers(torch.device("cpu"), torch.bfloat16)
+    before = model.tok_embeddings.weight.clone()
+    for _ in range(linear._PACKED_OVER + 1):
+        model.forward(torch.tensor([[1]]))
+    assert torch.equal(model.tok_embeddings.weight, before)
+    assert not model.output.weight.is_mkldnn  # a packed copy would be a second one
