@@ -1,5 +1,6 @@
 """The projections' kernels: whatever computes it, the product is the same."""
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -44,7 +45,7 @@ def test_packing_waits_for_the_second_use_and_is_spread(monkeypatch) -> None:
         counts.append(sum(layer.weight.is_mkldnn for layer in layers))
     assert counts[0] == 0  # the first token doesn't wait
     assert counts[-1] == len(layers)
-    steps = [b - a for a, b in zip(counts, counts[1:], strict=False)]
+    steps = [b - a for a, b in itertools.pairwise(counts)]
     assert max(steps) <= -(-len(layers) // linear._PACKED_OVER)  # nor does any other for all
 
 
