@@ -1,7 +1,7 @@
 """What the tasks of ``Llama`` share: prompts become rows, rows are worked off in batches."""
 
 import random
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from llama.chat_formats import ChatFormat
 from llama.decoding import Request, Row, checked_list, checked_prompts, make_rows, run
 from llama.formats.text import choose_chat
 from llama.model import Transformer
+from llama.prefixes import Prefixes
 from llama.prompts import Dialog, has_tags
 from llama.tokenizer import BaseTokenizer
 from llama.turns import Turns
@@ -29,6 +30,7 @@ class BaseLlama:
         self.tokenizer = tokenizer
         self.chat = chat or choose_chat(None, {}, tokenizer)
         self._seeds = random.Random(seed)
+        self._prefixes = Prefixes(model)
         self._turns = Turns()
 
     def _read(
@@ -92,15 +94,27 @@ class BaseLlama:
         with self._turns.exclusive():
             for first in range(0, len(rows), self.model.params.max_batch_size):
                 batch = rows[first : first + self.model.params.max_batch_size]
-                for _ in run(self.model, batch, request):
+                for _ in self._run(batch, request):
                     pass
 
     def _stream(self, rows: list[Row], request: Request) -> Generator[str, None, None]:
         with self._turns.exclusive() as still_mine:
-            for piece in run(self.model, rows, request):
+            for piece in self._run(rows, request):
                 if piece:
                     yield piece
                     still_mine()
+
+    def _run(self, rows: list[Row], request: Request) -> Iterator[str]:
+        """``run``, on what the cache still holds of the prompts."""
+        scores_prompts = request.logprobs and request.echo
+        starts = None if scores_prompts else self._prefixes.reuse(rows)
+        passes = -1
+        try:
+            for piece in run(self.model, rows, request, starts):
+                passes = self.model.n_passes
+                yield piece
+        finally:
+            self._prefixes.record(rows, passes)
 
     def _with_scores(self, prediction: Any, row: Row, request: Request) -> Any:
         if request.logprobs:

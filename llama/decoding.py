@@ -127,9 +127,15 @@ def checked_prompts(params: ModelArgs, prompts: Sequence[Sequence[int]]) -> list
     return checked
 
 
-def run(model: Transformer, rows: list[Row], request: Request) -> Iterator[str]:
-    """Work off one batch; row i of ``rows`` is row i of the cache. Yields each new text."""
-    logits = _prefill(model, rows, request)
+def run(
+    model: Transformer, rows: list[Row], request: Request, starts: Sequence[int] | None = None
+) -> Iterator[str]:
+    """Work off one batch; row i of ``rows`` is row i of the cache. Yields each new text.
+
+    Args:
+        starts: how many of each prompt's tokens the cache already holds.
+    """
+    logits = _prefill(model, rows, request, starts or [0] * len(rows))
     active = [(i, row) for i, row in enumerate(rows) if not row.done]
     logits = logits[[i for i, _ in active]]
     while active:
@@ -172,11 +178,13 @@ def checked_forward(
     return found
 
 
-def _prefill(model: Transformer, rows: list[Row], request: Request) -> torch.Tensor:
+def _prefill(
+    model: Transformer, rows: list[Row], request: Request, starts: Sequence[int]
+) -> torch.Tensor:
     """Put prompts into the cache. Returns the logits after each, shape (n_rows, vocab_size)."""
     score = request.logprobs and request.echo
     last: list[torch.Tensor] = [torch.empty(0)] * len(rows)
-    for segments in prefill_passes([len(row.prompt) for row in rows]):
+    for segments in prefill_passes([len(row.prompt) for row in rows], starts):
         tokens = [t for i, start, n in segments for t in rows[i].prompt[start : start + n]]
         ends, total = [], 0
         for i, start, n in segments:

@@ -242,6 +242,7 @@ class Transformer(nn.Module):
     """A Llama with its key/value cache. Parameters are left unset for a checkpoint to fill."""
 
     freqs_cis: torch.Tensor
+    n_passes = 0  # forward passes so far, each of which changed the cache
 
     def __init__(self, params: ModelArgs):
         super().__init__()
@@ -352,6 +353,7 @@ class Transformer(nn.Module):
     ) -> torch.Tensor:
         """What ``forward_packed`` makes logits of: shape (n_tokens or len(select), dim)."""
         self._check(tokens, segments)
+        self.n_passes += 1
         packed = pack(segments, tokens.device)
         freqs_cis = self.freqs_cis[packed.positions]
         h = self.tok_embeddings(tokens)  # (n_tokens, dim)

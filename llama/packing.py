@@ -67,9 +67,14 @@ def pack(segments: Sequence[Segment], device: torch.device) -> Packed:
     return Packed(torch.tensor(rows, device=device), torch.tensor(positions, device=device), spans)
 
 
-def prefill_passes(lengths: Sequence[int]) -> Iterator[list[Segment]]:
-    """What each forward pass takes of prompts of these lengths, until all are in the cache."""
-    done = [0] * len(lengths)
+def prefill_passes(
+    lengths: Sequence[int], starts: Sequence[int] | None = None
+) -> Iterator[list[Segment]]:
+    """What each forward pass takes of prompts of these lengths, until all are in the cache.
+
+    ``starts`` says how much of each already is.
+    """
+    done = [0] * len(lengths) if starts is None else list(starts)
     while True:
         segments: list[Segment] = []
         total = 0

@@ -44,9 +44,13 @@ PLAIN = st.text() | st.lists(SPACES | WORDS).map("".join)
 ANY = PLAIN | st.lists(SPACES | WORDS | MARKS).map("".join)
 
 
-@cache
 def byte_level() -> dict[str, Any]:
     """Like Llama 3's: BPE of bytes, with control pieces after the vocabulary."""
+    return json.loads(_byte_level())
+
+
+@cache
+def _byte_level() -> str:
     made = tokenizers.Tokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
@@ -59,7 +63,8 @@ def byte_level() -> dict[str, Any]:
     made.post_processor = processors.TemplateProcessing(
         single=f"{BEGIN} $A", pair=f"{BEGIN} $A {BEGIN} $B", special_tokens=[begin]
     )
-    return json.loads(made.to_str())
+    text: str = made.to_str()
+    return text
 
 
 def like_llama2(scheme: str, source: Tokenizer | None = None) -> dict[str, Any]:

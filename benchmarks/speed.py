@@ -1,0 +1,254 @@
+"""This library beside its installed peers: the same random weights, one run, fresh processes.
+
+    pip install -e '.[bench]'
+    python benchmarks/speed.py --shape 1.1B --out results.json
+
+Each engine gets the weights in its own format (bfloat16; CTranslate2 int8, as it has no bfloat16
+products on a CPU). Engines take turns, ``repeats`` rounds of them; the table shows medians. The
+limits of the machine, its read bandwidth (a large tensor's sum) and its bfloat16 matrix peak (the
+better of PyTorch's two ways to multiply), are measured before, between and after.
+"""
+
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import engines
+import fire
+import torch
+
+from llama import ModelArgs, checkpoint, sharding
+from llama.formats.layout import from_interleaved
+from llama.formats.to_hf import save_hf
+from llama.generation import TINY
+from llama.weights import Checkpoint, Weights
+
+SHAPES = {
+    "110M": ModelArgs(dim=768, n_layers=12, n_heads=12, vocab_size=32000),
+    "1.1B": ModelArgs(dim=2048, n_layers=22, n_heads=32, n_kv_heads=4, vocab_size=32000),
+    "7B": ModelArgs(dim=4096, n_layers=32, n_heads=32, vocab_size=32000),
+}
+Tensors = dict[str, torch.Tensor]
+
+
+def random_weights(args: ModelArgs) -> Tensors:
+    return {
+        name: torch.empty(shape, dtype=torch.bfloat16).normal_(std=0.02)
+        for name, shape in sharding.full_shapes(args).items()
+    }
+
+
+def write_meta(args: ModelArgs, tensors: Tensors, path: Path) -> None:
+    checkpoint.save([tensors], args, path, files={"tokenizer.model": TINY / "tokenizer.model"})
+
+
+def write_hf(args: ModelArgs, tensors: Tensors, path: Path) -> None:
+    save_hf(Checkpoint("", {}, [Weights.of(tensors)], [""], torch.bfloat16), args, path)
+
+
+def write_gguf(args: ModelArgs, tensors: Tensors, path: Path) -> None:
+    import gguf
+
+    from llama.formats.gguf import _NAMES
+
+    theirs = {ours: name for name, ours in _NAMES.items()}
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(args.max_seq_len)
+    writer.add_embedding_length(args.dim)
+    writer.add_block_count(args.n_layers)
+    writer.add_feed_forward_length(args.hidden_dim)
+    writer.add_head_count(args.n_heads)
+    writer.add_head_count_kv(args.kv_heads)
+    writer.add_layer_norm_rms_eps(args.norm_eps)
+    writer.add_rope_dimension_count(args.head_dim)
+    writer.add_vocab_size(args.vocab_size)
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
+    writer.add_tokenizer_model("no_vocab")
+    for name, tensor in tensors.items():
+        stem = name.removesuffix(".weight")
+        if stem.startswith("layers."):
+            _, number, module = stem.split(".", 2)
+            stem = f"blk.{number}.{theirs[module]}"
+        else:
+            stem = theirs[stem]
+        if tensor.dim() == 1:  # llama.cpp wants norms in float32
+            writer.add_tensor(f"{stem}.weight", tensor.float().numpy())
+        else:
+            raw = tensor.view(torch.uint16).numpy()
+            kind = gguf.GGMLQuantizationType.BF16
+            writer.add_tensor(f"{stem}.weight", raw.view("uint8"), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def write_ctranslate2(args: ModelArgs, tensors: Tensors, path: Path) -> None:
+    from ctranslate2.specs import common_spec, transformer_spec
+
+    spec = transformer_spec.TransformerDecoderModelSpec.from_config(
+        args.n_layers,
+        args.n_heads,
+        activation=common_spec.Activation.SWISH,
+        pre_norm=True,
+        ffn_glu=True,
+        rms_norm=True,
+        rotary_dim=0,
+        rotary_interleave=False,
+        num_heads_kv=args.kv_heads,
+    )
+
+    def array(name: str) -> Any:
+        tensor = tensors[f"{name}.weight"].float()
+        if name.endswith(("wq", "wk")):
+            tensor = from_interleaved(tensor, args.head_dim)
+        return tensor.numpy()
+
+    decoder = spec.decoder
+    decoder.scale_embeddings = False
+    decoder.embeddings.weight = array("tok_embeddings")
+    decoder.layer_norm.gamma = array("norm")
+    decoder.projection.weight = array("output")
+    for i, layer in enumerate(decoder.layer):
+        of = f"layers.{i}"
+        attention, feed_forward = layer.self_attention, layer.ffn
+        attention.layer_norm.gamma = array(f"{of}.attention_norm")
+        parts = [torch.from_numpy(array(f"{of}.attention.w{x}")) for x in "qkv"]
+        attention.linear[0].weight = torch.cat(parts).numpy()
+        attention.linear[1].weight = array(f"{of}.attention.wo")
+        feed_forward.layer_norm.gamma = array(f"{of}.ffn_norm")
+        feed_forward.linear_0.weight = array(f"{of}.feed_forward.w1")
+        feed_forward.linear_0_noact.weight = array(f"{of}.feed_forward.w3")
+        feed_forward.linear_1.weight = array(f"{of}.feed_forward.w2")
+    spec.config.bos_token = spec.config.eos_token = spec.config.unk_token = "t0"
+    spec.register_vocabulary([f"t{i}" for i in range(args.vocab_size)])
+    spec.validate()
+    spec.optimize(quantization="int8")
+    path.mkdir()
+    spec.save(str(path))
+
+
+WRITERS: dict[str, Callable[[ModelArgs, Tensors, Path], None]] = {
+    "llama": write_meta,
+    "transformers": write_hf,
+    "llama.cpp": write_gguf,
+    "ctranslate2": write_ctranslate2,
+}
+
+LIMITS = """
+import json, time, torch
+torch.set_num_threads(2)
+def fastest(work, repeats=7):
+    work()
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - start)
+    return sorted(seconds)[len(seconds) // 2]
+large = torch.ones(1 << 29)
+bandwidth = large.nbytes / fastest(large.sum)
+del large
+n = 4096
+a, b = torch.randn(n, n).bfloat16(), torch.randn(n, n).bfloat16()
+ways = [lambda: torch.nn.functional.linear(a, b)]
+if torch.backends.mkldnn.is_available():
+    packed = torch.ops.mkldnn._reorder_linear_weight(b, n)
+    ways.append(lambda: torch.ops.mkldnn._linear_pointwise(a, packed, None, "none", [], ""))
+print(json.dumps({"bandwidth": bandwidth, "peak": 2 * n**3 / min(map(fastest, ways))}))
+"""
+
+
+def limits() -> dict[str, float]:
+    """Bytes read per second and bfloat16 operations per second, in a process of its own."""
+    found = subprocess.run([sys.executable, "-c", LIMITS], stdout=subprocess.PIPE, check=True)
+    return dict(json.loads(found.stdout))
+
+
+def run_worker(engine: str, path: Path) -> dict[str, float] | None:
+    command = [sys.executable, engines.__file__, engine, str(path), str(time.time())]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        print(f"{engine} failed: {last}", file=sys.stderr)
+        return None
+    return dict(json.loads(done.stdout))
+
+
+def table(shape: str, results: dict[str, Any]) -> str:
+    """The medians, and what fraction of the machine's limits they are."""
+    args = SHAPES[shape]
+    per_token = sharding.parameter_count(args) - args.vocab_size * args.dim  # one row is looked up
+    per_prompt = per_token - args.vocab_size * args.dim  # the last position's logits only
+    bandwidth, peak = results["limits"]["bandwidth"], results["limits"]["peak"]
+    lines = [
+        f"{shape}: read bandwidth {bandwidth / 1e9:.1f} GB/s, bf16 peak {peak / 1e9:.0f} Gflop/s",
+        "",
+        "| engine | prefill tokens/s | of the peak | decode tokens/s | of the bandwidth "
+        "| first token | peak memory | prefill: ours is | decode: ours is |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    ours = results["engines"]["llama"]
+    for name, found in results["engines"].items():
+        prefill, decode = found["prefill_tokens_per_s"], found["decode_tokens_per_s"]
+        nbytes = per_token * (1 if name == "ctranslate2" else 2)
+        ratios = (ours["prefill_tokens_per_s"] / prefill, ours["decode_tokens_per_s"] / decode)
+        lines.append(
+            f"| {name} | {prefill:.0f} | {2 * per_prompt * prefill / peak:.2f} | {decode:.1f} "
+            f"| {nbytes * decode / bandwidth:.2f} | {found['first_token_s']:.1f} s "
+            f"| {found['peak_bytes'] / 1e9:.2f} GB | {ratios[0]:.2f} x | {ratios[1]:.2f} x |"
+        )
+    return "\n".join(lines)
+
+
+def main(
+    shape: str = "1.1B",
+    peers: str | tuple[str, ...] = tuple(WRITERS),
+    repeats: int = 3,
+    out: str | None = None,
+) -> None:
+    """Measure, print a table, and write ``out`` as JSON."""
+    names = [peers] if isinstance(peers, str) else list(peers)
+    names = [name for name in WRITERS if name in names and name in engines.installed()]
+    print(f"engines: {', '.join(names)}", file=sys.stderr)
+    rounds: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    measured = [limits()]
+    with tempfile.TemporaryDirectory() as directory:
+        tensors = random_weights(SHAPES[shape])
+        for name in names:
+            WRITERS[name](SHAPES[shape], tensors, Path(directory) / name)
+        del tensors
+        for number in range(repeats):
+            for name in names:
+                print(f"round {number + 1} of {repeats}: {name}", file=sys.stderr)
+                found = run_worker(name, Path(directory) / name)
+                if found is not None:
+                    rounds[name].append(found)
+            measured.append(limits())
+        shutil.rmtree(directory, ignore_errors=True)
+        Path(directory).mkdir()
+    results = {
+        "shape": shape,
+        "limits": {key: statistics.median(m[key] for m in measured) for key in measured[0]},
+        "engines": {
+            name: {key: statistics.median(r[key] for r in found) for key in found[0]}
+            for name, found in rounds.items()
+            if found
+        },
+        "rounds": rounds,
+        "measured_limits": measured,
+    }
+    print(table(shape, results))
+    if out is not None:
+        Path(out).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    fire.Fire(main)
