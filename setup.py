@@ -40,6 +40,7 @@ setup(
     install_requires=requirements(),
     extras_require={
         "formats": FORMATS,
+        "bench": [*FORMATS, "transformers>=5", "llama-cpp-python>=0.3", "ctranslate2>=4.5"],
         "test": TEST,
         "dev": [*TEST, "ruff>=0.14", "mypy>=1.15", "tqdm>=4.66"],
     },

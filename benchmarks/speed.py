@@ -210,13 +210,13 @@ def table(shape: str, results: dict[str, Any]) -> str:
 
 def main(
     shape: str = "1.1B",
-    peers: str | tuple[str, ...] = tuple(WRITERS),
+    peers: str = ",".join(WRITERS),
     repeats: int = 3,
     out: str | None = None,
 ) -> None:
-    """Measure, print a table, and write ``out`` as JSON."""
-    names = [peers] if isinstance(peers, str) else list(peers)
-    names = [name for name in WRITERS if name in names and name in engines.installed()]
+    """Measure this library and ``peers``, print a table, and write ``out`` as JSON."""
+    wanted = ("llama", *(peers.split(",") if isinstance(peers, str) else peers))
+    names = [name for name in WRITERS if name in wanted and name in engines.installed()]
     print(f"engines: {', '.join(names)}", file=sys.stderr)
     rounds: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     measured = [limits()]

@@ -10,11 +10,13 @@ from pathlib import Path
 import torch
 
 from llama.checkpoint import vocabulary_size
-from llama.files import find_shards, find_tokenizer, open_meta
+from llama.files import find_shards, find_tokenizer
+from llama.formats import open_checkpoint
+from llama.formats.text import load_tokenizer
 from llama.model import ModelArgs
 from llama.params import make_args
 from llama.sharding import cache_bytes, parameter_count
-from llama.tokenizer import Tokenizer
+from llama.tokenizer import BaseTokenizer
 
 # dim, n_layers -> the size's name
 _SIZES = {
@@ -32,37 +34,43 @@ def inspect(ckpt_dir: str, max_seq_len: int = 512, max_batch_size: int = 8) -> N
     Exits with status 1 if a file is damaged or missing, or can't be read.
 
     Args:
-        ckpt_dir: a checkpoint in Meta's layout.
+        ckpt_dir: a checkpoint of any format.
         max_seq_len: positions of the cache to count the memory for.
         max_batch_size: rows of the cache to count the memory for.
     """
     directory = Path(str(ckpt_dir))
     try:
         _describe(directory, max_seq_len, max_batch_size)
-        problems = verify(directory)
-    except (MemoryError, OSError, ValueError) as error:
+        has_sums = any(directory.glob("consolidated.*.pth"))
+        problems = verify(directory) if has_sums else []
+    except (ImportError, MemoryError, OSError, ValueError) as error:
         problems = [str(error)]
     for problem in problems:
         print(f"PROBLEM: {problem}")
     if problems:
         sys.exit(1)
-    if not (directory / "checklist.chk").is_file():
+    if not has_sums:
+        print("this format has no checksums: only names, shapes and tokenizer could be checked")
+    elif not (directory / "checklist.chk").is_file():
         print("no checklist.chk: only the weight files could be checked, by their own checksums")
     print("no damage found")
 
 
 def _describe(directory: Path, max_seq_len: int, max_batch_size: int) -> None:
-    paths = find_shards(directory)
+    checkpoint = open_checkpoint(directory)
+    vocabulary = vocabulary_size(checkpoint)
     tokenizer = None
     with contextlib.suppress(FileNotFoundError):
-        tokenizer = Tokenizer(find_tokenizer(directory))
-    checkpoint = open_meta(directory)
-    n_words = tokenizer.n_words if tokenizer else vocabulary_size(checkpoint)
+        tokenizer = load_tokenizer(checkpoint.files, vocabulary)
+    n_words = tokenizer.n_words if tokenizer else vocabulary
     args = make_args(checkpoint.params, checkpoint.source, n_words, max_seq_len, max_batch_size)
     checkpoint.check(args)
+    stored = {t.dtype for part in checkpoint.parts for name in part for t in part.mapped(name)}
     dtypes = sorted(
-        {str(t.dtype).removeprefix("torch.") for part in checkpoint.parts for t in part.values()}
+        str(dtype).removeprefix("torch.") if dtype.is_floating_point else "fewer bits"
+        for dtype in stored
     )
+    paths = [directory] if directory.is_file() else _weight_files(directory)
     count = parameter_count(args)
     print(f"model        {identify(directory, args, tokenizer)}")
     print(f"parameters   {count:,} in {', '.join(dtypes)}")
@@ -78,6 +86,12 @@ def _describe(directory: Path, max_seq_len: int, max_batch_size: int) -> None:
     )
 
 
+def _weight_files(directory: Path) -> list[Path]:
+    kinds = ("consolidated.*.pth", "*.safetensors", "pytorch_model*.bin", "*.gguf")
+    found = (sorted(directory.glob(kind)) for kind in kinds)
+    return next((paths for paths in found if paths), [])
+
+
 def _shape(args: ModelArgs) -> str:
     return (
         f"dim {args.dim}, {args.n_layers} layers, {args.n_heads} heads, {args.kv_heads} key/value "
@@ -85,7 +99,7 @@ def _shape(args: ModelArgs) -> str:
     )
 
 
-def identify(directory: Path, args: ModelArgs, tokenizer: Tokenizer | None) -> str:
+def identify(directory: Path, args: ModelArgs, tokenizer: BaseTokenizer | None) -> str:
     """The family and size as far as folder name, shape and tokenizer tell, else "unknown"."""
     size = _SIZES.get((args.dim, args.n_layers), "unknown size")
     name = directory.resolve().name

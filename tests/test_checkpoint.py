@@ -15,6 +15,7 @@ import torch
 from conftest import make_model
 
 from llama import Llama, ModelArgs, checkpoint, inspection, parallel, sharding
+from llama.convert import convert
 from llama.generation import TINY
 
 
@@ -314,6 +315,19 @@ class TestInspection:
     def test_families(self, folder: str, params: dict, expected: str) -> None:
         args = ModelArgs(vocab_size=32000, **params)
         assert inspection.identify(Path(folder), args, None).startswith(expected)
+
+    def test_other_formats_are_described_too(self, tmp_path: Path, capsys) -> None:
+        convert(str(TINY), str(tmp_path / "hf"), "hf")
+        inspection.inspect(str(tmp_path / "hf"))
+        out = capsys.readouterr().out
+        assert "1,918,656 in bfloat16" in out
+        assert "files        1 of 0.00 GB" in out
+        assert "768 pieces" in out
+        assert "this format has no checksums" in out
+        (tmp_path / "hf" / "config.json").write_text("{}")
+        with pytest.raises(SystemExit):
+            inspection.inspect(str(tmp_path / "hf"))
+        assert "PROBLEM: " in capsys.readouterr().out
 
     def test_damaged_bytes_that_load_are_found(self, checkpoint_dir, capsys) -> None:
         path = checkpoint_dir()
