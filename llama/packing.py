@@ -9,6 +9,7 @@ import torch
 # pieces are cut at the same places whatever rows stand beside it.
 PREFILL_CHUNK = 512  # tokens of one row
 PREFILL_TOKENS = 2048  # tokens of all rows
+CPU_SPAN = 64  # tokens of one row that one attention call covers on a CPU
 
 
 class Segment(NamedTuple):
@@ -43,28 +44,49 @@ def pack(segments: Sequence[Segment], device: torch.device) -> Packed:
     first = 0
     i = 0
     while i < len(segments):
-        row, start_pos, length = segments[i]
+        row = segments[i].row
+        if segments[i].length > 1:
+            spans += _prompt_spans(segments[i], first, device)
+            first += segments[i].length
+            i += 1
+            continue
         group = [segments[i]]
-        if length == 1:
-            while i + len(group) < len(segments):
-                candidate = segments[i + len(group)]
-                if candidate.length != 1 or candidate.row != row + len(group):
-                    break
-                group.append(candidate)
-        filled = max(s.start_pos for s in group) + length
+        while i + len(group) < len(segments):
+            candidate = segments[i + len(group)]
+            if candidate.length != 1 or candidate.row != row + len(group):
+                break
+            group.append(candidate)
+        filled = max(s.start_pos for s in group) + 1
         mask = None
-        if length > 1 and start_pos > 0:  # causal, after what the cache already holds
-            mask = torch.ones(length, filled, dtype=torch.bool, device=device).tril(start_pos)
-        elif any(s.start_pos + length < filled for s in group):  # rows of different lengths
+        if any(s.start_pos + 1 < filled for s in group):  # rows of different lengths
             lengths = torch.tensor([s.start_pos + 1 for s in group], device=device)
             mask = torch.arange(filled, device=device) < lengths[:, None, None, None]
-        tokens = slice(first, first + length * len(group))
+        tokens = slice(first, first + len(group))
         spans.append(Span(tokens, slice(row, row + len(group)), filled, mask))
         first = tokens.stop
         i += len(group)
     rows = [s.row for s in segments for _ in range(s.length)]
     positions = [p for s in segments for p in range(s.start_pos, s.start_pos + s.length)]
     return Packed(torch.tensor(rows, device=device), torch.tensor(positions, device=device), spans)
+
+
+def _prompt_spans(segment: Segment, first: int, device: torch.device) -> list[Span]:
+    """A piece of a prompt, whose tokens begin at ``first``.
+
+    On a CPU it is cut: attention there calculates all that causality then takes away.
+    """
+    row, start_pos, length = segment
+    step = CPU_SPAN if device.type == "cpu" else length
+    spans = []
+    for begin in range(0, length, step):
+        n = min(step, length - begin)
+        seen = start_pos + begin
+        mask = None
+        if seen > 0:  # causal, after what the cache already holds
+            mask = torch.ones(n, seen + n, dtype=torch.bool, device=device).tril(seen)
+        tokens = slice(first + begin, first + begin + n)
+        spans.append(Span(tokens, slice(row, row + 1), seen + n, mask))
+    return spans
 
 
 def prefill_passes(
