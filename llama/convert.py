@@ -29,7 +29,7 @@ def convert(
         to: meta or hf.
         model_parallel_size: how many consolidated.*.pth files to write (meta only).
         dtype: float32, bfloat16 or float16; by default every tensor stays as it is stored, and
-            quantised ones become float16.
+            quantised ones become float16, and merged ones what the base is.
         adapter: a LoRA adapter to merge in, or several separated by commas.
 
     Raises:
@@ -47,7 +47,7 @@ def convert(
     for directory in [adapter] if isinstance(adapter, str) else adapter:
         source = apply_adapter(source, Path(directory))
     args = make_args(source.params, source.source, n_words=vocabulary_size(source))
-    kept = source.dtype if source.quantised else None
+    kept = source.dtype if source.in_float32 else None
     wanted = kept if dtype is None else _DTYPES[dtype]
     show = progress_bar(parameter_count(args) * (wanted or source.dtype).itemsize)
     if to == "meta":

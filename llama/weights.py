@@ -68,7 +68,8 @@ class Checkpoint:
         dtype: what most weights are stored as, or a half-precision one where they are quantised.
         files: what lies beside the weights and concerns text, under Hugging Face's names:
             ``tokenizer.model`` or ``tokenizer.json``, ``tokenizer_config.json`` and so on.
-        quantised: whether tensors are stored in fewer bits; what is read of them is float32.
+        in_float32: whether tensors are made in float32 when they are read, since they are
+            stored in fewer bits or merged.
     """
 
     source: str
@@ -77,7 +78,7 @@ class Checkpoint:
     names: list[str]
     dtype: torch.dtype
     files: dict[str, Path | bytes] = field(default_factory=dict)
-    quantised: bool = False
+    in_float32: bool = False
 
     def check(self, args: ModelArgs) -> None:
         """Raise ``ValueError`` unless the parts together make the network of ``args``."""

@@ -59,18 +59,16 @@ class _Change:
     def replacement(self) -> torch.Tensor | None:
         return self.base if self.whole is None else self.whole
 
-    def apply(self, read_base: Callable[[], torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    def apply(self, read_base: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """The changed weight, in float32: whoever wants fewer bits rounds once."""
         new = self.replacement
-        weight = read_base() if new is None else self._ordered(new.to(dtype))
-        dtype = weight.dtype
+        weight = (read_base() if new is None else self._ordered(new)).float()
         if self.rows is not None:
             indices, rows = self.rows
-            weight = weight.index_copy(0, torch.tensor(indices), rows.to(dtype))
+            weight = weight.index_copy(0, torch.tensor(indices), rows.float())
         if self.factors is not None:
             left, right, scale = self.factors
-            merged = weight.to(torch.float32, copy=True)
-            merged.addmm_(self._ordered(left.float()), right.float(), alpha=scale)
-            weight = merged.to(dtype)
+            weight = weight.addmm(self._ordered(left.float()), right.float(), alpha=scale)
         return weight
 
     def _ordered(self, rows: torch.Tensor) -> torch.Tensor:
@@ -105,7 +103,7 @@ def apply_adapter(base: Checkpoint, directory: Path) -> Checkpoint:
         def of_base() -> torch.Tensor:
             return base.rank_part(name, args, 0, 1)
 
-        return changes[name].apply(of_base, base.dtype) if name in changes else of_base()
+        return changes[name].apply(of_base) if name in changes else of_base()
 
     def mapped(name: str) -> list[torch.Tensor]:
         tied = name == _OUTPUT and args.tie_word_embeddings
@@ -118,9 +116,8 @@ def apply_adapter(base: Checkpoint, directory: Path) -> Checkpoint:
         files = {name: file for name, file in files.items() if name == "generation_config.json"}
         files |= brought
     names = [f"{base.names[0]} with {directory}"]
-    return Checkpoint(
-        base.source, params, [Weights(shapes, read, mapped)], names, base.dtype, files
-    )
+    weights = Weights(shapes, read, mapped)
+    return Checkpoint(base.source, params, [weights], names, base.dtype, files, in_float32=True)
 
 
 def _open_weights(directory: Path) -> tuple[Path, dict[str, torch.Tensor]]:
