@@ -8,6 +8,7 @@ import torch
 from llama import checkpoint, parallel
 from llama.base import BaseLlama
 from llama.chat_formats import FORMATS
+from llama.compilation import compile_decoding
 from llama.decoding import checked_list
 from llama.formats import apply_adapter, open_checkpoint
 from llama.formats.text import choose_chat, load_tokenizer, replace_tokenizer
@@ -46,6 +47,7 @@ class Llama(BaseLlama):
         *,
         adapter: str | Path | Sequence[str | Path] = (),
         chat_format: str | None = None,
+        compile: bool = False,
     ) -> "Llama":
         """Load a checkpoint, in one process or with the others that ``torchrun`` started.
 
@@ -63,11 +65,14 @@ class Llama(BaseLlama):
             adapter: a directory with a LoRA adapter to merge in, or several in order.
             chat_format: how dialogs are written, one of ``llama.chat_formats.FORMATS``; by default
                 as the checkpoint's own template says, else as Meta's models were trained.
+            compile: whether to compile decoding steps (CUDA and CPU), which takes 10 to 60 seconds
+                and needs Triton or a C++ compiler.
 
         Raises:
             FileNotFoundError: the directory, a weight file or the tokenizer is missing.
             ImportError: the checkpoint's format needs a package that isn't installed.
             MemoryError: weights and cache are more than the machine has.
+            RuntimeError: PyTorch can't compile here.
             ValueError: a file is malformed, or files, processes and arguments don't fit together.
         """
         if not isinstance(ckpt_dir, str | Path):
@@ -96,6 +101,8 @@ class Llama(BaseLlama):
         n_words = tokenizer.n_words
         args = make_args(source.params, source.source, n_words, max_seq_len, max_batch_size)
         model = checkpoint.load(source, args, torch_device, dtype)
+        if compile:
+            compile_decoding(model)
         return Llama(model, tokenizer, seed, chat)
 
     def generate(

@@ -6,7 +6,7 @@ the row's part of the key/value cache.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from llama.linear import ColumnParallelLinear, ParallelEmbedding, RowParallelLinear
+from llama.linear import (
+    ColumnParallelLinear,
+    ParallelEmbedding,
+    RowParallelLinear,
+    padding,
+    project,
+)
 from llama.packing import Packed, Segment, Span, pack
 from llama.parallel import world_size
 
@@ -81,9 +87,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x32 = x.float()
-        normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
-        return normed.type_as(x) * self.weight
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 def rope_factors(args: ModelArgs) -> torch.Tensor:
@@ -126,14 +130,16 @@ def precompute_freqs_cis(args: ModelArgs, device: torch.device) -> torch.Tensor:
     """The rotary angles' cosines and sines for every position (RoFormer, section 3.2.2).
 
     Returns:
-        float32, shape (max_seq_len, 2, head_dim / 2): cosines, then sines.
+        float32, shape (max_seq_len, 2, head_dim): for each element of a head the factor of
+        itself, then that of its neighbour in the pair.
     """
     # On the CPU first: accelerators round the sines of large angles in ways of their own.
     freqs = rope_freqs(args) / rope_factors(args)
     positions = torch.arange(args.max_seq_len, device="cpu", dtype=torch.float32)
     angles = torch.outer(positions, freqs)
-    table = torch.stack((angles.cos(), angles.sin()), dim=1)  # (max_seq_len, 2, head_dim / 2)
-    return table.to(device)
+    cos, sin = angles.cos(), angles.sin()  # (max_seq_len, head_dim / 2)
+    pairs = torch.stack((cos, cos, -sin, sin), dim=-1).unflatten(-1, (2, 2))
+    return pairs.transpose(1, 2).flatten(2).to(device)  # (max_seq_len, 2, head_dim)
 
 
 def apply_rotary_emb(x: torch.Tensor, freqs_cis: torch.Tensor) -> torch.Tensor:
@@ -143,12 +149,12 @@ def apply_rotary_emb(x: torch.Tensor, freqs_cis: torch.Tensor) -> torch.Tensor:
 
     Args:
         x: shape (n_tokens, n_heads, head_dim).
-        freqs_cis: float32, shape (n_tokens, 2, head_dim / 2).
+        freqs_cis: float32, shape (n_tokens, 2, head_dim).
     """
-    cos, sin = freqs_cis.unsqueeze(1).unbind(2)  # (n_tokens, 1, head_dim / 2) each
-    real, imag = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack((real * cos - imag * sin, real * sin + imag * cos), dim=-1)
-    return turned.flatten(-2).type_as(x)  # (n_tokens, n_heads, head_dim)
+    cos, sin = freqs_cis.unsqueeze(1).unbind(2)  # (n_tokens, 1, head_dim) each
+    x32 = x.float()
+    neighbours = x32.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return torch.addcmul(x32 * cos, neighbours, sin).type_as(x)  # (n_tokens, n_heads, head_dim)
 
 
 class Attention(nn.Module):
@@ -171,34 +177,40 @@ class Attention(nn.Module):
         self.wo = RowParallelLinear(args.n_heads * self.head_dim, args.dim)
 
     def allocate_cache(self, args: ModelArgs, device: torch.device, dtype: torch.dtype) -> None:
-        shape = (args.max_batch_size, args.max_seq_len, self.n_local_kv_heads, self.head_dim)
+        # Each head's keys lie side by side, as attention reads them.
+        shape = (args.max_batch_size, self.n_local_kv_heads, args.max_seq_len, self.head_dim)
         for name in ("cache_k", "cache_v"):
             empty = torch.zeros(shape, dtype=dtype, device=device)
             self.register_buffer(name, empty, persistent=False)
 
     def forward(self, x: torch.Tensor, freqs_cis: torch.Tensor, packed: Packed) -> torch.Tensor:
-        xq = self.wq(x).unflatten(-1, (-1, self.head_dim))  # (n_tokens, n_heads, head_dim)
-        xk = self.wk(x).unflatten(-1, (-1, self.head_dim))  # (n_tokens, n_kv_heads, head_dim)
-        xv = self.wv(x).unflatten(-1, (-1, self.head_dim))  # (n_tokens, n_kv_heads, head_dim)
-        xq = apply_rotary_emb(xq, freqs_cis)
-        xk = apply_rotary_emb(xk, freqs_cis)
-        self.cache_k[packed.rows, packed.positions] = xk
-        self.cache_v[packed.rows, packed.positions] = xv
-        attended = [self.attend(xq[span.tokens], span) for span in packed.spans]
-        return self.wo(torch.cat(attended).flatten(1))  # (n_tokens, dim)
+        xq, xk, xv = project(x, self.wq, self.wk, self.wv)
+        xq = xq.unflatten(-1, (-1, self.head_dim))  # (n_tokens, n_heads, head_dim)
+        xk = xk.unflatten(-1, (-1, self.head_dim))  # (n_tokens, n_kv_heads, head_dim)
+        xv = xv.unflatten(-1, (-1, self.head_dim))  # (n_tokens, n_kv_heads, head_dim)
+        turned = apply_rotary_emb(torch.cat((xq, xk), dim=1), freqs_cis)
+        xq, xk = turned.split((self.n_local_heads, self.n_local_kv_heads), dim=1)
+        n_tokens = len(packed.rows)  # without padding
+        self.cache_k[packed.rows, :, packed.positions] = xk[:n_tokens]
+        self.cache_v[packed.rows, :, packed.positions] = xv[:n_tokens]
+        attended = torch.zeros_like(xq)
+        for span in packed.spans:
+            attended[span.tokens] = self.attend(xq[span.tokens], span)
+        return self.wo(attended.flatten(1))  # (n_tokens, dim)
 
     def attend(self, xq: torch.Tensor, span: Span) -> torch.Tensor:
         """Attention of a span's queries, (n, n_heads, head_dim), to its rows' cached keys."""
-        keys = self.cache_k[span.rows, : span.filled].transpose(1, 2)
-        values = self.cache_v[span.rows, : span.filled].transpose(1, 2)
-        # keys, values: (n_rows, n_kv_heads, filled, head_dim). Query heads share them in groups;
-        # two layouts of the queries say so without copying a key.
+        keys = self.cache_k[span.rows, :, : span.filled]  # (n_rows, n_kv_heads, filled, head_dim)
+        values = self.cache_v[span.rows, :, : span.filled]  # of the same shape
+        # Query heads share them in groups; two layouts of the queries say so without copying a key.
         n_rep = self.n_local_heads // self.n_local_kv_heads
         xq = xq.unflatten(1, (-1, n_rep))  # (n, n_kv_heads, n_rep, head_dim)
         if xq.device.type == "mps":  # strided keys gave wrong sums there (pytorch issue 163597)
             keys, values = keys.contiguous(), values.contiguous()
         if xq.shape[0] == keys.shape[0]:  # one token a row: the group stands as its positions
-            out = F.scaled_dot_product_attention(xq, keys, values, attn_mask=span.mask)
+            if n_rep == 1 and xq.device.type == "cpu":
+                xq = xq.expand(-1, -1, 2, -1)  # PyTorch multiplies a matrix faster than a vector
+            out = F.scaled_dot_product_attention(xq, keys, values, attn_mask=span.mask)[:, :, :n_rep]
         else:  # many tokens of one row: the group stands as a batch that looks at one row
             out = F.scaled_dot_product_attention(
                 xq.permute(2, 1, 0, 3),  # (n_rep, n_kv_heads, n, head_dim)
@@ -220,7 +232,8 @@ class FeedForward(nn.Module):
         self.w3 = ColumnParallelLinear(dim, hidden_dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        gate, up = project(x, self.w1, self.w3)
+        return self.w2(F.silu(gate) * up)
 
 
 class TransformerBlock(nn.Module):
@@ -243,6 +256,7 @@ class Transformer(nn.Module):
 
     freqs_cis: torch.Tensor
     n_passes = 0  # forward passes so far, each of which changed the cache
+    compiled: Callable[[torch.Tensor, Sequence[Segment]], torch.Tensor] | None = None  # decoding
 
     def __init__(self, params: ModelArgs):
         super().__init__()
@@ -341,8 +355,11 @@ class Transformer(nn.Module):
         Raises:
             ValueError: the tokens don't fit the cache.
         """
-        h = self.hidden_states(tokens, segments, select)
-        return self.output(h)[:, : self.params.n_outputs].float()
+        if self.compiled is not None and select is None and all(s.length == 1 for s in segments):
+            self._check(tokens, segments)
+            self.n_passes += 1
+            return self.compiled(tokens, segments)
+        return self.logits(self.hidden_states(tokens, segments, select))
 
     @torch.inference_mode()
     def hidden_states(
@@ -354,13 +371,24 @@ class Transformer(nn.Module):
         """What ``forward_packed`` makes logits of: shape (n_tokens or len(select), dim)."""
         self._check(tokens, segments)
         self.n_passes += 1
-        packed = pack(segments, tokens.device)
-        freqs_cis = self.freqs_cis[packed.positions]
-        h = self.tok_embeddings(tokens)  # (n_tokens, dim)
-        for layer in self.layers:
-            h = layer(h, freqs_cis, packed)
+        h = self.pass_layers(tokens, pack(segments, tokens.device), self.layers)
         normed: torch.Tensor = self.norm(h if select is None else h[select])
         return normed
+
+    def pass_layers(
+        self, tokens: torch.Tensor, packed: Packed, layers: Iterable[Callable[..., torch.Tensor]]
+    ) -> torch.Tensor:
+        """From token ids through all layers, shape (n_tokens,) to (n_tokens, dim)."""
+        extra = (0, padding(len(tokens), self.norm.weight))
+        freqs_cis = self.freqs_cis[F.pad(packed.positions, extra)]
+        h = self.tok_embeddings(F.pad(tokens, extra))  # (n_tokens, dim)
+        for layer in layers:
+            h = layer(h, freqs_cis, packed)
+        return h[: len(tokens)]
+
+    def logits(self, normed: torch.Tensor) -> torch.Tensor:
+        """Shape (n_tokens, dim) to (n_tokens, n_outputs), in float32."""
+        return self.output(normed)[:, : self.params.n_outputs].float()
 
     def _check(self, tokens: torch.Tensor, segments: Sequence[Segment]) -> None:
         total = sum(length for _, _, length in segments)

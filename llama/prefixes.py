@@ -56,6 +56,6 @@ def _copy_rows(model: Transformer, copies: Sequence[tuple[int, int, int]]) -> No
     """Copy the first tokens of cache rows, given as (from, to, how many), all at once."""
     for name, cache in model.named_buffers():
         if name.endswith(("cache_k", "cache_v")):
-            taken: list[torch.Tensor] = [cache[source, :n].clone() for source, _, n in copies]
+            taken: list[torch.Tensor] = [cache[source, :, :n].clone() for source, _, n in copies]
             for (_, target, n), tensor in zip(copies, taken, strict=True):
-                cache[target, :n] = tensor
+                cache[target, :, :n] = tensor

@@ -35,14 +35,9 @@ class Weights(Mapping[str, torch.Tensor]):
 
     @staticmethod
     def of(tensors: Mapping[str, torch.Tensor]) -> "Weights":
-        """Tensors that are there already; those in oneDNN's order are read in the plain one."""
-
-        def read(name: str) -> torch.Tensor:
-            tensor = tensors[name]
-            return tensor.to_dense() if tensor.is_mkldnn else tensor
-
+        """Tensors that are there already."""
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        return Weights(shapes, read, lambda name: (tensors[name],))
+        return Weights(shapes, tensors.__getitem__, lambda name: (tensors[name],))
 
     def __getitem__(self, name: str) -> torch.Tensor:
         if name not in self.shapes:
