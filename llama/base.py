@@ -81,13 +81,23 @@ class BaseLlama:
         seed: int | None,
         decode: Callable[[Sequence[int]], str],
         stop: Sequence[str],
+        prompt_lookup_num_tokens: int,
         in_context: bool = False,
     ) -> list[Row]:
         if seed is None:
             seed = self._seeds.getrandbits(63)
         if not isinstance(seed, int):
             raise TypeError(f"seed is {seed!r}: give a whole number")
-        return make_rows(self.model.params, prompts, max_gen_len, seed, decode, stop, in_context)
+        return make_rows(
+            self.model.params,
+            prompts,
+            max_gen_len,
+            seed,
+            decode,
+            stop,
+            in_context,
+            prompt_lookup_num_tokens,
+        )
 
     def _run_all(self, rows: list[Row], request: Request) -> None:
         _check_not_empty([row.prompt for row in rows])

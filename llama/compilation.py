@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from llama.linear import pack_now
-from llama.model import Transformer
+from llama.model import Transformer, TransformerBlock
 from llama.packing import Packed, Segment, Span
 from llama.parallel import world_size
 
@@ -29,6 +29,7 @@ def compile_decoding(model: Transformer) -> None:
     device = model.freqs_cis.device
     _check_compiler(device)
     for block in model.layers:
+        assert isinstance(block, TransformerBlock)
         attention, feed_forward = block.attention, block.feed_forward
         pack_now(attention.wq, attention.wk, attention.wv)
         pack_now(attention.wo)
@@ -63,8 +64,8 @@ def _check_compiler(device: torch.device) -> None:
 class CompiledSteps:
     """Decoding steps of a model, in as few shapes as possible.
 
-    A step covers the first 1, 2, 4, 8 … rows of the cache. Rows that bring no token repeat that of
-    another one, into that one's place.
+    A step covers the first 1, 2, 4, 8 … rows of the cache. A row among them that brings no token
+    gets one at the cache's last position, which no prompt can reuse: a last token is always new.
     """
 
     def __init__(self, model: Transformer):
@@ -77,17 +78,19 @@ class CompiledSteps:
     def __call__(self, tokens: torch.Tensor, segments: Sequence[Segment]) -> torch.Tensor:
         """Logits of one new token for each of some rows; arguments as in ``forward_packed``."""
         params = self._model.params
-        n_rows = min(1 << (segments[-1].row).bit_length(), params.max_batch_size)
-        slots = [0] * n_rows  # which segment each row of the step has
-        for i, segment in enumerate(segments):
-            slots[segment.row] = i
-        starts = [segments[i].start_pos for i in slots]
+        n_rows = min(1 << segments[-1].row.bit_length(), params.max_batch_size)
+        starts = [segment.start_pos for segment in segments]
         # A graph reads all of the cache each time; on a CPU that would take longer than it saves.
         filled = max(starts) + 1 if self._device.type == "cpu" else params.max_seq_len
         ragged = min(starts) + 1 < filled
-        rows = torch.tensor([segments[i].row for i in slots], device=self._device)
-        positions = torch.tensor(starts, device=self._device)
-        inputs = (tokens[torch.tensor(slots, device=self._device)], rows, positions)
+        token_of = [0] * n_rows  # which of the tokens each row of the step brings
+        positions = [params.max_seq_len - 1] * n_rows
+        for i, (row, start_pos, _) in enumerate(segments):
+            token_of[row], positions[row] = i, start_pos
+        inputs = (
+            tokens[torch.tensor(token_of, device=self._device)],
+            torch.tensor(positions, device=self._device),
+        )
         if self._device.type == "cuda" and world_size() == 1:
             if n_rows not in self._graphs:
                 self._graphs[n_rows] = _Graph(self._step, inputs, filled)
@@ -99,7 +102,6 @@ class CompiledSteps:
     def _step(
         self,
         tokens: torch.Tensor,
-        rows: torch.Tensor,
         positions: torch.Tensor,
         filled: int,
         ragged: bool = True,
@@ -109,6 +111,7 @@ class CompiledSteps:
         if ragged:
             mask = torch.arange(filled, device=self._device) <= positions[:, None, None, None]
         every = slice(0, len(tokens))
+        rows = torch.arange(len(tokens), device=self._device)
         packed = Packed(rows, positions, [Span(every, every, filled, mask)])
         h = self._model.pass_layers(tokens, packed, self._layers)
         return self._model.logits(self._model.norm(h))

@@ -3,12 +3,14 @@
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from numbers import Real
 from typing import Any
 
 import torch
 
 from llama import parallel
+from llama.lookup import Lookup
 from llama.model import ModelArgs, Transformer
 from llama.packing import Segment, prefill_passes
 from llama.sampling import next_tokens, token_logprobs
@@ -21,16 +23,29 @@ class Row:
 
     prompt: list[int]
     limit: int  # of new tokens
-    uniforms: random.Random  # its own draws, so that neighbours don't matter
+    draws: random.Random  # its own, so that neighbours don't matter
     text: TextStream
+    lookup: Lookup | None = None  # what guesses its next tokens
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     prompt_logprobs: list[float] = field(default_factory=list)
     ended: bool = False
+    _drawn: list[float] = field(default_factory=list)
 
     @property
     def done(self) -> bool:
         return self.ended or len(self.tokens) >= self.limit
+
+    def uniform(self, ahead: int) -> float:
+        """The number in [0, 1) that draws the token which comes ``ahead`` of the next one."""
+        number = len(self.tokens) + ahead
+        while len(self._drawn) <= number:
+            self._drawn.append(self.draws.random())
+        return self._drawn[number]
+
+    def guess(self) -> list[int]:
+        """What may come next, one token less than there is room for; empty without lookup."""
+        return self.lookup.guess(self.limit - len(self.tokens) - 1) if self.lookup else []
 
 
 @dataclass
@@ -72,6 +87,7 @@ def make_rows(
     decode: Callable[[Sequence[int]], str],
     stop: Sequence[str],
     in_context: bool,
+    prompt_lookup_num_tokens: int,
 ) -> list[Row]:
     """A row for each prompt.
 
@@ -82,6 +98,7 @@ def make_rows(
         decode: from token ids to text.
         stop: strings that end a row.
         in_context: whether a row's text continues its prompt's, or begins afresh.
+        prompt_lookup_num_tokens: how many tokens are guessed at most; 0 guesses none.
 
     Raises:
         TypeError: an argument is of the wrong type.
@@ -94,11 +111,17 @@ def make_rows(
         max_gen_len = params.max_seq_len
     if not isinstance(max_gen_len, int) or max_gen_len < 0:
         raise ValueError(f"max_gen_len is {max_gen_len!r}: expected a whole number, 0 or more")
+    n_lookup = prompt_lookup_num_tokens
+    if not isinstance(n_lookup, int) or n_lookup < 0:
+        raise ValueError(
+            f"prompt_lookup_num_tokens is {n_lookup!r}: expected a whole number, 0 or more"
+        )
     rows = []
     for i, ids in enumerate(checked_prompts(params, prompts)):
         limit = min(max_gen_len, params.max_seq_len - len(ids))
         text = TextStream(decode, stop, context=ids if in_context else ())
-        rows.append(Row(ids, limit, random.Random(f"{seed} {i}"), text))
+        lookup = Lookup(ids, n_lookup) if n_lookup else None
+        rows.append(Row(ids, limit, random.Random(f"{seed} {i}"), text, lookup))
     return rows
 
 
@@ -138,18 +161,21 @@ def run(
     logits = _prefill(model, rows, request, starts or [0] * len(rows))
     active = [(i, row) for i, row in enumerate(rows) if not row.done]
     logits = logits[[i for i, _ in active]]
+    guesses: list[list[int]] = [[] for _ in active]  # what may come after the next token
     while active:
-        for (_, row), token, logprob in zip(
-            active, *_choose(logits, [row for _, row in active], request), strict=True
-        ):
-            yield _take(row, token, logprob, request)
+        work = list(zip(active, guesses, strict=True))
+        numbers = [row.uniform(j) for (_, row), guess in work for j in range(len(guess) + 1)]
+        chosen = zip(*_choose(logits, numbers, request), strict=True)
+        for (_, row), guess in work:
+            yield from _take_checked(row, guess, list(islice(chosen, len(guess) + 1)), request)
         active = [(i, row) for i, row in active if not row.done]
+        guesses = [row.guess() for _, row in active]
+        tokens, segments = [], []
+        for (i, row), guess in zip(active, guesses, strict=True):
+            segments.append(Segment(i, len(row.prompt) + len(row.tokens) - 1, 1 + len(guess)))
+            tokens += [row.tokens[-1], *guess]
         if active:
-            logits = checked_forward(
-                model,
-                [row.tokens[-1] for _, row in active],
-                [Segment(i, len(row.prompt) + len(row.tokens) - 1, 1) for i, row in active],
-            )
+            logits = checked_forward(model, tokens, segments)
 
 
 def checked_forward(
@@ -201,17 +227,17 @@ def _prefill(
 
 
 def _choose(
-    logits: torch.Tensor, rows: list[Row], request: Request
+    logits: torch.Tensor, numbers: list[float], request: Request
 ) -> tuple[list[int], list[float]]:
-    """Draw the rows' next tokens. Without ``logprobs``, the second list holds zeros."""
-    uniforms = torch.tensor([row.uniforms.random() for row in rows], device=logits.device)
+    """Draw a token by each number. Without ``logprobs``, the second list holds zeros."""
+    uniforms = torch.tensor(numbers, device=logits.device)
     # A vocabulary may be padded beyond the tokenizer's pieces; those ids mean nothing.
     known = logits[:, : request.n_words]
     tokens = next_tokens(known, request.temperature, request.top_p, uniforms)
     # Rounding may differ between ranks; their tokens must not.
     tokens = parallel.broadcast(tokens)
     if not request.logprobs:
-        return tokens.tolist(), [0.0] * len(rows)
+        return tokens.tolist(), [0.0] * len(numbers)
     return tokens.tolist(), token_logprobs(logits, tokens).tolist()
 
 
@@ -223,6 +249,8 @@ def _take(row: Row, token: int, logprob: float, request: Request) -> str:
     else:
         row.tokens.append(token)
         row.logprobs.append(logprob)
+        if row.lookup is not None:
+            row.lookup.push(token)
         if request.needs_text:
             piece = row.text.push(token)
             row.ended = row.text.stopped
@@ -233,6 +261,25 @@ def _take(row: Row, token: int, logprob: float, request: Request) -> str:
             row.tokens, row.logprobs = row.tokens[:kept], row.logprobs[:kept]
             row.ended = True
     return piece
+
+
+def _take_checked(
+    row: Row, guess: list[int], chosen: list[tuple[int, float]], request: Request
+) -> Iterator[str]:
+    """Give a row its next tokens: as many as were chosen after a right guess, and one more.
+
+    Args:
+        chosen: the next token, then for each token of the guess the one after it, all with their
+            log-probabilities.
+    """
+    right = 0
+    for (token, logprob), guessed in zip(chosen, [*guess, None], strict=True):
+        yield _take(row, token, logprob, request)
+        if row.done or token != guessed:
+            break
+        right += 1
+    if row.lookup is not None:
+        row.lookup.learn(len(guess), right)
 
 
 def _score_prompts(rows: list[Row], segments: list[Segment], logits: torch.Tensor) -> None:

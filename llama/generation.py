@@ -117,6 +117,7 @@ class Llama(BaseLlama):
         *,
         stop: Sequence[str] = (),
         seed: int | None = None,
+        prompt_lookup_num_tokens: int = 0,
     ) -> tuple[list[list[int]], list[list[float]] | None]:
         """Continue prompts of token ids.
 
@@ -130,6 +131,9 @@ class Llama(BaseLlama):
             stop_token: an id that ends a row, besides the end of sequence.
             stop: strings that end a row, looked for in the text of its new tokens.
             seed: makes the draws repeatable; row i then draws alike in any company.
+            prompt_lookup_num_tokens: how many tokens are guessed at most from what a row's text
+                says already, and checked in one pass: quicker where text repeats itself, with the
+                same result. 10 suits edits of code; 0 guesses none.
 
         Returns:
             The rows' tokens, without what ended them, and their log-probabilities or None.
@@ -141,7 +145,9 @@ class Llama(BaseLlama):
         if not isinstance(stop_token, int | None):
             raise TypeError(f"stop_token is {stop_token!r}: give one token id")
         request = self._request(temperature, top_p, logprobs, echo, [stop_token], bool(stop))
-        rows = self._rows(prompt_tokens, max_gen_len, seed, self.tokenizer.decode, stop)
+        rows = self._rows(
+            prompt_tokens, max_gen_len, seed, self.tokenizer.decode, stop, prompt_lookup_num_tokens
+        )
         self._run_all(rows, request)
         tokens = [row.prompt * request.echo + row.tokens for row in rows]
         if not logprobs:
@@ -159,6 +165,7 @@ class Llama(BaseLlama):
         *,
         stop: Sequence[str] = (),
         seed: int | None = None,
+        prompt_lookup_num_tokens: int = 0,
     ) -> list[CompletionPrediction]:
         """Continue texts. Arguments as in ``generate``; None generates to the cache's end.
 
@@ -169,7 +176,9 @@ class Llama(BaseLlama):
         request = self._request(temperature, top_p, logprobs, echo)
         ids = [self._text_prompt(prompt) for prompt in checked_list(prompts, "prompts")]
         decode = self.tokenizer.decode
-        rows = self._rows(ids, max_gen_len, seed, decode, stop, in_context=echo)
+        rows = self._rows(
+            ids, max_gen_len, seed, decode, stop, prompt_lookup_num_tokens, in_context=echo
+        )
         self._run_all(rows, request)
         predictions = []
         for row in rows:
@@ -188,6 +197,7 @@ class Llama(BaseLlama):
         *,
         stop: Sequence[str] = (),
         seed: int | None = None,
+        prompt_lookup_num_tokens: int = 0,
     ) -> list[ChatPrediction]:
         """Answer dialogs. Arguments as in ``text_completion``.
 
@@ -203,7 +213,9 @@ class Llama(BaseLlama):
         request = self._request(temperature, top_p, logprobs, stop_tokens=self._chat_stops())
         ids = [self._dialog_prompt(dialog) for dialog in checked_list(dialogs, "dialogs")]
         stop = (*checked_list(stop, "stop"), *self.chat.stop)
-        rows = self._rows(ids, max_gen_len, seed, self.tokenizer.decode, stop)
+        rows = self._rows(
+            ids, max_gen_len, seed, self.tokenizer.decode, stop, prompt_lookup_num_tokens
+        )
         self._run_all([row for row in rows if row.prompt], request)
         predictions = []
         for row in rows:
@@ -227,6 +239,7 @@ class Llama(BaseLlama):
         *,
         stop: Sequence[str] = (),
         seed: int | None = None,
+        prompt_lookup_num_tokens: int = 0,
     ) -> list[InfillingPrediction]:
         """Fill in what is missing between prefixes and suffixes. Arguments as in
         ``text_completion``; ``suffix_first`` puts the suffix in front in the prompt.
@@ -246,7 +259,7 @@ class Llama(BaseLlama):
         pairs = list(zip(prefixes, suffixes, strict=True))
         ids = [infilling_prompt_tokens(self.tokenizer, *pair, suffix_first) for pair in pairs]
         decode = self.tokenizer.decode_infilling
-        rows = self._rows(ids, max_gen_len, seed, decode, stop)
+        rows = self._rows(ids, max_gen_len, seed, decode, stop, prompt_lookup_num_tokens)
         self._run_all(rows, request)
         predictions = []
         for row, (prefix, suffix) in zip(rows, pairs, strict=True):
@@ -264,6 +277,7 @@ class Llama(BaseLlama):
         *,
         stop: Sequence[str] = (),
         seed: int | None = None,
+        prompt_lookup_num_tokens: int = 0,
     ) -> Generator[str, None, None]:
         """``text_completion`` of one prompt, piece by piece: joined, they are the same text.
 
@@ -273,7 +287,9 @@ class Llama(BaseLlama):
         request = self._request(temperature, top_p)
         ids = [self._text_prompt(prompt)]
         decode = self.tokenizer.decode
-        return self._stream(self._rows(ids, max_gen_len, seed, decode, stop), request)
+        return self._stream(
+            self._rows(ids, max_gen_len, seed, decode, stop, prompt_lookup_num_tokens), request
+        )
 
     def chat_completion_stream(
         self,
@@ -284,6 +300,7 @@ class Llama(BaseLlama):
         *,
         stop: Sequence[str] = (),
         seed: int | None = None,
+        prompt_lookup_num_tokens: int = 0,
     ) -> Generator[str, None, None]:
         """``chat_completion`` of one dialog, piece by piece, as in ``text_completion_stream``:
         joined, they are the answer's content."""
@@ -292,7 +309,9 @@ class Llama(BaseLlama):
         if not ids:
             return (text for text in [UNSAFE_ERROR])
         stop = (*checked_list(stop, "stop"), *self.chat.stop)
-        rows = self._rows([ids], max_gen_len, seed, self.tokenizer.decode, stop)
+        rows = self._rows(
+            [ids], max_gen_len, seed, self.tokenizer.decode, stop, prompt_lookup_num_tokens
+        )
         return self._stream(rows, request)
 
     def text_infilling_stream(
@@ -306,13 +325,16 @@ class Llama(BaseLlama):
         *,
         stop: Sequence[str] = (),
         seed: int | None = None,
+        prompt_lookup_num_tokens: int = 0,
     ) -> Generator[str, None, None]:
         """``text_infilling`` of one pair, piece by piece, as in ``text_completion_stream``: joined,
         they are the middle."""
         request = self._request(temperature, top_p, stop_tokens=[self.tokenizer.eot_id])
         ids = [infilling_prompt_tokens(self.tokenizer, prefix, suffix, suffix_first)]
         decode = self.tokenizer.decode_infilling
-        return self._stream(self._rows(ids, max_gen_len, seed, decode, stop), request)
+        return self._stream(
+            self._rows(ids, max_gen_len, seed, decode, stop, prompt_lookup_num_tokens), request
+        )
 
     def embed(self, texts: Sequence[str], pooling: str = "mean") -> torch.Tensor:
         """Vectors of texts: the network's last hidden states.

@@ -148,7 +148,7 @@ def pack_now(*layers: _Linear) -> None:
 
 def _pack(layers: Sequence[_Linear]) -> None:
     """Bring weights into oneDNN's order, one below the other, and let the plain ones go."""
-    plain = [layer.weight for layer in layers]
+    plain: list[torch.Tensor] = [layer.weight for layer in layers]
     joined = torch.cat(plain) if len(plain) > 1 else plain[0].detach()
     packed = torch.ops.mkldnn._reorder_linear_weight(joined, None)
     number = next(_numbers)

@@ -210,7 +210,9 @@ class Attention(nn.Module):
         if xq.shape[0] == keys.shape[0]:  # one token a row: the group stands as its positions
             if n_rep == 1 and xq.device.type == "cpu":
                 xq = xq.expand(-1, -1, 2, -1)  # PyTorch multiplies a matrix faster than a vector
-            out = F.scaled_dot_product_attention(xq, keys, values, attn_mask=span.mask)[:, :, :n_rep]
+            out = F.scaled_dot_product_attention(xq, keys, values, attn_mask=span.mask)[
+                :, :, :n_rep
+            ]
         else:  # many tokens of one row: the group stands as a batch that looks at one row
             out = F.scaled_dot_product_attention(
                 xq.permute(2, 1, 0, 3),  # (n_rep, n_kv_heads, n, head_dim)

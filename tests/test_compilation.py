@@ -1,0 +1,87 @@
+"""Compiled decoding steps: the same tokens, and no compiling between them."""
+
+import logging
+import shutil
+
+import pytest
+import torch
+
+from llama import Llama, compilation
+
+PROMPTS = [[1, 300, 301], [1, *range(400, 430)], [1, 9], [1, *range(500, 505)], [1, 2, 3]]
+
+
+@pytest.fixture(scope="module")
+def compiled() -> Llama:
+    if not any(map(shutil.which, ("g++", "clang++"))):
+        pytest.skip("there is no C++ compiler")
+    log = logging.getLogger("llama.compilation")
+    heard: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: heard.append(record.getMessage())  # type: ignore[method-assign]
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    llama = Llama.build(dtype=torch.float32, device="cpu", max_batch_size=4, compile=True)
+    log.removeHandler(handler)
+    assert any("compiled decoding in" in line for line in heard)
+    return llama
+
+
+def test_the_tokens_are_those_of_the_network_as_it_is(compiled: Llama, tiny: Llama) -> None:
+    for seed, temperature in ((0, 0.0), (1, 0.8)):
+        found = compiled.generate(PROMPTS, 24, temperature, seed=seed, logprobs=True)
+        plain = tiny.generate(PROMPTS[:4], 24, temperature, seed=seed, logprobs=True)
+        assert found[0][:4] == plain[0]
+        assert found[1] is not None and plain[1] is not None
+        for ours, theirs in zip(found[1], plain[1], strict=False):
+            assert ours == pytest.approx(theirs, abs=1e-4)
+
+
+def test_steps_of_known_shapes_compile_nothing(compiled: Llama) -> None:
+    compiled.generate(PROMPTS, 24, temperature=0)
+    compiled.generate(PROMPTS[:1], 24, temperature=0)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        compiled.generate([p[::-1] for p in PROMPTS], 40, temperature=0)
+        compiled.generate([[1, 77]], 60, temperature=0)
+        with pytest.raises(RuntimeError):  # the stance would tell
+            torch.compile(lambda x: x + 1)(torch.ones(2))
+
+
+def test_rows_that_bring_no_token_keep_their_cache(compiled: Llama) -> None:
+    """Rows 1 and 3 of four go on while 0 and 2 wait, then those two."""
+    model = compiled.model
+    tokens = torch.tensor([[1, 5, 9], [1, 6, 9], [1, 7, 9], [1, 8, 9]])
+    rows = compilation.CompiledSteps(model)
+
+    def step(chosen: list[int], ids: list[int], steps: object) -> torch.Tensor:
+        segments = [compilation.Segment(row, 3, 1) for row in chosen]
+        return steps(torch.tensor(ids), segments)  # type: ignore[operator]
+
+    def plain(ids: torch.Tensor, segments: list[compilation.Segment]) -> torch.Tensor:
+        model.compiled = None
+        return model.forward_packed(ids, segments)
+
+    kept = model.compiled
+    try:
+        model.forward(tokens)
+        expected = [step([1, 3], [20, 21], plain), step([0, 2], [22, 23], plain)]
+        model.forward(tokens)
+        found = [step([1, 3], [20, 21], rows), step([0, 2], [22, 23], rows)]
+    finally:
+        model.compiled = kept
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_a_machine_without_a_compiler_is_told_so(monkeypatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(RuntimeError, match=r"C\+\+ compiler.*install one.*or leave compile out"):
+        Llama.build(device="cpu", compile=True)
+
+
+def test_other_devices_are_told_what_is_missing(monkeypatch) -> None:
+    with pytest.raises(RuntimeError, match="MPS"):
+        compilation._check_compiler(torch.device("mps"))
+    monkeypatch.setattr("torch.utils._triton.has_triton", lambda: False)
+    with pytest.raises(RuntimeError, match="needs Triton"):
+        compilation._check_compiler(torch.device("cuda"))

@@ -1,0 +1,171 @@
+"""Prompt-lookup decoding: fewer passes where text repeats itself, and never another result."""
+
+import random
+
+import pytest
+import torch
+
+from llama import Llama, decoding
+from llama.decoding import Row
+from llama.lookup import _FIRST_GUESS, _LONGEST_PAUSE, Lookup
+
+CODE = "def add(a, b):\n    return a + b\n\n\ndef sub(a, b):\n    return a - b\n"
+
+
+def counted_passes(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by the number of tokens of each forward pass."""
+    passes: list[int] = []
+    forward = llama.model.forward_packed
+
+    def counted(tokens: torch.Tensor, *more: object) -> torch.Tensor:
+        passes.append(len(tokens))
+        return forward(tokens, *more)
+
+    monkeypatch.setattr(llama.model, "forward_packed", counted)
+    return passes
+
+
+def prompts(llama: Llama, seed: int) -> list[list[int]]:
+    """A ragged batch, some of whose rows repeat themselves."""
+    rng = random.Random(seed)
+    piece = [rng.randrange(300, 700) for _ in range(rng.randint(3, 9))]
+    return [
+        [1, *piece * 3],
+        llama.tokenizer.encode(CODE + CODE, bos=True, eos=False),
+        [1, *(rng.randrange(300, 700) for _ in range(rng.randint(1, 40)))],
+        [1, 400, 400, 400, 400],
+    ]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.6, 1.5])
+def test_tokens_and_scores_are_those_without_it(tiny: Llama, temperature: float) -> None:
+    guesses = 0
+    for seed in range(6):
+        arguments = {"temperature": temperature, "seed": seed, "logprobs": True}
+        batch = prompts(tiny, seed)
+        plain, scores = tiny.generate(batch, 60, **arguments)
+        for longest in (1, 10):
+            found, found_scores = tiny.generate(
+                batch, 60, **arguments, prompt_lookup_num_tokens=longest
+            )
+            assert found == plain
+            for ours, theirs in zip(found_scores, scores, strict=True):
+                assert ours == pytest.approx(theirs, abs=1e-4)
+        guesses += sum(len(row) for row in plain)
+    assert guesses > 500
+
+
+def test_text_that_repeats_itself_takes_fewer_passes(checkpoint_dir, monkeypatch) -> None:
+    llama = Llama.build(checkpoint_dir(), max_seq_len=256, device="cpu")
+    for block in llama.model.layers:  # each token is followed by the one that it always is
+        block.attention.wo.weight.zero_()
+        block.feed_forward.w2.weight.zero_()
+    passes = counted_passes(llama, monkeypatch)
+    plain = llama.generate([[1, 5, 6], [7, 8]], 120, temperature=0)[0]
+    without = len(passes)
+    assert sum(map(len, plain)) > 200
+    passes.clear()
+    arguments = {"temperature": 0, "prompt_lookup_num_tokens": 10}
+    assert llama.generate([[1, 5, 6], [7, 8]], 120, **arguments)[0] == plain
+    assert len(passes) < without / 1.5
+
+
+def test_every_task_takes_it(tiny: Llama, monkeypatch) -> None:
+    made: list[int] = []
+
+    def spied(prompt: list[int], longest: int) -> Lookup:
+        made.append(longest)
+        return Lookup(prompt, longest)
+
+    monkeypatch.setattr(decoding, "Lookup", spied)
+    dialog = [{"role": "user", "content": "What does the cow say? " * 6}]
+    greedy = {"temperature": 0, "max_gen_len": 60}
+    tasks = [
+        lambda **a: tiny.text_completion([CODE + CODE], **a),
+        lambda **a: tiny.chat_completion([dialog], **a),
+        lambda **a: tiny.text_infilling([CODE], [CODE], **a),
+        lambda **a: "".join(tiny.text_completion_stream(CODE + CODE, **a)),
+        lambda **a: "".join(tiny.chat_completion_stream(dialog, **a)),
+        lambda **a: "".join(tiny.text_infilling_stream(CODE, CODE, **a)),
+    ]
+    for task in tasks:
+        plain = task(**greedy)
+        assert not made
+        assert task(**greedy, prompt_lookup_num_tokens=5) == plain
+        assert made == [5]
+        made.clear()
+
+
+def test_stop_strings_and_the_cache_end_cut_guesses(tiny: Llama) -> None:
+    size = tiny.model.params.max_seq_len
+    for length in (size - 1, size - 2, size - 7, size):
+        prompt = [1] + [400, 401, 402] * size
+        plain = tiny.generate([prompt[:length]], size, temperature=0)
+        assert (
+            tiny.generate([prompt[:length]], size, temperature=0, prompt_lookup_num_tokens=10)
+            == plain
+        )
+    for stop in ("return", "b)", "\n"):
+        arguments = {"temperature": 0, "max_gen_len": 40, "stop": [stop]}
+        plain = tiny.text_completion([CODE + CODE], **arguments)
+        found = tiny.text_completion([CODE + CODE], **arguments, prompt_lookup_num_tokens=10)
+        assert found == plain
+
+
+def test_the_cache_after_wrong_guesses_is_reused_rightly(tiny: Llama) -> None:
+    for seed in range(4):
+        first = tiny.generate(prompts(tiny, seed), 30, seed=seed, prompt_lookup_num_tokens=6)[0]
+        longer = [p + row for p, row in zip(prompts(tiny, seed), first, strict=True)]
+        reused = tiny.generate(longer, 10, temperature=0, prompt_lookup_num_tokens=6)
+        tiny._prefixes._held = []
+        assert tiny.generate(longer, 10, temperature=0) == reused
+
+
+def test_it_is_a_whole_number(tiny: Llama) -> None:
+    for wrong in (-1, 2.5, "3"):
+        with pytest.raises(ValueError, match="prompt_lookup_num_tokens"):
+            tiny.generate([[1]], 2, prompt_lookup_num_tokens=wrong)
+
+
+class TestGuesses:
+    def test_what_followed_the_last_three_tokens_goes_before_the_last_two(self) -> None:
+        lookup = Lookup([1, 2, 3, 4, 9, 2, 3, 5, 1, 2, 3], 10)
+        assert lookup.guess(10) == [4, 9, 2]
+        assert Lookup([7, 2, 3, 4, 9, 1, 2, 3], 2).guess(10) == [4, 9]
+        assert Lookup([7, 2, 3, 4, 9, 1, 2, 3], 10).guess(1) == [4]
+        assert Lookup([7, 2, 3, 4, 9, 1, 2, 3], 10).guess(0) == []
+        assert Lookup([1, 2, 3, 4], 10).guess(5) == []
+        assert Lookup([], 10).guess(5) == []
+
+    def test_the_latest_place_counts(self) -> None:
+        assert Lookup([1, 2, 8, 1, 2, 9, 1, 2], 1).guess(5) == [9]
+
+    def test_right_guesses_grow_and_wrong_ones_pause(self) -> None:
+        lookup = Lookup([1, 2] * 50, 12)
+        assert len(lookup.guess(50)) == _FIRST_GUESS
+        lookup.learn(_FIRST_GUESS, _FIRST_GUESS)
+        assert len(lookup.guess(50)) > _FIRST_GUESS
+        for _ in range(9):
+            lookup.learn(12, 12)
+        assert len(lookup.guess(50)) == 12
+        waits = []
+        for _ in range(9):
+            lookup.learn(3, 0)
+            steps = 0
+            while not lookup.guess(50):
+                lookup.push(1 + (len(lookup._text) % 2))
+                steps += 1
+            waits.append(steps)
+        assert waits == sorted(waits)
+        assert waits[0] == 1
+        assert waits[-1] == _LONGEST_PAUSE
+
+    def test_draws_belong_to_places_and_not_to_passes(self) -> None:
+        def row() -> Row:
+            return Row([1], 9, random.Random("3 0"), text=None)  # type: ignore[arg-type]
+
+        one, other = row(), row()
+        ahead = [one.uniform(j) for j in range(4)]
+        for number in ahead:
+            assert other.uniform(0) == number
+            other.tokens.append(5)
