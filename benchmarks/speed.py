@@ -1,16 +1,16 @@
 """This library beside its installed peers: the same random weights, one run, fresh processes.
 
     pip install -e '.[bench]'
-    python benchmarks/speed.py --shape 1.1B --out results.json
+    python benchmarks/speed.py --shape 1.1B --out results.json --plots plots/
 
 Each engine gets the weights in its own format (bfloat16; CTranslate2 int8, as it has no bfloat16
 products on a CPU). Engines take turns, ``repeats`` rounds of them; the table shows medians. The
 limits of the machine, its read bandwidth (a large tensor's sum) and its bfloat16 matrix peak (the
-better of PyTorch's two ways to multiply), are measured before, between and after.
+better of PyTorch's two ways to multiply), are measured before, between and after. Then growth.py
+measures what this library takes for more rows, longer contexts and further turns.
 """
 
 import json
-import shutil
 import statistics
 import subprocess
 import sys
@@ -22,7 +22,9 @@ from typing import Any
 
 import engines
 import fire
+import growth
 import torch
+from plots import draw_growth, draw_peers
 
 from llama import ModelArgs, checkpoint, sharding
 from llama.formats.layout import from_interleaved
@@ -137,6 +139,7 @@ def write_ctranslate2(args: ModelArgs, tensors: Tensors, path: Path) -> None:
 
 WRITERS: dict[str, Callable[[ModelArgs, Tensors, Path], None]] = {
     "llama": write_meta,
+    "llama compiled": lambda args, tensors, path: path.symlink_to(path.with_name("llama")),
     "transformers": write_hf,
     "llama.cpp": write_gguf,
     "ctranslate2": write_ctranslate2,
@@ -182,6 +185,12 @@ def run_worker(engine: str, path: Path) -> dict[str, float] | None:
     return dict(json.loads(done.stdout))
 
 
+def run_growth(path: Path) -> dict[str, Any]:
+    command = [sys.executable, growth.__file__, str(path), "--as_json"]
+    found = subprocess.run(command, stdout=subprocess.PIPE, check=True)
+    return dict(json.loads(found.stdout))
+
+
 def table(shape: str, results: dict[str, Any]) -> str:
     """The medians, and what fraction of the machine's limits they are."""
     args = SHAPES[shape]
@@ -211,10 +220,15 @@ def table(shape: str, results: dict[str, Any]) -> str:
 def main(
     shape: str = "1.1B",
     peers: str = ",".join(WRITERS),
-    repeats: int = 3,
+    repeats: int = 1,
     out: str | None = None,
+    plots: str | None = None,
+    grow: bool = True,
 ) -> None:
-    """Measure this library and ``peers``, print a table, and write ``out`` as JSON."""
+    """Measure this library and ``peers``, print tables, write ``out`` as JSON and draw ``plots``.
+
+    ``grow=False`` leaves out what growth.py measures.
+    """
     wanted = ("llama", *(peers.split(",") if isinstance(peers, str) else peers))
     names = [name for name in WRITERS if name in wanted and name in engines.installed()]
     print(f"engines: {', '.join(names)}", file=sys.stderr)
@@ -232,9 +246,8 @@ def main(
                 if found is not None:
                     rounds[name].append(found)
             measured.append(limits())
-        shutil.rmtree(directory, ignore_errors=True)
-        Path(directory).mkdir()
-    results = {
+        grown = run_growth(Path(directory) / "llama") if grow else None
+    results: dict[str, Any] = {
         "shape": shape,
         "limits": {key: statistics.median(m[key] for m in measured) for key in measured[0]},
         "engines": {
@@ -246,8 +259,16 @@ def main(
         "measured_limits": measured,
     }
     print(table(shape, results))
+    if grown is not None:
+        results["growth"] = grown
+        print(f"\n{growth.table(grown)}")
     if out is not None:
         Path(out).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    if plots is not None:
+        Path(plots).mkdir(parents=True, exist_ok=True)
+        draw_peers(results, Path(plots) / "speed_peers.svg")
+        if grown is not None:
+            draw_growth(results, Path(plots) / "speed_growth.svg")
 
 
 if __name__ == "__main__":

@@ -71,8 +71,9 @@ class CompiledSteps:
     def __init__(self, model: Transformer):
         self._model = model
         self._device = model.freqs_cis.device
-        # The modules stay as they are, for prompts.
-        self._layers = [torch.compile(layer.forward) for layer in model.layers]
+        # The modules stay as they are, for prompts. On a CPU the cache's filling varies.
+        dynamic = None if self._device.type == "cpu" else False
+        self._layers = [torch.compile(layer.forward, dynamic=dynamic) for layer in model.layers]
         self._graphs: dict[int, _Graph] = {}
 
     def __call__(self, tokens: torch.Tensor, segments: Sequence[Segment]) -> torch.Tensor:

@@ -55,10 +55,9 @@ class Lookup:
 
     def learn(self, guessed: int, right: int) -> None:
         """Take note of how many tokens of the last guess came true."""
-        if right == guessed > 0:
-            self._length = min(2 * self._length, self._longest)
-            self._pause = 0
-        elif right == 0 < guessed:
-            self._length = min(_FIRST_GUESS, self._longest)
-            self._pause = min(2 * self._pause + 1, _LONGEST_PAUSE)
-            self._resume_at = len(self._text) + self._pause
+        if not guessed:
+            return
+        all_right = 2 * guessed if right == guessed else 0
+        self._length = min(max(_FIRST_GUESS, right, all_right), self._longest)
+        self._pause = 0 if right else min(2 * self._pause + 1, _LONGEST_PAUSE)
+        self._resume_at = len(self._text) + self._pause

@@ -12,6 +12,8 @@ from llama.sharding import full_shapes
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import engines
+import growth
+import plots
 import speed
 
 SMALL = ModelArgs(dim=64, n_layers=2, n_heads=8, n_kv_heads=2, vocab_size=768, multiple_of=32)
@@ -55,3 +57,44 @@ def test_fractions_and_ratios() -> None:
     lines = speed.table("110M", results).splitlines()
     assert "| llama | 100 | 0.25 | 10.0 | 0.50 |" in lines[4]
     assert lines[5].endswith("| 2.00 x | 0.50 x |")
+
+
+def test_growth_is_measured_and_drawn(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(growth, "CONTEXTS", (8, 60))
+    monkeypatch.setattr(growth, "RAGGED", (2, 4, 6, 8, 10, 12, 14, 16))
+    monkeypatch.setattr(engines, "prompt_of", lambda n, seed=0: [seed % 700 + 1] * n)
+    monkeypatch.setattr(growth, "second_turn", lambda llama: (2.0, 0.5))
+    threads = torch.get_num_threads()
+    speed.write_meta(SMALL, speed.random_weights(SMALL), tmp_path / "model")
+    found = growth.measure(str(tmp_path / "model"), rounds=2)
+    torch.set_num_threads(threads)
+    assert found["batch"].keys() == {"1", "2", "4", "8"}
+    assert all(speed_ > 0 for speed_ in found["batch"].values())
+    assert found["second_turn_over_first"] == 0.25
+    # 60 positions of 2 layers' keys and values in 2 heads of 8, beside all weights but a table
+    weights = sum(torch.Size(s).numel() for s in full_shapes(SMALL).values()) - 768 * 64
+    assert found["context_4096_bound"] == pytest.approx(weights / (weights + 60 * 2 * 2 * 2 * 8))
+    assert f"{found['batch_8_over_1']:.2f} x" in growth.table(found)
+
+    engine = {"prefill_tokens_per_s": 100.0, "decode_tokens_per_s": 10.0}
+    results = {"engines": {"llama": engine, "llama.cpp": engine}, "growth": found}
+    plots.draw_peers(results, tmp_path / "peers.svg")
+    plots.draw_growth(results, tmp_path / "growth.svg")
+    assert all("<svg" in (tmp_path / f"{n}.svg").read_text() for n in ("peers", "growth"))
+
+
+def test_a_second_turn_prefills_less(tmp_path: Path, monkeypatch) -> None:
+    speed.write_meta(SMALL, speed.random_weights(SMALL), tmp_path / "model")
+    threads = torch.get_num_threads()
+    llama = engines.Ours(str(tmp_path / "model")).llama
+    torch.set_num_threads(threads)
+    monkeypatch.setattr(engines, "prompt_of", lambda n, seed=0: [seed % 700 + 1] * n)
+    lengths = []
+    forward = llama.model.hidden_states
+    monkeypatch.setattr(
+        llama.model,
+        "hidden_states",
+        lambda tokens, *more: lengths.append(len(tokens)) or forward(tokens, *more),
+    )
+    growth.second_turn(llama)
+    assert lengths == [480, 32]

@@ -1,0 +1,133 @@
+"""How the cost of this library grows: with the batch, its raggedness, the context, the turns.
+
+    python benchmarks/growth.py CKPT_DIR    # as speed.py does on its random weights
+
+What is compared takes turns in one process, so that a machine whose speed drifts doesn't matter;
+the figures are medians. ``speed.py`` runs it on the same weights as the peers.
+"""
+
+import contextlib
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import engines
+import fire
+import torch
+
+from llama import Llama
+from llama.linear import _Linear
+from llama.packing import Segment, prefill_passes
+from llama.sharding import parameter_count
+
+BATCHES = (1, 2, 4, 8)
+CONTEXTS = (128, 512, 1024, 2048, 4096)
+RAGGED = (16, 87, 158, 229, 300, 371, 442, 512)
+
+
+def alternate(works: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each work in each round, after a first one that isn't counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in works}
+    for number in range(rounds + 1):
+        for name, work in works.items():
+            start = time.perf_counter()
+            work()
+            if number:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def ratio(above: list[float], below: list[float]) -> float:
+    """The median of the rounds' ratios."""
+    return statistics.median(a / b for a, b in zip(above, below, strict=True))
+
+
+def decode(llama: Llama, bsz: int, filled: int, steps: int = 3) -> None:
+    """Steps of ``bsz`` rows that hold ``filled`` tokens; which ones doesn't matter to the time."""
+    tokens = torch.full((bsz,), 5)
+    for i in range(steps):
+        segments = [Segment(row, filled + i, 1) for row in range(bsz)]
+        llama.model.forward_packed(tokens, segments)
+
+
+def prefill(llama: Llama, lengths: tuple[int, ...]) -> None:
+    """Prompts of some lengths, with the logits of their ends."""
+    for segments in prefill_passes(lengths):
+        n = [segment.length for segment in segments]
+        ends = torch.tensor(n).cumsum(0) - 1
+        llama.model.forward_packed(torch.tensor(engines.prompt_of(sum(n))), segments, ends)
+
+
+def second_turn(llama: Llama, length: int = 480) -> tuple[float, float]:
+    """Seconds to the first token of a prompt, then of one that goes on from it by 32 tokens."""
+    seconds = []
+    prompt = engines.prompt_of(length, seed=time.perf_counter_ns() % 1000)
+    for more in (0, 32):
+        prompt = prompt + engines.prompt_of(more, seed=9)
+        start = time.perf_counter()
+        llama.generate([prompt], 1, temperature=0)
+        seconds.append(time.perf_counter() - start)
+    return seconds[0], seconds[1]
+
+
+def measure(path: str, rounds: int = 5) -> dict[str, object]:
+    llama = engines.Ours(path, max_seq_len=CONTEXTS[-1] + 8, max_batch_size=8).llama
+    for _ in range(20):
+        decode(llama, 1, 0, 1)  # weights come into their order
+    args = llama.model.params
+    itemsize = llama.model.norm.weight.itemsize
+    n_weights = parameter_count(args) - args.vocab_size * args.dim
+    per_position = 2 * args.n_layers * args.kv_heads * args.head_dim * itemsize
+    batches = alternate(
+        {str(bsz): lambda bsz=bsz: decode(llama, bsz, 128) for bsz in BATCHES}, rounds
+    )
+    contexts = alternate(
+        {str(filled): lambda n=filled: decode(llama, 1, n) for filled in CONTEXTS}, rounds
+    )
+    equal = (sum(RAGGED) // 8,) * 7 + (sum(RAGGED) - sum(RAGGED) // 8 * 7,)
+    prompts = alternate(
+        {"ragged": lambda: prefill(llama, RAGGED), "equal": lambda: prefill(llama, equal)}, rounds
+    )
+    turns = [second_turn(llama) for _ in range(rounds)]
+    n_bytes = n_weights * itemsize
+    first, last = str(CONTEXTS[0]), str(CONTEXTS[-1])
+    bound = n_bytes / (n_bytes + per_position * CONTEXTS[-1])
+    return {
+        "batch": {n: 3 * int(n) / statistics.median(s) for n, s in batches.items()},
+        "context": {n: 3 / statistics.median(s) for n, s in contexts.items()},
+        "batch_8_over_1": 8 * ratio(batches["1"], batches["8"]),
+        "context_4096_over_128": ratio(contexts[first], contexts[last]),
+        "context_4096_bound": bound,
+        "ragged_over_equal": ratio(prompts["ragged"], prompts["equal"]),
+        "second_turn_over_first": ratio([t[1] for t in turns], [t[0] for t in turns]),
+        "packed": all(m.is_packed for m in llama.model.modules() if isinstance(m, _Linear)),
+    }
+
+
+def table(found: dict[str, float]) -> str:
+    bound = found["context_4096_bound"]
+    lines = [
+        "| what | measured |",
+        "|---|---|",
+        f"| decoding 8 rows, tokens/s of 1 row | {found['batch_8_over_1']:.2f} x |",
+        f"| decoding after 4,096 tokens, tokens/s of after 128 | "
+        f"{found['context_4096_over_128']:.2f} x ({bound:.2f} by the bytes read) |",
+        f"| prefill of 8 prompts of 16 to 512 tokens, time of as many in equal lengths | "
+        f"{found['ragged_over_equal']:.2f} x |",
+        f"| first token of a second turn, 480 tokens and 32 new, time of the first turn's | "
+        f"{found['second_turn_over_first']:.2f} x |",
+    ]
+    return "\n".join(lines)
+
+
+def main(path: str, rounds: int = 5, as_json: bool = False) -> None:
+    """Measure the checkpoint at ``path`` and print a table, or JSON."""
+    with contextlib.redirect_stdout(sys.stderr):
+        found = measure(str(path), rounds)
+    print(json.dumps(found) if as_json else table(found))
+
+
+if __name__ == "__main__":
+    fire.Fire(main)
