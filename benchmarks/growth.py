@@ -81,7 +81,7 @@ def measure(path: str, rounds: int = 5) -> dict[str, object]:
     n_weights = parameter_count(args) - args.vocab_size * args.dim
     per_position = 2 * args.n_layers * args.kv_heads * args.head_dim * itemsize
     batches = alternate(
-        {str(bsz): lambda bsz=bsz: decode(llama, bsz, 128) for bsz in BATCHES}, rounds
+        {str(bsz): lambda bsz=bsz: decode(llama, bsz, CONTEXTS[0]) for bsz in BATCHES}, rounds
     )
     contexts = alternate(
         {str(filled): lambda n=filled: decode(llama, 1, n) for filled in CONTEXTS}, rounds
