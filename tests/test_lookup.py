@@ -39,20 +39,20 @@ def prompts(llama: Llama, seed: int) -> list[list[int]]:
 
 @pytest.mark.parametrize("temperature", [0.0, 0.6, 1.5])
 def test_tokens_and_scores_are_those_without_it(tiny: Llama, temperature: float) -> None:
-    guesses = 0
-    for seed in range(6):
+    length = 0
+    for seed in range(2):
         arguments = {"temperature": temperature, "seed": seed, "logprobs": True}
         batch = prompts(tiny, seed)
-        plain, scores = tiny.generate(batch, 60, **arguments)
+        plain, scores = tiny.generate(batch, 40, **arguments)
         for longest in (1, 10):
             found, found_scores = tiny.generate(
-                batch, 60, **arguments, prompt_lookup_num_tokens=longest
+                batch, 40, **arguments, prompt_lookup_num_tokens=longest
             )
             assert found == plain
             for ours, theirs in zip(found_scores, scores, strict=True):
                 assert ours == pytest.approx(theirs, abs=1e-4)
-        guesses += sum(len(row) for row in plain)
-    assert guesses > 500
+        length += sum(len(row) for row in plain)
+    assert length > 150
 
 
 def test_text_that_repeats_itself_takes_fewer_passes(checkpoint_dir, monkeypatch) -> None:
