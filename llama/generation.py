@@ -132,8 +132,8 @@ class Llama(BaseLlama):
             stop: strings that end a row, looked for in the text of its new tokens.
             seed: makes the draws repeatable; row i then draws alike in any company.
             prompt_lookup_num_tokens: how many tokens are guessed at most from what a row's text
-                says already, and checked in one pass: quicker where text repeats itself, with the
-                same result. 10 suits edits of code; 0 guesses none.
+                says already, and checked in one pass: quicker where text repeats itself, and in
+                float32 with the same result. 10 suits edits of code; 0 guesses none.
 
         Returns:
             The rows' tokens, without what ended them, and their log-probabilities or None.

@@ -69,6 +69,7 @@ class _Linear(nn.Module):
         # Once packed: where the weight is among ``_packed_weights``, and which rows of that.
         self._number: torch.Tensor | None = None
         self._rows = slice(0)
+        self._width = 0  # the rows of all of that
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """Shape (n_tokens, in_features) to (n_tokens, out_features), of this rank's part."""
@@ -82,13 +83,31 @@ class _Linear(nn.Module):
         """The weight as a checkpoint has it, shape (out_features, in_features)."""
         if self._number is None:
             return self.weight
-        return _packed_weights[int(self._number)].to_dense()[self._rows]
+        return _packed_weights[int(self._number)].to_dense()[self._rows].clone()
+
+    def _unpack(self) -> None:
+        if self._number is not None:
+            self.weight = nn.Parameter(self.plain_weight(), requires_grad=False)
+            self._number, self._rows = None, slice(0)
+
+    # Whoever saves, loads or copies a layer sees the plain weight.
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
         weight = self.plain_weight()
         destination[f"{prefix}weight"] = weight if keep_vars else weight.detach()
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._unpack()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        if self._number is not None:
+            plain = nn.Parameter(self.plain_weight(), requires_grad=False)
+            state |= {"_parameters": {"weight": plain}, "_number": None, "_rows": slice(0)}
+        return state
 
 
 def project(x: torch.Tensor, *layers: _Linear) -> Sequence[torch.Tensor]:
@@ -100,22 +119,42 @@ def project(x: torch.Tensor, *layers: _Linear) -> Sequence[torch.Tensor]:
     Returns:
         For each layer this rank's part, shape (n_tokens, out_features).
     """
-    if not layers[0].is_packed and _may_pack(layers):
+    if not any(layer.is_packed for layer in layers) and _may_pack(layers):
         _pack_in_time(layers)
-    if not layers[0].is_packed:
-        return [_plain_product(x, layer.weight) for layer in layers]
-    n_tokens, width = x.shape[0], layers[-1]._rows.stop
-    if n_tokens < _QUICK_TOKENS:
-        x = F.pad(x, (0, 0, 0, _QUICK_TOKENS - n_tokens))
-    out = torch.ops.llama.packed_product(x, layers[0]._number, width)[:n_tokens]
-    return [out[:, layer._rows] for layer in layers] if len(layers) > 1 else [out]
+    if _are_neighbours(layers):
+        out = _packed_rows_product(x, layers[0], layers[0]._width)
+        return [out[:, layer._rows] for layer in layers]
+    return [_product_alone(x, layer) for layer in layers]
 
 
-def _plain_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def _are_neighbours(layers: Sequence[_Linear]) -> bool:
+    """Whether the layers' weights are, in this order, all that one packed weight has."""
+    row = 0
+    for layer in layers:
+        if not layer.is_packed or layer._rows.start != row:
+            return False
+        row = layer._rows.stop
+    return row == layers[0]._width
+
+
+def _product_alone(x: torch.Tensor, layer: _Linear) -> torch.Tensor:
+    if layer.is_packed:  # with others, which are calculated in vain
+        return _packed_rows_product(x, layer, layer._width)[:, layer._rows]
+    weight = layer.weight
     bf16_on_cpu = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
     if bf16_on_cpu and x.shape[0] == 1 and not _PACKING_PAYS:
-        return torch.mv(weight, x[0])[None]  # with AMX at the speed of memory, unlike linear
+        # With AMX at the speed of memory, unlike linear and what the compiler makes of mv.
+        out: torch.Tensor = torch.ops.llama.mv(weight, x[0])[None]
+        return out
     return F.linear(x, weight)
+
+
+def _packed_rows_product(x: torch.Tensor, layer: _Linear, width: int) -> torch.Tensor:
+    n_tokens = x.shape[0]
+    if n_tokens < _QUICK_TOKENS:
+        x = F.pad(x, (0, 0, 0, _QUICK_TOKENS - n_tokens))
+    out: torch.Tensor = torch.ops.llama.packed_product(x, layer._number, width)
+    return out[:n_tokens]
 
 
 def padding(n_tokens: int, like: torch.Tensor) -> int:
@@ -156,7 +195,8 @@ def _pack(layers: Sequence[_Linear]) -> None:
     weakref.finalize(layers[0], _packed_weights.pop, number)
     first_row = 0
     for layer, weight in zip(layers, plain, strict=True):
-        layer._number = torch.tensor(number)
+        layer._number = torch.tensor(number, device="cpu")
+        layer._width = joined.shape[0]
         layer._rows = slice(first_row, first_row + weight.shape[0])
         layer.weight = nn.Parameter(weight.new_empty(0), requires_grad=False)
         first_row = layer._rows.stop
@@ -166,8 +206,9 @@ def _pack(layers: Sequence[_Linear]) -> None:
 # Compiled code can't hold a tensor in oneDNN's order, but the number of one.
 _packed_weights: dict[int, torch.Tensor] = {}
 _numbers = itertools.count()
-_library = torch.library.Library("llama", "DEF")
+_library = torch.library.Library("llama", "FRAGMENT")
 _library.define("packed_product(Tensor x, Tensor number, int width) -> Tensor")
+_library.define("mv(Tensor weight, Tensor x) -> Tensor")
 
 
 def _packed_product(x: torch.Tensor, number: torch.Tensor, width: int) -> torch.Tensor:
@@ -180,8 +221,14 @@ def _packed_product_shape(x: torch.Tensor, number: torch.Tensor, width: int) -> 
     return x.new_empty(x.shape[0], width)
 
 
+def _mv_shape(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return x.new_empty(weight.shape[0])
+
+
 _library.impl("packed_product", _packed_product, "CPU")
+_library.impl("mv", torch.mv, "CPU")
 torch.library.register_fake("llama::packed_product", _packed_product_shape, lib=_library)
+torch.library.register_fake("llama::mv", _mv_shape, lib=_library)
 
 
 class ColumnParallelLinear(_Linear, fairscale_layers.ColumnParallelLinear):

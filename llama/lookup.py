@@ -2,7 +2,7 @@
 
 A row's next tokens are guessed from its own text, and one forward pass checks all of them: that
 costs little more than a pass for one token, and gives the tokens that decoding without guesses
-gives (https://github.com/apoorvumang/prompt-lookup-decoding).
+gives, but for the rounding of dtypes below float32 (https://github.com/apoorvumang/prompt-lookup-decoding).
 """
 
 from collections.abc import Iterable

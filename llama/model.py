@@ -258,7 +258,7 @@ class Transformer(nn.Module):
 
     freqs_cis: torch.Tensor
     n_passes = 0  # forward passes so far, each of which changed the cache
-    compiled: Callable[[torch.Tensor, Sequence[Segment]], torch.Tensor] | None = None  # decoding
+    compiled: "Callable[[Transformer, torch.Tensor, Sequence[Segment]], torch.Tensor] | None" = None
 
     def __init__(self, params: ModelArgs):
         super().__init__()
@@ -282,6 +282,9 @@ class Transformer(nn.Module):
         self.register_buffer("freqs_cis", table, persistent=False)
         for block in self.layers:
             block.attention.allocate_cache(self.params, device, dtype)  # type: ignore[operator, union-attr]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "compiled": None}  # which is bound to this network's layers
 
     def clear_cache(self) -> None:
         """Forget everything: not a number, once in the cache, would spread to later calls."""
@@ -360,7 +363,7 @@ class Transformer(nn.Module):
         if self.compiled is not None and select is None and all(s.length == 1 for s in segments):
             self._check(tokens, segments)
             self.n_passes += 1
-            return self.compiled(tokens, segments)
+            return self.compiled(self, tokens, segments)
         return self.logits(self.hidden_states(tokens, segments, select))
 
     @torch.inference_mode()

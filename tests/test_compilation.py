@@ -1,12 +1,15 @@
 """Compiled decoding steps: the same tokens, and no compiling between them."""
 
+import copy
 import logging
 import shutil
+import weakref
 
 import pytest
 import torch
+from conftest import make_model
 
-from llama import Llama, compilation
+from llama import Llama, compilation, linear
 
 PROMPTS = [[1, 300, 301], [1, *range(400, 430)], [1, 9], [1, *range(500, 505)], [1, 2, 3]]
 
@@ -37,9 +40,7 @@ def test_the_tokens_are_those_of_the_network_as_it_is(compiled: Llama, tiny: Lla
             assert ours == pytest.approx(theirs, abs=1e-4)
 
 
-def test_steps_of_known_shapes_compile_nothing(compiled: Llama) -> None:
-    compiled.generate(PROMPTS, 24, temperature=0)
-    compiled.generate(PROMPTS[:1], 24, temperature=0)
+def test_steps_compile_nothing_more(compiled: Llama) -> None:
     with torch.compiler.set_stance("fail_on_recompile"):
         compiled.generate([p[::-1] for p in PROMPTS], 40, temperature=0)
         compiled.generate([[1, 77]], 60, temperature=0)
@@ -55,9 +56,9 @@ def test_rows_that_bring_no_token_keep_their_cache(compiled: Llama) -> None:
 
     def step(chosen: list[int], ids: list[int], steps: object) -> torch.Tensor:
         segments = [compilation.Segment(row, 3, 1) for row in chosen]
-        return steps(torch.tensor(ids), segments)  # type: ignore[operator]
+        return steps(model, torch.tensor(ids), segments)  # type: ignore[operator]
 
-    def plain(ids: torch.Tensor, segments: list[compilation.Segment]) -> torch.Tensor:
+    def plain(_: object, ids: torch.Tensor, segments: list[compilation.Segment]) -> torch.Tensor:
         model.compiled = None
         return model.forward_packed(ids, segments)
 
@@ -71,6 +72,29 @@ def test_rows_that_bring_no_token_keep_their_cache(compiled: Llama) -> None:
         model.compiled = kept
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_packed_weights_are_read_by_compiled_steps(monkeypatch) -> None:
+    monkeypatch.setattr(linear, "_PACKING_PAYS", True)
+    plain = Llama.build(dtype=torch.bfloat16, device="cpu", max_batch_size=1)
+    found = Llama.build(dtype=torch.bfloat16, device="cpu", max_batch_size=1, compile=True)
+    layers = [m for m in found.model.modules() if isinstance(m, linear._Linear)]
+    assert all(layer.is_packed for layer in layers)
+    for llama in (plain, found):
+        llama.model.forward(torch.tensor([PROMPTS[1]]))
+    ours, theirs = (llama.model.forward(torch.tensor([[7]]), 31) for llama in (found, plain))
+    torch.testing.assert_close(ours, theirs, atol=0.3, rtol=0.05)
+    assert not torch.equal(ours, torch.zeros_like(ours))
+    alone = copy.deepcopy(found.model)  # whose steps would be the other one's
+    assert alone.compiled is None
+
+
+def test_compiled_models_are_freed_at_once() -> None:
+    model = make_model(max_batch_size=1)
+    model.compiled = compilation.CompiledSteps(model)
+    gone = weakref.ref(model)
+    del model
+    assert gone() is None
 
 
 def test_a_machine_without_a_compiler_is_told_so(monkeypatch) -> None:

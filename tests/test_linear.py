@@ -1,14 +1,16 @@
 """The projections' kernels: whatever computes it, the product is the same."""
 
+import copy
 import gc
 import itertools
+import pickle
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import make_model
 
-from llama import checkpoint, linear
+from llama import Transformer, checkpoint, linear
 from llama.linear import ColumnParallelLinear
 
 
@@ -97,3 +99,62 @@ def test_neighbours_are_packed_into_one_and_go_with_their_model(monkeypatch) -> 
     del model
     gc.collect()
     assert len(linear._packed_weights) == before
+
+
+@pytest.fixture
+def packed(monkeypatch) -> Transformer:
+    monkeypatch.setattr(linear, "_PACKING_PAYS", True)
+    model = make_model(n_kv_heads=2).to(torch.bfloat16).requires_grad_(False)
+    model.allocate_buffers(torch.device("cpu"), torch.bfloat16)
+    for _ in range(linear._PACKED_OVER + 1):
+        model.forward(torch.tensor([[1, 2, 3]]))
+    assert model.layers[0].attention.wk.is_packed
+    return model
+
+
+def same_logits(a: Transformer, b: Transformer) -> None:
+    found, expected = (model.forward(torch.tensor([[3, 1, 2]])) for model in (a, b))
+    torch.testing.assert_close(found, expected, atol=0.05, rtol=0.05)
+
+
+def test_a_packed_layer_alone_gives_its_own_product(packed: Transformer) -> None:
+    attention = packed.layers[0].attention
+    x = torch.randn(5, 64).bfloat16()
+    for layer in (attention.wq, attention.wk, attention.wv):
+        exact = x.float() @ layer.plain_weight().float().T
+        torch.testing.assert_close(layer(x).float(), exact, atol=0.05, rtol=0.05)
+
+
+def test_a_layer_packed_alone_stays_usable_among_its_neighbours(monkeypatch) -> None:
+    monkeypatch.setattr(linear, "_PACKING_PAYS", True)
+    model = make_model(n_kv_heads=2).to(torch.bfloat16).requires_grad_(False)
+    model.allocate_buffers(torch.device("cpu"), torch.bfloat16)
+    plain = copy.deepcopy(model)
+    for _ in range(linear._PACKED_OVER + 1):
+        model.layers[0].attention.wk(torch.ones(1, 64).bfloat16())
+    assert model.layers[0].attention.wk.is_packed
+    for _ in range(linear._PACKED_OVER + 1):
+        same_logits(model, plain)
+
+
+def test_copies_of_a_packed_model_are_whole(packed: Transformer) -> None:
+    copied = copy.deepcopy(packed)
+    pickled = pickle.loads(pickle.dumps(packed))  # our own bytes
+    same_logits(copied, packed)
+    same_logits(pickled, packed)
+    del packed.layers[0].attention  # a copy doesn't need the original's weights
+    gc.collect()
+    same_logits(copied, pickled)
+
+
+def test_a_packed_model_takes_other_weights(packed: Transformer) -> None:
+    other = make_model(seed=5, n_kv_heads=2).to(torch.bfloat16).requires_grad_(False)
+    other.allocate_buffers(torch.device("cpu"), torch.bfloat16)
+    for assign in (False, True):
+        packed.load_state_dict(other.state_dict(), assign=assign)
+        same_logits(packed, other)
+
+
+def test_a_packed_models_tensors_hold_no_more_than_themselves(packed: Transformer) -> None:
+    for name, tensor in packed.state_dict().items():
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes, name
