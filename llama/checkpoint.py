@@ -236,9 +236,10 @@ class _Reporting(io.FileIO):
         return done
 
 
-def progress_bar(total: int) -> Callable[[int], None]:
-    """A function that shows how much of ``total`` bytes is done."""
+def progress_bar(total: int, what: str = "") -> Callable[[int], None]:
+    """A function that shows how much of ``total`` bytes, or of ``what``, is done."""
     shown = -1
+    what = what or f"{total / 1e9:.2f} GB"
 
     def show(done: int) -> None:
         nonlocal shown
@@ -246,7 +247,7 @@ def progress_bar(total: int) -> Callable[[int], None]:
         if percent > shown:
             shown = percent
             bar = "#" * (30 * percent // 100)
-            print(f"\r[{bar:<30}] {percent} % of {total / 1e9:.2f} GB", end="", file=sys.stderr)
+            print(f"\r[{bar:<30}] {percent} % of {what}", end="", file=sys.stderr)
 
     return show
 

@@ -1,0 +1,117 @@
+"""How well a checkpoint foresees a text: ``python -m llama.perplexity CKPT TEXT_FILE``."""
+
+import math
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from llama.checkpoint import progress_bar
+from llama.generation import TINY, Llama
+
+
+class Perplexity(NamedTuple):
+    """What ``perplexity`` found."""
+
+    value: float
+    error: float  # the standard error of the value, as far as tokens are independent
+    n_tokens: int  # how many were scored
+
+
+def perplexity(
+    llama: Llama,
+    tokens: Sequence[int],
+    context: int = 512,
+    stride: int = 256,
+    progress: Callable[[int], None] = lambda _: None,
+) -> Perplexity:
+    """The exponential of the mean negative log-likelihood of a text's tokens.
+
+    The text is read in windows of ``context`` tokens, each ``stride`` further on, and a window
+    scores those that no earlier one has: all but the first window's have at least ``context -
+    stride`` tokens before them. The text's first token isn't scored.
+
+    Args:
+        tokens: the text, with whatever begins it; at least 2 tokens.
+        context: at most the model's ``max_seq_len``.
+        stride: 1 to ``context - 1``: a smaller one takes longer and gives tokens more to go by.
+        progress: called with the number of tokens that have been scored.
+
+    Raises:
+        ValueError: the text is too short, or an argument is out of its range.
+    """
+    longest = llama.model.params.max_seq_len
+    if not 2 <= context <= longest:
+        raise ValueError(f"context is {context}: expected 2 to max_seq_len, {longest}")
+    if not 1 <= stride < context:
+        raise ValueError(f"stride is {stride}: expected 1 to {context - 1}, less than the context")
+    if len(tokens) < 2:
+        raise ValueError(f"the text has {len(tokens)} tokens: at least 2 are needed to score one")
+    begins = range(0, max(len(tokens) - context, 0) + stride, stride)
+    scores: list[float] = []
+    size = llama.model.params.max_batch_size
+    for first in range(0, len(begins), size):
+        batch = begins[first : first + size]
+        windows = [tokens[begin : begin + context] for begin in batch]
+        _, logprobs = llama.generate(windows, 0, logprobs=True, echo=True)
+        assert logprobs is not None
+        for begin, row in zip(batch, logprobs, strict=True):
+            scores += row[len(scores) + 1 - begin :]
+        progress(len(scores))
+    value = math.exp(-statistics.fmean(scores))
+    error = value * statistics.pstdev(scores) / math.sqrt(len(scores))
+    return Perplexity(value, error, len(scores))
+
+
+def main(
+    ckpt_dir: str = str(TINY),
+    text_file: str = "-",
+    context: int = 512,
+    stride: int = 256,
+    max_batch_size: int = 4,
+    device: str | None = None,
+    dtype: str | None = None,
+) -> None:
+    """Print a checkpoint's perplexity on a text.
+
+    Args:
+        ckpt_dir: a checkpoint of any format; the embedded one by default.
+        text_file: UTF-8; - reads the standard input.
+        context: tokens of a window.
+        stride: tokens from window to window.
+        max_batch_size: windows at once.
+        device: where to run.
+        dtype: float32, bfloat16 or float16; by default what suits checkpoint and device.
+    """
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype is not None and dtype not in dtypes:
+        raise ValueError(f"dtype is {dtype!r}: expected {', '.join(dtypes)}")
+    data = sys.stdin.buffer.read() if text_file == "-" else Path(str(text_file)).read_bytes()
+    llama = Llama.build(
+        str(ckpt_dir),
+        max_seq_len=context,
+        max_batch_size=max_batch_size,
+        device=device,
+        dtype=None if dtype is None else dtypes[dtype],
+    )
+    text = data.decode("utf-8", errors="replace")
+    tokens = llama.tokenizer.encode(text, bos=llama.tokenizer.add_bos, eos=False)
+    show = progress_bar(max(1, len(tokens) - 1), f"{len(tokens):,} tokens")
+    found = perplexity(llama, tokens, context, stride, show)
+    print(file=sys.stderr)
+    print(
+        f"perplexity {found.value:.4f} +- {found.error:.4f} "
+        f"({found.n_tokens:,} tokens, context {context}, stride {stride})"
+    )
+
+
+if __name__ == "__main__":
+    import fire
+
+    try:
+        fire.Fire(main)
+    except (ImportError, MemoryError, OSError, ValueError) as error:
+        sys.exit(f"llama.perplexity: {error}")
