@@ -2,10 +2,12 @@
 
     python benchmarks/loading_memory.py
     python benchmarks/loading_memory.py --size 7B --cases "bf16 as it is"
+    python benchmarks/loading_memory.py --size 110M --cases "bf16 as it is" --prompt 16380 \\
+        --max_batch_size 1
 
 Writes random checkpoints of 1.1 billion parameters (2.2 GB) to a temporary directory and loads
 each in a fresh process: bfloat16 as it is, float16 converted, two shards joined into one, and a
-Hugging Face directory in one process and in two.
+Hugging Face directory in one process and in two. "used" is the peak after a prompt and four tokens.
 """
 
 import json
@@ -24,6 +26,7 @@ from llama.generation import TINY
 from llama.weights import Checkpoint, Weights
 
 SIZES = {
+    "110M": ModelArgs(dim=768, n_layers=12, n_heads=12, vocab_size=32000),
     "1.1B": ModelArgs(
         dim=2048, n_layers=22, n_heads=32, n_kv_heads=4, vocab_size=32000, multiple_of=256
     ),
@@ -44,13 +47,15 @@ def peak():
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
 imported = peak()
-llama = Llama.build(sys.argv[1], device="cpu", dtype=torch.bfloat16)
-tensors = [*llama.model.parameters()]
-cache = [t for name, t in llama.model.named_buffers() if "cache" in name]
+path, prompt, max_batch_size = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+llama = Llama.build(path, None, max(512, prompt + 4), max_batch_size, device="cpu",
+                    dtype=torch.bfloat16)
+needed = sum(t.nbytes for t in llama.model.parameters())
+needed += sum(t.nbytes for name, t in llama.model.named_buffers() if "cache" in name)
 loaded = peak()
-llama.generate([[1] * 500], 4, temperature=0)
+llama.generate([[1] * prompt], 4, temperature=0)
 parallel.print_once(json.dumps({
-    "needed": sum(t.nbytes for t in tensors) + sum(t.nbytes for t in cache),
+    "needed": needed,
     "imported": imported,
     "loaded": loaded,
     "generated": peak(),
@@ -71,7 +76,12 @@ def write(args: ModelArgs, directory: Path, dtype: torch.dtype, shards: int) -> 
         save_hf(whole, args, directory)
 
 
-def main(size: str = "1.1B", cases: str = ";".join(CASES)) -> None:
+def main(
+    size: str = "1.1B",
+    cases: str = ";".join(CASES),
+    prompt: int = 500,
+    max_batch_size: int = 8,
+) -> None:
     """Print the peak resident memory of a process by stages, and its ratio to weights and cache."""
     columns = ("weights + cache", "imports", "loaded", "used", "ratio")
     print(f"{'case':<16}" + "".join(f"{column:>17}" for column in columns))
@@ -84,7 +94,10 @@ def main(size: str = "1.1B", cases: str = ";".join(CASES)) -> None:
             script = Path(directory) / "load.py"
             script.write_text(LOAD)
             done = subprocess.run(
-                [sys.executable, *launcher * (processes > 1), str(script), str(path)],
+                [
+                    *(sys.executable, *launcher * (processes > 1)),
+                    *(str(script), str(path), str(prompt), str(max_batch_size)),
+                ],
                 stdout=subprocess.PIPE,
                 stderr=None if processes == 1 else subprocess.DEVNULL,
                 check=True,

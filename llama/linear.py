@@ -19,7 +19,7 @@ from fairscale.nn.model_parallel.mappings import (
 )
 from torch import nn
 
-from llama.memory import release
+from llama.memory import release, trim
 from llama.parallel import world_size
 
 # Packing takes longer than a product: it begins with a weight's second use, lest it delays the
@@ -188,7 +188,10 @@ def pack_now(*layers: _Linear) -> None:
 def _pack(layers: Sequence[_Linear]) -> None:
     """Bring weights into oneDNN's order, one below the other, and let the plain ones go."""
     plain: list[torch.Tensor] = [layer.weight for layer in layers]
+    mapped = [weight for weight in plain if getattr(weight, "is_mapped", False)]
     joined = torch.cat(plain) if len(plain) > 1 else plain[0].detach()
+    if len(plain) > 1:
+        release(mapped)  # what was copied needn't stay while it is packed
     packed = torch.ops.mkldnn._reorder_linear_weight(joined, None)
     number = next(_numbers)
     _packed_weights[number] = packed
@@ -200,7 +203,9 @@ def _pack(layers: Sequence[_Linear]) -> None:
         layer._rows = slice(first_row, first_row + weight.shape[0])
         layer.weight = nn.Parameter(weight.new_empty(0), requires_grad=False)
         first_row = layer._rows.stop
-    release(weight for weight in plain if getattr(weight, "is_mapped", False))
+    release(mapped)
+    del plain, joined, weight
+    trim()  # the gaps that plain weights leave are too small for what comes next
 
 
 # Compiled code can't hold a tensor in oneDNN's order, but the number of one.

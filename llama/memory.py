@@ -2,6 +2,7 @@
 
 import ctypes
 import mmap
+import os
 from collections.abc import Iterable
 
 import torch
@@ -19,3 +20,9 @@ def release(tensors: Iterable[torch.Tensor]) -> None:
             ctypes.CDLL(None).madvise(
                 ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED
             )
+
+
+def trim() -> None:
+    """Give freed memory back to the system where the C library, as glibc, would keep it."""
+    if os.name == "posix" and hasattr(ctypes.CDLL(None), "malloc_trim"):
+        ctypes.CDLL(None).malloc_trim(0)
