@@ -21,7 +21,7 @@ from llama.linear import (
     padding,
     project,
 )
-from llama.packing import Packed, Segment, Span, pack
+from llama.packing import Packed, Segment, Span, check_segments, pack
 from llama.parallel import world_size
 
 
@@ -210,9 +210,8 @@ class Attention(nn.Module):
         if xq.shape[0] == keys.shape[0]:  # one token a row: the group stands as its positions
             if n_rep == 1 and xq.device.type == "cpu":
                 xq = xq.expand(-1, -1, 2, -1)  # PyTorch multiplies a matrix faster than a vector
-            out = F.scaled_dot_product_attention(xq, keys, values, attn_mask=span.mask)[
-                :, :, :n_rep
-            ]
+            out = F.scaled_dot_product_attention(xq, keys, values, attn_mask=span.mask)
+            out = out[:, :, :n_rep]
         else:  # many tokens of one row: the group stands as a batch that looks at one row
             out = F.scaled_dot_product_attention(
                 xq.permute(2, 1, 0, 3),  # (n_rep, n_kv_heads, n, head_dim)
@@ -361,8 +360,7 @@ class Transformer(nn.Module):
             ValueError: the tokens don't fit the cache.
         """
         if self.compiled is not None and select is None and all(s.length == 1 for s in segments):
-            self._check(tokens, segments)
-            self.n_passes += 1
+            self._begin_pass(tokens, segments)
             return self.compiled(self, tokens, segments)
         return self.logits(self.hidden_states(tokens, segments, select))
 
@@ -374,8 +372,7 @@ class Transformer(nn.Module):
         select: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """What ``forward_packed`` makes logits of: shape (n_tokens or len(select), dim)."""
-        self._check(tokens, segments)
-        self.n_passes += 1
+        self._begin_pass(tokens, segments)
         h = self.pass_layers(tokens, pack(segments, tokens.device), self.layers)
         normed: torch.Tensor = self.norm(h if select is None else h[select])
         return normed
@@ -395,20 +392,7 @@ class Transformer(nn.Module):
         """Shape (n_tokens, dim) to (n_tokens, n_outputs), in float32."""
         return self.output(normed)[:, : self.params.n_outputs].float()
 
-    def _check(self, tokens: torch.Tensor, segments: Sequence[Segment]) -> None:
-        total = sum(length for _, _, length in segments)
-        if not segments or tokens.shape != (total,):
-            raise ValueError(f"{tuple(tokens.shape)} tokens for segments of {total} in all")
-        previous = -1
-        for row, start_pos, length in segments:
-            if not previous < row < self.params.max_batch_size:
-                raise ValueError(
-                    f"row {row} after row {previous}: rows ascend and stay below the cache's "
-                    f"max_batch_size of {self.params.max_batch_size}"
-                )
-            if length < 1 or start_pos < 0 or start_pos + length > self.params.max_seq_len:
-                raise ValueError(
-                    f"row {row}: {length} tokens from position {start_pos} don't fit the cache's "
-                    f"max_seq_len of {self.params.max_seq_len}"
-                )
-            previous = row
+    def _begin_pass(self, tokens: torch.Tensor, segments: Sequence[Segment]) -> None:
+        params = self.params
+        check_segments(segments, tokens, params.max_batch_size, params.max_seq_len)
+        self.n_passes += 1

@@ -38,6 +38,28 @@ class Packed(NamedTuple):
     spans: list[Span]
 
 
+def check_segments(
+    segments: Sequence[Segment], tokens: torch.Tensor, max_batch_size: int, max_seq_len: int
+) -> None:
+    """Raise ``ValueError`` unless the segments are those of ``tokens`` and fit the cache."""
+    total = sum(length for _, _, length in segments)
+    if not segments or tokens.shape != (total,):
+        raise ValueError(f"{tuple(tokens.shape)} tokens for segments of {total} in all")
+    previous = -1
+    for row, start_pos, length in segments:
+        if not previous < row < max_batch_size:
+            raise ValueError(
+                f"row {row} after row {previous}: rows ascend and stay below the cache's "
+                f"max_batch_size of {max_batch_size}"
+            )
+        if length < 1 or start_pos < 0 or start_pos + length > max_seq_len:
+            raise ValueError(
+                f"row {row}: {length} tokens from position {start_pos} don't fit the cache's "
+                f"max_seq_len of {max_seq_len}"
+            )
+        previous = row
+
+
 def pack(segments: Sequence[Segment], device: torch.device) -> Packed:
     """Lay segments out one after another and group those that one attention call can serve."""
     spans = []
