@@ -58,6 +58,19 @@ def checkpoint_dir(tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
+def passed_tokens(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by the number of tokens of each forward pass."""
+    passed: list[int] = []
+    forward = llama.model.hidden_states
+
+    def counted(tokens: torch.Tensor, *more: object) -> torch.Tensor:
+        passed.append(len(tokens))
+        return forward(tokens, *more)
+
+    monkeypatch.setattr(llama.model, "hidden_states", counted)
+    return passed
+
+
 def data_tokenizer(name: str) -> Tokenizer:
     """One of the published tokenizers; the test is skipped where LLAMA_TEST_DATA isn't set."""
     folder = os.environ.get("LLAMA_TEST_DATA")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import passed_tokens
 
 from llama import ModelArgs
 from llama.formats import open_checkpoint
@@ -89,12 +90,6 @@ def test_a_second_turn_prefills_less(tmp_path: Path, monkeypatch) -> None:
     llama = engines.Ours(str(tmp_path / "model")).llama
     torch.set_num_threads(threads)
     monkeypatch.setattr(engines, "prompt_of", lambda n, seed=0: [seed % 700 + 1] * n)
-    lengths = []
-    forward = llama.model.hidden_states
-    monkeypatch.setattr(
-        llama.model,
-        "hidden_states",
-        lambda tokens, *more: lengths.append(len(tokens)) or forward(tokens, *more),
-    )
+    lengths = passed_tokens(llama, monkeypatch)
     growth.second_turn(llama)
     assert lengths == [480, 32]

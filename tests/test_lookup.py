@@ -3,26 +3,13 @@
 import random
 
 import pytest
-import torch
+from conftest import passed_tokens
 
 from llama import Llama, decoding
 from llama.decoding import Row
 from llama.lookup import _FIRST_GUESS, _LONGEST_PAUSE, Lookup
 
 CODE = "def add(a, b):\n    return a + b\n\n\ndef sub(a, b):\n    return a - b\n"
-
-
-def counted_passes(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Grows by the number of tokens of each forward pass."""
-    passes: list[int] = []
-    forward = llama.model.forward_packed
-
-    def counted(tokens: torch.Tensor, *more: object) -> torch.Tensor:
-        passes.append(len(tokens))
-        return forward(tokens, *more)
-
-    monkeypatch.setattr(llama.model, "forward_packed", counted)
-    return passes
 
 
 def prompts(llama: Llama, seed: int) -> list[list[int]]:
@@ -60,7 +47,7 @@ def test_text_that_repeats_itself_takes_fewer_passes(checkpoint_dir, monkeypatch
     for block in llama.model.layers:  # each token is followed by the one that it always is
         block.attention.wo.weight.zero_()
         block.feed_forward.w2.weight.zero_()
-    passes = counted_passes(llama, monkeypatch)
+    passes = passed_tokens(llama, monkeypatch)
     plain = llama.generate([[1, 5, 6], [7, 8]], 120, temperature=0)[0]
     without = len(passes)
     assert sum(map(len, plain)) > 200

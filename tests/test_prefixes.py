@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+from conftest import passed_tokens
 
 from llama import Llama
 
@@ -16,19 +17,6 @@ def llama(tiny: Llama) -> Llama:
 
 def forget(llama: Llama) -> None:
     llama._prefixes._held = []
-
-
-def passed_tokens(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Grows by the number of tokens of each forward pass."""
-    passed: list[int] = []
-    forward = llama.model.hidden_states
-
-    def counted(tokens: torch.Tensor, *more: object) -> torch.Tensor:
-        passed.append(len(tokens))
-        return forward(tokens, *more)
-
-    monkeypatch.setattr(llama.model, "hidden_states", counted)
-    return passed
 
 
 def greedy(llama: Llama, prompts: list[list[int]], length: int = 12) -> list[list[int]]:
