@@ -18,7 +18,6 @@ import fire
 import torch
 
 from llama import Llama
-from llama.linear import _Linear
 from llama.packing import Segment, prefill_passes
 from llama.sharding import parameter_count
 
@@ -102,7 +101,6 @@ def measure(path: str, rounds: int = 5) -> dict[str, object]:
         "context_4096_bound": bound,
         "ragged_over_equal": ratio(prompts["ragged"], prompts["equal"]),
         "second_turn_over_first": ratio([t[1] for t in turns], [t[0] for t in turns]),
-        "packed": all(m.is_packed for m in llama.model.modules() if isinstance(m, _Linear)),
     }
 
 

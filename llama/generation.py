@@ -65,8 +65,8 @@ class Llama(BaseLlama):
             adapter: a directory with a LoRA adapter to merge in, or several in order.
             chat_format: how dialogs are written, one of ``llama.chat_formats.FORMATS``; by default
                 as the checkpoint's own template says, else as Meta's models were trained.
-            compile: whether to compile decoding steps (CUDA and CPU), which takes 10 to 60 seconds
-                and needs Triton or a C++ compiler.
+            compile: whether to compile decoding steps (CUDA and CPU), which needs Triton or a C++
+                compiler and takes a while; the log tells how long.
 
         Raises:
             FileNotFoundError: the directory, a weight file or the tokenizer is missing.

@@ -7,7 +7,7 @@ included), and its memory isn't touched.
 
 import itertools
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -66,7 +66,9 @@ class _Linear(nn.Module):
         nn.Module.__init__(self)
         self.weight = _empty_weight(out_features, in_features)
         self._uses_to_packing = 1 + next(self._made) % _PACKED_OVER
-        # Once packed: where the weight is among ``_packed_weights``, and which rows of that.
+        # Once packed: the weight that holds this one, its number, and which rows of it are this
+        # one's. It lasts as long as one of its layers does.
+        self._packed: torch.Tensor | None = None
         self._number: torch.Tensor | None = None
         self._rows = slice(0)
         self._width = 0  # the rows of all of that
@@ -81,14 +83,14 @@ class _Linear(nn.Module):
 
     def plain_weight(self) -> torch.Tensor:
         """The weight as a checkpoint has it, shape (out_features, in_features)."""
-        if self._number is None:
+        if self._packed is None:
             return self.weight
-        return _packed_weights[int(self._number)].to_dense()[self._rows].clone()
+        return self._packed.to_dense()[self._rows].clone()
 
     def _unpack(self) -> None:
         if self._number is not None:
             self.weight = nn.Parameter(self.plain_weight(), requires_grad=False)
-            self._number, self._rows = None, slice(0)
+            self._packed, self._number, self._rows = None, None, slice(0)
 
     # Whoever saves, loads or copies a layer sees the plain weight.
 
@@ -106,7 +108,7 @@ class _Linear(nn.Module):
         state = self.__dict__.copy()
         if self._number is not None:
             plain = nn.Parameter(self.plain_weight(), requires_grad=False)
-            state |= {"_parameters": {"weight": plain}, "_number": None, "_rows": slice(0)}
+            state |= {"_parameters": {"weight": plain}, "_packed": None, "_number": None}
         return state
 
 
@@ -195,9 +197,9 @@ def _pack(layers: Sequence[_Linear]) -> None:
     packed = torch.ops.mkldnn._reorder_linear_weight(joined, None)
     number = next(_numbers)
     _packed_weights[number] = packed
-    weakref.finalize(layers[0], _packed_weights.pop, number)
     first_row = 0
     for layer, weight in zip(layers, plain, strict=True):
+        layer._packed = packed
         layer._number = torch.tensor(number, device="cpu")
         layer._width = joined.shape[0]
         layer._rows = slice(first_row, first_row + weight.shape[0])
@@ -209,7 +211,7 @@ def _pack(layers: Sequence[_Linear]) -> None:
 
 
 # Compiled code can't hold a tensor in oneDNN's order, but the number of one.
-_packed_weights: dict[int, torch.Tensor] = {}
+_packed_weights: MutableMapping[int, torch.Tensor] = weakref.WeakValueDictionary()
 _numbers = itertools.count()
 _library = torch.library.Library("llama", "FRAGMENT")
 _library.define("packed_product(Tensor x, Tensor number, int width) -> Tensor")

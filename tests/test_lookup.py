@@ -42,18 +42,24 @@ def test_tokens_and_scores_are_those_without_it(tiny: Llama, temperature: float)
     assert length > 150
 
 
-def test_text_that_repeats_itself_takes_fewer_passes(checkpoint_dir, monkeypatch) -> None:
+@pytest.fixture
+def circling(checkpoint_dir) -> Llama:
+    """A model that follows each token by the one that it always is, and so goes in circles."""
     llama = Llama.build(checkpoint_dir(), max_seq_len=256, device="cpu")
-    for block in llama.model.layers:  # each token is followed by the one that it always is
+    for block in llama.model.layers:
         block.attention.wo.weight.zero_()
         block.feed_forward.w2.weight.zero_()
-    passes = passed_tokens(llama, monkeypatch)
-    plain = llama.generate([[1, 5, 6], [7, 8]], 120, temperature=0)[0]
+    return llama
+
+
+def test_text_that_repeats_itself_takes_fewer_passes(circling: Llama, monkeypatch) -> None:
+    passes = passed_tokens(circling, monkeypatch)
+    plain = circling.generate([[1, 5, 6], [7, 8]], 120, temperature=0)[0]
     without = len(passes)
     assert sum(map(len, plain)) > 200
     passes.clear()
     arguments = {"temperature": 0, "prompt_lookup_num_tokens": 10}
-    assert llama.generate([[1, 5, 6], [7, 8]], 120, **arguments)[0] == plain
+    assert circling.generate([[1, 5, 6], [7, 8]], 120, **arguments)[0] == plain
     assert len(passes) < without / 1.5
 
 
@@ -83,20 +89,38 @@ def test_every_task_takes_it(tiny: Llama, monkeypatch) -> None:
         made.clear()
 
 
-def test_stop_strings_and_the_cache_end_cut_guesses(tiny: Llama) -> None:
-    size = tiny.model.params.max_seq_len
-    for length in (size - 1, size - 2, size - 7, size):
-        prompt = [1] + [400, 401, 402] * size
-        plain = tiny.generate([prompt[:length]], size, temperature=0)
-        assert (
-            tiny.generate([prompt[:length]], size, temperature=0, prompt_lookup_num_tokens=10)
-            == plain
-        )
-    for stop in ("return", "b)", "\n"):
-        arguments = {"temperature": 0, "max_gen_len": 40, "stop": [stop]}
-        plain = tiny.text_completion([CODE + CODE], **arguments)
-        found = tiny.text_completion([CODE + CODE], **arguments, prompt_lookup_num_tokens=10)
+def test_the_caches_end_cuts_guesses(circling: Llama, monkeypatch) -> None:
+    size = circling.model.params.max_seq_len
+    passes = passed_tokens(circling, monkeypatch)
+    circle = circling.generate([[7, 8]], 200, temperature=0)[0][0]
+    for left in (0, 1, 2, 7, 50):
+        prompt = (circle + circle)[: size - left]
+        plain = circling.generate([prompt], size, temperature=0)
+        passes.clear()
+        assert len(plain[0][0]) == left
+        found = circling.generate([prompt], size, temperature=0, prompt_lookup_num_tokens=10)
         assert found == plain
+        assert any(n > 1 for n in passes[1:]) == (left > 2)  # guesses were checked
+
+
+def test_stop_strings_and_tokens_end_a_row_within_a_guess(circling: Llama, monkeypatch) -> None:
+    passes = passed_tokens(circling, monkeypatch)
+    circle = circling.generate([[7, 8]], 200, temperature=0)[0][0]
+    prompt, rest = circle[:100], circle[100:]
+    for after in range(5, 15):
+        stop_token = rest[after]
+        expected = rest[: rest.index(stop_token)]
+        text = circling.tokenizer.decode(rest[: after + 1])[-3:]
+        for arguments in ({"stop_token": stop_token}, {"stop": [text]}):
+            arguments |= {"temperature": 0, "max_gen_len": 90}
+            plain = circling.generate([prompt], **arguments)[0]
+            passes.clear()
+            found = circling.generate([prompt], **arguments, prompt_lookup_num_tokens=10)[0]
+            assert found == plain
+            assert len(plain[0]) < 90
+            if "stop_token" in arguments:
+                assert plain[0] == expected
+            assert len(plain[0]) < 4 or any(n > 1 for n in passes[1:])
 
 
 def test_the_cache_after_wrong_guesses_is_reused_rightly(tiny: Llama) -> None:
