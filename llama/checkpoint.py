@@ -20,7 +20,9 @@ from llama.files import open_meta
 from llama.memory import release
 from llama.model import ModelArgs, Transformer
 from llama.params import make_args
-from llama.sharding import cache_bytes, check_model_parallel_size, parameter_count
+from llama.quantization import pack_all, swap
+from llama.rounding import Int4, Scheme
+from llama.sharding import cache_bytes, check_model_parallel_size, weight_bytes
 from llama.weights import Checkpoint, Weights
 
 logger = logging.getLogger(__name__)
@@ -30,6 +32,8 @@ def load(
     checkpoint: Checkpoint, args: ModelArgs, device: torch.device, dtype: torch.dtype | None
 ) -> Transformer:
     """Build the network and fill this rank's part of it from any number of parts.
+
+    Where the checkpoint is quantised, so is the network.
 
     Args:
         args: the checkpoint's hyper-parameters (``make_args``).
@@ -44,20 +48,25 @@ def load(
     start = time.monotonic()
     rank, ranks = parallel.rank(), parallel.world_size()
     checkpoint.check(args)
-    check_model_parallel_size(args, ranks)
+    scheme = checkpoint.scheme
+    check_model_parallel_size(args, ranks, scheme)
     if dtype is None:
         fast_bf16 = parallel.has_fast_bf16(device)
         dtype = parallel.choose_dtype(checkpoint.dtype, device.type, fast_bf16)
-    check_memory(args, dtype, device, ranks)
+    check_memory(args, dtype, device, ranks, scheme)
     with torch.device("meta"):
         model = Transformer(args)
+        if scheme:
+            swap(model, scheme, dtype)
     tensors: dict[str, torch.Tensor] = {}
     stay_mapped = []
     for name in model.state_dict():
-        if name == "output.weight" and args.tie_word_embeddings and ranks == 1:
-            tensors[name] = tensors["tok_embeddings.weight"]
+        if name.startswith("output.") and args.tie_word_embeddings and ranks == 1:
+            tensors[name] = tensors[name.replace("output", "tok_embeddings")]
             continue
-        part = checkpoint.rank_part(name, args, rank, ranks).to(device, dtype).contiguous()
+        part = checkpoint.rank_part(name, args, rank, ranks)
+        kept = scheme and part.dim() == 2
+        part = part.to(device, part.dtype if kept else dtype).contiguous()
         mapped = checkpoint.mapped(name)
         # What needs no change stays mapped: it is read when it is used, and never copied.
         if any(_shares_memory(part, tensor) for tensor in mapped):
@@ -71,16 +80,25 @@ def load(
     model.requires_grad_(False)
     for name in stay_mapped:
         model.get_parameter(name).is_mapped = True  # type: ignore[attr-defined]
+    if scheme:
+        tensors.clear()
+        pack_all(model)
     model.allocate_buffers(device, dtype)
     logger.info("loaded %s in %.2f seconds", checkpoint.names[0], time.monotonic() - start)
     return model
 
 
-def check_memory(args: ModelArgs, dtype: torch.dtype, device: torch.device, ranks: int) -> None:
+def check_memory(
+    args: ModelArgs,
+    dtype: torch.dtype,
+    device: torch.device,
+    ranks: int,
+    scheme: Scheme | None = None,
+) -> None:
     """Raise ``MemoryError``, saying what to change, if weights and cache can't fit the device."""
     available = parallel.device_memory(device)
     here = parallel.local_ranks() if device.type == "cpu" else 1  # which share this memory
-    weights = parameter_count(args, ranks) * dtype.itemsize * here
+    weights = weight_bytes(args, dtype, ranks, scheme) * here
     cache = cache_bytes(args, dtype, ranks) * here
     if available is None or weights + cache <= available:
         return
@@ -90,8 +108,10 @@ def check_memory(args: ModelArgs, dtype: torch.dtype, device: torch.device, rank
             f"max_seq_len={args.max_seq_len} times max_batch_size={args.max_batch_size} can be at "
             f"most {left}"
         )
-    elif weights * 2 // dtype.itemsize < available:
+    elif scheme is None and weights * 2 // dtype.itemsize < available:
         advice = f"dtype={dtype} could be torch.bfloat16"
+    elif scheme is None and weight_bytes(args, dtype, ranks, Int4()) * here < available:
+        advice = "quantize could be 'int8' or 'int4'"
     else:
         advice = "the weights alone are too much: share them among more GPUs or more machines"
     raise MemoryError(
@@ -112,6 +132,7 @@ def save(
     files: Mapping[str, Path | bytes] | None = None,
     dtype: torch.dtype | None = None,
     progress: Callable[[int], None] = lambda _: None,
+    scheme: Scheme | None = None,
 ) -> None:
     """Write a checkpoint in Meta's layout, bit by bit the same weights in another number of files.
 
@@ -122,8 +143,9 @@ def save(
         shards: the weights as they lie now, in one or more parts.
         model_parallel_size: how many files to write.
         files: what to put beside them, such as a ``tokenizer.model``: a path or the contents.
-        dtype: what to store; None for what the shards hold.
+        dtype: what to store; None for what the shards hold. Quantised weights stay as they are.
         progress: called with the number of bytes that have been written.
+        scheme: how the shards' weights are quantised.
 
     Raises:
         FileExistsError: ``out_dir`` is there already.
@@ -134,13 +156,16 @@ def save(
     parts = [shard if isinstance(shard, Weights) else Weights.of(shard) for shard in shards]
     if args.tie_word_embeddings:
         for part in parts:
-            part.shapes.pop("output.weight", None)
+            for name in [name for name in part.shapes if name.startswith("output.")]:
+                part.shapes.pop(name)
     names = [f"part {number}" for number in range(len(parts))]
-    first = parts[0]["tok_embeddings.weight"].dtype if "tok_embeddings.weight" in parts[0] else None
-    checkpoint = Checkpoint("ModelArgs", {}, parts, names, dtype or first or torch.float32)
+    known = "norm.weight" if scheme else "tok_embeddings.weight"
+    first = parts[0][known].dtype if known in parts[0] else None
+    stored = dtype or first or torch.float32
+    checkpoint = Checkpoint("ModelArgs", {}, parts, names, stored, scheme=scheme)
     checkpoint.check(args)
-    check_model_parallel_size(args, model_parallel_size)
-    total = parameter_count(args) * checkpoint.dtype.itemsize
+    check_model_parallel_size(args, model_parallel_size, scheme)
+    total = weight_bytes(args, stored, 1, scheme)
     memory = parallel.device_memory(torch.device("cpu"))
     if memory is not None and total // model_parallel_size > memory:
         raise MemoryError(
@@ -148,17 +173,19 @@ def save(
             f"there are {memory / 1e9:.1f} GB: take a larger model_parallel_size"
         )
     with new_directory(out_dir, total) as partial:
-        write_json(partial / "params.json", _params(args))
+        params = _params(args) | ({"quantization": scheme.params()} if scheme else {})
+        write_json(partial / "params.json", params)
         write_files(partial, files or {})
         written = 0
         for number in range(model_parallel_size):
             tensors = {}
             for name in parts[0]:
                 tensor = checkpoint.rank_part(name, args, number, model_parallel_size)
-                if name == "output.weight":  # padding is the ranks' affair, not the files'
+                if name.startswith("output."):  # padding is the ranks' affair, not the files'
                     rows = args.n_outputs - number * tensor.shape[0]
                     tensor = tensor[: max(rows, 0)]
-                tensor = tensor.detach().to("cpu", dtype).contiguous()
+                kept = scheme and tensor.dim() == 2
+                tensor = tensor.detach().to("cpu", None if kept else dtype).contiguous()
                 # torch.save writes the whole of what a view is a part of.
                 whole_storage = tensor.untyped_storage().nbytes() == tensor.nbytes
                 tensors[name] = tensor if whole_storage else tensor.clone()
@@ -252,6 +279,19 @@ def progress_bar(total: int, what: str = "") -> Callable[[int], None]:
     return show
 
 
+def log_progress(total: int, what: str) -> Callable[[int], None]:
+    """A function that tells the log, every few seconds, how much of ``total`` is done."""
+    told = time.monotonic()
+
+    def tell(done: int) -> None:
+        nonlocal told
+        if time.monotonic() > told + 5:
+            told = time.monotonic()
+            logger.info("%s: %d %%", what, 100 * done // total)
+
+    return tell
+
+
 def reshard(in_dir: str, out_dir: str, model_parallel_size: int = 1) -> None:
     """Write a checkpoint again in another number of files.
 
@@ -262,9 +302,16 @@ def reshard(in_dir: str, out_dir: str, model_parallel_size: int = 1) -> None:
     """
     source, target = open_meta(Path(str(in_dir))), Path(str(out_dir))
     args = make_args(source.params, source.source, n_words=vocabulary_size(source))
-    total = parameter_count(args) * source.dtype.itemsize
-    show = progress_bar(total)
-    save(source.parts, args, target, model_parallel_size, source.files, progress=show)
+    show = progress_bar(weight_bytes(args, source.dtype, 1, source.scheme))
+    save(
+        source.parts,
+        args,
+        target,
+        model_parallel_size,
+        source.files,
+        progress=show,
+        scheme=source.scheme,
+    )
     print(f"\nwrote {target}", file=sys.stderr)
 
 

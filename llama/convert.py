@@ -8,7 +8,9 @@ import torch
 from llama.checkpoint import progress_bar, save, vocabulary_size
 from llama.formats import apply_adapter, open_checkpoint
 from llama.params import make_args
-from llama.sharding import parameter_count
+from llama.rounding import make_scheme
+from llama.sharding import parameter_count, weight_bytes
+from llama.weights import quantized
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -20,6 +22,8 @@ def convert(
     model_parallel_size: int = 1,
     dtype: str | None = None,
     adapter: str | tuple[str, ...] = (),
+    quantize: str | None = None,
+    group_size: int | None = None,
 ) -> None:
     """Write a checkpoint in another format, with all that belongs to its tokenizer.
 
@@ -31,6 +35,8 @@ def convert(
         dtype: float32, bfloat16 or float16; by default every tensor stays as it is stored, and
             quantised ones become float16, and merged ones what the base is.
         adapter: a LoRA adapter to merge in, or several separated by commas.
+        quantize: int8 or int4, for weights of 8 or about 4.5 bits (meta only).
+        group_size: how many weights share a scale in int4: 32, 64 (by default), 128 or 256.
 
     Raises:
         FileExistsError: ``out_dir`` is there already.
@@ -42,6 +48,11 @@ def convert(
         raise ValueError(f"dtype is {dtype!r}: expected {', '.join(_DTYPES)}")
     if to == "hf" and model_parallel_size != 1:
         raise ValueError("model_parallel_size is for Meta's layout: leave it out with --to hf")
+    if to == "hf" and quantize is not None:
+        raise ValueError("quantize is for Meta's layout: leave it out with --to hf")
+    if quantize is None and group_size is not None:
+        raise ValueError("group_size is for --quantize int4: say so, or leave it out")
+    scheme = None if quantize is None else make_scheme(quantize, group_size)
     target = Path(str(out_dir))
     source = open_checkpoint(Path(str(in_path)))
     for directory in [adapter] if isinstance(adapter, str) else adapter:
@@ -49,10 +60,26 @@ def convert(
     args = make_args(source.params, source.source, n_words=vocabulary_size(source))
     kept = source.dtype if source.in_float32 else None
     wanted = kept if dtype is None else _DTYPES[dtype]
-    show = progress_bar(parameter_count(args) * (wanted or source.dtype).itemsize)
+    total = weight_bytes(args, wanted or source.dtype, 1, source.scheme)
+    show = progress_bar(total)
+    if scheme is not None:  # which takes far longer than to write what comes out
+        count = parameter_count(args)
+        source = quantized(source, args, scheme, progress_bar(count, f"{count:,} weights"))
+        show = progress_bar(weight_bytes(args, wanted or source.dtype, 1, scheme))
     if to == "meta":
-        save(source.parts, args, target, model_parallel_size, source.files, wanted, show)
+        save(
+            source.parts,
+            args,
+            target,
+            model_parallel_size,
+            source.files,
+            wanted,
+            show,
+            source.scheme,
+        )
     else:
+        if source.scheme is not None:
+            raise ValueError(f"{in_path} is quantised: convert the original weights to hf")
         from llama.formats.to_hf import save_hf
 
         save_hf(source, args, target, wanted, show)

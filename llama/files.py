@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from llama.params import read_params
+from llama.rounding import Int4, Scheme, scheme_of
 from llama.weights import Checkpoint, Weights, printable
 
 # Published files carry these tables, which follow from the hyper-parameters.
@@ -148,11 +149,15 @@ def open_meta(ckpt_dir: Path) -> Checkpoint:
     """
     paths = find_shards(ckpt_dir)
     params = read_params(ckpt_dir / "params.json")
+    scheme = scheme_of(params, str(ckpt_dir / "params.json"))
     shards = [open_shard(path) for path in paths]
     embedding = shards[0].get("tok_embeddings.weight")
-    dtype = torch.float32 if embedding is None else embedding.dtype
+    first = shards[0].get("norm.weight") if scheme else embedding
+    dtype = torch.float32 if first is None else first.dtype
     if embedding is not None and embedding.dim() == 2 and embedding.shape[1] > 0:
         dim = params.get("dim")
+        if isinstance(scheme, Int4) and isinstance(dim, int):
+            dim //= 2  # since a byte holds two
         total = dim // embedding.shape[1] if isinstance(dim, int) else 0
         if 64 >= total > len(paths) and total * embedding.shape[1] == dim:
             raise FileNotFoundError(
@@ -161,13 +166,13 @@ def open_meta(ckpt_dir: Path) -> Checkpoint:
             )
     names = [str(path) for path in paths]
     for name, shard in zip(names, shards, strict=True):
-        check_plain(shard, name)
+        check_plain(shard, name, scheme)
     parts = [Weights.of(shard) for shard in shards]
     files: dict[str, Path | bytes] = dict(text_files(ckpt_dir))
     if "tokenizer.model" not in files and "tokenizer.json" not in files:
         with contextlib.suppress(FileNotFoundError):
             files["tokenizer.model"] = find_tokenizer(ckpt_dir)
-    return Checkpoint(f"{ckpt_dir / 'params.json'}", params, parts, names, dtype, files)
+    return Checkpoint(f"{ckpt_dir / 'params.json'}", params, parts, names, dtype, files, scheme=scheme)
 
 
 # What lies beside weights and concerns text, by Hugging Face's names.
@@ -188,11 +193,18 @@ def text_files(directory: Path) -> dict[str, Path]:
     return {name: path for name, path in paths.items() if path.is_file()}
 
 
-def check_plain(tensors: Tensors, name: str) -> None:
+def check_plain(tensors: Tensors, name: str, scheme: Scheme | None = None) -> None:
     """Raise ``ValueError`` if a tensor isn't what weights are, or more than its file holds."""
     for key, tensor in tensors.items():
         plain = tensor.layout == torch.strided and tensor.device.type != "meta"
-        if not (plain and tensor.is_floating_point()):
+        wanted = scheme.dtypes().get(key.rpartition(".")[2]) if scheme else None
+        if wanted is not None and tensor.dim() == 2:
+            if not (plain and tensor.dtype == wanted):
+                raise ValueError(
+                    f"{printable(key)} in {name} is {tensor.dtype} ({tensor.layout}, "
+                    f"{tensor.device}), not a plain {wanted} tensor, as params.json says"
+                )
+        elif not (plain and tensor.is_floating_point()):
             raise ValueError(
                 f"{printable(key)} in {name} is {tensor.dtype} ({tensor.layout}, "
                 f"{tensor.device}), not a plain floating-point tensor"

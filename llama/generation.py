@@ -26,6 +26,9 @@ from llama.prompts import (
     Message,
     infilling_prompt_tokens,
 )
+from llama.rounding import make_scheme
+from llama.sharding import parameter_count
+from llama.weights import quantized
 
 TINY = Path(__file__).parent / "tiny"
 """The checkpoint that comes with the package."""
@@ -48,6 +51,8 @@ class Llama(BaseLlama):
         adapter: str | Path | Sequence[str | Path] = (),
         chat_format: str | None = None,
         compile: bool = False,
+        quantize: str | None = None,
+        group_size: int | None = None,
     ) -> "Llama":
         """Load a checkpoint, in one process or with the others that ``torchrun`` started.
 
@@ -67,6 +72,9 @@ class Llama(BaseLlama):
                 as the checkpoint's own template says, else as Meta's models were trained.
             compile: whether to compile decoding steps (CUDA and CPU), which needs Triton or a C++
                 compiler and takes a while; the log tells how long.
+            quantize: "int8" or "int4": weights of 8 or about 4.5 bits. A checkpoint that
+                ``llama.convert`` has quantised needs no saying so, and loads quicker.
+            group_size: how many weights share a scale in int4: 32, 64 (by default), 128 or 256.
 
         Raises:
             FileNotFoundError: the directory, a weight file or the tokenizer is missing.
@@ -100,6 +108,12 @@ class Llama(BaseLlama):
         chat = choose_chat(chat_format, source.files, tokenizer)
         n_words = tokenizer.n_words
         args = make_args(source.params, source.source, n_words, max_seq_len, max_batch_size)
+        if quantize is not None:
+            scheme = make_scheme(quantize, group_size)
+            tell = checkpoint.log_progress(parameter_count(args), "quantising")
+            source = quantized(source, args, scheme, tell)
+        elif group_size is not None:
+            raise ValueError("group_size is for quantize='int4': say so, or leave it out")
         model = checkpoint.load(source, args, torch_device, dtype)
         if compile:
             compile_decoding(model)

@@ -77,6 +77,21 @@ class _Linear(nn.Module):
         """Shape (n_tokens, in_features) to (n_tokens, out_features), of this rank's part."""
         return project(x, self)[0]
 
+    def products(self, x: torch.Tensor, layers: "Sequence[_Linear]") -> Sequence[torch.Tensor]:
+        """What ``project`` gives for layers of which this is the first."""
+        if not any(layer.is_packed for layer in layers) and _may_pack(layers):
+            _pack_in_time(layers)
+        if _are_neighbours(layers):
+            out = _packed_rows_product(x, self, self._width)
+            return [out[:, layer._rows] for layer in layers]
+        return [_product_alone(x, layer) for layer in layers]
+
+    def padding(self, n_tokens: int) -> int:
+        """How many tokens more make the products of as few as ``n_tokens`` quicker."""
+        weight = self.weight
+        packs = _PACKING_PAYS and weight.dtype == torch.bfloat16 and weight.device.type == "cpu"
+        return max(0, _QUICK_TOKENS - n_tokens) if packs else 0
+
     @property
     def is_packed(self) -> bool:
         return self._number is not None
@@ -121,12 +136,7 @@ def project(x: torch.Tensor, *layers: _Linear) -> Sequence[torch.Tensor]:
     Returns:
         For each layer this rank's part, shape (n_tokens, out_features).
     """
-    if not any(layer.is_packed for layer in layers) and _may_pack(layers):
-        _pack_in_time(layers)
-    if _are_neighbours(layers):
-        out = _packed_rows_product(x, layers[0], layers[0]._width)
-        return [out[:, layer._rows] for layer in layers]
-    return [_product_alone(x, layer) for layer in layers]
+    return layers[0].products(x, layers)
 
 
 def _are_neighbours(layers: Sequence[_Linear]) -> bool:
@@ -157,12 +167,6 @@ def _packed_rows_product(x: torch.Tensor, layer: _Linear, width: int) -> torch.T
         x = F.pad(x, (0, 0, 0, _QUICK_TOKENS - n_tokens))
     out: torch.Tensor = torch.ops.llama.packed_product(x, layer._number, width)
     return out[:n_tokens]
-
-
-def padding(n_tokens: int, like: torch.Tensor) -> int:
-    """How many tokens more make the products of as few as ``n_tokens`` quicker."""
-    packs = like.device.type == "cpu" and like.dtype == torch.bfloat16 and _PACKING_PAYS
-    return max(0, _QUICK_TOKENS - n_tokens) if packs else 0
 
 
 def _may_pack(layers: Sequence[_Linear]) -> bool:

@@ -14,13 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from llama.linear import (
-    ColumnParallelLinear,
-    ParallelEmbedding,
-    RowParallelLinear,
-    padding,
-    project,
-)
+from llama.linear import ColumnParallelLinear, ParallelEmbedding, RowParallelLinear, project
 from llama.packing import Packed, Segment, Span, check_segments, pack
 from llama.parallel import world_size
 
@@ -381,7 +375,7 @@ class Transformer(nn.Module):
         self, tokens: torch.Tensor, packed: Packed, layers: Iterable[Callable[..., torch.Tensor]]
     ) -> torch.Tensor:
         """From token ids through all layers, shape (n_tokens,) to (n_tokens, dim)."""
-        extra = (0, padding(len(tokens), self.norm.weight))
+        extra = (0, self.output.padding(len(tokens)))
         freqs_cis = self.freqs_cis[F.pad(packed.positions, extra)]
         h = self.tok_embeddings(F.pad(tokens, extra))  # (n_tokens, dim)
         for layer in layers:

@@ -56,7 +56,7 @@ def make_args(
         more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
         raise ValueError(
             f"{source} has the unknown key{'s' * (len(unknown) > 1)} "
-            f"{', '.join(map(_short, unknown[:5]))}{more}: known are {', '.join(known)}"
+            f"{', '.join(map(short, unknown[:5]))}{more}: known are {', '.join(known)}"
         )
     _check_numbers(params, source)
     args = ModelArgs(**{**params, "max_seq_len": max_seq_len, "max_batch_size": max_batch_size})
@@ -88,11 +88,11 @@ def _check_numbers(params: Mapping[str, Any], source: str) -> None:
             continue
         if name == "tie_word_embeddings":
             if type(value) is not bool:
-                raise ValueError(f"{name} is {_short(value)} in {source}: expected true or false")
+                raise ValueError(f"{name} is {short(value)} in {source}: expected true or false")
         elif type(default) is int or name == "n_kv_heads":
             if type(value) is not int or not 1 <= value <= _LARGEST:
                 raise ValueError(
-                    f"{name} is {_short(value)} in {source}: expected a whole number above 0"
+                    f"{name} is {short(value)} in {source}: expected a whole number above 0"
                 )
         elif name in ("norm_eps", "rope_theta", "ffn_dim_multiplier"):
             _check_positive(name, value, source)
@@ -100,7 +100,7 @@ def _check_numbers(params: Mapping[str, Any], source: str) -> None:
 
 def _check_positive(name: str, value: object, source: str) -> None:
     if type(value) not in (int, float) or not 0 < value <= _LARGEST:  # type: ignore[operator]
-        raise ValueError(f"{name} is {_short(value)} in {source}: expected a number above 0")
+        raise ValueError(f"{name} is {short(value)} in {source}: expected a number above 0")
 
 
 def _check(args: ModelArgs, source: str) -> None:
@@ -118,7 +118,7 @@ def _check(args: ModelArgs, source: str) -> None:
         and args.labels
         and all(isinstance(label, str) for label in args.labels)
     ):
-        raise ValueError(f"labels is {_short(args.labels)} in {source}: expected a list of names")
+        raise ValueError(f"labels is {short(args.labels)} in {source}: expected a list of names")
     if args.labels is not None and args.tie_word_embeddings:
         raise ValueError(f"{source} has labels and tie_word_embeddings: a classifier isn't tied")
     if args.rope_scaling is not None:
@@ -142,19 +142,19 @@ def _check_rope_scaling(scaling: object, head_dim: int, source: str) -> None:
     kind = scaling.get("rope_type") if isinstance(scaling, dict) else None
     if not isinstance(scaling, dict) or not isinstance(kind, str) or kind not in _ROPE_TYPES:
         raise ValueError(
-            f"rope_scaling is {_short(scaling if kind is None else kind)} in {source}: known kinds "
+            f"rope_scaling is {short(scaling if kind is None else kind)} in {source}: known kinds "
             f"are {', '.join(_ROPE_TYPES)}"
         )
     if set(scaling) != {"rope_type", *_ROPE_TYPES[kind]}:
         raise ValueError(
             f"rope_scaling of the kind {kind} in {source} needs exactly "
-            f"{', '.join(_ROPE_TYPES[kind])}; found {_short(sorted(map(str, scaling)))}"
+            f"{', '.join(_ROPE_TYPES[kind])}; found {short(sorted(map(str, scaling)))}"
         )
     if kind == "factors":
         factors = scaling["factors"]
         if not isinstance(factors, list) or len(factors) != head_dim // 2:
             raise ValueError(
-                f"rope_scaling's factors in {source} are {_short(factors)}: expected "
+                f"rope_scaling's factors in {source} are {short(factors)}: expected "
                 f"{head_dim // 2} numbers"
             )
         for factor in factors:
@@ -168,7 +168,7 @@ def _check_rope_scaling(scaling: object, head_dim: int, source: str) -> None:
         )
 
 
-def _short(value: object) -> str:
+def short(value: object) -> str:
     if isinstance(value, int) and abs(value) > _LARGEST:
         return "larger than any model's"  # Python refuses to print very large ones
     text = repr(value)

@@ -74,6 +74,8 @@ def main(
     max_batch_size: int = 4,
     device: str | None = None,
     dtype: str | None = None,
+    quantize: str | None = None,
+    group_size: int | None = None,
 ) -> None:
     """Print a checkpoint's perplexity on a text.
 
@@ -85,6 +87,8 @@ def main(
         max_batch_size: windows at once.
         device: where to run.
         dtype: float32, bfloat16 or float16; by default what suits checkpoint and device.
+        quantize: int8 or int4; by default as the checkpoint is.
+        group_size: how many weights share a scale in int4.
     """
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype is not None and dtype not in dtypes:
@@ -96,6 +100,8 @@ def main(
         max_batch_size=max_batch_size,
         device=device,
         dtype=None if dtype is None else dtypes[dtype],
+        quantize=quantize,
+        group_size=group_size,
     )
     text = data.decode("utf-8", errors="replace")
     tokens = llama.tokenizer.encode(text, bos=llama.tokenizer.add_bos, eos=False)

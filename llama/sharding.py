@@ -1,11 +1,13 @@
 """How parameters are divided among files and ranks: pure functions of shapes and tensors."""
 
 from collections.abc import Sequence
+from math import prod
 from typing import TypeVar
 
 import torch
 
 from llama.model import ModelArgs
+from llama.rounding import Scheme
 
 T = TypeVar("T")
 
@@ -23,8 +25,9 @@ _SPLIT_DIM = {
 }
 
 
-def check_model_parallel_size(args: ModelArgs, ranks: int) -> None:
+def check_model_parallel_size(args: ModelArgs, ranks: int, scheme: Scheme | None = None) -> None:
     """Raise ``ValueError``, listing what fits, if the network can't be divided among ranks."""
+    widths = {args.dim, args.n_heads * args.head_dim, args.hidden_dim}
     if type(ranks) is not int:
         raise ValueError(f"model_parallel_size is {ranks!r}: expected a whole number")
 
@@ -32,14 +35,20 @@ def check_model_parallel_size(args: ModelArgs, ranks: int) -> None:
         if n < 1:
             return False
         kv_heads = args.kv_heads
+        if scheme and any(width % (n * scheme.block(width)) for width in widths):
+            return False
         whole = args.n_heads % n == args.dim % n == args.hidden_dim % n == 0
         return whole and (kv_heads % n == 0 or n % kv_heads == 0)
 
     if not fits(ranks):
-        sizes = ", ".join(str(n) for n in range(1, args.n_heads + 1) if fits(n))
+        sizes = ", ".join(str(n) for n in range(1, args.n_heads + 1) if fits(n)) or "none"
+        blocks = ""
+        if scheme:
+            size = max(scheme.block(width) for width in widths)
+            blocks = f", in {scheme.name} blocks of {size}"
         raise ValueError(
             f"{ranks} parts can't be made of {args.n_heads} heads, {args.kv_heads} key/value "
-            f"heads, dim {args.dim} and hidden size {args.hidden_dim}: possible are {sizes}"
+            f"heads, dim {args.dim} and hidden size {args.hidden_dim}{blocks}: possible are {sizes}"
         )
 
 
@@ -62,7 +71,22 @@ def cache_bytes(args: ModelArgs, dtype: torch.dtype, ranks: int = 1) -> int:
     return 2 * args.n_layers * positions * heads * args.head_dim * dtype.itemsize
 
 
-def full_shapes(args: ModelArgs) -> dict[str, tuple[int, ...]]:
+def weight_bytes(
+    args: ModelArgs, dtype: torch.dtype, ranks: int = 1, scheme: Scheme | None = None
+) -> int:
+    """The size of one rank's parameters, by arithmetic alone."""
+    if scheme is None:
+        return parameter_count(args, ranks) * dtype.itemsize
+    dtypes = scheme.dtypes()
+    sizes = {
+        name: prod(shape) * (dtypes[name.split(".")[-1]] if len(shape) == 2 else dtype).itemsize
+        for name, shape in full_shapes(args, scheme).items()
+    }
+    tied = sum(size for name, size in sizes.items() if name.startswith("tok_embeddings."))
+    return (sum(sizes.values()) + tied * args.tie_word_embeddings) // ranks
+
+
+def full_shapes(args: ModelArgs, scheme: Scheme | None = None) -> dict[str, tuple[int, ...]]:
     """The parameters' shapes before they are divided among shards or ranks.
 
     An output that is the embedding (``tie_word_embeddings``) isn't among them.
@@ -86,12 +110,23 @@ def full_shapes(args: ModelArgs) -> dict[str, tuple[int, ...]]:
     shapes["norm.weight"] = (args.dim,)
     if not args.tie_word_embeddings:
         shapes["output.weight"] = (args.n_outputs, args.dim)
-    return shapes
+    if scheme is None:
+        return shapes
+    quantized: dict[str, tuple[int, ...]] = {}
+    for name, shape in shapes.items():
+        if len(shape) == 1:
+            quantized[name] = shape
+        else:
+            for part, size in scheme.shapes(*shape).items():
+                quantized[f"{name.removesuffix('weight')}{part}"] = size
+    return quantized
 
 
 def split_dim(name: str) -> int | None:
     """The dimension along which a parameter is divided; None where each rank has all of it."""
-    return _SPLIT_DIM.get(name.split(".")[-2])
+    module, part = name.split(".")[-2:]
+    dim = _SPLIT_DIM.get(module)
+    return None if part == "scale" and dim == 1 else dim  # which belongs to a whole row
 
 
 def joined_shape(name: str, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...] | None:

@@ -1,14 +1,16 @@
 """A checkpoint of any format as the network wants it: Meta's names and layout, made on demand."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from llama.memory import release
 from llama.model import ModelArgs
+from llama.rounding import Parts, Scheme
 from llama.sharding import distinct_pieces, full_shapes, joined_shape, parameter_count, rank_part
 
 Shape = tuple[int, ...]
@@ -65,6 +67,7 @@ class Checkpoint:
             ``tokenizer.model`` or ``tokenizer.json``, ``tokenizer_config.json`` and so on.
         in_float32: whether tensors are made in float32 when they are read, since they are
             stored in fewer bits or merged.
+        scheme: how the weights are quantised, as the network shall have them.
     """
 
     source: str
@@ -74,15 +77,17 @@ class Checkpoint:
     dtype: torch.dtype
     files: dict[str, Path | bytes] = field(default_factory=dict)
     in_float32: bool = False
+    scheme: Scheme | None = None
 
     def check(self, args: ModelArgs) -> None:
         """Raise ``ValueError`` unless the parts together make the network of ``args``."""
-        check_shapes([part.shapes for part in self.parts], args, self.names, self.source)
+        shapes = [part.shapes for part in self.parts]
+        check_shapes(shapes, args, self.names, self.source, self.scheme)
 
     def rank_part(self, name: str, args: ModelArgs, rank: int, ranks: int) -> torch.Tensor:
         """What one of ``ranks`` ranks holds of a parameter."""
-        if name == "output.weight" and args.tie_word_embeddings:
-            whole = self.rank_part("tok_embeddings.weight", args, 0, 1)
+        if name.startswith("output.") and args.tie_word_embeddings:
+            whole = self.rank_part(name.replace("output", "tok_embeddings"), args, 0, 1)
             return rank_part(name, [whole], args, rank, ranks)
         return rank_part(name, [part[name] for part in self.parts], args, rank, ranks)
 
@@ -91,8 +96,64 @@ class Checkpoint:
         return [tensor for part in self.parts if name in part for tensor in part.mapped(name)]
 
 
+def quantized(
+    source: Checkpoint,
+    args: ModelArgs,
+    scheme: Scheme,
+    progress: Callable[[int], None] = lambda _: None,
+) -> Checkpoint:
+    """A checkpoint with its weights quantised, one at a time, when they are asked for.
+
+    Args:
+        progress: called with the number of weights that have been quantised.
+
+    Raises:
+        ValueError: it is quantised otherwise, or a width isn't a multiple of the group size.
+    """
+    if source.scheme == scheme:
+        return source
+    if source.scheme is not None:
+        raise ValueError(
+            f"{source.names[0]} is quantised ({source.scheme}), and {scheme} was asked for: "
+            "quantise the original weights"
+        )
+    source.check(args)
+    widths = {args.dim, args.n_heads * args.head_dim, args.hidden_dim}
+    odd = sorted(width for width in widths if width % scheme.block(width))
+    if odd:
+        raise ValueError(
+            f"{scheme} doesn't fit {source.source}, where a weight's width is {odd[0]}: give a "
+            "group_size that divides it, or take int8"
+        )
+    last: tuple[str, Parts] = ("", {})
+    done = 0
+
+    def read(name: str) -> torch.Tensor:
+        nonlocal last, done
+        module, part = name.rsplit(".", 1)
+        if module != last[0]:
+            last = ("", {})
+            weight = source.rank_part(f"{module}.weight", args, 0, 1)
+            if weight.dim() == 1:
+                return weight
+            if not weight.isfinite().all():
+                raise ValueError(f"{module}.weight in {source.names[0]} isn't finite")
+            last = (module, scheme.quantize(weight))
+            release(source.mapped(f"{module}.weight"))
+            done += weight.numel()
+            progress(done)
+        return last[1][part]
+
+    parts = [Weights(full_shapes(args, scheme), read)]
+    return replace(source, parts=parts, names=source.names[:1], in_float32=False, scheme=scheme)
+
+
 def check_shapes(
-    parts: Sequence[Mapping[str, Shape]], args: ModelArgs, names: Sequence[str], source: str
+    parts: Sequence[Mapping[str, Shape]],
+    args: ModelArgs,
+    names: Sequence[str],
+    source: str,
+    scheme: Scheme | None = None,
 ) -> None:
     """Raise ``ValueError`` unless tensors of these shapes make the network of ``args``."""
     size = sum(prod(shape) for part in parts for shape in part.values())
@@ -102,7 +163,7 @@ def check_shapes(
             f"{source} describes {count:,} parameters, but {', '.join(names[:2])} hold"
             f"{'s' * (len(names) == 1)} {size:,}: one of them belongs to another model"
         )
-    expected = full_shapes(args)
+    expected = full_shapes(args, scheme)
     for name, part in zip(names, parts, strict=True):
         for problem, odd in (
             ("lacks", sorted(expected.keys() - part.keys())),

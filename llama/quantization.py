@@ -1,0 +1,438 @@
+"""Linear layers with fewer bits, which ``swap`` puts in a network's place of the usual ones.
+
+A layer's state is what a checkpoint stores (``llama.rounding``). Before it is used, its parts are
+packed into the order that the quickest kernel of its device reads, together with those of the
+layers that multiply the same input.
+"""
+
+import functools
+import itertools
+import warnings
+import weakref
+from collections.abc import Iterator, MutableMapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from fairscale.nn.model_parallel.mappings import gather_from_model_parallel_region
+from torch import nn
+
+from llama.linear import ColumnParallelLinear, ParallelEmbedding, RowParallelLinear, _Linear
+from llama.memory import release, trim
+from llama.model import Attention, FeedForward, Transformer
+from llama.rounding import Int4, Int8, Parts, Scheme, rotate
+
+# FBGEMM's int8 kernels read a packed weight once for up to eight rows, at most of the memory's
+# speed, where oneDNN's and PyTorch's own reach 0.6 of it.
+_HAS_FBGEMM = "fbgemm" in torch.backends.quantized.supported_engines
+_FEW_ROWS = 96  # up to which the int4 kernel is quicker than to widen the weight
+_TILES = 8  # of the int4 kernel, that are widened at a time, so that they stay in the cache
+
+
+def _activation_levels() -> int:
+    """How many steps an input has on either side of zero.
+
+    Before VNNI two products of eight bits are added in sixteen, which half as many steps can't
+    overflow.
+    """
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return 127 if capabilities.get("avx512_vnni") else 63
+
+
+_LEVELS = _activation_levels()
+
+
+class _Kernel:
+    """Quantised weights of one or more layers, one below the other, in the order of a kernel."""
+
+    width: int  # the rows of all
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """Shape (n_tokens, in_features) to (n_tokens, width), in the dtype of ``x``."""
+        raise NotImplementedError
+
+    def parts(self) -> Parts:
+        """The weights as a checkpoint stores them."""
+        raise NotImplementedError
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self.product(x)
+
+
+class _CpuKernel(_Kernel):
+    """One that compiled code knows by its number: it can't hold what is packed."""
+
+    def __init__(self, width: int):
+        self.width = width
+        number = next(_numbers)
+        _kernels[number] = self
+        self._number = torch.tensor(number, device="cpu")
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = torch.ops.llama.quantized_product(x, self._number, self.width)
+        return out
+
+
+_kernels: MutableMapping[int, _CpuKernel] = weakref.WeakValueDictionary()
+_numbers = itertools.count()
+_library = torch.library.Library("llama", "FRAGMENT")
+_library.define("quantized_product(Tensor x, Tensor number, int width) -> Tensor")
+
+
+def _quantized_product(x: torch.Tensor, number: torch.Tensor, width: int) -> torch.Tensor:
+    return _kernels[int(number)].product(x)
+
+
+def _quantized_product_shape(x: torch.Tensor, number: torch.Tensor, width: int) -> torch.Tensor:
+    return x.new_empty(x.shape[0], width)
+
+
+_library.impl("quantized_product", _quantized_product, "CPU")
+torch.library.register_fake("llama::quantized_product", _quantized_product_shape, lib=_library)
+
+
+class _Int8Cpu(_CpuKernel):
+    """Rows of eight bits, each by its own range, times weights of eight bits, by FBGEMM.
+
+    Sums are exact, so a row's product doesn't depend on what other rows there are.
+    """
+
+    def __init__(self, parts: Parts, block: int):
+        super().__init__(len(parts["weight"]))
+        self._block = block
+        scale = parts["scale"][:, 0]
+        zero = torch.zeros(self.width, dtype=torch.long)
+        engine = torch.backends.quantized.engine
+        torch.backends.quantized.engine = "fbgemm"
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # such tensors are to go, their kernels aren't
+                weight = torch._make_per_channel_quantized_tensor(parts["weight"], scale, zero, 0)
+            self._packed = torch.ops.quantized.linear_prepack(weight, None)
+        finally:
+            torch.backends.quantized.engine = engine
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        rows = rotate(x.float(), self._block)
+        largest = torch.linalg.vector_norm(rows, torch.inf, dim=1, keepdim=True)
+        largest = largest.clamp_(min=torch.finfo(torch.float32).tiny)
+        out = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
+            rows / largest, 1 / _LEVELS, _LEVELS + 1, self._packed
+        )
+        return out.mul_(largest).to(x.dtype)
+
+    def parts(self) -> Parts:
+        weight, _ = torch.ops.quantized.linear_unpack(self._packed)
+        scale = weight.q_per_channel_scales().float()
+        return {"weight": weight.int_repr(), "scale": scale[:, None]}
+
+
+class _Int8Plain(_Kernel):
+    """Weights that are widened where they are multiplied; compiled, in the same kernel."""
+
+    def __init__(self, parts: Parts, block: int):
+        self._parts = parts
+        self._block = block
+        self.width = len(parts["weight"])
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        weight, scale = self._parts["weight"], self._parts["scale"][:, 0]
+        x = rotate(x, self._block)
+        if len(x) == 1 and x.device.type in ("cpu", "mps"):
+            return torch._weight_int8pack_mm(x, weight, scale.to(x.dtype))
+        if x.dtype == torch.float16:  # whose range whole numbers would soon leave
+            return F.linear(x, (weight * scale[:, None]).to(x.dtype))
+        return F.linear(x, weight.to(x.dtype)) * scale.to(x.dtype)
+
+    def parts(self) -> Parts:
+        return self._parts
+
+
+class _Int4Cpu(_CpuKernel):
+    """PyTorch's kernel for few rows; for many, tiles of the weight are widened and multiplied.
+
+    Its order is that of tiles of 64 outputs, or of 32 without AVX-512: a tile has a row of bytes for
+    each input, of which one holds the numbers of outputs that lie half a tile apart.
+    """
+
+    def __init__(self, parts: Parts, scheme: Int4, dtype: torch.dtype):
+        super().__init__(len(parts["weight"]))
+        self._scheme = scheme
+        self._group_size = scheme.group_size
+        extra = (0, 0, 0, -self.width % 64)
+        self._packed = _pack_tiles(scheme.numbers(F.pad(parts["weight"], extra)), _int4_tile())
+        pairs = torch.stack((F.pad(parts["scales"], extra), F.pad(parts["zeros"], extra)), dim=2)
+        self._scales_and_zeros = pairs.transpose(0, 1).to(dtype).contiguous()
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        if len(x) <= _FEW_ROWS:
+            out = torch._weight_int4pack_mm_for_cpu(
+                x.contiguous(), self._packed, self._group_size, self._scales_and_zeros
+            )
+        else:
+            n_tiles = len(self._packed) // _int4_tile()
+            some = [range(n_tiles)[first : first + _TILES] for first in range(0, n_tiles, _TILES)]
+            out = torch.cat([x @ self._widened(tiles) for tiles in some], dim=1)
+        return out[:, : self.width]
+
+    def _widened(self, tiles: range) -> torch.Tensor:
+        """The weight's part of some tiles, shape (in_features, their outputs)."""
+        rows = slice(tiles.start * _int4_tile(), tiles.stop * _int4_tile())
+        numbers = _unpack_tiles(self._packed[rows], _int4_tile())  # (in_features, outputs)
+        scales, zeros = self._scales_and_zeros[:, None, rows].unbind(3)  # (n_groups, 1, outputs)
+        groups = numbers.to(scales.dtype).sub_(8).unflatten(0, (-1, self._group_size))
+        return torch.addcmul(zeros, groups, scales).flatten(0, 1)
+
+    def parts(self) -> Parts:
+        numbers = _unpack_tiles(self._packed, _int4_tile()).T[: self.width]
+        scales, zeros = self._scales_and_zeros[:, : self.width].transpose(0, 1).unbind(2)
+        return self._scheme.stored(numbers, scales.bfloat16(), zeros.bfloat16())
+
+
+def _pack_tiles(numbers: torch.Tensor, tile: int) -> torch.Tensor:
+    """Numbers, shape (out_features, in_features), in the order of the int4 kernel for CPUs."""
+    out_features, in_features = numbers.shape
+    first, second = numbers.view(-1, 2, tile // 2, in_features).transpose(2, 3).unbind(1)
+    return (first | (second << 4)).reshape(out_features, in_features // 2)
+
+
+def _unpack_tiles(packed: torch.Tensor, tile: int) -> torch.Tensor:
+    """The numbers that ``_pack_tiles`` packed, shape (in_features, out_features)."""
+    bytes_ = packed.view(len(packed) // tile, -1, tile // 2)  # (tiles, in_features, tile / 2)
+    numbers = torch.stack((bytes_ & 15, bytes_ >> 4), dim=2)
+    return numbers.transpose(0, 1).flatten(1)  # (in_features, out_features)
+
+
+@functools.cache
+def _int4_tile() -> int:
+    """How many outputs a tile of the int4 kernel has; 0 where its order is another."""
+    numbers = torch.arange(64 * 32, dtype=torch.int32).view(64, 32) * 7 % 16
+    packed = torch._convert_weight_to_int4pack_for_cpu(numbers, 1)
+    for tile in (64, 32):
+        if torch.equal(packed, _pack_tiles(numbers.to(torch.uint8), tile)):
+            return tile
+    return 0
+
+
+class _Int4Plain(_Kernel):
+    """Weights that are widened where they are multiplied."""
+
+    def __init__(self, parts: Parts, scheme: Int4):
+        self._parts = parts
+        self._scheme = scheme
+        self.width = len(parts["weight"])
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self._scheme.dequantize(self._parts, 1).to(x.dtype))
+
+    def parts(self) -> Parts:
+        return self._parts
+
+
+class _Int4Cuda(_Kernel):
+    """PyTorch's "tinygemm" kernel, for bfloat16 on CUDA from compute capability 8.0."""
+
+    _INNER_TILES = 8  # of 16 inputs, which its order keeps together
+
+    def __init__(self, parts: Parts, scheme: Int4):
+        self.width = len(parts["weight"])
+        self._scheme = scheme
+        self._in_features = 2 * parts["weight"].shape[1]
+        extra = (0, 0, 0, -self.width % 8)
+        weight = F.pad(parts["weight"], extra)
+        # It takes the first of two numbers from the upper bits.
+        swapped = (weight << 4) | (weight >> 4)
+        self._packed = torch._convert_weight_to_int4pack(swapped, self._INNER_TILES)
+        pairs = torch.stack((F.pad(parts["scales"], extra), F.pad(parts["zeros"], extra)), dim=2)
+        self._scales_and_zeros = pairs.transpose(0, 1).contiguous()
+
+    @staticmethod
+    def takes(parts: Parts, dtype: torch.dtype) -> bool:
+        weight = parts["weight"]
+        return (
+            weight.device.type == "cuda"
+            and dtype == torch.bfloat16
+            and torch.cuda.get_device_capability(weight.device) >= (8, 0)
+            and 2 * weight.shape[1] % (16 * _Int4Cuda._INNER_TILES) == 0
+        )
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = torch._weight_int4pack_mm(
+            x.contiguous(), self._packed, self._scheme.group_size, self._scales_and_zeros
+        )
+        return out[:, : self.width]
+
+    def parts(self) -> Parts:
+        # With scale 1 and zero 8 a product with the identity is the numbers themselves.
+        identity = torch.eye(self._in_features, dtype=torch.bfloat16, device=self._packed.device)
+        plain = self._scales_and_zeros.clone()
+        plain[..., 0], plain[..., 1] = 1, 8
+        numbers = torch._weight_int4pack_mm(
+            identity, self._packed, self._scheme.group_size, plain
+        ).T[: self.width]
+        scales, zeros = self._scales_and_zeros[:, : self.width].transpose(0, 1).unbind(2)
+        return self._scheme.stored(numbers.to(torch.uint8), scales, zeros)
+
+
+def _make_kernel(parts: Parts, scheme: Scheme, block: int, dtype: torch.dtype) -> _Kernel:
+    on_cpu = parts["weight"].device.type == "cpu"
+    if isinstance(scheme, Int8):
+        return _Int8Cpu(parts, block) if on_cpu and _HAS_FBGEMM else _Int8Plain(parts, block)
+    if on_cpu and _int4_tile():
+        return _Int4Cpu(parts, scheme, dtype)
+    if _Int4Cuda.takes(parts, dtype):
+        return _Int4Cuda(parts, scheme)
+    return _Int4Plain(parts, scheme)
+
+
+class _QuantizedLinear(_Linear):
+    """What the two kinds of parallel layers have in common."""
+
+    def _quantize(self, scheme: Scheme, dtype: torch.dtype, whole_width: int) -> None:
+        """Make room for quantised parts instead of the weight."""
+        self._scheme = scheme
+        self._dtype = dtype  # of the inputs
+        self._block = scheme.block(whole_width)
+        self._kernel: _Kernel | None = None
+        _make_parts(self, scheme, *self.weight.shape)
+
+    def products(self, x: torch.Tensor, layers: Sequence[_Linear]) -> Sequence[torch.Tensor]:
+        if self._kernel is None:
+            pack(layers)
+        kernel = self._kernel
+        if kernel is None or any(getattr(layer, "_kernel", None) is not kernel for layer in layers):
+            return [layer.products(x, [layer])[0] for layer in layers]
+        out = kernel(x)
+        return [out[:, layer._rows] for layer in layers]
+
+    def padding(self, n_tokens: int) -> int:
+        return 0
+
+    @property
+    def is_packed(self) -> bool:
+        return self._kernel is not None
+
+    def parts(self) -> Parts:
+        """The parts as a checkpoint stores them."""
+        if self._kernel is None:
+            return {name: self.get_parameter(name).detach() for name in self._scheme.dtypes()}
+        return {name: part[self._rows] for name, part in self._kernel.parts().items()}
+
+    def plain_weight(self) -> torch.Tensor:
+        """What the parts stand for, in float32, shape (out_features, in_features)."""
+        return self._scheme.dequantize(self.parts(), self._block)
+
+    def _unpack(self) -> None:
+        if self._kernel is not None:
+            for name, part in self.parts().items():
+                setattr(self, name, nn.Parameter(part.clone(), requires_grad=False))
+            self._kernel = None
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        for name, part in self.parts().items():
+            destination[f"{prefix}{name}"] = part
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        plain = {
+            name: nn.Parameter(part.clone(), requires_grad=False)
+            for name, part in self.parts().items()
+        }
+        return state | {"_parameters": plain, "_kernel": None}
+
+
+class QuantizedColumnParallelLinear(_QuantizedLinear, ColumnParallelLinear):
+    """``ColumnParallelLinear`` with quantised weights, for inputs of ``dtype``."""
+
+    def __init__(self, usual: ColumnParallelLinear, scheme: Scheme, dtype: torch.dtype):
+        ColumnParallelLinear.__init__(
+            self, usual.in_features, usual.out_features, gather_output=usual.gather_output
+        )
+        self._quantize(scheme, dtype, usual.in_features)
+
+
+class QuantizedRowParallelLinear(_QuantizedLinear, RowParallelLinear):
+    """``RowParallelLinear`` with quantised weights, for inputs of ``dtype``."""
+
+    def __init__(self, usual: RowParallelLinear, scheme: Scheme, dtype: torch.dtype):
+        RowParallelLinear.__init__(self, usual.in_features, usual.out_features)
+        self._quantize(scheme, dtype, usual.in_features)
+
+
+class QuantizedEmbedding(ParallelEmbedding):
+    """``ParallelEmbedding`` whose rows are quantised; they become ``dtype`` when looked up."""
+
+    def __init__(self, usual: ParallelEmbedding, scheme: Scheme, dtype: torch.dtype):
+        super().__init__(usual.num_embeddings, usual.embedding_dim)
+        self._scheme = scheme
+        self._dtype = dtype
+        self._block = scheme.block(usual.embedding_dim)
+        _make_parts(self, scheme, *self.weight.shape)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        parts = {name: self.get_parameter(name)[tokens] for name in self._scheme.dtypes()}
+        rows = self._scheme.dequantize(parts, self._block).to(self._dtype)
+        split = rows.shape[1] != self.embedding_dim
+        return gather_from_model_parallel_region(rows) if split else rows
+
+
+def _make_parts(module: nn.Module, scheme: Scheme, out_features: int, in_features: int) -> None:
+    dtypes = scheme.dtypes()
+    for name, shape in scheme.shapes(out_features, in_features).items():
+        part = torch.empty(shape, dtype=dtypes[name])
+        setattr(module, name, nn.Parameter(part, requires_grad=False))
+
+
+def projections(model: Transformer) -> Iterator[tuple[_Linear, ...]]:
+    """The network's linear layers, those together that multiply the same input."""
+    for module in model.modules():
+        if isinstance(module, Attention):
+            yield module.wq, module.wk, module.wv
+            yield (module.wo,)
+        elif isinstance(module, FeedForward):
+            yield module.w1, module.w3
+            yield (module.w2,)
+    yield (model.output,)
+
+
+def swap(model: Transformer, scheme: Scheme, dtype: torch.dtype) -> None:
+    """Replace embedding and linear layers by quantised ones that a checkpoint is to fill."""
+    kinds: dict[type, type] = {
+        ColumnParallelLinear: QuantizedColumnParallelLinear,
+        RowParallelLinear: QuantizedRowParallelLinear,
+        ParallelEmbedding: QuantizedEmbedding,
+    }
+    for module in list(model.modules()):
+        for name, usual in list(module.named_children()):
+            if type(usual) in kinds:
+                setattr(module, name, kinds[type(usual)](usual, scheme, dtype))
+
+
+def pack(layers: Sequence[_Linear]) -> None:
+    """Bring the parts of layers that multiply the same input into a kernel's order."""
+    quantized = [layer for layer in layers if isinstance(layer, _QuantizedLinear)]
+    if len(quantized) != len(layers) or any(layer.is_packed for layer in quantized):
+        quantized = quantized[:1]
+    first = quantized[0]
+    own = [layer.parts() for layer in quantized]
+    joined = {name: torch.cat([parts[name] for parts in own]) for name in own[0]}
+    kernel = _make_kernel(joined, first._scheme, first._block, first._dtype)
+    row = 0
+    for layer, parts in zip(quantized, own, strict=True):
+        layer._kernel = kernel
+        layer._rows = slice(row, row + len(parts["weight"]))
+        row = layer._rows.stop
+        for name, part in parts.items():
+            setattr(layer, name, nn.Parameter(part.new_empty(0), requires_grad=False))
+
+
+def pack_all(model: Transformer) -> None:
+    """Pack every linear layer, one group at a time, and let go of what was mapped or made."""
+    for layers in projections(model):
+        parts = [part for layer in layers for part in layer.parameters()]
+        pack(layers)
+        release(part for part in parts if getattr(part, "is_mapped", False))
+        del parts
+        trim()

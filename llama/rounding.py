@@ -1,0 +1,229 @@
+"""Weights in eight or four bits: how they are rounded, and how a checkpoint stores them.
+
+Eight bits: a row (output) has one scale, and weights lie evenly around zero. Inputs are rounded to
+eight bits too where that is quicker, so both are first multiplied, in blocks, by a Hadamard matrix:
+it leaves their product as it is and spreads what stands out over its block (QuaRot,
+https://arxiv.org/abs/2404.00456).
+
+Four bits: a group of a row's weights has its own scale and zero, chosen for the least squared error.
+"""
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import gcd
+from typing import Any
+
+import torch
+
+from llama.params import short
+
+Parts = dict[str, torch.Tensor]
+_BLOCK = 32  # of the Hadamard matrix: published widths can be divided by 32 on up to 8 ranks
+_CHUNK = 1 << 17  # weights that are rounded at a time, so that they stay in a processor's cache
+GROUP_SIZES = (32, 64, 128, 256)
+
+
+@functools.cache
+def hadamard(size: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """The symmetric orthogonal matrix of a power of two."""
+    matrix = torch.ones(1, 1, dtype=torch.float32)
+    while len(matrix) < size:
+        upper = torch.cat((matrix, matrix), dim=1)
+        matrix = torch.cat((upper, torch.cat((matrix, -matrix), dim=1)))
+    return (matrix / size**0.5).to(device, dtype)
+
+
+def rotate(x: torch.Tensor, block: int) -> torch.Tensor:
+    """Multiply blocks of the last dimension by a Hadamard matrix, which is its own inverse."""
+    if block == 1:
+        return x
+    return (x.unflatten(-1, (-1, block)) @ hadamard(block, x.device, x.dtype)).flatten(-2)
+
+
+@dataclass(frozen=True)
+class Int8:
+    """One scale a row; the rotated weight is ``weight * scale``.
+
+    ``weight`` is int8, shape (out_features, in_features), ``scale`` float32, (out_features, 1).
+    """
+
+    name = "int8"
+    bits = 8.0
+
+    def params(self) -> dict[str, Any]:
+        return {"format": self.name}
+
+    def dtypes(self) -> dict[str, torch.dtype]:
+        return {"weight": torch.int8, "scale": torch.float32}
+
+    def shapes(self, out_features: int, in_features: int) -> dict[str, tuple[int, int]]:
+        return {"weight": (out_features, in_features), "scale": (out_features, 1)}
+
+    def block(self, in_features: int) -> int:
+        """How many inputs belong together: no rank can have a part of a block."""
+        return gcd(in_features, _BLOCK)
+
+    def quantize(self, weight: torch.Tensor) -> Parts:
+        """Of a whole weight, of any dtype."""
+        block = self.block(weight.shape[1])
+        numbers = torch.empty(weight.shape, dtype=torch.int8)
+        scale = torch.empty(len(weight), 1)
+        n_rows = max(1, _CHUNK // weight.shape[1])
+        for first in range(0, len(weight), n_rows):
+            rows = slice(first, first + n_rows)
+            rotated = rotate(weight[rows].float(), block)
+            largest = rotated.abs().amax(dim=1, keepdim=True)
+            scale[rows] = torch.where(largest > 0, largest / 127, 1)
+            numbers[rows] = rotated.div_(scale[rows]).round_()
+        return {"weight": numbers, "scale": scale}
+
+    def dequantize(self, parts: Mapping[str, torch.Tensor], block: int) -> torch.Tensor:
+        """In float32, from the parts of a whole weight or of some rows or blocks of it."""
+        return rotate(parts["weight"].float() * parts["scale"], block)
+
+
+@dataclass(frozen=True)
+class Int4:
+    """A scale and a zero for each group; a weight is ``(number - 8) * scale + zero``.
+
+    ``weight`` is uint8, shape (out_features, in_features / 2), the first of two numbers in the lower
+    bits; ``scales`` and ``zeros`` are bfloat16, (out_features, in_features / group_size).
+    """
+
+    group_size: int = 64
+    name = "int4"
+
+    @property
+    def bits(self) -> float:
+        return 4 + 32 / self.group_size
+
+    def params(self) -> dict[str, Any]:
+        return {"format": self.name, "group_size": self.group_size}
+
+    def dtypes(self) -> dict[str, torch.dtype]:
+        return {"weight": torch.uint8, "scales": torch.bfloat16, "zeros": torch.bfloat16}
+
+    def shapes(self, out_features: int, in_features: int) -> dict[str, tuple[int, int]]:
+        groups = (out_features, in_features // self.group_size)
+        return {"weight": (out_features, in_features // 2), "scales": groups, "zeros": groups}
+
+    def block(self, in_features: int) -> int:
+        """How many inputs belong together: no rank can have a part of a group."""
+        return self.group_size
+
+    def quantize(self, weight: torch.Tensor) -> Parts:
+        """Of a whole weight, of any dtype."""
+        out_features, in_features = weight.shape
+        groups = weight.reshape(-1, self.group_size)
+        done = [_round_groups(chunk) for chunk in groups.split(_CHUNK // self.group_size)]
+        numbers, scales, zeros = (torch.cat(part) for part in zip(*done, strict=True))
+        return self.stored(
+            numbers.view(out_features, in_features),
+            scales.view(out_features, -1),
+            zeros.view(out_features, -1),
+        )
+
+    def dequantize(self, parts: Mapping[str, torch.Tensor], block: int) -> torch.Tensor:
+        """In float32, from the parts of a whole weight or of some rows or groups of it."""
+        numbers = self.numbers(parts["weight"]).float() - 8
+        groups = numbers.unflatten(1, (-1, self.group_size))
+        scales, zeros = (parts[name].float().unsqueeze(2) for name in ("scales", "zeros"))
+        return torch.addcmul(zeros, groups, scales).flatten(1)
+
+    @staticmethod
+    def stored(numbers: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> Parts:
+        """The parts of numbers, 0 to 15, of which two go into a byte."""
+        packed = numbers[:, ::2] | (numbers[:, 1::2] << 4)
+        return {"weight": packed, "scales": scales, "zeros": zeros}
+
+    @staticmethod
+    def numbers(packed: torch.Tensor) -> torch.Tensor:
+        """The numbers, 0 to 15, of two in each byte."""
+        return torch.stack((packed & 15, packed >> 4), dim=2).flatten(1)
+
+
+Scheme = Int8 | Int4
+# Where a group's range is cut, as fractions of it, at either end; what falls outside is clamped.
+_CUTS = [(low, high) for low in (0.0, 0.05, 0.1) for high in (0.0, 0.05, 0.1)]
+
+
+def _round_groups(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Numbers, scales and zeros for groups, shape (n, group_size), with a small squared error.
+
+    From each of several ranges: round, then fit scale and offset to the numbers by least squares.
+    """
+    weight = weight.float()
+    low = weight.amin(dim=1, keepdim=True)
+    span = weight.amax(dim=1, keepdim=True) - low
+    tiny = torch.finfo(torch.float32).tiny
+    best_error = torch.full_like(low, torch.inf)
+    best_scale, best_offset = torch.ones_like(low), low
+    for cut_low, cut_high in _CUTS:
+        scale = (span * ((1 - cut_low - cut_high) / 15)).clamp_(min=tiny)
+        scale, offset = _fit(weight, _numbers(weight, scale, low + span * cut_low))
+        rounded = _numbers(weight, scale, offset)
+        error = torch.addcmul(offset - weight, rounded, scale).square_().sum(dim=1, keepdim=True)
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        best_scale = torch.where(better, scale, best_scale)
+        best_offset = torch.where(better, offset, best_offset)
+    scale, offset = _fit(weight, _numbers(weight, best_scale, best_offset))
+    scales = scale.bfloat16()
+    zeros = (offset + 8 * scales.float()).bfloat16()
+    numbers = _numbers(weight, scales.float(), zeros.float() - 8 * scales.float())
+    return numbers.to(torch.uint8), scales, zeros
+
+
+def _numbers(weight: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+    return torch.sub(weight, offset).div_(scale).round_().clamp_(0, 15)
+
+
+def _fit(weight: torch.Tensor, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The scale and offset with the least squared error of ``numbers * scale + offset``."""
+    mean, target = numbers.mean(dim=1, keepdim=True), weight.mean(dim=1, keepdim=True)
+    centred = numbers - mean
+    variance = centred.square().sum(dim=1, keepdim=True)
+    scale = (centred * weight).sum(dim=1, keepdim=True) / variance.clamp(min=0.25)
+    scale = scale.clamp_(min=1e-30)  # a group of equal weights is its offset
+    return scale, target - scale * mean
+
+
+def make_scheme(name: str, group_size: int | None = None) -> Scheme:
+    """The scheme that a caller or a file names.
+
+    Raises:
+        ValueError: there is none of that name or group size.
+    """
+    if name == Int8.name:
+        if group_size is not None:
+            raise ValueError("group_size is for int4: int8 has one scale a row, leave it out")
+        return Int8()
+    if name != Int4.name:
+        raise ValueError(f"quantize is {short(name)}: expected 'int8' or 'int4'")
+    group_size = Int4.group_size if group_size is None else group_size
+    if type(group_size) is not int or group_size not in GROUP_SIZES:
+        sizes = ", ".join(map(str, GROUP_SIZES))
+        raise ValueError(f"group_size is {short(group_size)}: expected one of {sizes}")
+    return Int4(group_size)
+
+
+def scheme_of(params: dict[str, Any], source: str) -> Scheme | None:
+    """Take a file's scheme out of its hyper-parameters; None for weights that aren't quantised.
+
+    Raises:
+        ValueError: it is one that nobody knows.
+    """
+    if "quantization" not in params:
+        return None
+    said = params.pop("quantization")
+    known = isinstance(said, dict) and set(said) <= {"format", "group_size"}
+    if known and isinstance(said.get("format"), str):
+        try:
+            return make_scheme(said["format"], said.get("group_size"))
+        except ValueError:
+            pass
+    raise ValueError(
+        f"quantization is {short(said)} in {source}: this version reads "
+        '{"format": "int8"} and {"format": "int4", "group_size": 64}; convert the weights again'
+    )
