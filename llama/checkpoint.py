@@ -22,7 +22,12 @@ from llama.model import ModelArgs, Transformer
 from llama.params import make_args
 from llama.quantization import pack_all, swap
 from llama.rounding import Int4, Scheme
-from llama.sharding import cache_bytes, check_model_parallel_size, weight_bytes
+from llama.sharding import (
+    cache_bytes,
+    check_model_parallel_size,
+    full_shapes,
+    weight_bytes,
+)
 from llama.weights import Checkpoint, Weights
 
 logger = logging.getLogger(__name__)
@@ -61,11 +66,12 @@ def load(
     tensors: dict[str, torch.Tensor] = {}
     stay_mapped = []
     for name in model.state_dict():
-        if name.startswith("output.") and args.tie_word_embeddings and ranks == 1:
+        module = name.rpartition(".")[0]
+        if module == "output" and ranks == 1 and name not in checkpoint.parts[0]:
             tensors[name] = tensors[name.replace("output", "tok_embeddings")]
             continue
         part = checkpoint.rank_part(name, args, rank, ranks)
-        kept = scheme and part.dim() == 2
+        kept = scheme and scheme.takes(module)
         part = part.to(device, part.dtype if kept else dtype).contiguous()
         mapped = checkpoint.mapped(name)
         # What needs no change stays mapped: it is read when it is used, and never copied.
@@ -154,7 +160,7 @@ def save(
         ValueError: the shards don't make the network, or it can't be divided into as many parts.
     """
     parts = [shard if isinstance(shard, Weights) else Weights.of(shard) for shard in shards]
-    if args.tie_word_embeddings:
+    if args.tie_word_embeddings and "output.weight" not in full_shapes(args, scheme):
         for part in parts:
             for name in [name for name in part.shapes if name.startswith("output.")]:
                 part.shapes.pop(name)
@@ -184,7 +190,7 @@ def save(
                 if name.startswith("output."):  # padding is the ranks' affair, not the files'
                     rows = args.n_outputs - number * tensor.shape[0]
                     tensor = tensor[: max(rows, 0)]
-                kept = scheme and tensor.dim() == 2
+                kept = scheme and scheme.takes(name.rpartition(".")[0])
                 tensor = tensor.detach().to("cpu", None if kept else dtype).contiguous()
                 # torch.save writes the whole of what a view is a part of.
                 whole_storage = tensor.untyped_storage().nbytes() == tensor.nbytes

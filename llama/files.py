@@ -167,12 +167,14 @@ def open_meta(ckpt_dir: Path) -> Checkpoint:
     names = [str(path) for path in paths]
     for name, shard in zip(names, shards, strict=True):
         check_plain(shard, name, scheme)
-    parts = [Weights.of(shard) for shard in shards]
+    parts = [Weights.of(shard, mapped=True) for shard in shards]
     files: dict[str, Path | bytes] = dict(text_files(ckpt_dir))
     if "tokenizer.model" not in files and "tokenizer.json" not in files:
         with contextlib.suppress(FileNotFoundError):
             files["tokenizer.model"] = find_tokenizer(ckpt_dir)
-    return Checkpoint(f"{ckpt_dir / 'params.json'}", params, parts, names, dtype, files, scheme=scheme)
+    return Checkpoint(
+        f"{ckpt_dir / 'params.json'}", params, parts, names, dtype, files, scheme=scheme
+    )
 
 
 # What lies beside weights and concerns text, by Hugging Face's names.
@@ -197,8 +199,9 @@ def check_plain(tensors: Tensors, name: str, scheme: Scheme | None = None) -> No
     """Raise ``ValueError`` if a tensor isn't what weights are, or more than its file holds."""
     for key, tensor in tensors.items():
         plain = tensor.layout == torch.strided and tensor.device.type != "meta"
-        wanted = scheme.dtypes().get(key.rpartition(".")[2]) if scheme else None
-        if wanted is not None and tensor.dim() == 2:
+        module, _, part = key.rpartition(".")
+        wanted = scheme.dtypes().get(part) if scheme and scheme.takes(module) else None
+        if wanted is not None:
             if not (plain and tensor.dtype == wanted):
                 raise ValueError(
                     f"{printable(key)} in {name} is {tensor.dtype} ({tensor.layout}, "

@@ -9,7 +9,7 @@ import functools
 import itertools
 import warnings
 import weakref
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ def _activation_levels() -> int:
     Before VNNI two products of eight bits are added in sixteen, which half as many steps can't
     overflow.
     """
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
     return 127 if capabilities.get("avx512_vnni") else 63
 
 
@@ -151,8 +151,8 @@ class _Int8Plain(_Kernel):
 class _Int4Cpu(_CpuKernel):
     """PyTorch's kernel for few rows; for many, tiles of the weight are widened and multiplied.
 
-    Its order is that of tiles of 64 outputs, or of 32 without AVX-512: a tile has a row of bytes for
-    each input, of which one holds the numbers of outputs that lie half a tile apart.
+    Its order is that of tiles of 64 outputs, or of 32 without AVX-512: a tile has a row of bytes
+    for each input, of which one holds the numbers of outputs that lie half a tile apart.
     """
 
     def __init__(self, parts: Parts, scheme: Int4, dtype: torch.dtype):
@@ -404,10 +404,9 @@ def swap(model: Transformer, scheme: Scheme, dtype: torch.dtype) -> None:
         RowParallelLinear: QuantizedRowParallelLinear,
         ParallelEmbedding: QuantizedEmbedding,
     }
-    for module in list(model.modules()):
-        for name, usual in list(module.named_children()):
-            if type(usual) in kinds:
-                setattr(module, name, kinds[type(usual)](usual, scheme, dtype))
+    for path, usual in list(model.named_modules()):
+        if type(usual) in kinds and scheme.takes(path):
+            model.set_submodule(path, kinds[type(usual)](usual, scheme, dtype))
 
 
 def pack(layers: Sequence[_Linear]) -> None:

@@ -5,7 +5,7 @@ eight bits too where that is quicker, so both are first multiplied, in blocks, b
 it leaves their product as it is and spreads what stands out over its block (QuaRot,
 https://arxiv.org/abs/2404.00456).
 
-Four bits: a group of a row's weights has its own scale and zero, chosen for the least squared error.
+Four bits: a group of a row's weights has its own scale and zero, of a small squared error.
 """
 
 import functools
@@ -49,7 +49,14 @@ class Int8:
     """
 
     name = "int8"
-    bits = 8.0
+
+    def takes(self, module: str) -> bool:
+        """Whether a module's weight is quantised.
+
+        The embedding stays as it is: of it a token reads one row, which eight bits would only
+        make less exact, not quicker. So do norms.
+        """
+        return module != "tok_embeddings" and not module.endswith("norm")
 
     def params(self) -> dict[str, Any]:
         return {"format": self.name}
@@ -87,16 +94,16 @@ class Int8:
 class Int4:
     """A scale and a zero for each group; a weight is ``(number - 8) * scale + zero``.
 
-    ``weight`` is uint8, shape (out_features, in_features / 2), the first of two numbers in the lower
-    bits; ``scales`` and ``zeros`` are bfloat16, (out_features, in_features / group_size).
+    ``weight`` is uint8, shape (out_features, in_features / 2), the first of two numbers in the
+    lower bits; ``scales`` and ``zeros`` are bfloat16, (out_features, in_features / group_size).
     """
 
     group_size: int = 64
     name = "int4"
 
-    @property
-    def bits(self) -> float:
-        return 4 + 32 / self.group_size
+    def takes(self, module: str) -> bool:
+        """Whether a module's weight is quantised: all but norms."""
+        return not module.endswith("norm")
 
     def params(self) -> dict[str, Any]:
         return {"format": self.name, "group_size": self.group_size}

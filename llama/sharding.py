@@ -77,19 +77,21 @@ def weight_bytes(
     """The size of one rank's parameters, by arithmetic alone."""
     if scheme is None:
         return parameter_count(args, ranks) * dtype.itemsize
-    dtypes = scheme.dtypes()
-    sizes = {
-        name: prod(shape) * (dtypes[name.split(".")[-1]] if len(shape) == 2 else dtype).itemsize
-        for name, shape in full_shapes(args, scheme).items()
-    }
-    tied = sum(size for name, size in sizes.items() if name.startswith("tok_embeddings."))
-    return (sum(sizes.values()) + tied * args.tie_word_embeddings) // ranks
+    size = 0
+    for name, shape in full_shapes(args, scheme).items():
+        module, part = name.rsplit(".", 1)
+        stored = scheme.dtypes()[part] if scheme.takes(module) else dtype
+        # An output that is the embedding is packed, and so there a second time.
+        times = 2 if module == "tok_embeddings" and args.tie_word_embeddings else 1
+        size += prod(shape) * stored.itemsize * times
+    return size // ranks
 
 
 def full_shapes(args: ModelArgs, scheme: Scheme | None = None) -> dict[str, tuple[int, ...]]:
     """The parameters' shapes before they are divided among shards or ranks.
 
-    An output that is the embedding (``tie_word_embeddings``) isn't among them.
+    An output that is the embedding (``tie_word_embeddings``) isn't among them, unless it alone is
+    quantised.
     """
     q_dim = args.n_heads * args.head_dim
     kv_dim = args.kv_heads * args.head_dim
@@ -108,17 +110,18 @@ def full_shapes(args: ModelArgs, scheme: Scheme | None = None) -> dict[str, tupl
         }
         shapes |= {f"layers.{i}.{name}.weight": shape for name, shape in block.items()}
     shapes["norm.weight"] = (args.dim,)
-    if not args.tie_word_embeddings:
+    if not args.tie_word_embeddings or (scheme and not scheme.takes("tok_embeddings")):
         shapes["output.weight"] = (args.n_outputs, args.dim)
     if scheme is None:
         return shapes
     quantized: dict[str, tuple[int, ...]] = {}
     for name, shape in shapes.items():
-        if len(shape) == 1:
-            quantized[name] = shape
+        module = name.removesuffix(".weight")
+        if scheme.takes(module):
+            parts = scheme.shapes(*shape)
+            quantized |= {f"{module}.{part}": size for part, size in parts.items()}
         else:
-            for part, size in scheme.shapes(*shape).items():
-                quantized[f"{name.removesuffix('weight')}{part}"] = size
+            quantized[name] = shape
     return quantized
 
 

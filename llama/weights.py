@@ -36,10 +36,10 @@ class Weights(Mapping[str, torch.Tensor]):
         self._read = read
 
     @staticmethod
-    def of(tensors: Mapping[str, torch.Tensor]) -> "Weights":
-        """Tensors that are there already."""
+    def of(tensors: Mapping[str, torch.Tensor], mapped: bool = False) -> "Weights":
+        """Tensors that are there already, in memory or in ``mapped`` files."""
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        return Weights(shapes, tensors.__getitem__, lambda name: (tensors[name],))
+        return Weights(shapes, tensors.__getitem__, lambda name: (tensors[name],) if mapped else ())
 
     def __getitem__(self, name: str) -> torch.Tensor:
         if name not in self.shapes:
@@ -86,7 +86,7 @@ class Checkpoint:
 
     def rank_part(self, name: str, args: ModelArgs, rank: int, ranks: int) -> torch.Tensor:
         """What one of ``ranks`` ranks holds of a parameter."""
-        if name.startswith("output.") and args.tie_word_embeddings:
+        if name.startswith("output.") and name not in self.parts[0]:  # it is the embedding
             whole = self.rank_part(name.replace("output", "tok_embeddings"), args, 0, 1)
             return rank_part(name, [whole], args, rank, ranks)
         return rank_part(name, [part[name] for part in self.parts], args, rank, ranks)
@@ -131,11 +131,11 @@ def quantized(
     def read(name: str) -> torch.Tensor:
         nonlocal last, done
         module, part = name.rsplit(".", 1)
+        if not scheme.takes(module):
+            return source.rank_part(name, args, 0, 1)
         if module != last[0]:
             last = ("", {})
             weight = source.rank_part(f"{module}.weight", args, 0, 1)
-            if weight.dim() == 1:
-                return weight
             if not weight.isfinite().all():
                 raise ValueError(f"{module}.weight in {source.names[0]} isn't finite")
             last = (module, scheme.quantize(weight))

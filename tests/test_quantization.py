@@ -1,0 +1,374 @@
+"""Weights of eight and four bits: the same network, within what rounding does to it."""
+
+import copy
+import gc
+import json
+import math
+import pickle
+import runpy
+import shutil
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_model
+from test_examples import EXAMPLES, EXPECTED
+from test_parallel import script, torchrun
+
+from llama import Llama, checkpoint, linear, parallel, quantization
+from llama.convert import convert
+from llama.generation import TINY
+from llama.rounding import Int4, Int8, Scheme, hadamard, make_scheme, rotate
+from llama.sharding import full_shapes, parameter_count, weight_bytes
+from llama.weights import Checkpoint, Weights, quantized
+
+SCHEMES: list[Scheme] = [Int8(), Int4(32), Int4(64)]
+
+
+def quantised_model(scheme: Scheme, dtype: torch.dtype = torch.float32, **params: object):
+    """A network with random weights, and its quantised form."""
+    model = make_model(**{"dim": 128, "n_kv_heads": 2, "multiple_of": 64, **params})
+    args = model.params
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    if args.tie_word_embeddings:
+        del weights["output.weight"]
+    source = Checkpoint("test", {}, [Weights.of(weights)], ["test"], torch.float32)
+    device = torch.device("cpu")
+    return model, checkpoint.load(quantized(source, args, scheme), args, device, dtype)
+
+
+@pytest.mark.parametrize("size", [1, 2, 32, 64])
+def test_the_hadamard_matrix_is_its_own_inverse(size: int) -> None:
+    matrix = hadamard(size, torch.device("cpu"), torch.float32)
+    torch.testing.assert_close(matrix @ matrix, torch.eye(size))
+    assert matrix.abs().unique().numel() == 1  # every input counts for every output alike
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_weights_are_within_half_a_step(scheme: Scheme) -> None:
+    weight = torch.randn(48, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
+    parts = scheme.quantize(weight)
+    assert {name: part.dtype for name, part in parts.items()} == scheme.dtypes()
+    assert {name: tuple(part.shape) for name, part in parts.items()} == scheme.shapes(48, 128)
+    back = scheme.dequantize(parts, scheme.block(128))
+    if isinstance(scheme, Int8):
+        off = (rotate(back - weight.float(), 32) / parts["scale"]).abs()
+        assert off.max() <= 0.5 + 1e-3
+    error = (back - weight.float()).square().mean().item()
+    # What an even spread over 255, or 15, steps between the ends costs at least is known.
+    assert error < {"int8": 1.1e-4, "int4": 0.0072}[scheme.name]
+
+
+def test_four_bits_are_better_than_rounding_to_nearest() -> None:
+    weight = torch.randn(64, 1024, generator=torch.Generator().manual_seed(1))
+    groups = weight.unflatten(1, (-1, 64))
+    low, high = groups.amin(2, keepdim=True), groups.amax(2, keepdim=True)
+    step = (high - low) / 15
+    nearest = ((groups - low) / step).round() * step + low
+    worst = (nearest - groups).square().mean()
+    scheme = Int4(64)
+    ours = (scheme.dequantize(scheme.quantize(weight), 1) - weight).square().mean()
+    assert ours < 0.87 * worst
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_weights_that_are_all_the_same_or_nothing_stay_so(scheme: Scheme) -> None:
+    weight = torch.zeros(4, 64)
+    weight[1] = 0.5
+    weight[2] = -3.0
+    weight[3, 7] = 1e-20
+    back = scheme.dequantize(scheme.quantize(weight), scheme.block(64))
+    torch.testing.assert_close(back, weight, atol=1e-6, rtol=0.02)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kernel", ["quick", "plain"])
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_modules_equal_their_dequantised_form(
+    scheme: Scheme, kernel: str, dtype: torch.dtype, monkeypatch
+) -> None:
+    """Every kernel, every module, few rows and many, against a plain float32 product."""
+    if kernel == "plain":
+        monkeypatch.setattr(quantization, "_HAS_FBGEMM", False)
+        monkeypatch.setattr(quantization, "_int4_tile", lambda: 0)
+    _, model = quantised_model(scheme, dtype)
+    generator = torch.Generator().manual_seed(3)
+    layers = [m for m in model.modules() if isinstance(m, quantization._QuantizedLinear)]
+    assert len(layers) == 2 * 7 + 1
+    # Inputs of eight bits are off by half a step of 127, which a sum over many evens out.
+    tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}[dtype]
+    if isinstance(scheme, Int8) and kernel == "quick":
+        tolerance = max(tolerance, 1.2e-2)
+    for layer in layers:
+        exact = layer.plain_weight()
+        assert exact.shape[1] == layer.in_features
+        for rows in (1, 2, 5, 200):
+            x = torch.randn(rows, layer.in_features, generator=generator).to(dtype)
+            out, expected = layer(x), x.float() @ exact.T
+            assert out.dtype == dtype
+            assert out.shape == expected.shape
+            error = (out.float() - expected).norm() / expected.norm()
+            assert error < tolerance, (rows, error)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_embeddings_equal_their_dequantised_form(scheme: Scheme) -> None:
+    usual, model = quantised_model(scheme)
+    if isinstance(scheme, Int8):  # which leaves the embedding as it is
+        assert torch.equal(model.tok_embeddings.weight, usual.tok_embeddings.weight)
+        return
+    rows = model.tok_embeddings(torch.tensor([5, 0, 95]))
+    whole = scheme.dequantize(
+        dict(model.tok_embeddings.named_parameters()), scheme.block(rows.shape[1])
+    )
+    torch.testing.assert_close(rows, whole[[5, 0, 95]])
+    error = (whole - usual.tok_embeddings.weight).norm() / usual.tok_embeddings.weight.norm()
+    assert error < 0.1
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_the_network_is_that_of_the_dequantised_weights(scheme: Scheme, tied: bool) -> None:
+    usual, model = quantised_model(scheme, tie_word_embeddings=tied)
+    with torch.no_grad():
+        for name, module in model.named_modules():
+            if isinstance(module, quantization._QuantizedLinear):
+                usual.get_submodule(name).weight.copy_(module.plain_weight())
+        embedding = dict(model.tok_embeddings.named_parameters())
+        if isinstance(scheme, Int4):
+            usual.tok_embeddings.weight.copy_(scheme.dequantize(embedding, 1))
+    if tied and isinstance(scheme, Int4):  # one table for both
+        torch.testing.assert_close(model.output.plain_weight(), usual.tok_embeddings.weight)
+    if tied and isinstance(scheme, Int8):
+        usual.output.weight = torch.nn.Parameter(model.output.plain_weight())
+    usual.allocate_buffers(torch.device("cpu"), torch.float32)
+    tokens = torch.randint(0, 96, (2, 20), generator=torch.Generator().manual_seed(4))
+    expected, found = usual.forward(tokens), model.forward(tokens)
+    error = (found - expected).norm() / expected.norm()
+    assert error < (0.06 if isinstance(scheme, Int8) else 1e-4)
+
+
+def test_int8_rows_do_not_depend_on_their_company() -> None:
+    _, model = quantised_model(Int8())
+    layer = model.layers[0].feed_forward.w1
+    x = torch.randn(40, 128) * torch.logspace(-3, 3, 40)[:, None]
+    together = layer(x)
+    for row in (0, 17, 39):
+        assert torch.equal(layer(x[row : row + 1])[0], together[row])
+
+
+def test_an_input_of_zeros_gives_zeros_and_not_a_number_stays_one() -> None:
+    _, model = quantised_model(Int8())
+    layer = model.layers[0].attention.wo
+    assert torch.equal(layer(torch.zeros(1, 128)), torch.zeros(1, 128))
+    assert layer(torch.full((1, 128), math.nan)).isnan().all()
+    assert not layer(torch.full((1, 128), math.inf)).isfinite().any()
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_layers_can_be_saved_loaded_copied_and_pickled(scheme: Scheme) -> None:
+    _, model = quantised_model(scheme)
+    x = torch.randn(3, 128)
+    layer = model.layers[0].attention.wk  # the middle one of three that are packed together
+    assert layer.is_packed
+    expected = layer(x)
+    state = model.state_dict()
+    assert state["layers.0.attention.wk.weight"].dtype == scheme.dtypes()["weight"]
+    assert set(state) == set(full_shapes(model.params, scheme))
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert not twin.is_packed
+        assert torch.equal(twin(x), expected)
+    _, other = quantised_model(scheme, seed=9)
+    other.load_state_dict(state)
+    assert torch.equal(other.layers[0].attention.wk(x), expected)
+    tokens = torch.tensor([[3, 1, 4]])
+    torch.testing.assert_close(other.forward(tokens), model.forward(tokens))
+
+
+def test_packed_weights_go_with_their_layers() -> None:
+    _, model = quantised_model(Int8())
+    kernel = weakref.ref(model.layers[0].attention.wk._kernel)
+    attention = model.layers[0].attention
+    del model
+    gc.collect()
+    assert kernel() is not None
+    del attention
+    gc.collect()
+    assert kernel() is None
+
+
+def test_every_layer_is_quantised_and_no_weight_is_there_twice() -> None:
+    _, model = quantised_model(Int4(32))
+    usual = (linear.ColumnParallelLinear, linear.RowParallelLinear, linear.ParallelEmbedding)
+    assert not [module for module in model.modules() if type(module) in usual]
+    for layers in quantization.projections(model):
+        assert len({id(layer._kernel) for layer in layers}) == 1  # one product for all
+        assert sum(p.numel() for layer in layers for p in layer.parameters()) == 0
+
+
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+def test_a_converted_checkpoint_is_what_build_quantises(quantize: str, tmp_path: Path) -> None:
+    convert(str(TINY), str(tmp_path / "out"), quantize=quantize)
+    built = Llama.build(dtype=torch.float32, quantize=quantize)
+    loaded = Llama.build(tmp_path / "out", dtype=torch.float32)
+    assert json.loads((tmp_path / "out" / "params.json").read_text())["quantization"] == (
+        {"format": "int8"} if quantize == "int8" else {"format": "int4", "group_size": 64}
+    )
+    prompt = [[1, 40, 50, 60]]
+    ours = built.generate(prompt, 20, temperature=0, logprobs=True)
+    assert loaded.generate(prompt, 20, temperature=0, logprobs=True) == ours
+    size = (tmp_path / "out" / "consolidated.00.pth").stat().st_size
+    stored = weight_bytes(loaded.model.params, torch.bfloat16, 1, make_scheme(quantize))
+    assert stored < size < stored + 50_000  # names and alignment
+    assert stored * 8 / parameter_count(loaded.model.params) < {"int8": 8.7, "int4": 4.6}[quantize]
+    again = Llama.build(tmp_path / "out", dtype=torch.float32, quantize=quantize)
+    assert again.generate(prompt, 20, temperature=0, logprobs=True) == ours
+
+
+GENERATE = """
+import json, sys, torch
+from llama import Llama
+from llama.checkpoint import reshard
+paths = sys.argv[2:]
+found = []
+for path in paths:
+    llama = Llama.build(path, dtype=torch.float32, device="cpu")
+    found.append(llama.generate([[1, 40, 50, 60], [1, 9]], 12, temperature=0, logprobs=True))
+import torch.distributed as dist
+if dist.get_rank() == 0:
+    open(sys.argv[1], "w").write(json.dumps(found))
+"""
+
+
+def test_quantised_checkpoints_on_two_processes_and_in_two_files(tmp_path: Path) -> None:
+    paths = []
+    for quantize, group_size in (("int8", None), ("int4", 32)):
+        for files in (1, 2):
+            path = tmp_path / f"{quantize}-{files}"
+            convert(
+                str(TINY),
+                str(path),
+                model_parallel_size=files,
+                quantize=quantize,
+                group_size=group_size,
+            )
+            paths.append(path)
+        checkpoint.reshard(str(path), str(tmp_path / f"{quantize}-again"), 1)
+        first = torch.load(tmp_path / f"{quantize}-1" / "consolidated.00.pth", weights_only=True)
+        again = torch.load(
+            tmp_path / f"{quantize}-again" / "consolidated.00.pth", weights_only=True
+        )
+        assert first.keys() == again.keys()
+        assert all(torch.equal(first[name], again[name]) for name in first)
+    out = tmp_path / "found.json"
+    done = torchrun("--nproc_per_node", "2", script(tmp_path, GENERATE), str(out), *map(str, paths))
+    assert done.returncode == 0, done.stderr
+    found = json.loads(out.read_text())
+    for path, (tokens, logprobs) in zip(paths, found, strict=True):
+        llama = Llama.build(path, dtype=torch.float32, device="cpu")
+        alone, scores = llama.generate([[1, 40, 50, 60], [1, 9]], 12, temperature=0, logprobs=True)
+        assert tokens == alone
+        # Each rank rounds its part of an input to eight bits by that part's range.
+        tolerance = 0.15 if "int8" in path.name else 1e-4
+        for ours, theirs in zip(logprobs, scores, strict=True):
+            assert ours == pytest.approx(theirs, abs=tolerance)
+
+
+@pytest.fixture(scope="module")
+def int8(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded model, converted."""
+    path = tmp_path_factory.mktemp("converted") / "int8"
+    convert(str(TINY), str(path), quantize="int8")
+    return path
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_greedy_text_of_every_example_is_unchanged_in_int8(
+    name: str, int8: Path, capsys, monkeypatch
+) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    # In bfloat16 the usual weights' text isn't float32's either: stories have near ties.
+    monkeypatch.setattr(parallel, "choose_dtype", lambda *_: torch.float32)
+    main = runpy.run_path(str(EXAMPLES / name))["main"]
+    main(temperature=0)
+    usual = capsys.readouterr().out
+    main(str(int8), temperature=0)
+    assert capsys.readouterr().out == usual
+    assert usual.strip()
+
+
+class TestErrors:
+    def test_an_unknown_scheme(self) -> None:
+        with pytest.raises(ValueError, match="quantize is 'int3': expected 'int8' or 'int4'"):
+            Llama.build(quantize="int3")
+
+    @pytest.mark.parametrize("arguments", [{}, {"quantize": "int8"}])
+    def test_a_group_size_without_int4(self, arguments: dict[str, object]) -> None:
+        with pytest.raises(ValueError, match="group_size is for"):
+            Llama.build(group_size=32, **arguments)
+
+    @pytest.mark.parametrize("group_size", [0, 33, 512, "64", 64.0, True])
+    def test_a_group_size_that_no_kernel_has(self, group_size: object) -> None:
+        with pytest.raises(ValueError, match="expected one of 32, 64, 128, 256"):
+            make_scheme("int4", group_size)
+
+    def test_a_group_that_no_width_is_a_multiple_of(self) -> None:
+        with pytest.raises(ValueError, match="a weight's width is 192: give a group_size"):
+            Llama.build(quantize="int4", group_size=128)
+
+    def test_ranks_that_would_cut_a_group(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match="in int4 blocks of 64: possible are 1"):
+            convert(str(TINY), str(tmp_path / "out"), model_parallel_size=2, quantize="int4")
+        assert not (tmp_path / "out").exists()
+
+    def test_weights_that_are_not_numbers(self, checkpoint_dir) -> None:
+        path = checkpoint_dir()
+        tensors = torch.load(path / "consolidated.00.pth", weights_only=True)
+        tensors["layers.1.attention.wo.weight"][3, 4] = math.nan
+        torch.save(tensors, path / "consolidated.00.pth")
+        with pytest.raises(ValueError, match=r"layers.1.attention.wo.weight in .* isn't finite"):
+            Llama.build(path, quantize="int8")
+
+    @pytest.fixture
+    def int8(self, int8: Path, tmp_path: Path) -> Path:
+        """A copy to change."""
+        return Path(shutil.copytree(int8, tmp_path / "int8"))
+
+    def test_another_scheme_than_the_checkpoint_has(self, int8: Path) -> None:
+        with pytest.raises(ValueError, match="quantise the original weights"):
+            Llama.build(int8, quantize="int4")
+
+    def test_hugging_face_layout(self, int8: Path, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match="leave it out with --to hf"):
+            convert(str(TINY), str(tmp_path / "out"), to="hf", quantize="int8")
+        with pytest.raises(ValueError, match="convert the original weights"):
+            convert(str(int8), str(tmp_path / "out"), to="hf")
+
+    @pytest.mark.parametrize(
+        "said", [{"format": "nf4"}, {"format": "int4", "group_size": 7}, "int8", {}, {"bits": 8}]
+    )
+    def test_a_file_of_another_version(self, int8: Path, said: object) -> None:
+        params = json.loads((int8 / "params.json").read_text())
+        (int8 / "params.json").write_text(json.dumps(params | {"quantization": said}))
+        with pytest.raises(ValueError, match=r"quantization is .*: this version reads"):
+            Llama.build(int8)
+
+    def test_a_file_that_is_not_what_it_says(self, int8: Path) -> None:
+        params = json.loads((int8 / "params.json").read_text())
+        del params["quantization"]
+        (int8 / "params.json").write_text(json.dumps(params))
+        with pytest.raises(ValueError, match=r"torch.int8 .*not a plain floating-point tensor"):
+            Llama.build(int8)
+        params["quantization"] = {"format": "int4", "group_size": 64}
+        (int8 / "params.json").write_text(json.dumps(params))
+        with pytest.raises(ValueError, match=r"int8.*not a plain torch.uint8 tensor"):
+            Llama.build(int8)
+
+    def test_a_missing_scale(self, int8: Path) -> None:
+        path = int8 / "consolidated.00.pth"
+        tensors = torch.load(path, weights_only=True)
+        del tensors["layers.2.feed_forward.w2.scale"]
+        torch.save(tensors, path)
+        with pytest.raises(ValueError, match=r"lacks layers.2.feed_forward.w2.scale"):
+            Llama.build(int8)
