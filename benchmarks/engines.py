@@ -29,6 +29,7 @@ class Ours:
 
     name, package = "llama", "llama"
     compile = False
+    quantize: str | None = None
 
     def __init__(self, path: str, max_seq_len: int = PROMPT + 2 * NEW, max_batch_size: int = 1):
         import torch
@@ -38,6 +39,7 @@ class Ours:
         torch.set_num_threads(THREADS)
         self.llama = Llama.build(
             path,
+            quantize=self.quantize,
             max_seq_len=max_seq_len,
             max_batch_size=max_batch_size,
             device="cpu",

@@ -25,7 +25,7 @@ from llama.rounding import Int4, Int8, Parts, Scheme, rotate
 # FBGEMM's int8 kernels read a packed weight once for up to eight rows, at most of the memory's
 # speed, where oneDNN's and PyTorch's own reach 0.6 of it.
 _HAS_FBGEMM = "fbgemm" in torch.backends.quantized.supported_engines
-_FEW_ROWS = 96  # up to which the int4 kernel is quicker than to widen the weight
+_FEW_ROWS = 64  # up to which the int4 kernel is quicker than to widen the weight
 _TILES = 8  # of the int4 kernel, that are widened at a time, so that they stay in the cache
 
 
@@ -69,6 +69,8 @@ class _CpuKernel(_Kernel):
         self._number = torch.tensor(number, device="cpu")
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.compiler.is_compiling():
+            return self.product(x)
         out: torch.Tensor = torch.ops.llama.quantized_product(x, self._number, self.width)
         return out
 
@@ -114,7 +116,7 @@ class _Int8Cpu(_CpuKernel):
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         rows = rotate(x.float(), self._block)
-        largest = torch.linalg.vector_norm(rows, torch.inf, dim=1, keepdim=True)
+        largest = rows.abs().amax(dim=1, keepdim=True)
         largest = largest.clamp_(min=torch.finfo(torch.float32).tiny)
         out = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
             rows / largest, 1 / _LEVELS, _LEVELS + 1, self._packed
@@ -179,7 +181,7 @@ class _Int4Cpu(_CpuKernel):
         """The weight's part of some tiles, shape (in_features, their outputs)."""
         rows = slice(tiles.start * _int4_tile(), tiles.stop * _int4_tile())
         numbers = _unpack_tiles(self._packed[rows], _int4_tile())  # (in_features, outputs)
-        scales, zeros = self._scales_and_zeros[:, None, rows].unbind(3)  # (n_groups, 1, outputs)
+        scales, zeros = self._scales_and_zeros[:, None, rows].movedim(3, 0).contiguous()
         groups = numbers.to(scales.dtype).sub_(8).unflatten(0, (-1, self._group_size))
         return torch.addcmul(zeros, groups, scales).flatten(0, 1)
 

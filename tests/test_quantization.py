@@ -103,7 +103,7 @@ def test_modules_equal_their_dequantised_form(
     for layer in layers:
         exact = layer.plain_weight()
         assert exact.shape[1] == layer.in_features
-        for rows in (1, 2, 5, 200):
+        for rows in (1, 2, 5, 130):
             x = torch.randn(rows, layer.in_features, generator=generator).to(dtype)
             out, expected = layer(x), x.float() @ exact.T
             assert out.dtype == dtype
@@ -221,7 +221,7 @@ def test_a_converted_checkpoint_is_what_build_quantises(quantize: str, tmp_path:
     size = (tmp_path / "out" / "consolidated.00.pth").stat().st_size
     stored = weight_bytes(loaded.model.params, torch.bfloat16, 1, make_scheme(quantize))
     assert stored < size < stored + 50_000  # names and alignment
-    assert stored * 8 / parameter_count(loaded.model.params) < {"int8": 8.7, "int4": 4.6}[quantize]
+    assert stored * 8 / parameter_count(loaded.model.params) < {"int8": 8.8, "int4": 4.6}[quantize]
     again = Llama.build(tmp_path / "out", dtype=torch.float32, quantize=quantize)
     assert again.generate(prompt, 20, temperature=0, logprobs=True) == ours
 

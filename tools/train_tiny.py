@@ -2,15 +2,18 @@
 
     python tools/train_tiny.py train       # tokenizer and weights: 36 minutes on one core
     python tools/train_tiny.py evaluate    # the figures of MODEL_CARD.md
+    python tools/train_tiny.py code OUT_DIR    # another model, for benchmarks: train_code.py
 
 The text is composed by ``tiny_world.py``; its held-out combinations never appear in training.
 """
 
+import io
 import json
 import math
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import fire
 import torch
@@ -42,8 +45,37 @@ IGNORED = -100  # a target that counts for nothing
 WEIGHT = {"story": 0.2, "code": 1.0, "dialog": 1.0, "infill": 1.0}
 
 
+def train_bpe(sentences: Iterator[str], vocab_size: int, **options: Any) -> bytes:
+    """A byte-fallback BPE model that gives every character of a text back.
+
+    Args:
+        sentences: what to learn pieces from.
+        options: more of SentencePiece's own.
+
+    Returns:
+        The contents of a ``tokenizer.model``.
+    """
+    model = io.BytesIO()
+    SentencePieceTrainer.train(
+        sentence_iterator=sentences,
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=vocab_size,
+        byte_fallback=True,
+        split_digits=True,
+        allow_whitespace_only_pieces=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        pad_id=-1,
+        num_threads=2,
+        minloglevel=2,
+        **options,
+    )
+    return model.getvalue()
+
+
 def train_tokenizer(path: Path, rng: random.Random) -> None:
-    """A byte-fallback BPE model with Code Llama's infilling pieces as control symbols."""
+    """A tokenizer with Code Llama's infilling pieces as control symbols."""
 
     def lines() -> Iterator[str]:
         for _ in range(20_000):
@@ -52,23 +84,11 @@ def train_tokenizer(path: Path, rng: random.Random) -> None:
             for text in (sample.text, turns, sample.prefix, sample.middle, sample.suffix):
                 yield from text.splitlines()
 
-    with open(path, "wb") as model:
-        SentencePieceTrainer.train(
-            sentence_iterator=lines(),
-            model_writer=model,
-            model_type="bpe",
-            vocab_size=PARAMS["vocab_size"],
-            character_coverage=1.0,
-            byte_fallback=True,
-            split_digits=True,
-            allow_whitespace_only_pieces=True,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            control_symbols=["▁<PRE>", "▁<MID>", "▁<SUF>", "▁<EOT>"],
-            pad_id=-1,
-            num_threads=2,
-            minloglevel=2,
-        )
+    controls = ["▁<PRE>", "▁<MID>", "▁<SUF>", "▁<EOT>"]
+    vocab_size = int(PARAMS["vocab_size"])
+    path.write_bytes(
+        train_bpe(lines(), vocab_size, character_coverage=1.0, control_symbols=controls)
+    )
 
 
 def encode(
@@ -176,6 +196,33 @@ def initialize_weights(model: Transformer) -> None:
             nn.init.normal_(parameter, std=0.05 * scale)
 
 
+def make_optimizer(model: Transformer) -> torch.optim.Optimizer:
+    matrices = [p for p in model.parameters() if p.dim() == 2]
+    gains = [p for p in model.parameters() if p.dim() != 2]
+    return torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": gains, "weight_decay": 0.0}],
+        betas=(0.9, 0.98),
+        fused=True,
+    )
+
+
+def descend(
+    model: Transformer, optimizer: torch.optim.Optimizer, loss: torch.Tensor, lr: float
+) -> None:
+    """One step down the loss's gradient, at a learning rate of ``lr``."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+
+
+def schedule(step: int, steps: int) -> float:
+    """What the learning rate is times: up from 0, level, in the second half down to 0."""
+    return min(1.0, (step + 1) / 200, 2 * (1 - step / steps))
+
+
 def train(steps: int = 7000, seed: int = 1, batch_tokens: int = 4096, lr: float = 3e-3) -> None:
     """Train from nothing and write ``llama/tiny``."""
     torch.manual_seed(seed)
@@ -186,13 +233,7 @@ def train(steps: int = 7000, seed: int = 1, batch_tokens: int = 4096, lr: float 
     (OUT_DIR / "params.json").write_text(json.dumps(PARAMS) + "\n")
     model = Transformer(ModelArgs(**PARAMS, max_batch_size=1, max_seq_len=MAX_SEQ_LEN))
     initialize_weights(model)
-    matrices = [p for p in model.parameters() if p.dim() == 2]
-    gains = [p for p in model.parameters() if p.dim() != 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.1}, {"params": gains, "weight_decay": 0.0}],
-        betas=(0.9, 0.98),
-        fused=True,
-    )
+    optimizer = make_optimizer(model)
     forward = torch.compile(training_logits, dynamic=True)
     stream = batches(tokenizer, random.Random(f"train {seed}"), batch_tokens)
     progress = tqdm(range(steps), unit="step")
@@ -200,17 +241,11 @@ def train(steps: int = 7000, seed: int = 1, batch_tokens: int = 4096, lr: float 
     for step in progress:
         ids, targets, weights = next(stream)
         targets, weights = targets.flatten(), weights.flatten()
-        warm_up, cool_down = (step + 1) / 200, 2 * (1 - step / steps)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * min(1.0, warm_up, cool_down)
         with torch.autocast("cpu", torch.bfloat16):
             logits = forward(model, ids)
         losses = F.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="none")
         loss = (losses * weights).sum() / weights[targets != IGNORED].sum()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        descend(model, optimizer, loss, lr * schedule(step, steps))
         mean_loss += 0.02 * (loss.item() - mean_loss)
         progress.set_postfix(loss=f"{mean_loss:.3f}", refresh=False)
         if (step + 1) % 1000 == 0 or step + 1 == steps:
@@ -262,4 +297,6 @@ def evaluate(samples: int = 300, seed: int = 2) -> None:
 
 
 if __name__ == "__main__":
-    fire.Fire({"train": train, "evaluate": evaluate})
+    from train_code import train_code  # which imports from here
+
+    fire.Fire({"train": train, "evaluate": evaluate, "code": train_code})
