@@ -154,41 +154,42 @@ class _Int4Cpu(_CpuKernel):
     """PyTorch's kernel for few rows; for many, tiles of the weight are widened and multiplied.
 
     Its order is that of tiles of 64 outputs, or of 32 without AVX-512: a tile has a row of bytes
-    for each input, of which one holds the numbers of outputs that lie half a tile apart.
+    for each input, of which one holds the numbers of outputs that lie half a tile apart. It is
+    quick in bfloat16 only.
     """
 
-    def __init__(self, parts: Parts, scheme: Int4, dtype: torch.dtype):
+    def __init__(self, parts: Parts, scheme: Int4):
         super().__init__(len(parts["weight"]))
         self._scheme = scheme
         self._group_size = scheme.group_size
         extra = (0, 0, 0, -self.width % 64)
         self._packed = _pack_tiles(scheme.numbers(F.pad(parts["weight"], extra)), _int4_tile())
         pairs = torch.stack((F.pad(parts["scales"], extra), F.pad(parts["zeros"], extra)), dim=2)
-        self._scales_and_zeros = pairs.transpose(0, 1).to(dtype).contiguous()
+        self._scales_and_zeros = pairs.transpose(0, 1).contiguous()
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         if len(x) <= _FEW_ROWS:
             out = torch._weight_int4pack_mm_for_cpu(
-                x.contiguous(), self._packed, self._group_size, self._scales_and_zeros
-            )
+                x.bfloat16().contiguous(), self._packed, self._group_size, self._scales_and_zeros
+            ).to(x.dtype)
         else:
             n_tiles = len(self._packed) // _int4_tile()
             some = [range(n_tiles)[first : first + _TILES] for first in range(0, n_tiles, _TILES)]
-            out = torch.cat([x @ self._widened(tiles) for tiles in some], dim=1)
+            out = torch.cat([x @ self._widened(tiles, x.dtype) for tiles in some], dim=1)
         return out[:, : self.width]
 
-    def _widened(self, tiles: range) -> torch.Tensor:
+    def _widened(self, tiles: range, dtype: torch.dtype) -> torch.Tensor:
         """The weight's part of some tiles, shape (in_features, their outputs)."""
         rows = slice(tiles.start * _int4_tile(), tiles.stop * _int4_tile())
         numbers = _unpack_tiles(self._packed[rows], _int4_tile())  # (in_features, outputs)
-        scales, zeros = self._scales_and_zeros[:, None, rows].movedim(3, 0).contiguous()
-        groups = numbers.to(scales.dtype).sub_(8).unflatten(0, (-1, self._group_size))
+        scales, zeros = self._scales_and_zeros[:, None, rows].to(dtype).movedim(3, 0).contiguous()
+        groups = numbers.to(dtype).sub_(8).unflatten(0, (-1, self._group_size))
         return torch.addcmul(zeros, groups, scales).flatten(0, 1)
 
     def parts(self) -> Parts:
         numbers = _unpack_tiles(self._packed, _int4_tile()).T[: self.width]
         scales, zeros = self._scales_and_zeros[:, : self.width].transpose(0, 1).unbind(2)
-        return self._scheme.stored(numbers, scales.bfloat16(), zeros.bfloat16())
+        return self._scheme.stored(numbers, scales, zeros)
 
 
 def _pack_tiles(numbers: torch.Tensor, tile: int) -> torch.Tensor:
@@ -281,7 +282,7 @@ def _make_kernel(parts: Parts, scheme: Scheme, block: int, dtype: torch.dtype) -
     if isinstance(scheme, Int8):
         return _Int8Cpu(parts, block) if on_cpu and _HAS_FBGEMM else _Int8Plain(parts, block)
     if on_cpu and _int4_tile():
-        return _Int4Cpu(parts, scheme, dtype)
+        return _Int4Cpu(parts, scheme)
     if _Int4Cuda.takes(parts, dtype):
         return _Int4Cuda(parts, scheme)
     return _Int4Plain(parts, scheme)

@@ -98,8 +98,8 @@ def test_modules_equal_their_dequantised_form(
     assert len(layers) == 2 * 7 + 1
     # Inputs of eight bits are off by half a step of 127, which a sum over many evens out.
     tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}[dtype]
-    if isinstance(scheme, Int8) and kernel == "quick":
-        tolerance = max(tolerance, 1.2e-2)
+    if kernel == "quick":  # int4's few rows are products of bfloat16
+        tolerance = max(tolerance, 1.2e-2 if isinstance(scheme, Int8) else 5e-3)
     for layer in layers:
         exact = layer.plain_weight()
         assert exact.shape[1] == layer.in_features
@@ -129,7 +129,10 @@ def test_embeddings_equal_their_dequantised_form(scheme: Scheme) -> None:
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
-def test_the_network_is_that_of_the_dequantised_weights(scheme: Scheme, tied: bool) -> None:
+def test_the_network_is_that_of_the_dequantised_weights(
+    scheme: Scheme, tied: bool, monkeypatch
+) -> None:
+    monkeypatch.setattr(quantization, "_FEW_ROWS", 0)  # whose kernel works in bfloat16
     usual, model = quantised_model(scheme, tie_word_embeddings=tied)
     with torch.no_grad():
         for name, module in model.named_modules():
@@ -269,8 +272,9 @@ def test_quantised_checkpoints_on_two_processes_and_in_two_files(tmp_path: Path)
         llama = Llama.build(path, dtype=torch.float32, device="cpu")
         alone, scores = llama.generate([[1, 40, 50, 60], [1, 9]], 12, temperature=0, logprobs=True)
         assert tokens == alone
-        # Each rank rounds its part of an input to eight bits by that part's range.
-        tolerance = 0.15 if "int8" in path.name else 1e-4
+        # Each rank rounds its part of an input to eight bits by that part's range, and what it
+        # adds in int4 to bfloat16.
+        tolerance = 0.15
         for ours, theirs in zip(logprobs, scores, strict=True):
             assert ours == pytest.approx(theirs, abs=tolerance)
 
