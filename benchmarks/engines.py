@@ -27,9 +27,8 @@ def prompt_of(length: int, seed: int = 0) -> list[int]:
 class Ours:
     """This library, on Meta's layout."""
 
-    name, package = "llama", "llama"
+    name, package, weights = "llama", "llama", "bf16"
     compile = False
-    quantize: str | None = None
 
     def __init__(self, path: str, max_seq_len: int = PROMPT + 2 * NEW, max_batch_size: int = 1):
         import torch
@@ -39,7 +38,6 @@ class Ours:
         torch.set_num_threads(THREADS)
         self.llama = Llama.build(
             path,
-            quantize=self.quantize,
             max_seq_len=max_seq_len,
             max_batch_size=max_batch_size,
             device="cpu",
@@ -58,10 +56,20 @@ class Compiled(Ours):
     compile = True
 
 
+class OursInt8(Ours):
+    """This library on a checkpoint that llama.convert has quantised."""
+
+    name, weights = "llama int8", "int8"
+
+
+class OursInt4(Ours):
+    name, weights = "llama int4", "int4"
+
+
 class Transformers:
     """transformers, on Hugging Face's layout."""
 
-    name, package = "transformers", "transformers"
+    name, package, weights = "transformers", "transformers", "bf16"
 
     def __init__(self, path: str):
         import torch
@@ -88,7 +96,7 @@ class Transformers:
 class LlamaCpp:
     """llama.cpp through llama-cpp-python, on a GGUF file."""
 
-    name, package = "llama.cpp", "llama_cpp"
+    name, package, weights = "llama.cpp", "llama_cpp", "bf16"
 
     def __init__(self, path: str):
         import llama_cpp
@@ -113,10 +121,18 @@ class LlamaCpp:
         return length
 
 
+class LlamaCppQ8(LlamaCpp):
+    name, weights = "llama.cpp Q8_0", "int8"
+
+
+class LlamaCppQ4(LlamaCpp):
+    name, weights = "llama.cpp Q4_0", "int4"
+
+
 class CTranslate2:
     """CTranslate2, on its own format."""
 
-    name, package = "ctranslate2", "ctranslate2"
+    name, package, weights = "ctranslate2", "ctranslate2", "int8"
 
     def __init__(self, path: str):
         import ctranslate2
@@ -138,7 +154,20 @@ class CTranslate2:
         return len(found[0].sequences_ids[0])
 
 
-ENGINES = {engine.name: engine for engine in (Ours, Compiled, Transformers, LlamaCpp, CTranslate2)}
+ENGINES = {
+    engine.name: engine
+    for engine in (
+        Ours,
+        Compiled,
+        Transformers,
+        LlamaCpp,
+        OursInt8,
+        LlamaCppQ8,
+        CTranslate2,
+        OursInt4,
+        LlamaCppQ4,
+    )
+}
 
 
 def installed() -> list[str]:

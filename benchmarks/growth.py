@@ -19,7 +19,7 @@ import torch
 
 from llama import Llama
 from llama.packing import Segment, prefill_passes
-from llama.sharding import parameter_count
+from llama.sharding import parameter_count, weight_bytes
 
 BATCHES = (1, 2, 4, 8)
 CONTEXTS = (128, 512, 1024, 2048, 4096)
@@ -90,7 +90,10 @@ def measure(path: str, rounds: int = 5) -> dict[str, object]:
         {"ragged": lambda: prefill(llama, RAGGED), "equal": lambda: prefill(llama, equal)}, rounds
     )
     turns = [second_turn(llama) for _ in range(rounds)]
+    scheme = getattr(llama.model.output, "scheme", None)
     n_bytes = n_weights * itemsize
+    if scheme is not None:
+        n_bytes = weight_bytes(args, llama.model.norm.weight.dtype, 1, scheme)
     first, last = str(CONTEXTS[0]), str(CONTEXTS[-1])
     bound = n_bytes / (n_bytes + per_position * CONTEXTS[-1])
     return {

@@ -2,6 +2,7 @@
 
     pip install -e '.[bench]'
     python benchmarks/speed.py --shape 1.1B --out results.json --plots plots/
+    python benchmarks/speed.py --quantized --grow=False    # int8 and int4 of every engine
 
 Each engine gets the weights in its own format (bfloat16; CTranslate2 int8, as it has no bfloat16
 products on a CPU). Engines take turns, ``repeats`` rounds of them; the table shows medians. The
@@ -10,6 +11,7 @@ better of PyTorch's two ways to multiply), are measured before, between and afte
 measures what this library takes for more rows, longer contexts and further turns.
 """
 
+import ctypes
 import json
 import statistics
 import subprocess
@@ -27,6 +29,7 @@ import torch
 from plots import draw_growth, draw_peers
 
 from llama import ModelArgs, checkpoint, sharding
+from llama.convert import convert
 from llama.formats.layout import from_interleaved
 from llama.formats.to_hf import save_hf
 from llama.generation import TINY
@@ -92,6 +95,29 @@ def write_gguf(args: ModelArgs, tensors: Tensors, path: Path) -> None:
     writer.close()
 
 
+def write_quantized(name: str) -> Callable[[ModelArgs, Tensors, Path], None]:
+    def write(args: ModelArgs, tensors: Tensors, path: Path) -> None:
+        convert(str(path.with_name("llama")), str(path), quantize=name)
+
+    return write
+
+
+def write_quantized_gguf(kind: str) -> Callable[[ModelArgs, Tensors, Path], None]:
+    def write(args: ModelArgs, tensors: Tensors, path: Path) -> None:
+        import llama_cpp
+
+        usual = path.with_name("llama.cpp")
+        if not usual.exists():
+            write_gguf(args, tensors, usual)
+        params = llama_cpp.llama_model_quantize_default_params()
+        params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
+        names = str(usual).encode(), str(path).encode()
+        if llama_cpp.llama_model_quantize(*names, ctypes.byref(params)):
+            raise RuntimeError(f"llama.cpp couldn't write {path}")
+
+    return write
+
+
 def write_ctranslate2(args: ModelArgs, tensors: Tensors, path: Path) -> None:
     from ctranslate2.specs import common_spec, transformer_spec
 
@@ -142,8 +168,16 @@ WRITERS: dict[str, Callable[[ModelArgs, Tensors, Path], None]] = {
     "llama compiled": lambda args, tensors, path: path.symlink_to(path.with_name("llama")),
     "transformers": write_hf,
     "llama.cpp": write_gguf,
+    "llama int8": write_quantized("int8"),
+    "llama.cpp Q8_0": write_quantized_gguf("Q8_0"),
     "ctranslate2": write_ctranslate2,
+    "llama int4": write_quantized("int4"),
+    "llama.cpp Q4_0": write_quantized_gguf("Q4_0"),
 }
+USUAL = ("llama compiled", "transformers", "llama.cpp", "ctranslate2")
+QUANTIZED = ("llama int8", "llama.cpp Q8_0", "ctranslate2", "llama int4", "llama.cpp Q4_0")
+# Of a weight, scales included.
+BYTES = {"bf16": 2.0, "int8": 1.0, "int4": 0.5625}
 
 LIMITS = """
 import json, time, torch
@@ -204,10 +238,12 @@ def table(shape: str, results: dict[str, Any]) -> str:
         "| first token | peak memory | prefill: ours is | decode: ours is |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    ours = results["engines"]["llama"]
     for name, found in results["engines"].items():
         prefill, decode = found["prefill_tokens_per_s"], found["decode_tokens_per_s"]
-        nbytes = per_token * (1 if name == "ctranslate2" else 2)
+        weights = engines.ENGINES[name].weights
+        nbytes = per_token * BYTES[weights]
+        own = "llama" if weights == "bf16" else f"llama {weights}"
+        ours = results["engines"].get(own, results["engines"]["llama"])
         ratios = (ours["prefill_tokens_per_s"] / prefill, ours["decode_tokens_per_s"] / decode)
         lines.append(
             f"| {name} | {prefill:.0f} | {2 * per_prompt * prefill / peak:.2f} | {decode:.1f} "
@@ -219,7 +255,8 @@ def table(shape: str, results: dict[str, Any]) -> str:
 
 def main(
     shape: str = "1.1B",
-    peers: str = ",".join(WRITERS),
+    peers: str | None = None,
+    quantized: bool = False,
     repeats: int = 1,
     out: str | None = None,
     plots: str | None = None,
@@ -227,8 +264,11 @@ def main(
 ) -> None:
     """Measure this library and ``peers``, print tables, write ``out`` as JSON and draw ``plots``.
 
-    ``grow=False`` leaves out what growth.py measures.
+    ``quantized`` stands for all that have int8 or int4 weights; an engine is compared with this
+    library's weights of as many bits. ``grow=False`` leaves out what growth.py measures.
     """
+    if peers is None:
+        peers = ",".join(QUANTIZED if quantized else USUAL)
     wanted = ("llama", *(peers.split(",") if isinstance(peers, str) else peers))
     names = [name for name in WRITERS if name in wanted and name in engines.installed()]
     print(f"engines: {', '.join(names)}", file=sys.stderr)

@@ -293,7 +293,7 @@ class _QuantizedLinear(_Linear):
 
     def _quantize(self, scheme: Scheme, dtype: torch.dtype, whole_width: int) -> None:
         """Make room for quantised parts instead of the weight."""
-        self._scheme = scheme
+        self.scheme = scheme
         self._dtype = dtype  # of the inputs
         self._block = scheme.block(whole_width)
         self._kernel: _Kernel | None = None
@@ -318,12 +318,12 @@ class _QuantizedLinear(_Linear):
     def parts(self) -> Parts:
         """The parts as a checkpoint stores them."""
         if self._kernel is None:
-            return {name: self.get_parameter(name).detach() for name in self._scheme.dtypes()}
+            return {name: self.get_parameter(name).detach() for name in self.scheme.dtypes()}
         return {name: part[self._rows] for name, part in self._kernel.parts().items()}
 
     def plain_weight(self) -> torch.Tensor:
         """What the parts stand for, in float32, shape (out_features, in_features)."""
-        return self._scheme.dequantize(self.parts(), self._block)
+        return self.scheme.dequantize(self.parts(), self._block)
 
     def _unpack(self) -> None:
         if self._kernel is not None:
@@ -369,14 +369,14 @@ class QuantizedEmbedding(ParallelEmbedding):
 
     def __init__(self, usual: ParallelEmbedding, scheme: Scheme, dtype: torch.dtype):
         super().__init__(usual.num_embeddings, usual.embedding_dim)
-        self._scheme = scheme
+        self.scheme = scheme
         self._dtype = dtype
         self._block = scheme.block(usual.embedding_dim)
         _make_parts(self, scheme, *self.weight.shape)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        parts = {name: self.get_parameter(name)[tokens] for name in self._scheme.dtypes()}
-        rows = self._scheme.dequantize(parts, self._block).to(self._dtype)
+        parts = {name: self.get_parameter(name)[tokens] for name in self.scheme.dtypes()}
+        rows = self.scheme.dequantize(parts, self._block).to(self._dtype)
         split = rows.shape[1] != self.embedding_dim
         return gather_from_model_parallel_region(rows) if split else rows
 
@@ -420,7 +420,7 @@ def pack(layers: Sequence[_Linear]) -> None:
     first = quantized[0]
     own = [layer.parts() for layer in quantized]
     joined = {name: torch.cat([parts[name] for parts in own]) for name in own[0]}
-    kernel = _make_kernel(joined, first._scheme, first._block, first._dtype)
+    kernel = _make_kernel(joined, first.scheme, first._block, first._dtype)
     row = 0
     for layer, parts in zip(quantized, own, strict=True):
         layer._kernel = kernel
