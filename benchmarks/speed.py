@@ -73,6 +73,7 @@ def write_gguf(args: ModelArgs, tensors: Tensors, path: Path) -> None:
     writer.add_head_count_kv(args.kv_heads)
     writer.add_layer_norm_rms_eps(args.norm_eps)
     writer.add_rope_dimension_count(args.head_dim)
+    writer.add_rope_freq_base(args.rope_theta)
     writer.add_vocab_size(args.vocab_size)
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
     writer.add_tokenizer_model("no_vocab")

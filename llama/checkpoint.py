@@ -34,7 +34,11 @@ logger = logging.getLogger(__name__)
 
 
 def load(
-    checkpoint: Checkpoint, args: ModelArgs, device: torch.device, dtype: torch.dtype | None
+    checkpoint: Checkpoint,
+    args: ModelArgs,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    cache_in_int8: bool = False,
 ) -> Transformer:
     """Build the network and fill this rank's part of it from any number of parts.
 
@@ -44,6 +48,7 @@ def load(
         args: the checkpoint's hyper-parameters (``make_args``).
         device: where weights and cache shall be.
         dtype: what they shall be; None chooses by checkpoint and device (``choose_dtype``).
+        cache_in_int8: whether the cache has eight bits instead.
 
     Raises:
         MemoryError: weights and cache are more than the machine has.
@@ -58,7 +63,7 @@ def load(
     if dtype is None:
         fast_bf16 = parallel.has_fast_bf16(device)
         dtype = parallel.choose_dtype(checkpoint.dtype, device.type, fast_bf16)
-    check_memory(args, dtype, device, ranks, scheme)
+    check_memory(args, dtype, device, ranks, scheme, cache_in_int8)
     with torch.device("meta"):
         model = Transformer(args)
         if scheme:
@@ -89,7 +94,7 @@ def load(
     if scheme:
         tensors.clear()
         pack_all(model)
-    model.allocate_buffers(device, dtype)
+    model.allocate_buffers(device, dtype, cache_in_int8)
     logger.info("loaded %s in %.2f seconds", checkpoint.names[0], time.monotonic() - start)
     return model
 
@@ -100,12 +105,13 @@ def check_memory(
     device: torch.device,
     ranks: int,
     scheme: Scheme | None = None,
+    cache_in_int8: bool = False,
 ) -> None:
     """Raise ``MemoryError``, saying what to change, if weights and cache can't fit the device."""
     available = parallel.device_memory(device)
     here = parallel.local_ranks() if device.type == "cpu" else 1  # which share this memory
     weights = weight_bytes(args, dtype, ranks, scheme) * here
-    cache = cache_bytes(args, dtype, ranks) * here
+    cache = cache_bytes(args, dtype, ranks, cache_in_int8) * here
     if available is None or weights + cache <= available:
         return
     left = (available - weights) * args.max_seq_len * args.max_batch_size // cache

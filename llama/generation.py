@@ -53,6 +53,7 @@ class Llama(BaseLlama):
         compile: bool = False,
         quantize: str | None = None,
         group_size: int | None = None,
+        kv_cache_dtype: str | None = None,
     ) -> "Llama":
         """Load a checkpoint, in one process or with the others that ``torchrun`` started.
 
@@ -75,6 +76,8 @@ class Llama(BaseLlama):
             quantize: "int8" or "int4": weights of 8 or about 4.5 bits. A checkpoint that
                 ``llama.convert`` has quantised needs no saying so, and loads quicker.
             group_size: how many weights share a scale in int4: 32, 64 (by default), 128 or 256.
+            kv_cache_dtype: "int8" halves the cache's memory, and makes steps after a long text
+                slower; by default it is as exact as ``dtype``.
 
         Raises:
             FileNotFoundError: the directory, a weight file or the tokenizer is missing.
@@ -114,7 +117,9 @@ class Llama(BaseLlama):
             source = quantized(source, args, scheme, tell)
         elif group_size is not None:
             raise ValueError("group_size is for quantize='int4': say so, or leave it out")
-        model = checkpoint.load(source, args, torch_device, dtype)
+        if kv_cache_dtype not in (None, "int8"):
+            raise ValueError(f"kv_cache_dtype is {kv_cache_dtype!r}: expected None or 'int8'")
+        model = checkpoint.load(source, args, torch_device, dtype, kv_cache_dtype == "int8")
         if compile:
             compile_decoding(model)
         return Llama(model, tokenizer, seed, chat)

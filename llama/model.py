@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from llama import cache
 from llama.linear import ColumnParallelLinear, ParallelEmbedding, RowParallelLinear, project
 from llama.packing import Packed, Segment, Span, check_segments, pack
 from llama.parallel import world_size
@@ -156,6 +157,8 @@ class Attention(nn.Module):
 
     cache_k: torch.Tensor
     cache_v: torch.Tensor
+    cache_k_scales: torch.Tensor
+    cache_v_scales: torch.Tensor
 
     def __init__(self, args: ModelArgs):
         super().__init__()
@@ -170,12 +173,15 @@ class Attention(nn.Module):
         self.wv = ColumnParallelLinear(args.dim, n_kv_heads * self.head_dim)
         self.wo = RowParallelLinear(args.n_heads * self.head_dim, args.dim)
 
-    def allocate_cache(self, args: ModelArgs, device: torch.device, dtype: torch.dtype) -> None:
+    def allocate_cache(
+        self, args: ModelArgs, device: torch.device, dtype: torch.dtype, in_int8: bool
+    ) -> None:
         # Each head's keys lie side by side, as attention reads them.
         shape = (args.max_batch_size, self.n_local_kv_heads, args.max_seq_len, self.head_dim)
         for name in ("cache_k", "cache_v"):
-            empty = torch.zeros(shape, dtype=dtype, device=device)
-            self.register_buffer(name, empty, persistent=False)
+            entries, scales = cache.allocate(shape, dtype, device, in_int8)
+            self.register_buffer(name, entries, persistent=False)
+            self.register_buffer(f"{name}_scales", scales, persistent=False)
 
     def forward(self, x: torch.Tensor, freqs_cis: torch.Tensor, packed: Packed) -> torch.Tensor:
         xq, xk, xv = project(x, self.wq, self.wk, self.wv)
@@ -185,8 +191,8 @@ class Attention(nn.Module):
         turned = apply_rotary_emb(torch.cat((xq, xk), dim=1), freqs_cis)
         xq, xk = turned.split((self.n_local_heads, self.n_local_kv_heads), dim=1)
         n_tokens = len(packed.rows)  # without padding
-        self.cache_k[packed.rows, :, packed.positions] = xk[:n_tokens]
-        self.cache_v[packed.rows, :, packed.positions] = xv[:n_tokens]
+        cache.store(self.cache_k, self.cache_k_scales, xk[:n_tokens], packed)
+        cache.store(self.cache_v, self.cache_v_scales, xv[:n_tokens], packed)
         attended = torch.zeros_like(xq)
         for span in packed.spans:
             attended[span.tokens] = self.attend(xq[span.tokens], span)
@@ -194,8 +200,9 @@ class Attention(nn.Module):
 
     def attend(self, xq: torch.Tensor, span: Span) -> torch.Tensor:
         """Attention of a span's queries, (n, n_heads, head_dim), to its rows' cached keys."""
-        keys = self.cache_k[span.rows, :, : span.filled]  # (n_rows, n_kv_heads, filled, head_dim)
-        values = self.cache_v[span.rows, :, : span.filled]  # of the same shape
+        # Shape (n_rows, n_kv_heads, filled, head_dim):
+        keys = cache.read(self.cache_k, self.cache_k_scales, span)
+        values = cache.read(self.cache_v, self.cache_v_scales, span)
         # Query heads share them in groups; two layouts of the queries say so without copying a key.
         n_rep = self.n_local_heads // self.n_local_kv_heads
         xq = xq.unflatten(1, (-1, n_rep))  # (n, n_kv_heads, n_rep, head_dim)
@@ -265,16 +272,17 @@ class Transformer(nn.Module):
         self.output.shared = params.tie_word_embeddings
         self.allocate_buffers(torch.get_default_device(), torch.get_default_dtype())
 
-    def allocate_buffers(self, device: torch.device, dtype: torch.dtype) -> None:
+    def allocate_buffers(
+        self, device: torch.device, dtype: torch.dtype, cache_in_int8: bool = False
+    ) -> None:
         """Make the rotary table and an empty key/value cache on ``device``.
 
-        The cache holds ``max_batch_size * max_seq_len`` positions a layer, in ``dtype``; its
-        memory is first touched where tokens are written.
+        Of ``max_batch_size * max_seq_len`` positions a layer; those written to take up memory.
         """
         table = precompute_freqs_cis(self.params, device)
         self.register_buffer("freqs_cis", table, persistent=False)
         for block in self.layers:
-            block.attention.allocate_cache(self.params, device, dtype)  # type: ignore[operator, union-attr]
+            block.attention.allocate_cache(self.params, device, dtype, cache_in_int8)  # type: ignore[operator, union-attr]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "compiled": None}  # which is bound to this network's layers
@@ -282,7 +290,7 @@ class Transformer(nn.Module):
     def clear_cache(self) -> None:
         """Forget everything: not a number, once in the cache, would spread to later calls."""
         for name, buffer in self.named_buffers():
-            if name.endswith(("cache_k", "cache_v")):
+            if ".cache_" in name:
                 buffer.zero_()
 
     @torch.inference_mode()

@@ -61,9 +61,14 @@ def perplexity(
         for begin, row in zip(batch, logprobs, strict=True):
             scores += row[len(scores) + 1 - begin :]
         progress(len(scores))
-    value = math.exp(-statistics.fmean(scores))
-    error = value * statistics.pstdev(scores) / math.sqrt(len(scores))
-    return Perplexity(value, error, len(scores))
+    return summary(scores)
+
+
+def summary(logprobs: Sequence[float]) -> Perplexity:
+    """Of tokens' log-probabilities, at least one."""
+    value = math.exp(-statistics.fmean(logprobs))
+    error = value * statistics.pstdev(logprobs) / math.sqrt(len(logprobs))
+    return Perplexity(value, error, len(logprobs))
 
 
 def main(
@@ -76,6 +81,7 @@ def main(
     dtype: str | None = None,
     quantize: str | None = None,
     group_size: int | None = None,
+    kv_cache_dtype: str | None = None,
 ) -> None:
     """Print a checkpoint's perplexity on a text.
 
@@ -89,6 +95,7 @@ def main(
         dtype: float32, bfloat16 or float16; by default what suits checkpoint and device.
         quantize: int8 or int4; by default as the checkpoint is.
         group_size: how many weights share a scale in int4.
+        kv_cache_dtype: int8 for a cache of eight bits.
     """
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype is not None and dtype not in dtypes:
@@ -102,6 +109,7 @@ def main(
         dtype=None if dtype is None else dtypes[dtype],
         quantize=quantize,
         group_size=group_size,
+        kv_cache_dtype=kv_cache_dtype,
     )
     text = data.decode("utf-8", errors="replace")
     tokens = llama.tokenizer.encode(text, bos=llama.tokenizer.add_bos, eos=False)

@@ -55,7 +55,7 @@ def _common(a: Sequence[int], b: Sequence[int], limit: int) -> int:
 def _copy_rows(model: Transformer, copies: Sequence[tuple[int, int, int]]) -> None:
     """Copy the first tokens of cache rows, given as (from, to, how many), all at once."""
     for name, cache in model.named_buffers():
-        if name.endswith(("cache_k", "cache_v")):
+        if ".cache_" in name:
             taken: list[torch.Tensor] = [cache[source, :, :n].clone() for source, _, n in copies]
             for (_, target, n), tensor in zip(copies, taken, strict=True):
                 cache[target, :, :n] = tensor

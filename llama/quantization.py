@@ -1,291 +1,22 @@
-"""Linear layers with fewer bits, which ``swap`` puts in a network's place of the usual ones.
+"""Linear layers with fewer bits, which ``swap`` puts in the place of a network's usual ones.
 
-A layer's state is what a checkpoint stores (``llama.rounding``). Before it is used, its parts are
-packed into the order that the quickest kernel of its device reads, together with those of the
+A layer's state is what a checkpoint stores (``llama.rounding``). Before it is used, it is packed
+into the order that the quickest kernel of its device reads (``llama.kernels``), together with the
 layers that multiply the same input.
 """
 
-import functools
-import itertools
-import warnings
-import weakref
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from fairscale.nn.model_parallel.mappings import gather_from_model_parallel_region
 from torch import nn
 
+from llama.kernels import Kernel, make_kernel
 from llama.linear import ColumnParallelLinear, ParallelEmbedding, RowParallelLinear, _Linear
 from llama.memory import release, trim
 from llama.model import Attention, FeedForward, Transformer
-from llama.rounding import Int4, Int8, Parts, Scheme, rotate
-
-# FBGEMM's int8 kernels read a packed weight once for up to eight rows, at most of the memory's
-# speed, where oneDNN's and PyTorch's own reach 0.6 of it.
-_HAS_FBGEMM = "fbgemm" in torch.backends.quantized.supported_engines
-_FEW_ROWS = 64  # up to which the int4 kernel is quicker than to widen the weight
-_TILES = 8  # of the int4 kernel, that are widened at a time, so that they stay in the cache
-
-
-def _activation_levels() -> int:
-    """How many steps an input has on either side of zero.
-
-    Before VNNI two products of eight bits are added in sixteen, which half as many steps can't
-    overflow.
-    """
-    capabilities: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
-    return 127 if capabilities.get("avx512_vnni") else 63
-
-
-_LEVELS = _activation_levels()
-
-
-class _Kernel:
-    """Quantised weights of one or more layers, one below the other, in the order of a kernel."""
-
-    width: int  # the rows of all
-
-    def product(self, x: torch.Tensor) -> torch.Tensor:
-        """Shape (n_tokens, in_features) to (n_tokens, width), in the dtype of ``x``."""
-        raise NotImplementedError
-
-    def parts(self) -> Parts:
-        """The weights as a checkpoint stores them."""
-        raise NotImplementedError
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self.product(x)
-
-
-class _CpuKernel(_Kernel):
-    """One that compiled code knows by its number: it can't hold what is packed."""
-
-    def __init__(self, width: int):
-        self.width = width
-        number = next(_numbers)
-        _kernels[number] = self
-        self._number = torch.tensor(number, device="cpu")
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if not torch.compiler.is_compiling():
-            return self.product(x)
-        out: torch.Tensor = torch.ops.llama.quantized_product(x, self._number, self.width)
-        return out
-
-
-_kernels: MutableMapping[int, _CpuKernel] = weakref.WeakValueDictionary()
-_numbers = itertools.count()
-_library = torch.library.Library("llama", "FRAGMENT")
-_library.define("quantized_product(Tensor x, Tensor number, int width) -> Tensor")
-
-
-def _quantized_product(x: torch.Tensor, number: torch.Tensor, width: int) -> torch.Tensor:
-    return _kernels[int(number)].product(x)
-
-
-def _quantized_product_shape(x: torch.Tensor, number: torch.Tensor, width: int) -> torch.Tensor:
-    return x.new_empty(x.shape[0], width)
-
-
-_library.impl("quantized_product", _quantized_product, "CPU")
-torch.library.register_fake("llama::quantized_product", _quantized_product_shape, lib=_library)
-
-
-class _Int8Cpu(_CpuKernel):
-    """Rows of eight bits, each by its own range, times weights of eight bits, by FBGEMM.
-
-    Sums are exact, so a row's product doesn't depend on what other rows there are.
-    """
-
-    def __init__(self, parts: Parts, block: int):
-        super().__init__(len(parts["weight"]))
-        self._block = block
-        scale = parts["scale"][:, 0]
-        zero = torch.zeros(self.width, dtype=torch.long)
-        engine = torch.backends.quantized.engine
-        torch.backends.quantized.engine = "fbgemm"
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # such tensors are to go, their kernels aren't
-                weight = torch._make_per_channel_quantized_tensor(parts["weight"], scale, zero, 0)
-            self._packed = torch.ops.quantized.linear_prepack(weight, None)
-        finally:
-            torch.backends.quantized.engine = engine
-
-    def product(self, x: torch.Tensor) -> torch.Tensor:
-        rows = rotate(x.float(), self._block)
-        largest = rows.abs().amax(dim=1, keepdim=True)
-        largest = largest.clamp_(min=torch.finfo(torch.float32).tiny)
-        out = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
-            rows / largest, 1 / _LEVELS, _LEVELS + 1, self._packed
-        )
-        return out.mul_(largest).to(x.dtype)
-
-    def parts(self) -> Parts:
-        weight, _ = torch.ops.quantized.linear_unpack(self._packed)
-        scale = weight.q_per_channel_scales().float()
-        return {"weight": weight.int_repr(), "scale": scale[:, None]}
-
-
-class _Int8Plain(_Kernel):
-    """Weights that are widened where they are multiplied; compiled, in the same kernel."""
-
-    def __init__(self, parts: Parts, block: int):
-        self._parts = parts
-        self._block = block
-        self.width = len(parts["weight"])
-
-    def product(self, x: torch.Tensor) -> torch.Tensor:
-        weight, scale = self._parts["weight"], self._parts["scale"][:, 0]
-        x = rotate(x, self._block)
-        if len(x) == 1 and x.device.type in ("cpu", "mps"):
-            return torch._weight_int8pack_mm(x, weight, scale.to(x.dtype))
-        if x.dtype == torch.float16:  # whose range whole numbers would soon leave
-            return F.linear(x, (weight * scale[:, None]).to(x.dtype))
-        return F.linear(x, weight.to(x.dtype)) * scale.to(x.dtype)
-
-    def parts(self) -> Parts:
-        return self._parts
-
-
-class _Int4Cpu(_CpuKernel):
-    """PyTorch's kernel for few rows; for many, tiles of the weight are widened and multiplied.
-
-    Its order is that of tiles of 64 outputs, or of 32 without AVX-512: a tile has a row of bytes
-    for each input, of which one holds the numbers of outputs that lie half a tile apart. It is
-    quick in bfloat16 only.
-    """
-
-    def __init__(self, parts: Parts, scheme: Int4):
-        super().__init__(len(parts["weight"]))
-        self._scheme = scheme
-        self._group_size = scheme.group_size
-        extra = (0, 0, 0, -self.width % 64)
-        self._packed = _pack_tiles(scheme.numbers(F.pad(parts["weight"], extra)), _int4_tile())
-        pairs = torch.stack((F.pad(parts["scales"], extra), F.pad(parts["zeros"], extra)), dim=2)
-        self._scales_and_zeros = pairs.transpose(0, 1).contiguous()
-
-    def product(self, x: torch.Tensor) -> torch.Tensor:
-        if len(x) <= _FEW_ROWS:
-            out = torch._weight_int4pack_mm_for_cpu(
-                x.bfloat16().contiguous(), self._packed, self._group_size, self._scales_and_zeros
-            ).to(x.dtype)
-        else:
-            n_tiles = len(self._packed) // _int4_tile()
-            some = [range(n_tiles)[first : first + _TILES] for first in range(0, n_tiles, _TILES)]
-            out = torch.cat([x @ self._widened(tiles, x.dtype) for tiles in some], dim=1)
-        return out[:, : self.width]
-
-    def _widened(self, tiles: range, dtype: torch.dtype) -> torch.Tensor:
-        """The weight's part of some tiles, shape (in_features, their outputs)."""
-        rows = slice(tiles.start * _int4_tile(), tiles.stop * _int4_tile())
-        numbers = _unpack_tiles(self._packed[rows], _int4_tile())  # (in_features, outputs)
-        scales, zeros = self._scales_and_zeros[:, None, rows].to(dtype).movedim(3, 0).contiguous()
-        groups = numbers.to(dtype).sub_(8).unflatten(0, (-1, self._group_size))
-        return torch.addcmul(zeros, groups, scales).flatten(0, 1)
-
-    def parts(self) -> Parts:
-        numbers = _unpack_tiles(self._packed, _int4_tile()).T[: self.width]
-        scales, zeros = self._scales_and_zeros[:, : self.width].transpose(0, 1).unbind(2)
-        return self._scheme.stored(numbers, scales, zeros)
-
-
-def _pack_tiles(numbers: torch.Tensor, tile: int) -> torch.Tensor:
-    """Numbers, shape (out_features, in_features), in the order of the int4 kernel for CPUs."""
-    out_features, in_features = numbers.shape
-    first, second = numbers.view(-1, 2, tile // 2, in_features).transpose(2, 3).unbind(1)
-    return (first | (second << 4)).reshape(out_features, in_features // 2)
-
-
-def _unpack_tiles(packed: torch.Tensor, tile: int) -> torch.Tensor:
-    """The numbers that ``_pack_tiles`` packed, shape (in_features, out_features)."""
-    bytes_ = packed.view(len(packed) // tile, -1, tile // 2)  # (tiles, in_features, tile / 2)
-    numbers = torch.stack((bytes_ & 15, bytes_ >> 4), dim=2)
-    return numbers.transpose(0, 1).flatten(1)  # (in_features, out_features)
-
-
-@functools.cache
-def _int4_tile() -> int:
-    """How many outputs a tile of the int4 kernel has; 0 where its order is another."""
-    numbers = torch.arange(64 * 32, dtype=torch.int32).view(64, 32) * 7 % 16
-    packed = torch._convert_weight_to_int4pack_for_cpu(numbers, 1)
-    for tile in (64, 32):
-        if torch.equal(packed, _pack_tiles(numbers.to(torch.uint8), tile)):
-            return tile
-    return 0
-
-
-class _Int4Plain(_Kernel):
-    """Weights that are widened where they are multiplied."""
-
-    def __init__(self, parts: Parts, scheme: Int4):
-        self._parts = parts
-        self._scheme = scheme
-        self.width = len(parts["weight"])
-
-    def product(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self._scheme.dequantize(self._parts, 1).to(x.dtype))
-
-    def parts(self) -> Parts:
-        return self._parts
-
-
-class _Int4Cuda(_Kernel):
-    """PyTorch's "tinygemm" kernel, for bfloat16 on CUDA from compute capability 8.0."""
-
-    _INNER_TILES = 8  # of 16 inputs, which its order keeps together
-
-    def __init__(self, parts: Parts, scheme: Int4):
-        self.width = len(parts["weight"])
-        self._scheme = scheme
-        self._in_features = 2 * parts["weight"].shape[1]
-        extra = (0, 0, 0, -self.width % 8)
-        weight = F.pad(parts["weight"], extra)
-        # It takes the first of two numbers from the upper bits.
-        swapped = (weight << 4) | (weight >> 4)
-        self._packed = torch._convert_weight_to_int4pack(swapped, self._INNER_TILES)
-        pairs = torch.stack((F.pad(parts["scales"], extra), F.pad(parts["zeros"], extra)), dim=2)
-        self._scales_and_zeros = pairs.transpose(0, 1).contiguous()
-
-    @staticmethod
-    def takes(parts: Parts, dtype: torch.dtype) -> bool:
-        weight = parts["weight"]
-        return (
-            weight.device.type == "cuda"
-            and dtype == torch.bfloat16
-            and torch.cuda.get_device_capability(weight.device) >= (8, 0)
-            and 2 * weight.shape[1] % (16 * _Int4Cuda._INNER_TILES) == 0
-        )
-
-    def product(self, x: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = torch._weight_int4pack_mm(
-            x.contiguous(), self._packed, self._scheme.group_size, self._scales_and_zeros
-        )
-        return out[:, : self.width]
-
-    def parts(self) -> Parts:
-        # With scale 1 and zero 8 a product with the identity is the numbers themselves.
-        identity = torch.eye(self._in_features, dtype=torch.bfloat16, device=self._packed.device)
-        plain = self._scales_and_zeros.clone()
-        plain[..., 0], plain[..., 1] = 1, 8
-        numbers = torch._weight_int4pack_mm(
-            identity, self._packed, self._scheme.group_size, plain
-        ).T[: self.width]
-        scales, zeros = self._scales_and_zeros[:, : self.width].transpose(0, 1).unbind(2)
-        return self._scheme.stored(numbers.to(torch.uint8), scales, zeros)
-
-
-def _make_kernel(parts: Parts, scheme: Scheme, block: int, dtype: torch.dtype) -> _Kernel:
-    on_cpu = parts["weight"].device.type == "cpu"
-    if isinstance(scheme, Int8):
-        return _Int8Cpu(parts, block) if on_cpu and _HAS_FBGEMM else _Int8Plain(parts, block)
-    if on_cpu and _int4_tile():
-        return _Int4Cpu(parts, scheme)
-    if _Int4Cuda.takes(parts, dtype):
-        return _Int4Cuda(parts, scheme)
-    return _Int4Plain(parts, scheme)
+from llama.rounding import Parts, Scheme
 
 
 class _QuantizedLinear(_Linear):
@@ -296,7 +27,7 @@ class _QuantizedLinear(_Linear):
         self.scheme = scheme
         self._dtype = dtype  # of the inputs
         self._block = scheme.block(whole_width)
-        self._kernel: _Kernel | None = None
+        self._kernel: Kernel | None = None
         _make_parts(self, scheme, *self.weight.shape)
 
     def products(self, x: torch.Tensor, layers: Sequence[_Linear]) -> Sequence[torch.Tensor]:
@@ -420,7 +151,7 @@ def pack(layers: Sequence[_Linear]) -> None:
     first = quantized[0]
     own = [layer.parts() for layer in quantized]
     joined = {name: torch.cat([parts[name] for parts in own]) for name in own[0]}
-    kernel = _make_kernel(joined, first.scheme, first._block, first._dtype)
+    kernel = make_kernel(joined, first.scheme, first._block, first._dtype)
     row = 0
     for layer, parts in zip(quantized, own, strict=True):
         layer._kernel = kernel

@@ -6,6 +6,7 @@ from typing import TypeVar
 
 import torch
 
+from llama.cache import bytes_per_head
 from llama.model import ModelArgs
 from llama.rounding import Scheme
 
@@ -64,11 +65,12 @@ def parameter_count(args: ModelArgs, ranks: int = 1) -> int:
     return args.n_layers * block + vocabulary + args.dim
 
 
-def cache_bytes(args: ModelArgs, dtype: torch.dtype, ranks: int = 1) -> int:
+def cache_bytes(args: ModelArgs, dtype: torch.dtype, ranks: int = 1, in_int8: bool = False) -> int:
     """The size of one rank's key/value cache."""
     positions = args.max_batch_size * args.max_seq_len
     heads = max(args.kv_heads, ranks) // ranks
-    return 2 * args.n_layers * positions * heads * args.head_dim * dtype.itemsize
+    entry = bytes_per_head(args.head_dim, dtype, in_int8)
+    return 2 * args.n_layers * positions * heads * entry
 
 
 def weight_bytes(

@@ -16,11 +16,13 @@ from conftest import make_model
 from test_examples import EXAMPLES, EXPECTED
 from test_parallel import script, torchrun
 
-from llama import Llama, checkpoint, linear, parallel, quantization
+from llama import Llama, cache, checkpoint, kernels, linear, parallel, quantization
 from llama.convert import convert
 from llama.generation import TINY
+from llama.packing import Segment, Span, pack
+from llama.perplexity import perplexity
 from llama.rounding import Int4, Int8, Scheme, hadamard, make_scheme, rotate
-from llama.sharding import full_shapes, parameter_count, weight_bytes
+from llama.sharding import cache_bytes, full_shapes, parameter_count, weight_bytes
 from llama.weights import Checkpoint, Weights, quantized
 
 SCHEMES: list[Scheme] = [Int8(), Int4(32), Int4(64)]
@@ -90,8 +92,8 @@ def test_modules_equal_their_dequantised_form(
 ) -> None:
     """Every kernel, every module, few rows and many, against a plain float32 product."""
     if kernel == "plain":
-        monkeypatch.setattr(quantization, "_HAS_FBGEMM", False)
-        monkeypatch.setattr(quantization, "_int4_tile", lambda: 0)
+        monkeypatch.setattr(kernels, "_HAS_FBGEMM", False)
+        monkeypatch.setattr(kernels, "_int4_tile", lambda: 0)
     _, model = quantised_model(scheme, dtype)
     generator = torch.Generator().manual_seed(3)
     layers = [m for m in model.modules() if isinstance(m, quantization._QuantizedLinear)]
@@ -132,7 +134,7 @@ def test_embeddings_equal_their_dequantised_form(scheme: Scheme) -> None:
 def test_the_network_is_that_of_the_dequantised_weights(
     scheme: Scheme, tied: bool, monkeypatch
 ) -> None:
-    monkeypatch.setattr(quantization, "_FEW_ROWS", 0)  # whose kernel works in bfloat16
+    monkeypatch.setattr(kernels, "_FEW_ROWS", 0)  # whose kernel works in bfloat16
     usual, model = quantised_model(scheme, tie_word_embeddings=tied)
     with torch.no_grad():
         for name, module in model.named_modules():
@@ -376,3 +378,53 @@ class TestErrors:
         torch.save(tensors, path)
         with pytest.raises(ValueError, match=r"lacks layers.2.feed_forward.w2.scale"):
             Llama.build(int8)
+
+
+class TestCache:
+    def test_entries_are_within_half_a_step(self) -> None:
+        shape = (2, 3, 8, 16)
+        entries, scales = cache.allocate(shape, torch.float32, torch.device("cpu"), True)
+        x = torch.randn(5, 3, 16, generator=torch.Generator().manual_seed(0))
+        x[2, 1] = 0
+        segments = [Segment(0, 0, 2), Segment(1, 3, 3)]
+        packed = pack(segments, torch.device("cpu"))
+        cache.store(entries, scales, x, packed)
+        for i, (row, position) in enumerate(((0, 0), (0, 1), (1, 3), (1, 4), (1, 5))):
+            found = cache.read(entries, scales, Span(slice(0), slice(row, row + 1), 8, None))
+            step = x[i].abs().amax(-1, keepdim=True) / 127
+            assert ((found[0, :, position] - x[i]).abs() <= step * 0.501).all()
+
+    def test_it_takes_about_half_the_memory(self) -> None:
+        usual = Llama.build(dtype=torch.bfloat16)
+        small = Llama.build(dtype=torch.bfloat16, kv_cache_dtype="int8")
+
+        def size(llama: Llama) -> int:
+            return sum(b.nbytes for n, b in llama.model.named_buffers() if ".cache_" in n)
+
+        args = usual.model.params
+        assert size(usual) == cache_bytes(args, torch.bfloat16)
+        assert size(small) == cache_bytes(args, torch.bfloat16, in_int8=True)
+        assert size(small) / size(usual) == (24 + 2) / 48  # heads of 24 and a scale
+
+    def test_perplexity_stays(self, tiny: Llama) -> None:
+        small = Llama.build(dtype=torch.float32, device="cpu", kv_cache_dtype="int8")
+        text = tiny.text_completion(["Once upon a time", "def "], temperature=1, seed=5)
+        tokens = tiny.tokenizer.encode("".join(t["generation"] for t in text), True, False)
+        usual = perplexity(tiny, tokens, 256, 128).value
+        assert perplexity(small, tokens, 256, 128).value == pytest.approx(usual, rel=0.005)
+
+    def test_ragged_rows_and_earlier_turns_give_what_a_prompt_gives_alone(self) -> None:
+        llama = Llama.build(dtype=torch.float32, device="cpu", kv_cache_dtype="int8")
+        prompts = [[1, 40, 50, 60, 70, 80], [1, 9], [1, 30, 31, 32]]
+        together, _ = llama.generate(prompts, 20, temperature=0)
+        for prompt, tokens in zip(prompts, together, strict=True):
+            alone, _ = llama.generate([prompt], 20, temperature=0)
+            assert alone == [tokens]
+        longer = prompts[0] + together[0][:5] + [90]
+        first, _ = llama.generate([longer], 10, temperature=0)  # its beginning is in the cache
+        fresh = Llama.build(dtype=torch.float32, device="cpu", kv_cache_dtype="int8")
+        assert fresh.generate([longer], 10, temperature=0)[0] == first
+
+    def test_an_unknown_dtype(self) -> None:
+        with pytest.raises(ValueError, match="kv_cache_dtype is 'fp8': expected None or 'int8'"):
+            Llama.build(kv_cache_dtype="fp8")

@@ -1,0 +1,147 @@
+"""What fewer bits cost: perplexity here and in llama.cpp, of the same weights on the same text.
+
+    python benchmarks/quality.py                           # the embedded model, on unseen stories
+    python benchmarks/quality.py CKPT TEXT_FILE            # any other, on a UTF-8 text
+
+The weights are brought to bfloat16 first, which all start from. Bits are those of all weights of a
+checkpoint, embedding, norms and scales included.
+"""
+
+import contextlib
+import math
+import random
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import fire
+import speed
+import torch
+
+from llama import Llama
+from llama.checkpoint import progress_bar
+from llama.convert import convert
+from llama.formats import open_checkpoint
+from llama.generation import TINY
+from llama.params import make_args
+from llama.perplexity import Perplexity, perplexity, summary
+from llama.sharding import parameter_count, weight_bytes
+
+sys.path.append(str(Path(__file__).parent.parent / "tools"))
+
+# What Llama.build is asked for.
+OURS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "llama int8": {"quantize": "int8"},
+    "llama int4": {"quantize": "int4"},
+    "llama int4, groups of 32": {"quantize": "int4", "group_size": 32},
+    "llama, cache int8": {"kv_cache_dtype": "int8"},
+}
+THEIRS = {"llama.cpp": "llama.cpp", "llama.cpp Q8_0": "Q8_0", "llama.cpp Q4_0": "Q4_0"}
+
+
+def stories(n_chars: int = 100_000) -> str:
+    """Texts of the kind that the embedded model was trained on, with held-out combinations."""
+    from tiny_world import compose
+
+    rng = random.Random("quality")
+    parts: list[str] = []
+    while sum(map(len, parts)) < n_chars:
+        parts.append(compose(rng).text)
+    return "\n".join(parts)
+
+
+def of_llama_cpp(path: Path, tokens: list[int], context: int, stride: int) -> Perplexity:
+    """As ``llama.perplexity`` does it."""
+    import llama_cpp
+
+    model = llama_cpp.Llama(
+        str(path),
+        n_ctx=context,
+        n_batch=context,
+        n_ubatch=context,
+        n_threads=speed.engines.THREADS,
+        n_threads_batch=speed.engines.THREADS,
+        logits_all=True,
+        verbose=False,
+    )
+    scores: list[float] = []
+    show = progress_bar(len(tokens), f"{len(tokens):,} tokens")
+    for begin in range(0, max(len(tokens) - context, 0) + stride, stride):
+        window = tokens[begin : begin + context]
+        model.reset()
+        model.eval(window)
+        logits = torch.from_numpy(model.scores[: len(window) - 1])
+        logprobs = logits.log_softmax(-1).gather(1, torch.tensor(window[1:])[:, None])[:, 0]
+        scores += logprobs.tolist()[len(scores) - begin :]
+        show(len(scores))
+    return summary(scores)
+
+
+def main(
+    ckpt: str = str(TINY),
+    text_file: str | None = None,
+    n_tokens: int = 20_480,
+    context: int = 512,
+    stride: int = 256,
+) -> None:
+    """Print a table of perplexities.
+
+    Args:
+        ckpt: a checkpoint of any format.
+        text_file: UTF-8; stories like the embedded model's by default.
+        n_tokens: of the text, at most.
+        context, stride: as for ``llama.perplexity``.
+    """
+    text = stories() if text_file is None else Path(text_file).read_text(encoding="utf-8")
+    found: dict[str, tuple[Perplexity, float]] = {}
+    with tempfile.TemporaryDirectory() as directory, contextlib.redirect_stdout(sys.stderr):
+        path = Path(directory) / "llama"
+        convert(ckpt, str(path), dtype="bfloat16")
+        tokens: list[int] = []
+        for name, how in OURS.items():
+            llama = Llama.build(
+                path,
+                max_seq_len=context,
+                max_batch_size=4,
+                device="cpu",
+                dtype=torch.bfloat16,
+                **how,
+            )
+            if not tokens:
+                bos = llama.tokenizer.add_bos
+                tokens = llama.tokenizer.encode(text, bos=bos, eos=False)[:n_tokens]
+            show = progress_bar(len(tokens), f"{len(tokens):,} tokens")
+            args = llama.model.params
+            scheme = getattr(llama.model.output, "scheme", None)
+            size = weight_bytes(args, torch.bfloat16, 1, scheme)
+            value = perplexity(llama, tokens, context, stride, show)
+            print(f"\n{name}: {value.value:.4f}")
+            found[name] = value, 8 * size / parameter_count(args)
+            del llama
+        if "llama.cpp" in speed.engines.installed():
+            source = open_checkpoint(path)
+            args = make_args(source.params, source.source, n_words=0)
+            args.max_seq_len = context
+            tensors = {name: source.rank_part(name, args, 0, 1) for name in source.parts[0]}
+            for name, kind in THEIRS.items():
+                file = Path(directory) / name
+                if kind == "llama.cpp":
+                    speed.write_gguf(args, tensors, file)
+                else:
+                    speed.write_quantized_gguf(kind)(args, tensors, file)
+                bits = 8 * file.stat().st_size / parameter_count(args)
+                found[name] = of_llama_cpp(file, tokens, context, stride), bits
+                print(f"\n{name}: {found[name][0].value:.4f}")
+    print(f"{len(tokens):,} tokens, context {context}, stride {stride}\n")
+    print("| weights | bits a weight | perplexity | of the engine's bfloat16 |")
+    print("|---|---|---|---|")
+    for name, (value, bits) in found.items():
+        usual = found["llama.cpp" if name.startswith("llama.cpp") else "llama"][0]
+        change = 100 * math.log(value.value / usual.value)
+        print(f"| {name} | {bits:.2f} | {value.value:.4f} | {change:+.2f} % |")
+
+
+if __name__ == "__main__":
+    fire.Fire(main)
