@@ -19,7 +19,7 @@ import torch
 from llama.params import short
 
 Parts = dict[str, torch.Tensor]
-_BLOCK = 32  # of the Hadamard matrix: published widths can be divided by 32 on up to 8 ranks
+_BLOCK = 64  # of the Hadamard matrix, at most
 _CHUNK = 1 << 17  # weights that are rounded at a time, so that they stay in a processor's cache
 GROUP_SIZES = (32, 64, 128, 256)
 
@@ -68,8 +68,11 @@ class Int8:
         return {"weight": (out_features, in_features), "scale": (out_features, 1)}
 
     def block(self, in_features: int) -> int:
-        """How many inputs belong together: no rank can have a part of a block."""
-        return gcd(in_features, _BLOCK)
+        """How many inputs belong together: no rank can have a part of a block.
+
+        At least two ranks can always share a width; published ones, four.
+        """
+        return gcd(in_features // 2, _BLOCK)
 
     def quantize(self, weight: torch.Tensor) -> Parts:
         """Of a whole weight, of any dtype."""
