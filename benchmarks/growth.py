@@ -19,6 +19,7 @@ import torch
 
 from llama import Llama
 from llama.packing import Segment, prefill_passes
+from llama.quantization import scheme_in
 from llama.sharding import parameter_count, weight_bytes
 
 BATCHES = (1, 2, 4, 8)
@@ -90,7 +91,7 @@ def measure(path: str, rounds: int = 5) -> dict[str, object]:
         {"ragged": lambda: prefill(llama, RAGGED), "equal": lambda: prefill(llama, equal)}, rounds
     )
     turns = [second_turn(llama) for _ in range(rounds)]
-    scheme = getattr(llama.model.output, "scheme", None)
+    scheme = scheme_in(llama.model)
     n_bytes = n_weights * itemsize
     if scheme is not None:
         n_bytes = weight_bytes(args, llama.model.norm.weight.dtype, 1, scheme)

@@ -26,6 +26,7 @@ from llama.formats import open_checkpoint
 from llama.generation import TINY
 from llama.params import make_args
 from llama.perplexity import Perplexity, perplexity, summary
+from llama.quantization import scheme_in
 from llama.sharding import parameter_count, weight_bytes
 
 sys.path.append(str(Path(__file__).parent.parent / "tools"))
@@ -114,8 +115,7 @@ def main(
                 tokens = llama.tokenizer.encode(text, bos=bos, eos=False)[:n_tokens]
             show = progress_bar(len(tokens), f"{len(tokens):,} tokens")
             args = llama.model.params
-            scheme = getattr(llama.model.output, "scheme", None)
-            size = weight_bytes(args, torch.bfloat16, 1, scheme)
+            size = weight_bytes(args, torch.bfloat16, 1, scheme_in(llama.model))
             value = perplexity(llama, tokens, context, stride, show)
             print(f"\n{name}: {value.value:.4f}")
             found[name] = value, 8 * size / parameter_count(args)

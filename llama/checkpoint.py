@@ -22,12 +22,7 @@ from llama.model import ModelArgs, Transformer
 from llama.params import make_args
 from llama.quantization import pack_all, swap
 from llama.rounding import Int4, Scheme
-from llama.sharding import (
-    cache_bytes,
-    check_model_parallel_size,
-    full_shapes,
-    weight_bytes,
-)
+from llama.sharding import cache_bytes, check_model_parallel_size, weight_bytes
 from llama.weights import Checkpoint, Weights
 
 logger = logging.getLogger(__name__)
@@ -72,7 +67,7 @@ def load(
     stay_mapped = []
     for name in model.state_dict():
         module = name.rpartition(".")[0]
-        if module == "output" and ranks == 1 and name not in checkpoint.parts[0]:
+        if module == "output" and args.tie_word_embeddings and ranks == 1:
             tensors[name] = tensors[name.replace("output", "tok_embeddings")]
             continue
         part = checkpoint.rank_part(name, args, rank, ranks)
@@ -166,7 +161,7 @@ def save(
         ValueError: the shards don't make the network, or it can't be divided into as many parts.
     """
     parts = [shard if isinstance(shard, Weights) else Weights.of(shard) for shard in shards]
-    if args.tie_word_embeddings and "output.weight" not in full_shapes(args, scheme):
+    if args.tie_word_embeddings:
         for part in parts:
             for name in [name for name in part.shapes if name.startswith("output.")]:
                 part.shapes.pop(name)

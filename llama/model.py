@@ -383,7 +383,7 @@ class Transformer(nn.Module):
         self, tokens: torch.Tensor, packed: Packed, layers: Iterable[Callable[..., torch.Tensor]]
     ) -> torch.Tensor:
         """From token ids through all layers, shape (n_tokens,) to (n_tokens, dim)."""
-        extra = (0, self.output.padding(len(tokens)))
+        extra = (0, self.layers[0].attention.wo.padding(len(tokens)))  # type: ignore[operator, union-attr]
         freqs_cis = self.freqs_cis[F.pad(packed.positions, extra)]
         h = self.tok_embeddings(F.pad(tokens, extra))  # (n_tokens, dim)
         for layer in layers:

@@ -131,8 +131,13 @@ def projections(model: Transformer) -> Iterator[tuple[_Linear, ...]]:
     yield (model.output,)
 
 
+def scheme_in(model: Transformer) -> Scheme | None:
+    """How a network's layers are quantised."""
+    return getattr(next(projections(model))[0], "scheme", None)
+
+
 def swap(model: Transformer, scheme: Scheme, dtype: torch.dtype) -> None:
-    """Replace embedding and linear layers by quantised ones that a checkpoint is to fill."""
+    """Replace the layers that a scheme quantises; a checkpoint is to fill the new ones."""
     kinds: dict[type, type] = {
         ColumnParallelLinear: QuantizedColumnParallelLinear,
         RowParallelLinear: QuantizedRowParallelLinear,
@@ -164,6 +169,8 @@ def pack(layers: Sequence[_Linear]) -> None:
 def pack_all(model: Transformer) -> None:
     """Pack every linear layer, one group at a time, and let go of what was mapped or made."""
     for layers in projections(model):
+        if not isinstance(layers[0], _QuantizedLinear):
+            continue
         parts = [part for layer in layers for part in layer.parameters()]
         pack(layers)
         release(part for part in parts if getattr(part, "is_mapped", False))

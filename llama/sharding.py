@@ -82,18 +82,18 @@ def weight_bytes(
     size = 0
     for name, shape in full_shapes(args, scheme).items():
         module, part = name.rsplit(".", 1)
-        stored = scheme.dtypes()[part] if scheme.takes(module) else dtype
-        # An output that is the embedding is packed, and so there a second time.
-        times = 2 if module == "tok_embeddings" and args.tie_word_embeddings else 1
-        size += prod(shape) * stored.itemsize * times
+        takes = scheme.takes(module)
+        stored = scheme.dtypes()[part] if takes else dtype
+        # Ranks divide a tied table along different lines; quantised, the output's is packed.
+        twice = module == "tok_embeddings" and args.tie_word_embeddings and (takes or ranks > 1)
+        size += prod(shape) * stored.itemsize * (1 + twice)
     return size // ranks
 
 
 def full_shapes(args: ModelArgs, scheme: Scheme | None = None) -> dict[str, tuple[int, ...]]:
     """The parameters' shapes before they are divided among shards or ranks.
 
-    An output that is the embedding (``tie_word_embeddings``) isn't among them, unless it alone is
-    quantised.
+    An output that is the embedding (``tie_word_embeddings``) isn't among them.
     """
     q_dim = args.n_heads * args.head_dim
     kv_dim = args.kv_heads * args.head_dim
@@ -112,7 +112,7 @@ def full_shapes(args: ModelArgs, scheme: Scheme | None = None) -> dict[str, tupl
         }
         shapes |= {f"layers.{i}.{name}.weight": shape for name, shape in block.items()}
     shapes["norm.weight"] = (args.dim,)
-    if not args.tie_word_embeddings or (scheme and not scheme.takes("tok_embeddings")):
+    if not args.tie_word_embeddings:
         shapes["output.weight"] = (args.n_outputs, args.dim)
     if scheme is None:
         return shapes

@@ -86,7 +86,7 @@ class Checkpoint:
 
     def rank_part(self, name: str, args: ModelArgs, rank: int, ranks: int) -> torch.Tensor:
         """What one of ``ranks`` ranks holds of a parameter."""
-        if name.startswith("output.") and name not in self.parts[0]:  # it is the embedding
+        if name.startswith("output.") and args.tie_word_embeddings:
             whole = self.rank_part(name.replace("output", "tok_embeddings"), args, 0, 1)
             return rank_part(name, [whole], args, rank, ranks)
         return rank_part(name, [part[name] for part in self.parts], args, rank, ranks)

@@ -97,7 +97,7 @@ def test_modules_equal_their_dequantised_form(
     _, model = quantised_model(scheme, dtype)
     generator = torch.Generator().manual_seed(3)
     layers = [m for m in model.modules() if isinstance(m, quantization._QuantizedLinear)]
-    assert len(layers) == 2 * 7 + 1
+    assert len(layers) == 2 * 7 + isinstance(scheme, Int4)  # whose output is quantised too
     # Inputs of eight bits are off by half a step of 127, which a sum over many evens out.
     tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}[dtype]
     if kernel == "quick":  # int4's few rows are products of bfloat16
@@ -146,7 +146,9 @@ def test_the_network_is_that_of_the_dequantised_weights(
     if tied and isinstance(scheme, Int4):  # one table for both
         torch.testing.assert_close(model.output.plain_weight(), usual.tok_embeddings.weight)
     if tied and isinstance(scheme, Int8):
-        usual.output.weight = torch.nn.Parameter(model.output.plain_weight())
+        assert model.output.weight.data_ptr() == model.tok_embeddings.weight.data_ptr()
+    if tied:
+        usual.output.weight = usual.tok_embeddings.weight
     usual.allocate_buffers(torch.device("cpu"), torch.float32)
     tokens = torch.randint(0, 96, (2, 20), generator=torch.Generator().manual_seed(4))
     expected, found = usual.forward(tokens), model.forward(tokens)
@@ -226,7 +228,7 @@ def test_a_converted_checkpoint_is_what_build_quantises(quantize: str, tmp_path:
     size = (tmp_path / "out" / "consolidated.00.pth").stat().st_size
     stored = weight_bytes(loaded.model.params, torch.bfloat16, 1, make_scheme(quantize))
     assert stored < size < stored + 50_000  # names and alignment
-    assert stored * 8 / parameter_count(loaded.model.params) < {"int8": 8.8, "int4": 4.6}[quantize]
+    assert stored * 8 / parameter_count(loaded.model.params) < {"int8": 9.4, "int4": 4.6}[quantize]
     again = Llama.build(tmp_path / "out", dtype=torch.float32, quantize=quantize)
     assert again.generate(prompt, 20, temperature=0, logprobs=True) == ours
 
