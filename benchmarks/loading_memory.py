@@ -1,17 +1,19 @@
 """How much memory loading takes, beside what it has to: weights and cache.
 
     python benchmarks/loading_memory.py
-    python benchmarks/loading_memory.py --size 7B --cases "bf16 as it is"
+    python benchmarks/loading_memory.py --size 7B --cases "bf16 as it is;int4"
     python benchmarks/loading_memory.py --size 110M --cases "bf16 as it is" --prompt 16380 \\
         --max_batch_size 1
 
 Writes random checkpoints of 1.1 billion parameters (2.2 GB) to a temporary directory and loads
-each in a fresh process: bfloat16 as it is, float16 converted, two shards joined into one, and a
-Hugging Face directory in one process and in two. "used" is the peak after a prompt and four tokens.
+each in a fresh process: bfloat16 as it is, float16 converted, two shards joined into one, a
+Hugging Face directory in one process and in two, and what llama.convert makes of bfloat16 in int8
+and int4; "to int4" is that conversion itself. "used" is the peak after a prompt and four tokens.
 """
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -39,10 +41,14 @@ CASES = {
     "2 shards to 1": (torch.bfloat16, 2, 1),
     "HF": (torch.bfloat16, 0, 1),
     "HF, 2 processes": (torch.bfloat16, 0, 2),
+    "int8": (torch.bfloat16, 1, 1),
+    "int4": (torch.bfloat16, 1, 1),
 }
 LOAD = """
 import json, sys, torch
 from llama import Llama, parallel
+from llama.quantization import scheme_in
+from llama.sharding import weight_bytes
 def peak():
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
@@ -50,7 +56,8 @@ imported = peak()
 path, prompt, max_batch_size = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 llama = Llama.build(path, None, max(512, prompt + 4), max_batch_size, device="cpu",
                     dtype=torch.bfloat16)
-needed = sum(t.nbytes for t in llama.model.parameters())
+model = llama.model
+needed = weight_bytes(model.params, torch.bfloat16, parallel.world_size(), scheme_in(model))
 needed += sum(t.nbytes for name, t in llama.model.named_buffers() if "cache" in name)
 loaded = peak()
 llama.generate([[1] * prompt], 4, temperature=0)
@@ -61,6 +68,35 @@ parallel.print_once(json.dumps({
     "generated": peak(),
 }))
 """
+
+
+CONVERT = """
+import json, os, sys
+from llama.convert import convert
+def peak():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+imported = peak()
+convert(sys.argv[1], sys.argv[2], quantize=sys.argv[3])
+made = os.path.getsize(os.path.join(sys.argv[2], "consolidated.00.pth"))
+print(json.dumps({"needed": made, "imported": imported, "loaded": peak(), "generated": peak()}))
+"""
+
+
+def show(case: str, found: dict[str, int]) -> None:
+    sizes = [found[key] / 1e9 for key in ("needed", "imported", "loaded", "generated")]
+    ratio = max(sizes[2:]) / sizes[0]
+    print(f"{case:<16}" + "".join(f"{n:>14.2f} GB" for n in sizes) + f"{ratio:>17.2f}")
+
+
+def quantize(path: Path, how: str) -> Path:
+    """The checkpoint converted, instead of the original."""
+    out = path.with_name(f"{path.name}-quantized")
+    command = [sys.executable, "-c", CONVERT, str(path), str(out), how]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True)
+    show(f"to {how}", json.loads(done.stdout))
+    shutil.rmtree(path)
+    return out
 
 
 def write(args: ModelArgs, directory: Path, dtype: torch.dtype, shards: int) -> None:
@@ -90,6 +126,8 @@ def main(
             dtype, shards, processes = CASES[case]
             path = Path(directory) / case.replace(" ", "-")
             write(SIZES[size], path, dtype, shards)
+            if case in ("int8", "int4"):
+                path = quantize(path, case)
             launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
             script = Path(directory) / "load.py"
             script.write_text(LOAD)
@@ -103,12 +141,8 @@ def main(
                 check=True,
                 env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
             )
-            found = json.loads(done.stdout)
-            sizes = [found[key] / 1e9 for key in ("needed", "imported", "loaded", "generated")]
-            ratio = max(sizes[2:]) / sizes[0]
-            print(f"{case:<16}" + "".join(f"{n:>14.2f} GB" for n in sizes) + f"{ratio:>17.2f}")
-            for file in path.iterdir():
-                file.unlink()
+            show(case, json.loads(done.stdout))
+            shutil.rmtree(path)
 
 
 if __name__ == "__main__":

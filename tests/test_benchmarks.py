@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import engines
 import growth
 import plots
+import quality
 import speed
 
 SMALL = ModelArgs(dim=64, n_layers=2, n_heads=8, n_kv_heads=2, vocab_size=768, multiple_of=32)
@@ -93,3 +94,45 @@ def test_a_second_turn_prefills_less(tmp_path: Path, monkeypatch) -> None:
     lengths = passed_tokens(llama, monkeypatch)
     growth.second_turn(llama)
     assert lengths == [480, 32]
+
+
+def test_an_engine_is_compared_with_our_weights_of_as_many_bits() -> None:
+    more = {"first_token_s": 1.0, "peak_bytes": 1e9}
+
+    def speeds(prefill: float, decode: float) -> dict[str, float]:
+        return {"prefill_tokens_per_s": prefill, "decode_tokens_per_s": decode, **more}
+
+    results = {
+        "limits": {"bandwidth": 1e9, "peak": 1e12},
+        "engines": {
+            "llama": speeds(1.0, 1.0),
+            "llama int8": speeds(6.0, 8.0),
+            "ctranslate2": speeds(3.0, 2.0),
+            "llama int4": speeds(10.0, 40.0),
+            "llama.cpp Q4_0": speeds(5.0, 10.0),
+        },
+    }
+    lines = speed.table("110M", results).splitlines()
+    assert lines[6].startswith("| ctranslate2 |")
+    assert lines[6].endswith("| 2.00 x | 4.00 x |")
+    assert lines[8].endswith("| 2.00 x | 4.00 x |")
+    # A step of int8 reads half as much as one of bfloat16.
+    shares = [float(lines[i].split("|")[5]) for i in (4, 5)]
+    assert shares[1] == pytest.approx(8 * shares[0] / 2, abs=0.05)
+
+
+def test_quality_is_measured(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(speed.engines, "installed", lambda: ["llama"])
+    quality.main(n_tokens=700, context=128, stride=64)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "700 tokens, context 128, stride 64"
+    values = {}
+    for line in lines[4:]:
+        name, bits, value, _ = (cell.strip() for cell in line.strip("|").split("|"))
+        values[name] = float(bits), float(value)
+    assert list(values) == list(quality.OURS)
+    usual = values["llama"][1]
+    assert values["llama int8"][1] == pytest.approx(usual, rel=0.02)
+    assert values["llama int4"][1] == pytest.approx(usual, rel=0.2)
+    assert values["llama"][0] == 16
+    assert values["llama int4, groups of 32"][0] > values["llama int4"][0] > 4.5

@@ -20,7 +20,7 @@ from llama import Llama, cache, checkpoint, kernels, linear, parallel, quantizat
 from llama.convert import convert
 from llama.generation import TINY
 from llama.packing import Segment, Span, pack
-from llama.perplexity import perplexity
+from llama.perplexity import main, perplexity
 from llama.rounding import Int4, Int8, Scheme, hadamard, make_scheme, rotate
 from llama.sharding import cache_bytes, full_shapes, parameter_count, weight_bytes
 from llama.weights import Checkpoint, Weights, quantized
@@ -298,12 +298,28 @@ def test_greedy_text_of_every_example_is_unchanged_in_int8(
     monkeypatch.syspath_prepend(str(EXAMPLES))
     # In bfloat16 the usual weights' text isn't float32's either: stories have near ties.
     monkeypatch.setattr(parallel, "choose_dtype", lambda *_: torch.float32)
-    main = runpy.run_path(str(EXAMPLES / name))["main"]
-    main(temperature=0)
+    run = runpy.run_path(str(EXAMPLES / name))["main"]
+    run(temperature=0)
     usual = capsys.readouterr().out
-    main(str(int8), temperature=0)
+    run(str(int8), temperature=0)
     assert capsys.readouterr().out == usual
     assert usual.strip()
+
+
+def test_an_adapter_is_merged_before_and_refused_after(int8: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="merge it into the original weights"):
+        Llama.build(int8, adapter=tmp_path)
+
+
+def test_commands_take_the_scheme(int8: Path, tmp_path: Path, capsys) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("Once upon a time there was a cow. The cow said moo. " * 20)
+    found = []
+    for path, quantize in ((str(TINY), None), (str(TINY), "int8"), (str(int8), None)):
+        main(path, str(text), 64, 32, dtype="float32", quantize=quantize)
+        found.append(float(capsys.readouterr().out.split()[1]))
+    assert found[1] == found[2] != found[0]
+    assert found[1] == pytest.approx(found[0], rel=0.05)
 
 
 class TestErrors:
