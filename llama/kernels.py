@@ -12,7 +12,7 @@ from collections.abc import Mapping, MutableMapping
 import torch
 import torch.nn.functional as F
 
-from llama.rounding import Int4, Int8, Parts, Scheme, rotate
+from llama.rounding import Int4, Int8, Parts, Scheme, hadamard, rotate
 
 # FBGEMM's int8 kernels read a packed weight once for up to eight rows, at most of the memory's
 # speed, where oneDNN's and PyTorch's own reach 0.6 of it.
@@ -93,7 +93,7 @@ class _Int8Cpu(_CpuKernel):
 
     def __init__(self, parts: Parts, block: int):
         super().__init__(len(parts["weight"]))
-        self._block = block
+        self._matrix = hadamard(block, torch.device("cpu"), torch.float32)
         scale = parts["scale"][:, 0]
         zero = torch.zeros(self.width, dtype=torch.long)
         engine = torch.backends.quantized.engine
@@ -107,7 +107,7 @@ class _Int8Cpu(_CpuKernel):
             torch.backends.quantized.engine = engine
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
-        rows = rotate(x.float(), self._block)
+        rows = rotate(x.float(), self._matrix)
         largest = rows.abs().amax(dim=1, keepdim=True)
         largest = largest.clamp_(min=torch.finfo(torch.float32).tiny)
         out = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
@@ -124,14 +124,14 @@ class _Int8Cpu(_CpuKernel):
 class _Int8Plain(Kernel):
     """Weights that are widened where they are multiplied; compiled, in the same kernel."""
 
-    def __init__(self, parts: Parts, block: int):
+    def __init__(self, parts: Parts, block: int, dtype: torch.dtype):
         self._parts = parts
-        self._block = block
+        self._matrix = hadamard(block, parts["weight"].device, dtype)
         self.width = len(parts["weight"])
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         weight, scale = self._parts["weight"], self._parts["scale"][:, 0]
-        x = rotate(x, self._block)
+        x = rotate(x, self._matrix)
         if len(x) == 1 and x.device.type in ("cpu", "mps"):
             return torch._weight_int8pack_mm(x, weight, scale.to(x.dtype))
         if x.dtype == torch.float16:  # whose range whole numbers would soon leave
@@ -272,7 +272,9 @@ class _Int4Cuda(Kernel):
 def make_kernel(parts: Parts, scheme: Scheme, block: int, dtype: torch.dtype) -> Kernel:
     on_cpu = parts["weight"].device.type == "cpu"
     if isinstance(scheme, Int8):
-        return _Int8Cpu(parts, block) if on_cpu and _HAS_FBGEMM else _Int8Plain(parts, block)
+        if on_cpu and _HAS_FBGEMM:
+            return _Int8Cpu(parts, block)
+        return _Int8Plain(parts, block, dtype)
     if on_cpu and _int4_tile():
         return _Int4Cpu(parts, scheme)
     if _Int4Cuda.takes(parts, dtype):

@@ -34,11 +34,9 @@ def hadamard(size: int, device: torch.device, dtype: torch.dtype) -> torch.Tenso
     return (matrix / size**0.5).to(device, dtype)
 
 
-def rotate(x: torch.Tensor, block: int) -> torch.Tensor:
+def rotate(x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
     """Multiply blocks of the last dimension by a Hadamard matrix, which is its own inverse."""
-    if block == 1:
-        return x
-    return (x.unflatten(-1, (-1, block)) @ hadamard(block, x.device, x.dtype)).flatten(-2)
+    return (x.unflatten(-1, (-1, len(matrix))) @ matrix).flatten(-2)
 
 
 @dataclass(frozen=True)
@@ -76,13 +74,13 @@ class Int8:
 
     def quantize(self, weight: torch.Tensor) -> Parts:
         """Of a whole weight, of any dtype."""
-        block = self.block(weight.shape[1])
+        matrix = hadamard(self.block(weight.shape[1]), torch.device("cpu"), torch.float32)
         numbers = torch.empty(weight.shape, dtype=torch.int8)
         scale = torch.empty(len(weight), 1)
         n_rows = max(1, _CHUNK // weight.shape[1])
         for first in range(0, len(weight), n_rows):
             rows = slice(first, first + n_rows)
-            rotated = rotate(weight[rows].float(), block)
+            rotated = rotate(weight[rows].float(), matrix)
             largest = rotated.abs().amax(dim=1, keepdim=True)
             scale[rows] = torch.where(largest > 0, largest / 127, 1)
             numbers[rows] = rotated.div_(scale[rows]).round_()
@@ -90,7 +88,8 @@ class Int8:
 
     def dequantize(self, parts: Mapping[str, torch.Tensor], block: int) -> torch.Tensor:
         """In float32, from the parts of a whole weight or of some rows or blocks of it."""
-        return rotate(parts["weight"].float() * parts["scale"], block)
+        rotated = parts["weight"].float() * parts["scale"]
+        return rotate(rotated, hadamard(block, rotated.device, rotated.dtype))
 
 
 @dataclass(frozen=True)

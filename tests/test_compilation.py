@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import make_model
 
-from llama import Llama, compilation, linear
+from llama import Llama, compilation, kernels, linear
 
 PROMPTS = [[1, 300, 301], [1, *range(400, 430)], [1, 9], [1, *range(500, 505)], [1, 2, 3]]
 
@@ -87,6 +87,16 @@ def test_packed_weights_are_read_by_compiled_steps(monkeypatch) -> None:
     assert not torch.equal(ours, torch.zeros_like(ours))
     alone = copy.deepcopy(found.model)  # whose steps would be the other one's
     assert alone.compiled is None
+
+
+@pytest.mark.parametrize("plain_kernels", [False, True])
+def test_quantised_layers_are_compiled(plain_kernels: bool, monkeypatch) -> None:
+    if plain_kernels:  # the way of devices without one of their own
+        monkeypatch.setattr(kernels, "_HAS_FBGEMM", False)
+    how = {"dtype": torch.float32, "device": "cpu", "max_batch_size": 1, "quantize": "int8"}
+    plain, found = Llama.build(**how), Llama.build(**how, compile=True)
+    expected, _ = plain.generate(PROMPTS[:1], 12, temperature=0)
+    assert found.generate(PROMPTS[:1], 12, temperature=0)[0] == expected
 
 
 def test_compiled_models_are_freed_at_once() -> None:
