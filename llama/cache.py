@@ -23,8 +23,8 @@ def allocate(
 def store(entries: torch.Tensor, scales: torch.Tensor, x: torch.Tensor, packed: Packed) -> None:
     """Put the keys or values of new tokens, (n_tokens, n_kv_heads, head_dim), where they belong."""
     if entries.dtype == torch.int8:
-        tiny = torch.finfo(x.dtype).tiny
-        scale = (x.abs().amax(dim=-1, keepdim=True) / 127).clamp(min=tiny)
+        scale = x.abs().amax(dim=-1, keepdim=True) / 127
+        scale = torch.where(scale > 0, scale, 1)
         scales[packed.rows, :, packed.positions] = scale
         x = (x / scale).round().clamp(-127, 127).to(torch.int8)
     entries[packed.rows, :, packed.positions] = x

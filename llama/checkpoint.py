@@ -22,7 +22,7 @@ from llama.model import ModelArgs, Transformer
 from llama.params import make_args
 from llama.quantization import pack_all, swap
 from llama.rounding import Int4, Scheme
-from llama.sharding import cache_bytes, check_model_parallel_size, weight_bytes
+from llama.sharding import cache_bytes, check_model_parallel_size, stored_bytes, weight_bytes
 from llama.weights import Checkpoint, Weights
 
 logger = logging.getLogger(__name__)
@@ -172,7 +172,7 @@ def save(
     checkpoint = Checkpoint("ModelArgs", {}, parts, names, stored, scheme=scheme)
     checkpoint.check(args)
     check_model_parallel_size(args, model_parallel_size, scheme)
-    total = weight_bytes(args, stored, 1, scheme)
+    total = stored_bytes(args, stored, scheme)
     memory = parallel.device_memory(torch.device("cpu"))
     if memory is not None and total // model_parallel_size > memory:
         raise MemoryError(
@@ -309,7 +309,7 @@ def reshard(in_dir: str, out_dir: str, model_parallel_size: int = 1) -> None:
     """
     source, target = open_meta(Path(str(in_dir))), Path(str(out_dir))
     args = make_args(source.params, source.source, n_words=vocabulary_size(source))
-    show = progress_bar(weight_bytes(args, source.dtype, 1, source.scheme))
+    show = progress_bar(stored_bytes(args, source.dtype, source.scheme))
     save(
         source.parts,
         args,

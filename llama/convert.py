@@ -1,6 +1,7 @@
 """A checkpoint of any format, written in Meta's or Hugging Face's: ``python -m llama.convert``."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -9,8 +10,8 @@ from llama.checkpoint import progress_bar, save, vocabulary_size
 from llama.formats import apply_adapter, open_checkpoint
 from llama.params import make_args
 from llama.rounding import make_scheme
-from llama.sharding import parameter_count, weight_bytes
-from llama.weights import quantized
+from llama.sharding import check_model_parallel_size, quantized_count, stored_bytes
+from llama.weights import Weights, quantized
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -52,7 +53,6 @@ def convert(
         raise ValueError("quantize is for Meta's layout: leave it out with --to hf")
     if quantize is None and group_size is not None:
         raise ValueError("group_size is for --quantize int4: say so, or leave it out")
-    scheme = None if quantize is None else make_scheme(quantize, group_size)
     target = Path(str(out_dir))
     source = open_checkpoint(Path(str(in_path)))
     for directory in [adapter] if isinstance(adapter, str) else adapter:
@@ -60,12 +60,14 @@ def convert(
     args = make_args(source.params, source.source, n_words=vocabulary_size(source))
     kept = source.dtype if source.in_float32 else None
     wanted = kept if dtype is None else _DTYPES[dtype]
-    total = weight_bytes(args, wanted or source.dtype, 1, source.scheme)
-    show = progress_bar(total)
-    if scheme is not None:  # which takes far longer than to write what comes out
-        count = parameter_count(args)
+    if quantize is not None:
+        scheme = make_scheme(quantize, group_size, source.scheme)
+        check_model_parallel_size(args, model_parallel_size, scheme)
+        count = quantized_count(args, scheme)
         source = quantized(source, args, scheme, progress_bar(count, f"{count:,} weights"))
-        show = progress_bar(weight_bytes(args, wanted or source.dtype, 1, scheme))
+        # All of it now, lest each file rounds each weight again.
+        source = replace(source, parts=[Weights.of(dict(source.parts[0]))])
+    show = progress_bar(stored_bytes(args, wanted or source.dtype, source.scheme))
     if to == "meta":
         save(
             source.parts,

@@ -151,6 +151,8 @@ def open_meta(ckpt_dir: Path) -> Checkpoint:
     params = read_params(ckpt_dir / "params.json")
     scheme = scheme_of(params, str(ckpt_dir / "params.json"))
     shards = [open_shard(path) for path in paths]
+    for path, shard in zip(paths, shards, strict=True):
+        check_plain(shard, str(path), scheme)
     embedding = shards[0].get("tok_embeddings.weight")
     first = shards[0].get("norm.weight") if scheme else embedding
     dtype = torch.float32 if first is None else first.dtype
@@ -165,8 +167,6 @@ def open_meta(ckpt_dir: Path) -> Checkpoint:
                 f"consolidated.{len(paths):02d}.pth is missing"
             )
     names = [str(path) for path in paths]
-    for name, shard in zip(names, shards, strict=True):
-        check_plain(shard, name, scheme)
     parts = [Weights.of(shard, mapped=True) for shard in shards]
     files: dict[str, Path | bytes] = dict(text_files(ckpt_dir))
     if "tokenizer.model" not in files and "tokenizer.json" not in files:

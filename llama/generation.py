@@ -27,7 +27,7 @@ from llama.prompts import (
     infilling_prompt_tokens,
 )
 from llama.rounding import make_scheme
-from llama.sharding import parameter_count
+from llama.sharding import quantized_count
 from llama.weights import quantized
 
 TINY = Path(__file__).parent / "tiny"
@@ -112,8 +112,8 @@ class Llama(BaseLlama):
         n_words = tokenizer.n_words
         args = make_args(source.params, source.source, n_words, max_seq_len, max_batch_size)
         if quantize is not None:
-            scheme = make_scheme(quantize, group_size)
-            tell = checkpoint.log_progress(parameter_count(args), "quantising")
+            scheme = make_scheme(quantize, group_size, source.scheme)
+            tell = checkpoint.log_progress(quantized_count(args, scheme), "quantising")
             source = quantized(source, args, scheme, tell)
         elif group_size is not None:
             raise ValueError("group_size is for quantize='int4': say so, or leave it out")

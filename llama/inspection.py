@@ -15,7 +15,7 @@ from llama.formats import open_checkpoint
 from llama.formats.text import load_tokenizer
 from llama.model import ModelArgs
 from llama.params import make_args
-from llama.sharding import cache_bytes, parameter_count
+from llama.sharding import cache_bytes, parameter_count, weight_bytes
 from llama.tokenizer import BaseTokenizer
 
 # dim, n_layers -> the size's name
@@ -79,10 +79,12 @@ def _describe(directory: Path, max_seq_len: int, max_batch_size: int) -> None:
         f"files        {len(paths)} of {sum(p.stat().st_size for p in paths) / 1e9:.2f} GB in all"
     )
     print(f"tokenizer    {f'{tokenizer.n_words} pieces' if tokenizer else 'none'}")
-    weights, cache = 2 * count, cache_bytes(args, torch.bfloat16)
+    weights = weight_bytes(args, torch.bfloat16, 1, checkpoint.scheme)
+    cache = cache_bytes(args, torch.bfloat16)
     print(
         f"memory       {weights / 1e9:.2f} GB of weights and {cache / 1e9:.2f} GB of cache at "
-        f"max_batch_size={max_batch_size}, max_seq_len={max_seq_len}, both in bfloat16"
+        f"max_batch_size={max_batch_size}, max_seq_len={max_seq_len}, both in "
+        f"bfloat16{'' if checkpoint.scheme is None else ' but for ' + checkpoint.scheme.name}"
     )
 
 

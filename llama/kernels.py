@@ -5,6 +5,7 @@ A kernel holds the weights of one or more layers that multiply the same input, o
 
 import functools
 import itertools
+import threading
 import warnings
 import weakref
 from collections.abc import Mapping, MutableMapping
@@ -67,6 +68,7 @@ class _CpuKernel(Kernel):
         return out
 
 
+_packing = threading.Lock()  # FBGEMM's order is chosen by a setting of the process
 _kernels: MutableMapping[int, _CpuKernel] = weakref.WeakValueDictionary()
 _numbers = itertools.count()
 _library = torch.library.Library("llama", "FRAGMENT")
@@ -96,15 +98,18 @@ class _Int8Cpu(_CpuKernel):
         self._matrix = hadamard(block, torch.device("cpu"), torch.float32)
         scale = parts["scale"][:, 0]
         zero = torch.zeros(self.width, dtype=torch.long)
-        engine = torch.backends.quantized.engine
-        torch.backends.quantized.engine = "fbgemm"
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # such tensors are to go, their kernels aren't
-                weight = torch._make_per_channel_quantized_tensor(parts["weight"], scale, zero, 0)
-            self._packed = torch.ops.quantized.linear_prepack(weight, None)
-        finally:
-            torch.backends.quantized.engine = engine
+        with _packing:
+            engine = torch.backends.quantized.engine
+            torch.backends.quantized.engine = "fbgemm"
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # such tensors are to go, their kernels aren't
+                    weight = torch._make_per_channel_quantized_tensor(
+                        parts["weight"], scale, zero, 0
+                    )
+                self._packed = torch.ops.quantized.linear_prepack(weight, None)
+            finally:
+                torch.backends.quantized.engine = engine
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         rows = rotate(x.float(), self._matrix)
@@ -122,7 +127,10 @@ class _Int8Cpu(_CpuKernel):
 
 
 class _Int8Plain(Kernel):
-    """Weights that are widened where they are multiplied; compiled, in the same kernel."""
+    """Weights that are widened before they are multiplied; one row, as they are multiplied.
+
+    The latter by PyTorch's kernel, or by what the compiler makes of a sum of products.
+    """
 
     def __init__(self, parts: Parts, block: int, dtype: torch.dtype):
         self._parts = parts
@@ -132,6 +140,8 @@ class _Int8Plain(Kernel):
     def product(self, x: torch.Tensor) -> torch.Tensor:
         weight, scale = self._parts["weight"], self._parts["scale"][:, 0]
         x = rotate(x, self._matrix)
+        if len(x) == 1 and torch.compiler.is_compiling():
+            return ((weight * x.float()).sum(dim=1) * scale)[None].to(x.dtype)
         if len(x) == 1 and x.device.type in ("cpu", "mps"):
             return torch._weight_int8pack_mm(x, weight, scale.to(x.dtype))
         if x.dtype == torch.float16:  # whose range whole numbers would soon leave
@@ -147,7 +157,7 @@ class _Int4Cpu(_CpuKernel):
 
     Its order is that of tiles of 64 outputs, or of 32 without AVX-512: a tile has a row of bytes
     for each input, of which one holds the numbers of outputs that lie half a tile apart. It is
-    quick in bfloat16 only.
+    quick in bfloat16 only, which few rows of other dtypes are rounded to.
     """
 
     def __init__(self, parts: Parts, scheme: Int4):
@@ -163,12 +173,12 @@ class _Int4Cpu(_CpuKernel):
         if len(x) <= _FEW_ROWS:
             out = torch._weight_int4pack_mm_for_cpu(
                 x.bfloat16().contiguous(), self._packed, self._group_size, self._scales_and_zeros
-            ).to(x.dtype)
+            )
         else:
             n_tiles = len(self._packed) // _int4_tile()
             some = [range(n_tiles)[first : first + _TILES] for first in range(0, n_tiles, _TILES)]
             out = torch.cat([x @ self._widened(tiles, x.dtype) for tiles in some], dim=1)
-        return out[:, : self.width]
+        return out[:, : self.width].to(x.dtype).contiguous()
 
     def _widened(self, tiles: range, dtype: torch.dtype) -> torch.Tensor:
         """The weight's part of some tiles, shape (in_features, their outputs)."""
@@ -201,7 +211,8 @@ def _unpack_tiles(packed: torch.Tensor, tile: int) -> torch.Tensor:
 @functools.cache
 def _int4_tile() -> int:
     """How many outputs a tile of the int4 kernel has; 0 where its order is another."""
-    numbers = torch.arange(64 * 32, dtype=torch.int32).view(64, 32) * 7 % 16
+    generator = torch.Generator().manual_seed(0)
+    numbers = torch.randint(0, 16, (64, 32), dtype=torch.int32, generator=generator)
     packed = torch._convert_weight_to_int4pack_for_cpu(numbers, 1)
     for tile in (64, 32):
         if torch.equal(packed, _pack_tiles(numbers.to(torch.uint8), tile)):
@@ -246,6 +257,7 @@ class _Int4Cuda(Kernel):
         weight = parts["weight"]
         return (
             weight.device.type == "cuda"
+            and torch.version.hip is None
             and dtype == torch.bfloat16
             and torch.cuda.get_device_capability(weight.device) >= (8, 0)
             and 2 * weight.shape[1] % (16 * _Int4Cuda._INNER_TILES) == 0

@@ -68,9 +68,9 @@ class Int8:
     def block(self, in_features: int) -> int:
         """How many inputs belong together: no rank can have a part of a block.
 
-        At least two ranks can always share a width; published ones, four.
+        Two ranks can always share an even width; four, the published ones.
         """
-        return gcd(in_features // 2, _BLOCK)
+        return max(1, gcd(in_features, 2 * _BLOCK) // 2)
 
     def quantize(self, weight: torch.Tensor) -> Parts:
         """Of a whole weight, of any dtype."""
@@ -198,8 +198,13 @@ def _fit(weight: torch.Tensor, numbers: torch.Tensor) -> tuple[torch.Tensor, tor
     return scale, target - scale * mean
 
 
-def make_scheme(name: str, group_size: int | None = None) -> Scheme:
+def make_scheme(name: str, group_size: int | None = None, present: Scheme | None = None) -> Scheme:
     """The scheme that a caller or a file names.
+
+    Args:
+        name: int8 or int4.
+        group_size: of int4.
+        present: what a checkpoint has, which a group size that isn't given stands for.
 
     Raises:
         ValueError: there is none of that name or group size.
@@ -210,7 +215,8 @@ def make_scheme(name: str, group_size: int | None = None) -> Scheme:
         return Int8()
     if name != Int4.name:
         raise ValueError(f"quantize is {short(name)}: expected 'int8' or 'int4'")
-    group_size = Int4.group_size if group_size is None else group_size
+    if group_size is None:
+        group_size = (present if isinstance(present, Int4) else Int4()).group_size
     if type(group_size) is not int or group_size not in GROUP_SIZES:
         sizes = ", ".join(map(str, GROUP_SIZES))
         raise ValueError(f"group_size is {short(group_size)}: expected one of {sizes}")

@@ -76,18 +76,39 @@ def cache_bytes(args: ModelArgs, dtype: torch.dtype, ranks: int = 1, in_int8: bo
 def weight_bytes(
     args: ModelArgs, dtype: torch.dtype, ranks: int = 1, scheme: Scheme | None = None
 ) -> int:
-    """The size of one rank's parameters, by arithmetic alone."""
+    """The size of one rank's parameters in memory, by arithmetic alone; about, if quantised."""
     if scheme is None:
         return parameter_count(args, ranks) * dtype.itemsize
-    size = 0
+    size = stored_bytes(args, dtype, scheme)
+    # Ranks divide a tied table along different lines; quantised, the output's is packed.
+    if args.tie_word_embeddings and (scheme.takes("output") or ranks > 1):
+        size += sum(
+            part
+            for name, part in _stored_sizes(args, dtype, scheme).items()
+            if name.startswith("tok_embeddings.")
+        )
+    return size // ranks
+
+
+def stored_bytes(args: ModelArgs, dtype: torch.dtype, scheme: Scheme | None = None) -> int:
+    """The size of a checkpoint's weights, by arithmetic alone."""
+    return sum(_stored_sizes(args, dtype, scheme).values())
+
+
+def _stored_sizes(args: ModelArgs, dtype: torch.dtype, scheme: Scheme | None) -> dict[str, int]:
+    sizes = {}
     for name, shape in full_shapes(args, scheme).items():
         module, part = name.rsplit(".", 1)
-        takes = scheme.takes(module)
-        stored = scheme.dtypes()[part] if takes else dtype
-        # Ranks divide a tied table along different lines; quantised, the output's is packed.
-        twice = module == "tok_embeddings" and args.tie_word_embeddings and (takes or ranks > 1)
-        size += prod(shape) * stored.itemsize * (1 + twice)
-    return size // ranks
+        taken = scheme is not None and scheme.takes(module)
+        stored = scheme.dtypes()[part] if scheme is not None and taken else dtype
+        sizes[name] = prod(shape) * stored.itemsize
+    return sizes
+
+
+def quantized_count(args: ModelArgs, scheme: Scheme) -> int:
+    """How many of a checkpoint's weights a scheme quantises."""
+    shapes = full_shapes(args).items()
+    return sum(prod(s) for name, s in shapes if scheme.takes(name.removesuffix(".weight")))
 
 
 def full_shapes(args: ModelArgs, scheme: Scheme | None = None) -> dict[str, tuple[int, ...]]:

@@ -144,7 +144,10 @@ def quantized(
             progress(done)
         return last[1][part]
 
-    parts = [Weights(full_shapes(args, scheme), read)]
+    def mapped(name: str) -> Sequence[torch.Tensor]:
+        return () if scheme.takes(name.rpartition(".")[0]) else source.mapped(name)
+
+    parts = [Weights(full_shapes(args, scheme), read, mapped)]
     return replace(source, parts=parts, names=source.names[:1], in_float32=False, scheme=scheme)
 
 

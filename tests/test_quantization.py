@@ -4,9 +4,12 @@ import copy
 import gc
 import json
 import math
+import os
 import pickle
 import runpy
 import shutil
+import subprocess
+import sys
 import weakref
 from pathlib import Path
 
@@ -155,6 +158,56 @@ def test_the_network_is_that_of_the_dequantised_weights(
     expected, found = usual.forward(tokens), model.forward(tokens)
     error = (found - expected).norm() / expected.norm()
     assert error < (0.06 if isinstance(scheme, Int8) else 1e-4)
+
+
+PRODUCT = """
+import torch
+from llama.kernels import make_kernel
+from llama.rounding import Int4
+scheme = Int4(32)
+generator = torch.Generator().manual_seed(0)
+weight, x = (torch.randn(n, 64, generator=generator) for n in (96, 3))
+parts = scheme.quantize(weight)
+kernel = make_kernel(parts, scheme, 1, torch.float32)
+expected = x @ scheme.dequantize(parts, 1).T
+print(type(kernel).__name__, float((kernel(x) - expected).norm() / expected.norm()) < 5e-3)
+"""
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_int4_is_right_on_processors_with_another_order(capability: str) -> None:
+    """Without vectors PyTorch's kernel orders numbers in a third way, which none of ours is."""
+    done = subprocess.run(
+        [sys.executable, "-c", PRODUCT],
+        env={**os.environ, "ATEN_CPU_CAPABILITY": capability},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    name, right = done.stdout.split()
+    assert right == "True"
+    assert name == "_Int4Plain" or capability != "default"
+
+
+@pytest.mark.parametrize("scheme", [Int8(), Int4(32)], ids=str)
+def test_compiled_code_is_told_the_products_true_layout(scheme: Scheme) -> None:
+    weight = torch.randn(96, 64)  # no multiple of int4's tile
+    kernel = kernels.make_kernel(scheme.quantize(weight), scheme, 32, torch.float32)
+    x = torch.randn(2, 64)
+    torch.library.opcheck(
+        torch.ops.llama.quantized_product.default, (x, kernel._number, kernel.width)
+    )
+
+
+@pytest.mark.parametrize("width", [1, 2, 341, 96, 576, 4096, 11008])
+def test_blocks_divide_every_width(width: int) -> None:
+    block = Int8().block(width)
+    assert width % block == 0
+    assert width % 2 or width // 2 % block == 0  # so that two ranks can share it
+    weight = torch.randn(3, width, generator=torch.Generator().manual_seed(0))
+    back = Int8().dequantize(Int8().quantize(weight), block)
+    assert (back - weight).norm() / weight.norm() < 0.012
 
 
 def test_int8_rows_do_not_depend_on_their_company() -> None:
@@ -307,6 +360,35 @@ def test_greedy_text_of_every_example_is_unchanged_in_int8(
     assert usual.strip()
 
 
+def test_each_weight_is_rounded_once_and_progress_ends_at_all(tmp_path: Path, capsys) -> None:
+    calls = []
+    usual = Int8.quantize
+
+    def counted(self: Int8, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        calls.append(weight.shape)
+        return usual(self, weight)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Int8, "quantize", counted)
+        convert(str(TINY), str(tmp_path / "out"), model_parallel_size=2, quantize="int8")
+    assert len(calls) == 4 * 7
+    assert "] 100 % of 1,622,016 weights" in capsys.readouterr().err  # those of the layers
+
+
+def test_what_stays_as_it_is_stays_mapped() -> None:
+    llama = Llama.build(dtype=torch.bfloat16, device="cpu", quantize="int8")
+    assert llama.model.tok_embeddings.weight.is_mapped
+    assert llama.model.output.weight.is_mapped
+
+
+def test_a_checkpoints_own_groups_are_meant_unless_others_are_named(tmp_path: Path) -> None:
+    convert(str(TINY), str(tmp_path / "out"), quantize="int4", group_size=32)
+    llama = Llama.build(tmp_path / "out", quantize="int4")
+    assert quantization.scheme_in(llama.model) == Int4(32)
+    with pytest.raises(ValueError, match="quantise the original weights"):
+        Llama.build(tmp_path / "out", quantize="int4", group_size=64)
+
+
 def test_an_adapter_is_merged_before_and_refused_after(int8: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="merge it into the original weights"):
         Llama.build(int8, adapter=tmp_path)
@@ -412,6 +494,14 @@ class TestCache:
             found = cache.read(entries, scales, Span(slice(0), slice(row, row + 1), 8, None))
             step = x[i].abs().amax(-1, keepdim=True) / 127
             assert ((found[0, :, position] - x[i]).abs() <= step * 0.501).all()
+
+    def test_small_entries_are_as_exact_in_float16(self) -> None:
+        shape = (1, 1, 8, 32)
+        entries, scales = cache.allocate(shape, torch.float16, torch.device("cpu"), True)
+        x = torch.randn(1, 1, 32, generator=torch.Generator().manual_seed(0)).half() / 1000
+        cache.store(entries, scales, x, pack([Segment(0, 0, 1)], torch.device("cpu")))
+        found = cache.read(entries, scales, Span(slice(0), slice(0, 1), 1, None))[0, :, 0]
+        assert (found - x[0]).norm() / x.norm() < 0.02
 
     def test_it_takes_about_half_the_memory(self) -> None:
         usual = Llama.build(dtype=torch.bfloat16)
