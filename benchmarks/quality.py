@@ -12,6 +12,7 @@ import math
 import random
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import fire
 import speed
 import torch
 
-from llama import Llama
+from llama import Llama, ModelArgs
 from llama.checkpoint import progress_bar
 from llama.convert import convert
 from llama.formats import open_checkpoint
@@ -39,7 +40,12 @@ OURS: dict[str, dict[str, Any]] = {
     "llama int4, groups of 32": {"quantize": "int4", "group_size": 32},
     "llama, cache int8": {"kv_cache_dtype": "int8"},
 }
-THEIRS = {"llama.cpp": "llama.cpp", "llama.cpp Q8_0": "Q8_0", "llama.cpp Q4_0": "Q4_0"}
+THEIRS: dict[str, Callable[[ModelArgs, speed.Tensors, Path], None]] = {
+    "llama.cpp": speed.write_gguf,
+    "llama.cpp Q8_0": speed.write_quantized_gguf("Q8_0"),
+    "llama.cpp Q4_0": speed.write_quantized_gguf("Q4_0"),
+    "llama.cpp Q4_0, all weights": speed.write_quantized_gguf("Q4_0", pure=True),
+}
 
 
 def stories(n_chars: int = 100_000) -> str:
@@ -125,12 +131,9 @@ def main(
             args = make_args(source.params, source.source, n_words=0)
             args.max_seq_len = context
             tensors = {name: source.rank_part(name, args, 0, 1) for name in source.parts[0]}
-            for name, kind in THEIRS.items():
+            for name, write in THEIRS.items():
                 file = Path(directory) / name
-                if kind == "llama.cpp":
-                    speed.write_gguf(args, tensors, file)
-                else:
-                    speed.write_quantized_gguf(kind)(args, tensors, file)
+                write(args, tensors, file)
                 bits = 8 * file.stat().st_size / parameter_count(args)
                 found[name] = of_llama_cpp(file, tokens, context, stride), bits
                 print(f"\n{name}: {found[name][0].value:.4f}")

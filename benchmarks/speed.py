@@ -103,7 +103,11 @@ def write_quantized(name: str) -> Callable[[ModelArgs, Tensors, Path], None]:
     return write
 
 
-def write_quantized_gguf(kind: str) -> Callable[[ModelArgs, Tensors, Path], None]:
+def write_quantized_gguf(
+    kind: str, pure: bool = False
+) -> Callable[[ModelArgs, Tensors, Path], None]:
+    """``pure`` quantises all weights alike; llama.cpp gives some of them more bits otherwise."""
+
     def write(args: ModelArgs, tensors: Tensors, path: Path) -> None:
         import llama_cpp
 
@@ -111,6 +115,7 @@ def write_quantized_gguf(kind: str) -> Callable[[ModelArgs, Tensors, Path], None
         if not usual.exists():
             write_gguf(args, tensors, usual)
         params = llama_cpp.llama_model_quantize_default_params()
+        params.pure = pure
         params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
         names = str(usual).encode(), str(path).encode()
         if llama_cpp.llama_model_quantize(*names, ctypes.byref(params)):
