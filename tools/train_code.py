@@ -1,6 +1,6 @@
 """Train a Llama of 16 million weights on the source code of Python's own standard library.
 
-    python tools/train_tiny.py code OUT_DIR    # 25 minutes on two cores
+    python tools/train_tiny.py code OUT_DIR    # half an hour
 
 Any machine has the text, and a model that predicts what nobody composed has weights like those of
 larger ones: benchmarks measure on it what fewer bits cost. Files that it never saw are written
