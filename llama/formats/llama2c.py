@@ -73,7 +73,9 @@ def open_llama2c(path: Path) -> Checkpoint:
     files: dict[str, Path | bytes] = dict(text_files(path.parent))
     if "tokenizer.model" not in files and (path.parent / "tokenizer.bin").is_file():
         files["tokenizer.model"] = read_tokenizer(path.parent / "tokenizer.bin")
-    return Checkpoint(str(path), params, [Weights.of(tensors)], [str(path)], torch.float32, files)
+    return Checkpoint(
+        str(path), params, [Weights.of(tensors, mapped=True)], [str(path)], torch.float32, files
+    )
 
 
 def _shapes(
