@@ -15,9 +15,10 @@ from collections.abc import Callable, Sequence
 import torch
 
 from llama.linear import pack_now
-from llama.model import Transformer, TransformerBlock
+from llama.model import Transformer
 from llama.packing import Packed, Segment, Span
 from llama.parallel import world_size
+from llama.quantization import projections
 
 logger = logging.getLogger(__name__)
 
@@ -33,14 +34,8 @@ def compile_decoding(model: Transformer) -> None:
     start = time.monotonic()
     device = model.freqs_cis.device
     _check_compiler(device)
-    for block in model.layers:
-        assert isinstance(block, TransformerBlock)
-        attention, feed_forward = block.attention, block.feed_forward
-        pack_now(attention.wq, attention.wk, attention.wv)
-        pack_now(attention.wo)
-        pack_now(feed_forward.w1, feed_forward.w3)
-        pack_now(feed_forward.w2)
-    pack_now(model.output)
+    for layers in projections(model):
+        pack_now(*layers)
     steps = CompiledSteps(model)
     # Otherwise the models of a process would share eight shapes; any more would not be compiled.
     dynamo.config.cache_size_limit = max(dynamo.config.cache_size_limit, 256)

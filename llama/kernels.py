@@ -163,16 +163,16 @@ class _Int4Cpu(_CpuKernel):
     def __init__(self, parts: Parts, scheme: Int4):
         super().__init__(len(parts["weight"]))
         self._scheme = scheme
-        self._group_size = scheme.group_size
-        extra = (0, 0, 0, -self.width % 64)
-        self._packed = _pack_tiles(scheme.numbers(F.pad(parts["weight"], extra)), _int4_tile())
-        pairs = torch.stack((F.pad(parts["scales"], extra), F.pad(parts["zeros"], extra)), dim=2)
-        self._scales_and_zeros = pairs.transpose(0, 1).contiguous()
+        weight, self._scales_and_zeros = _padded(parts, 64)
+        self._packed = _pack_tiles(scheme.numbers(weight), _int4_tile())
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         if len(x) <= _FEW_ROWS:
             out = torch._weight_int4pack_mm_for_cpu(
-                x.bfloat16().contiguous(), self._packed, self._group_size, self._scales_and_zeros
+                x.bfloat16().contiguous(),
+                self._packed,
+                self._scheme.group_size,
+                self._scales_and_zeros,
             )
         else:
             n_tiles = len(self._packed) // _int4_tile()
@@ -185,13 +185,23 @@ class _Int4Cpu(_CpuKernel):
         rows = slice(tiles.start * _int4_tile(), tiles.stop * _int4_tile())
         numbers = _unpack_tiles(self._packed[rows], _int4_tile())  # (in_features, outputs)
         scales, zeros = self._scales_and_zeros[:, None, rows].to(dtype).movedim(3, 0).contiguous()
-        groups = numbers.to(dtype).sub_(8).unflatten(0, (-1, self._group_size))
+        groups = numbers.to(dtype).sub_(8).unflatten(0, (-1, self._scheme.group_size))
         return torch.addcmul(zeros, groups, scales).flatten(0, 1)
 
     def parts(self) -> Parts:
         numbers = _unpack_tiles(self._packed, _int4_tile()).T[: self.width]
         scales, zeros = self._scales_and_zeros[:, : self.width].transpose(0, 1).unbind(2)
         return self._scheme.stored(numbers, scales, zeros)
+
+
+def _padded(parts: Parts, multiple: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Int4's numbers, and scales and zeros of shape (n_groups, out_features, 2), as kernels want.
+
+    Zeros fill ``out_features`` up to a multiple.
+    """
+    extra = (0, 0, 0, -len(parts["weight"]) % multiple)
+    weight, scales, zeros = (F.pad(parts[name], extra) for name in ("weight", "scales", "zeros"))
+    return weight, torch.stack((scales, zeros), dim=2).transpose(0, 1).contiguous()
 
 
 def _pack_tiles(numbers: torch.Tensor, tile: int) -> torch.Tensor:
@@ -244,13 +254,10 @@ class _Int4Cuda(Kernel):
         self.width = len(parts["weight"])
         self._scheme = scheme
         self._in_features = 2 * parts["weight"].shape[1]
-        extra = (0, 0, 0, -self.width % 8)
-        weight = F.pad(parts["weight"], extra)
+        weight, self._scales_and_zeros = _padded(parts, 8)
         # It takes the first of two numbers from the upper bits.
         swapped = (weight << 4) | (weight >> 4)
         self._packed = torch._convert_weight_to_int4pack(swapped, self._INNER_TILES)
-        pairs = torch.stack((F.pad(parts["scales"], extra), F.pad(parts["zeros"], extra)), dim=2)
-        self._scales_and_zeros = pairs.transpose(0, 1).contiguous()
 
     @staticmethod
     def takes(parts: Parts, dtype: torch.dtype) -> bool:
@@ -282,6 +289,12 @@ class _Int4Cuda(Kernel):
 
 
 def make_kernel(parts: Parts, scheme: Scheme, block: int, dtype: torch.dtype) -> Kernel:
+    """The quickest kernel for parts on their device.
+
+    Args:
+        block: how many inputs the parts were rotated by (int8).
+        dtype: the inputs'.
+    """
     on_cpu = parts["weight"].device.type == "cpu"
     if isinstance(scheme, Int8):
         if on_cpu and _HAS_FBGEMM:

@@ -90,11 +90,12 @@ def test_packed_weights_are_read_by_compiled_steps(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("plain_kernels", [False, True])
-def test_quantised_layers_are_compiled(plain_kernels: bool, monkeypatch) -> None:
+def test_quantised_layers_are_compiled(plain_kernels: bool, checkpoint_dir, monkeypatch) -> None:
     if plain_kernels:  # the way of devices without one of their own
         monkeypatch.setattr(kernels, "_HAS_FBGEMM", False)
+    path = checkpoint_dir(n_layers=1)
     how = {"dtype": torch.float32, "device": "cpu", "max_batch_size": 1, "quantize": "int8"}
-    plain, found = Llama.build(**how), Llama.build(**how, compile=True)
+    plain, found = Llama.build(path, **how), Llama.build(path, **how, compile=True)
     expected, _ = plain.generate(PROMPTS[:1], 12, temperature=0)
     assert found.generate(PROMPTS[:1], 12, temperature=0)[0] == expected
 

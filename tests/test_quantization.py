@@ -25,7 +25,7 @@ from llama.generation import TINY
 from llama.packing import Segment, Span, pack
 from llama.perplexity import main, perplexity
 from llama.rounding import Int4, Int8, Scheme, hadamard, make_scheme, rotate
-from llama.sharding import cache_bytes, full_shapes, parameter_count, weight_bytes
+from llama.sharding import cache_bytes, full_shapes, parameter_count, stored_bytes
 from llama.weights import Checkpoint, Weights, quantized
 
 SCHEMES: list[Scheme] = [Int8(), Int4(32), Int4(64)]
@@ -280,7 +280,7 @@ def test_a_converted_checkpoint_is_what_build_quantises(quantize: str, tmp_path:
     ours = built.generate(prompt, 20, temperature=0, logprobs=True)
     assert loaded.generate(prompt, 20, temperature=0, logprobs=True) == ours
     size = (tmp_path / "out" / "consolidated.00.pth").stat().st_size
-    stored = weight_bytes(loaded.model.params, torch.bfloat16, 1, make_scheme(quantize))
+    stored = stored_bytes(loaded.model.params, torch.bfloat16, make_scheme(quantize))
     assert stored < size < stored + 50_000  # names and alignment
     assert stored * 8 / parameter_count(loaded.model.params) < {"int8": 9.4, "int4": 4.6}[quantize]
     again = Llama.build(tmp_path / "out", dtype=torch.float32, quantize=quantize)
@@ -290,7 +290,6 @@ def test_a_converted_checkpoint_is_what_build_quantises(quantize: str, tmp_path:
 GENERATE = """
 import json, sys, torch
 from llama import Llama
-from llama.checkpoint import reshard
 paths = sys.argv[2:]
 found = []
 for path in paths:
