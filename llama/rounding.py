@@ -123,15 +123,17 @@ class Int4:
 
     def quantize(self, weight: torch.Tensor) -> Parts:
         """Of a whole weight, of any dtype."""
-        out_features, in_features = weight.shape
-        groups = weight.reshape(-1, self.group_size)
-        done = [_round_groups(chunk) for chunk in groups.split(_CHUNK // self.group_size)]
-        numbers, scales, zeros = (torch.cat(part) for part in zip(*done, strict=True))
-        return self.stored(
-            numbers.view(out_features, in_features),
-            scales.view(out_features, -1),
-            zeros.view(out_features, -1),
-        )
+        dtypes = self.dtypes()
+        shapes = self.shapes(*weight.shape)
+        whole = {name: torch.empty(shape, dtype=dtypes[name]) for name, shape in shapes.items()}
+        n_rows = max(1, _CHUNK // weight.shape[1])
+        for first in range(0, len(weight), n_rows):
+            rows = weight[first : first + n_rows]
+            rounded = _round_groups(rows.reshape(-1, self.group_size))
+            numbers, scales, zeros = (part.view(len(rows), -1) for part in rounded)
+            for name, part in self.stored(numbers, scales, zeros).items():
+                whole[name][first : first + n_rows] = part
+        return whole
 
     def dequantize(self, parts: Mapping[str, torch.Tensor], block: int) -> torch.Tensor:
         """In float32, from the parts of a whole weight or of some rows or groups of it."""

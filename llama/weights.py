@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from llama.memory import release
+from llama.memory import release, trim
 from llama.model import ModelArgs
 from llama.rounding import Parts, Scheme
 from llama.sharding import distinct_pieces, full_shapes, joined_shape, parameter_count, rank_part
@@ -136,10 +136,11 @@ def quantized(
         if module != last[0]:
             last = ("", {})
             weight = source.rank_part(f"{module}.weight", args, 0, 1)
-            if not weight.isfinite().all():
+            if not all(rows.isfinite().all() for rows in weight.split(256)):
                 raise ValueError(f"{module}.weight in {source.names[0]} isn't finite")
             last = (module, scheme.quantize(weight))
             release(source.mapped(f"{module}.weight"))
+            trim()  # what rounding needed by the way
             done += weight.numel()
             progress(done)
         return last[1][part]
