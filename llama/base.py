@@ -4,14 +4,12 @@ import random
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
-import torch
-
 from llama.chat_formats import ChatFormat
-from llama.decoding import Request, Row, checked_list, checked_prompts, make_rows, run
+from llama.decoding import Request, Row, checked_list, make_rows, run
 from llama.formats.text import choose_chat
 from llama.model import Transformer
 from llama.prefixes import Prefixes
-from llama.prompts import Dialog, has_tags
+from llama.prompts import Dialog, has_tags, infilling_prompt_tokens
 from llama.tokenizer import BaseTokenizer
 from llama.turns import Turns
 
@@ -33,16 +31,68 @@ class BaseLlama:
         self._prefixes = Prefixes(model)
         self._turns = Turns()
 
-    def _read(
-        self, texts: Sequence[str], work: Callable[[list[list[int]]], torch.Tensor]
-    ) -> torch.Tensor:
-        """What ``work`` makes of texts, a batch at a time: a row for each."""
-        ids = [self._text_prompt(text) for text in checked_list(texts, "texts")]
-        prompts, size = checked_prompts(self.model.params, ids), self.model.params.max_batch_size
-        _check_not_empty(prompts)
-        with self._turns.exclusive():
-            batches = [work(prompts[i : i + size]) for i in range(0, len(prompts), size)]
-        return torch.cat(batches) if batches else torch.zeros(0)
+    def text_rows(
+        self,
+        prompts: Sequence[str | list[int]],
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        max_gen_len: int | None = None,
+        logprobs: bool = False,
+        echo: bool = False,
+        stop: Sequence[str] = (),
+        seed: int | None = None,
+        prompt_lookup_num_tokens: int = 0,
+    ) -> tuple[list[Row], Request]:
+        """What ``text_completion`` works off, which also takes prompts of token ids here."""
+        request = self._request(temperature, top_p, logprobs, echo)
+        ids = [
+            prompt if _are_ids(prompt) else self._text_prompt(prompt)
+            for prompt in checked_list(prompts, "prompts")
+        ]
+        decode, n_lookup = self.tokenizer.decode, prompt_lookup_num_tokens
+        return self._rows(ids, max_gen_len, seed, decode, stop, n_lookup, echo), request
+
+    def chat_rows(
+        self,
+        dialogs: Sequence[Dialog],
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        max_gen_len: int | None = None,
+        logprobs: bool = False,
+        stop: Sequence[str] = (),
+        seed: int | None = None,
+        prompt_lookup_num_tokens: int = 0,
+    ) -> tuple[list[Row], Request]:
+        """What ``chat_completion`` works off; a dialog that is to be refused has no prompt."""
+        request = self._request(temperature, top_p, logprobs, stop_tokens=self._chat_stops())
+        ids = [self._dialog_prompt(dialog) for dialog in checked_list(dialogs, "dialogs")]
+        stop = (*checked_list(stop, "stop"), *self.chat.stop)
+        decode, n_lookup = self.tokenizer.decode, prompt_lookup_num_tokens
+        return self._rows(ids, max_gen_len, seed, decode, stop, n_lookup), request
+
+    def infilling_rows(
+        self,
+        prefixes: Sequence[str],
+        suffixes: Sequence[str],
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        max_gen_len: int | None = None,
+        logprobs: bool = False,
+        suffix_first: bool = False,
+        stop: Sequence[str] = (),
+        seed: int | None = None,
+        prompt_lookup_num_tokens: int = 0,
+    ) -> tuple[list[Row], Request]:
+        """What ``text_infilling`` works off."""
+        request = self._request(temperature, top_p, logprobs, stop_tokens=[self.tokenizer.eot_id])
+        prefixes = checked_list(prefixes, "prefixes")
+        suffixes = checked_list(suffixes, "suffixes")
+        if len(prefixes) != len(suffixes):
+            raise ValueError(f"{len(prefixes)} prefixes but {len(suffixes)} suffixes: give pairs")
+        pairs = zip(prefixes, suffixes, strict=True)
+        ids = [infilling_prompt_tokens(self.tokenizer, *pair, suffix_first) for pair in pairs]
+        decode, n_lookup = self.tokenizer.decode_infilling, prompt_lookup_num_tokens
+        return self._rows(ids, max_gen_len, seed, decode, stop, n_lookup), request
 
     def _text_prompt(self, prompt: str) -> list[int]:
         tokenizer = self.tokenizer
@@ -100,7 +150,7 @@ class BaseLlama:
         )
 
     def _run_all(self, rows: list[Row], request: Request) -> None:
-        _check_not_empty([row.prompt for row in rows])
+        check_not_empty([row.prompt for row in rows])
         with self._turns.exclusive():
             for first in range(0, len(rows), self.model.params.max_batch_size):
                 batch = rows[first : first + self.model.params.max_batch_size]
@@ -134,6 +184,10 @@ class BaseLlama:
         return prediction
 
 
-def _check_not_empty(prompts: Sequence[Sequence[int]]) -> None:
+def _are_ids(prompt: Any) -> bool:
+    return isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], int)
+
+
+def check_not_empty(prompts: Sequence[Sequence[int]]) -> None:
     if not all(prompts):
         raise ValueError("a prompt has no tokens: begin it with the tokenizer's bos_id")

@@ -6,17 +6,13 @@ from pathlib import Path
 import torch
 
 from llama import checkpoint, parallel
-from llama.base import BaseLlama
 from llama.chat_formats import FORMATS
 from llama.compilation import compile_decoding
-from llama.decoding import checked_list
 from llama.formats import apply_adapter, open_checkpoint
 from llama.formats.text import choose_chat, load_tokenizer, replace_tokenizer
 from llama.params import make_args
-from llama.pooling import label_scores, last_logits, pool
 from llama.predictions import (
     ChatPrediction,
-    Classification,
     CompletionPrediction,
     InfillingPrediction,
 )
@@ -24,8 +20,8 @@ from llama.prompts import (
     UNSAFE_ERROR,
     Dialog,
     Message,
-    infilling_prompt_tokens,
 )
+from llama.reading import ReadingLlama
 from llama.rounding import make_scheme
 from llama.sharding import quantized_count
 from llama.weights import quantized
@@ -34,7 +30,7 @@ TINY = Path(__file__).parent / "tiny"
 """The checkpoint that comes with the package."""
 
 
-class Llama(BaseLlama):
+class Llama(ReadingLlama):
     """A model and its tokenizer. Calls from several threads wait for each other."""
 
     @staticmethod
@@ -192,16 +188,21 @@ class Llama(BaseLlama):
             For each prompt ``{"generation": text}``, with ``logprobs`` also ``tokens`` (pieces)
             and ``logprobs``.
         """
-        request = self._request(temperature, top_p, logprobs, echo)
-        ids = [self._text_prompt(prompt) for prompt in checked_list(prompts, "prompts")]
-        decode = self.tokenizer.decode
-        rows = self._rows(
-            ids, max_gen_len, seed, decode, stop, prompt_lookup_num_tokens, in_context=echo
+        rows, request = self.text_rows(
+            prompts,
+            temperature,
+            top_p,
+            max_gen_len,
+            logprobs,
+            echo,
+            stop,
+            seed,
+            prompt_lookup_num_tokens,
         )
         self._run_all(rows, request)
         predictions = []
         for row in rows:
-            text = decode(row.prompt) * request.echo + row.text.text
+            text = self.tokenizer.decode(row.prompt) * request.echo + row.text.text
             prediction = CompletionPrediction(generation=text)
             predictions.append(self._with_scores(prediction, row, request))
         return predictions
@@ -229,11 +230,8 @@ class Llama(BaseLlama):
             ValueError: a dialog is not well formed (``llama.prompts.check_dialog``), or as in
                 ``generate``.
         """
-        request = self._request(temperature, top_p, logprobs, stop_tokens=self._chat_stops())
-        ids = [self._dialog_prompt(dialog) for dialog in checked_list(dialogs, "dialogs")]
-        stop = (*checked_list(stop, "stop"), *self.chat.stop)
-        rows = self._rows(
-            ids, max_gen_len, seed, self.tokenizer.decode, stop, prompt_lookup_num_tokens
+        rows, request = self.chat_rows(
+            dialogs, temperature, top_p, max_gen_len, logprobs, stop, seed, prompt_lookup_num_tokens
         )
         self._run_all([row for row in rows if row.prompt], request)
         predictions = []
@@ -270,18 +268,21 @@ class Llama(BaseLlama):
         Raises:
             ValueError: the model wasn't trained for infilling, or as in ``generate``.
         """
-        request = self._request(temperature, top_p, logprobs, stop_tokens=[self.tokenizer.eot_id])
-        prefixes = checked_list(prefixes, "prefixes")
-        suffixes = checked_list(suffixes, "suffixes")
-        if len(prefixes) != len(suffixes):
-            raise ValueError(f"{len(prefixes)} prefixes but {len(suffixes)} suffixes: give pairs")
-        pairs = list(zip(prefixes, suffixes, strict=True))
-        ids = [infilling_prompt_tokens(self.tokenizer, *pair, suffix_first) for pair in pairs]
-        decode = self.tokenizer.decode_infilling
-        rows = self._rows(ids, max_gen_len, seed, decode, stop, prompt_lookup_num_tokens)
+        rows, request = self.infilling_rows(
+            prefixes,
+            suffixes,
+            temperature,
+            top_p,
+            max_gen_len,
+            logprobs,
+            suffix_first,
+            stop,
+            seed,
+            prompt_lookup_num_tokens,
+        )
         self._run_all(rows, request)
         predictions = []
-        for row, (prefix, suffix) in zip(rows, pairs, strict=True):
+        for row, prefix, suffix in zip(rows, prefixes, suffixes, strict=True):
             middle = row.text.text
             prediction = InfillingPrediction(generation=middle, full_text=prefix + middle + suffix)
             predictions.append(self._with_scores(prediction, row, request))
@@ -303,12 +304,16 @@ class Llama(BaseLlama):
         Until it is exhausted or closed, other threads wait; another call of the same thread takes
         the model over, and the iterator then raises RuntimeError.
         """
-        request = self._request(temperature, top_p)
-        ids = [self._text_prompt(prompt)]
-        decode = self.tokenizer.decode
-        return self._stream(
-            self._rows(ids, max_gen_len, seed, decode, stop, prompt_lookup_num_tokens), request
+        rows, request = self.text_rows(
+            [prompt],
+            temperature,
+            top_p,
+            max_gen_len,
+            stop=stop,
+            seed=seed,
+            prompt_lookup_num_tokens=prompt_lookup_num_tokens,
         )
+        return self._stream(rows, request)
 
     def chat_completion_stream(
         self,
@@ -323,14 +328,17 @@ class Llama(BaseLlama):
     ) -> Generator[str, None, None]:
         """``chat_completion`` of one dialog, piece by piece, as in ``text_completion_stream``:
         joined, they are the answer's content."""
-        request = self._request(temperature, top_p, stop_tokens=self._chat_stops())
-        ids = self._dialog_prompt(dialog)
-        if not ids:
-            return (text for text in [UNSAFE_ERROR])
-        stop = (*checked_list(stop, "stop"), *self.chat.stop)
-        rows = self._rows(
-            [ids], max_gen_len, seed, self.tokenizer.decode, stop, prompt_lookup_num_tokens
+        rows, request = self.chat_rows(
+            [dialog],
+            temperature,
+            top_p,
+            max_gen_len,
+            stop=stop,
+            seed=seed,
+            prompt_lookup_num_tokens=prompt_lookup_num_tokens,
         )
+        if not rows[0].prompt:
+            return (text for text in [UNSAFE_ERROR])
         return self._stream(rows, request)
 
     def text_infilling_stream(
@@ -348,46 +356,15 @@ class Llama(BaseLlama):
     ) -> Generator[str, None, None]:
         """``text_infilling`` of one pair, piece by piece, as in ``text_completion_stream``: joined,
         they are the middle."""
-        request = self._request(temperature, top_p, stop_tokens=[self.tokenizer.eot_id])
-        ids = [infilling_prompt_tokens(self.tokenizer, prefix, suffix, suffix_first)]
-        decode = self.tokenizer.decode_infilling
-        return self._stream(
-            self._rows(ids, max_gen_len, seed, decode, stop, prompt_lookup_num_tokens), request
+        rows, request = self.infilling_rows(
+            [prefix],
+            [suffix],
+            temperature,
+            top_p,
+            max_gen_len,
+            suffix_first=suffix_first,
+            stop=stop,
+            seed=seed,
+            prompt_lookup_num_tokens=prompt_lookup_num_tokens,
         )
-
-    def embed(self, texts: Sequence[str], pooling: str = "mean") -> torch.Tensor:
-        """Vectors of texts: the network's last hidden states.
-
-        Args:
-            texts: of any number and lengths up to ``max_seq_len`` tokens.
-            pooling: ``"mean"`` over a text's tokens, or the ``"last"`` one's.
-
-        Returns:
-            float32, shape (len(texts), dim); not normalised.
-
-        Raises:
-            TypeError, ValueError: an argument is wrong, or a text doesn't fit.
-            RuntimeError: as in ``generate``.
-        """
-        if pooling not in ("mean", "last"):
-            raise ValueError(f"pooling is {pooling!r}: expected 'mean' or 'last'")
-        pooled = self._read(texts, lambda prompts: pool(self.model, prompts, pooling))
-        return pooled.reshape(-1, self.model.params.dim)
-
-    def classify(self, texts: Sequence[str]) -> list[Classification]:
-        """The classes of texts, for checkpoints with a classifier's head.
-
-        Returns:
-            For each text ``{"label": name, "score": probability, "logits": one for each label}``.
-
-        Raises:
-            ValueError: the checkpoint has no labels, or as in ``embed``.
-        """
-        labels = self.model.params.labels
-        if labels is None:
-            raise ValueError("this checkpoint writes text: classifying needs one with labels")
-        logits = self._read(texts, lambda prompts: last_logits(self.model, prompts))
-        return [
-            Classification(label=labels[int(row.argmax())], score=score, logits=row.tolist())
-            for row, score in zip(logits, label_scores(logits), strict=True)
-        ]
+        return self._stream(rows, request)
