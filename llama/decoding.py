@@ -167,7 +167,7 @@ def run(
         numbers = [row.uniform(j) for (_, row), guess in work for j in range(len(guess) + 1)]
         chosen = zip(*_choose(logits, numbers, request), strict=True)
         for (_, row), guess in work:
-            yield from _take_checked(row, guess, list(islice(chosen, len(guess) + 1)), request)
+            yield from take_checked(row, guess, list(islice(chosen, len(guess) + 1)), request)
         active = [(i, row) for i, row in active if not row.done]
         guesses = [row.guess() for _, row in active]
         tokens, segments = [], []
@@ -176,6 +176,10 @@ def run(
             tokens += [row.tokens[-1], *guess]
         if active:
             logits = checked_forward(model, tokens, segments)
+
+
+class NotFinite(RuntimeError):
+    """The network's result isn't a number."""
 
 
 def checked_forward(
@@ -188,7 +192,7 @@ def checked_forward(
     """``forward_packed``, or ``hidden_states`` in float32, of lists of ids and positions.
 
     Raises:
-        RuntimeError: the result isn't finite; the cache is empty then.
+        NotFinite: the result isn't; the cache is empty then.
     """
     device = model.freqs_cis.device
     ids = torch.tensor(tokens, device=device)
@@ -197,7 +201,7 @@ def checked_forward(
     found = forward(ids, segments, chosen).float()
     if not found.isfinite().all():
         model.clear_cache()
-        raise RuntimeError(
+        raise NotFinite(
             "the model's logits are not finite: its weights are damaged, or their range needs "
             "dtype=torch.float32"
         )
@@ -263,7 +267,7 @@ def _take(row: Row, token: int, logprob: float, request: Request) -> str:
     return piece
 
 
-def _take_checked(
+def take_checked(
     row: Row, guess: list[int], chosen: list[tuple[int, float]], request: Request
 ) -> Iterator[str]:
     """Give a row its next tokens: as many as were chosen after a right guess, and one more.
@@ -284,15 +288,15 @@ def _take_checked(
 
 def _score_prompts(rows: list[Row], segments: list[Segment], logits: torch.Tensor) -> None:
     """Add the log-probabilities of the prompt tokens that a pass's logits predict."""
-    first = 0
-    for i, start, length in segments:
-        row = rows[i]
-        if start == 0:
-            row.prompt_logprobs.append(0.0)
-        predicted = row.prompt[start + 1 : start + length + 1]
-        scores = token_logprobs(
-            logits[first : first + len(predicted)],
-            torch.tensor(predicted, device=logits.device, dtype=torch.long),
-        )
-        row.prompt_logprobs += scores.tolist()
-        first += length
+    pieces = logits.split([segment.length for segment in segments])
+    for (i, start, _), piece in zip(segments, pieces, strict=True):
+        score_prompt(rows[i], start, piece)
+
+
+def score_prompt(row: Row, start: int, logits: torch.Tensor) -> None:
+    """Add the log-probabilities of those prompt tokens that logits from ``start`` on predict."""
+    if start == 0:
+        row.prompt_logprobs.append(0.0)
+    predicted = row.prompt[start + 1 : start + len(logits) + 1]
+    ids = torch.tensor(predicted, device=logits.device, dtype=torch.long)
+    row.prompt_logprobs += token_logprobs(logits[: len(predicted)], ids).tolist()

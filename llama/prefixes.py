@@ -30,12 +30,12 @@ class Prefixes:
         starts, copies = [], []
         for i, row in enumerate(rows):
             limit = len(row.prompt) - 1
-            lengths = [_common(row.prompt, tokens, limit) for tokens in held]
+            lengths = [common_prefix(row.prompt, tokens, limit) for tokens in held]
             best = max(lengths, default=0)
             starts.append(best)
             if best > (lengths[i] if i < len(lengths) else 0):
                 copies.append((lengths.index(best), i, best))
-        _copy_rows(self._model, copies)
+        copy_rows(self._model, copies)
         return starts
 
     def record(self, rows: Sequence[Row], passes: int) -> None:
@@ -46,13 +46,13 @@ class Prefixes:
             self._passes = passes
 
 
-def _common(a: Sequence[int], b: Sequence[int], limit: int) -> int:
+def common_prefix(a: Sequence[int], b: Sequence[int], limit: int) -> int:
     """How many of the first ``limit`` elements are the same."""
     limit = min(limit, len(b))
     return next((i for i in range(limit) if a[i] != b[i]), limit)
 
 
-def _copy_rows(model: Transformer, copies: Sequence[tuple[int, int, int]]) -> None:
+def copy_rows(model: Transformer, copies: Sequence[tuple[int, int, int]]) -> None:
     """Copy the first tokens of cache rows, given as (from, to, how many), all at once."""
     for name, cache in model.named_buffers():
         if ".cache_" in name:

@@ -1,5 +1,6 @@
 """Text that grows token by token: never half a character, never part of a stop string."""
 
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 
 
@@ -37,7 +38,7 @@ class TextStream:
 
     @property
     def n_tokens(self) -> int:
-        return sum(end <= len(self.text) for end in self._ends)
+        return bisect_right(self._ends, len(self.text))
 
     def push(self, token: int) -> str:
         """Take one more token; returns the text that has become certain."""

@@ -24,6 +24,7 @@ import torch
 
 import llama
 from llama import Llama
+from llama.decoding import NotFinite
 
 MEMORY = 6 << 30  # address space that one mutation may add
 RESIDENT = 1 << 30  # memory that it may fill: the files have a few megabytes
@@ -113,7 +114,7 @@ def judge(error: BaseException) -> tuple[str, str]:
     text = f"{message[:400]!a} ({Path(place).name}:{line})"
     if not ours or not message.strip():
         return f"RAW {name}", text
-    if type(error) is RuntimeError and "not finite" in message:
+    if type(error) is NotFinite and "not finite" in message:
         return "clean: not finite", text
     own = type(error).__module__.startswith("llama.") and isinstance(error, ValueError)
     if not own and type(error) not in (ValueError, FileNotFoundError, MemoryError):

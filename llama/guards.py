@@ -1,0 +1,127 @@
+"""Guards: what judges a dialog and its answer, and what holds a stream back until it is judged."""
+
+import re
+from collections.abc import Callable, Generator
+from contextlib import closing
+from dataclasses import dataclass
+
+from llama.prompts import Dialog
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a guard says.
+
+    Attributes:
+        allowed: whether the text may pass.
+        categories: short names of what it violates.
+        reason: the same for a person to read.
+    """
+
+    allowed: bool
+    categories: tuple[str, ...] = ()
+    reason: str = ""
+
+
+InputGuard = Callable[[Dialog], Verdict]
+"""Judges a dialog before it is answered."""
+
+OutputGuard = Callable[[Dialog, str], Verdict]
+"""Judges an answer to a dialog, or its beginning."""
+
+
+def checked_verdict(verdict: object) -> Verdict:
+    """What a guard returned, unless it is no ``Verdict``: nothing passes by mistake."""
+    if not isinstance(verdict, Verdict):
+        raise TypeError(f"the guard returned {verdict!r}: expected a llama.guards.Verdict")
+    return verdict
+
+
+def refusal(verdict: Verdict) -> str:
+    """The answer to a request that was refused."""
+    reason = verdict.reason.strip().rstrip(".") or "no reason was given"
+    categories = f" ({', '.join(verdict.categories)})" if verdict.categories else ""
+    return f"Refused by a content guard: {reason}{categories}."
+
+
+# Where an answer is cut to be judged: behind a sentence or line, else behind a word.
+_CUTS = (re.compile(r"(?s).*(?:[.!?…][\"'”’)\]]*\s|[。！？\n])"), re.compile(r"(?s).*\s"))
+
+
+class Gate:
+    """Holds back a streamed answer until a guard has allowed it, one piece after another.
+
+    ``released`` is the text that may have been shown: all of it was part of an answer that the
+    guard allowed as far as it went. ``refused`` is the verdict that ended the answer, if one did;
+    text that came with it or later is never given out.
+    """
+
+    def __init__(self, dialog: Dialog, guard: OutputGuard, every: int = 200):
+        """Begin an answer.
+
+        Args:
+            dialog: what is answered.
+            guard: is given the whole answer so far each time.
+            every: characters that are held back until the guard is asked. It costs the guard a
+                call for about as many, and a reader waits for so many.
+
+        Raises:
+            ValueError: ``every`` isn't 1 or more.
+        """
+        if every < 1:
+            raise ValueError(f"every is {every!r}: expected a number of characters, 1 or more")
+        self.released = ""
+        self.refused: Verdict | None = None
+        self._dialog = dialog
+        self._guard = guard
+        self._every = every
+        self._held = ""
+
+    def push(self, piece: str) -> str:
+        """Take more of the answer; returns the text that may be shown now.
+
+        Raises:
+            TypeError: the guard returned no ``Verdict``. Whatever else it raises is passed on.
+        """
+        self._held += piece
+        return self._judge(self._cut()) if len(self._held) >= self._every else ""
+
+    def finish(self) -> str:
+        """End the answer; returns the rest of it, if that is allowed. Raises as ``push``."""
+        return self._judge(len(self._held)) if self._held else ""
+
+    def _cut(self) -> int:
+        # Not before the middle: a cut further on would be judged again with too little new text.
+        for cut in _CUTS:
+            if found := cut.match(self._held, self._every // 2):
+                return found.end()
+        return len(self._held)
+
+    def _judge(self, end: int) -> str:
+        if self.refused:
+            return ""
+        piece = self._held[:end]
+        verdict = checked_verdict(self._guard(self._dialog, self.released + piece))
+        if not verdict.allowed:
+            self.refused = verdict
+            return ""
+        self.released, self._held = self.released + piece, self._held[end:]
+        return piece
+
+
+def judged(pieces: Generator[str, None, None], gate: Gate) -> Generator[str, None, None]:
+    """An answer's pieces as they pass a gate.
+
+    After a refusal ``pieces`` is closed, and the last piece says what happened.
+    """
+    with closing(pieces):
+        for piece in pieces:
+            if text := gate.push(piece):
+                yield text
+            if gate.refused:
+                break
+    # The model that writes is free by now: neither the guard nor the reader keeps it waiting.
+    if text := gate.finish():
+        yield text
+    if gate.refused:
+        yield "\n\n" * bool(gate.released) + refusal(gate.refused)
