@@ -12,7 +12,8 @@ import torch
 from conftest import passed_tokens
 
 from llama import Llama
-from llama.server.engine import Busy, Draining, Engine, Job, Update
+from llama.server.engine import Busy, Draining, Engine
+from llama.server.jobs import Job, Update
 
 PROMPTS = [
     "Once upon a time",

@@ -6,30 +6,27 @@ stands still while a newcomer's prompt is read.
 """
 
 import logging
-import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
-from typing import Literal, NamedTuple
 
 import torch
 
-from llama.decoding import NotFinite, Request, Row, score_prompt, take_checked
+from llama.decoding import NotFinite, score_prompt, take_checked
 from llama.generation import Llama
 from llama.packing import PREFILL_CHUNK, PREFILL_TOKENS, Segment
 from llama.prefixes import common_prefix
 from llama.sampling import next_tokens, token_logprobs
 from llama.server import ranks
+from llama.server.jobs import Alternatives, Finish, Job
 
 logger = logging.getLogger(__name__)
 
 PIECE = 64  # tokens of prompts that a pass reads beside rows that are being written, on a CPU
 HEARTBEAT = 5.0  # seconds between signs of life to the other ranks
-
-Finish = Literal["stop", "length", "timeout", "cancelled", "error"]
 
 
 class Busy(Exception):
@@ -38,56 +35,6 @@ class Busy(Exception):
 
 class Draining(Exception):
     """The server takes no more requests."""
-
-
-class Update(NamedTuple):
-    """What is new of a job: text that is certain, and how many tokens lie wholly in all of it."""
-
-    text: str
-    n_tokens: int
-    finish: Finish | None = None
-
-
-Alternatives = list[tuple[int, float]]  # token ids and log-probabilities, the likeliest first
-
-
-@dataclass(eq=False)
-class Job:
-    """A row on its way through the engine.
-
-    Args:
-        notify: told what is new, by the engine's thread; the last time with a ``finish``.
-        n_top: how many of the likeliest tokens to keep at each place.
-        pooling: "mean" or "last", for a text that is only read: ``vector`` holds what comes out.
-        deadline: by ``time.monotonic()``.
-    """
-
-    row: Row
-    request: Request
-    notify: Callable[[Update], None]
-    n_top: int = 0
-    pooling: str | None = None
-    deadline: float = math.inf
-    cancelled: bool = False  # set from any thread
-    top: list[Alternatives] = field(default_factory=list)
-    prompt_top: list[Alternatives] = field(default_factory=list)
-    vector: torch.Tensor | None = None
-    n_reused: int = 0  # tokens of the prompt that the cache held already
-    place: int = -1  # the cache's row
-    n_read: int = 0  # tokens of the prompt
-
-    @property
-    def reading(self) -> bool:
-        return self.n_read < len(self.row.prompt)
-
-    @property
-    def scores_prompt(self) -> bool:
-        return self.request.logprobs and self.request.echo
-
-    def tell(self, text: str = "", finish: Finish | None = None) -> None:
-        done = finish is not None
-        n_tokens = len(self.row.tokens) if done else self.row.text.n_tokens
-        self.notify(Update(text, n_tokens, finish))
 
 
 @dataclass
