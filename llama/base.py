@@ -7,15 +7,20 @@ from typing import Any
 from llama.chat_formats import ChatFormat
 from llama.decoding import Request, Row, checked_list, make_rows, run
 from llama.formats.text import choose_chat
+from llama.guards import InputGuard, OutputGuard, checked_verdict, refusal
 from llama.model import Transformer
 from llama.prefixes import Prefixes
-from llama.prompts import Dialog, has_tags, infilling_prompt_tokens
+from llama.prompts import UNSAFE_ERROR, Dialog, has_tags, infilling_prompt_tokens
 from llama.tokenizer import BaseTokenizer
 from llama.turns import Turns
 
 
 class BaseLlama:
-    """A model, its tokenizer and its way to write dialogs."""
+    """A model, its tokenizer and its way to write dialogs.
+
+    ``input_guard`` and ``output_guard``, where they are set, judge the dialogs that are to be
+    answered, and the answers (``llama.guards``).
+    """
 
     def __init__(
         self,
@@ -27,6 +32,8 @@ class BaseLlama:
         self.model = model
         self.tokenizer = tokenizer
         self.chat = chat or choose_chat(None, {}, tokenizer)
+        self.input_guard: InputGuard | None = None
+        self.output_guard: OutputGuard | None = None
         self._seeds = random.Random(seed)
         self._prefixes = Prefixes(model)
         self._turns = Turns()
@@ -104,6 +111,24 @@ class BaseLlama:
         """The prompt's ids; none for a dialog that is to be refused."""
         ids = self.chat.prompt(self.tokenizer, dialog)
         return [] if has_tags(dialog, self.chat.tags) else ids
+
+    def _refusal(self, dialog: Dialog) -> str | None:
+        """What is said against a dialog, instead of an answer."""
+        if has_tags(dialog, self.chat.tags):
+            return UNSAFE_ERROR
+        if self.input_guard is not None:
+            verdict = checked_verdict(self.input_guard(dialog))
+            return None if verdict.allowed else refusal(verdict)
+        return None
+
+    def _judge(self, dialog: Dialog, row: Row) -> str:
+        """The answer to a dialog, or what a guard says against it; its tokens are gone then."""
+        if self.output_guard is not None:
+            verdict = checked_verdict(self.output_guard(dialog, row.text.text))
+            if not verdict.allowed:
+                row.tokens, row.logprobs = [], []
+                return refusal(verdict)
+        return row.text.text
 
     def _chat_stops(self) -> list[int | None]:
         controls = self.tokenizer.control_ids

@@ -8,8 +8,10 @@ import torch
 from llama import checkpoint, parallel
 from llama.chat_formats import FORMATS
 from llama.compilation import compile_decoding
+from llama.decoding import checked_list
 from llama.formats import apply_adapter, open_checkpoint
 from llama.formats.text import choose_chat, load_tokenizer, replace_tokenizer
+from llama.guards import Gate, judged
 from llama.params import make_args
 from llama.predictions import (
     ChatPrediction,
@@ -17,7 +19,6 @@ from llama.predictions import (
     InfillingPrediction,
 )
 from llama.prompts import (
-    UNSAFE_ERROR,
     Dialog,
     Message,
 )
@@ -224,19 +225,23 @@ class Llama(ReadingLlama):
         Returns:
             For each dialog ``{"generation": {"role": "assistant", "content": text}}``, with
             ``logprobs`` also ``tokens`` (pieces) and ``logprobs``. A dialog whose messages contain
-            the format's own tags is answered with an error text.
+            the format's own tags is answered with an error text, and one that a guard refuses with
+            its reason.
 
         Raises:
             ValueError: a dialog is not well formed (``llama.prompts.check_dialog``), or as in
                 ``generate``.
         """
+        dialogs = list(checked_list(dialogs, "dialogs"))
         rows, request = self.chat_rows(
             dialogs, temperature, top_p, max_gen_len, logprobs, stop, seed, prompt_lookup_num_tokens
         )
-        self._run_all([row for row in rows if row.prompt], request)
+        refusals = [self._refusal(dialog) for dialog in dialogs]
+        run = [row for row, refused in zip(rows, refusals, strict=True) if refused is None]
+        self._run_all(run, request)
         predictions = []
-        for row in rows:
-            text = row.text.text if row.prompt else UNSAFE_ERROR
+        for dialog, row, refused in zip(dialogs, rows, refusals, strict=True):
+            text = self._judge(dialog, row) if refused is None else refused
             answer = Message(role="assistant", content=text)
             if self.chat is FORMATS["turn-based"]:
                 answer["destination"] = "user"
@@ -327,7 +332,8 @@ class Llama(ReadingLlama):
         prompt_lookup_num_tokens: int = 0,
     ) -> Generator[str, None, None]:
         """``chat_completion`` of one dialog, piece by piece, as in ``text_completion_stream``:
-        joined, they are the answer's content."""
+        joined, they are the answer's content. With an ``output_guard``, text is held back until it
+        has been judged."""
         rows, request = self.chat_rows(
             [dialog],
             temperature,
@@ -337,9 +343,13 @@ class Llama(ReadingLlama):
             seed=seed,
             prompt_lookup_num_tokens=prompt_lookup_num_tokens,
         )
-        if not rows[0].prompt:
-            return (text for text in [UNSAFE_ERROR])
-        return self._stream(rows, request)
+        refused = self._refusal(dialog)
+        if refused is not None:
+            return (text for text in [refused])
+        pieces = self._stream(rows, request)
+        if self.output_guard is None:
+            return pieces
+        return judged(pieces, Gate(dialog, self.output_guard))
 
     def text_infilling_stream(
         self,

@@ -133,7 +133,7 @@ class LlamaGuard:
         Raises:
             ValueError: ``llama``'s cache has no room for the prompt.
         """
-        self._llama = llama
+        self.llama = llama
         self._categories = "\n".join(f"O{i}: {text}" for i, text in enumerate(categories, 1))
         self._names = {f"O{i}": t.split("\n")[0].strip(" .") for i, t in enumerate(categories, 1)}
         self._room = llama.model.params.max_seq_len - _MOST_TOKENS
@@ -174,13 +174,13 @@ class LlamaGuard:
         if first == len(rests):
             return Verdict(False, reason="the last turn is too long for the guard to read")
         prompt = self._prompt(role, texts[rests[first] :])
-        tokens, _ = self._llama.generate([prompt], max_gen_len=_MOST_TOKENS, temperature=0)
-        return self._read(self._llama.tokenizer.decode(tokens[0]))
+        tokens, _ = self.llama.generate([prompt], max_gen_len=_MOST_TOKENS, temperature=0)
+        return self._read(self.llama.tokenizer.decode(tokens[0]))
 
     def _prompt(self, role: str, texts: Sequence[str]) -> list[int]:
         said = "\n\n".join(f"{('User', 'Agent')[i % 2]}: {text}" for i, text in enumerate(texts))
         text = PROMPT.format(role=role, categories=self._categories, conversation=said)
-        return self._llama.tokenizer.encode(text, bos=True, eos=False)
+        return self.llama.tokenizer.encode(text, bos=True, eos=False)
 
     def _read(self, answer: str) -> Verdict:
         first, _, second = answer.strip().partition("\n")

@@ -1,7 +1,8 @@
 """The web page: chat, completion and infilling with the served model, from this host alone."""
 
+import asyncio
+import logging
 import re
-import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from html import escape
@@ -9,19 +10,23 @@ from typing import Any, Protocol, cast
 
 import gradio as gr
 from fastapi import FastAPI
-from starlette import types
 from starlette.datastructures import MutableHeaders
 from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Message as Part
 
 from llama.prompts import Message, Role
 
+logger = logging.getLogger(__name__)
+
 INTERVAL = 0.08  # seconds between two views of a growing text, each of which costs milliseconds
-MAX_RUNNING = 1000  # texts being written at once; Gradio's own limit is 40
+MAX_RUNNING = 1000  # texts that grow at once; Gradio's own limit is 40
+QUIET: Any = {"show_progress": "hidden", "api_visibility": "private"}
 
 # What the page asks Gradio for. Gradio offers more: uploads, files, the description of an API.
 NEEDED = re.compile(
-    r"/|/(assets|static)/.+|/theme\.css|/favicon\.ico|/gradio_api/(queue/(join|data)|cancel|reset)"
+    r"/|/(assets|static)/.+|/theme\.css|/favicon\.ico|/gradio_api/(queue/(join|data)|cancel)"
 )
 FOREIGN = re.compile(rb'<(?:meta (?:property="og|name="twitter)|link rel="manifest")[^>]*>\s*')
 HEADERS = {
@@ -29,10 +34,17 @@ HEADERS = {
     "style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; font-src 'self' data:; "
     "object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'self'",
     "referrer-policy": "no-referrer",
-    "x-content-type-options": "nosniff",
     "x-dns-prefetch-control": "off",
 }
 CSS = """
+.gradio-container > .main { padding: 16px clamp(12px, 3vw, 32px) 8px; }
+#about .prose { display: flex; flex-wrap: wrap; align-items: baseline; gap: 2px 16px; }
+#about h1 { margin: 0; font-size: 24px; overflow-wrap: anywhere; }
+#chat { height: calc(100dvh - 196px) !important; min-height: 260px; }
+#chat .bot.message { background: none; border: none; box-shadow: none; padding-left: 0; }
+#chat .edit-textarea { min-width: min(60vw, 420px); }
+.code textarea { font-family: var(--font-mono); }
+@media (max-width: 640px) { #chat { height: calc(100dvh - 216px) !important; } }
 """
 
 
@@ -62,31 +74,136 @@ class Talk(Protocol):
     ) -> AsyncIterator[str]: ...
 
 
-class OwnHost:
-    """ASGI middleware: serves of Gradio what the page needs, and lets it ask no other host."""
+def mount_page(app: FastAPI, talk: Talk) -> FastAPI:
+    """Add the page to an app at ``/``, where it takes all paths that no earlier route takes.
 
-    def __init__(self, app: types.ASGIApp) -> None:
-        self.app = app
+    Returns the app to serve.
+    """
+    page = gr.Blocks(title=talk.name, analytics_enabled=False)
+    page.max_threads = MAX_RUNNING
+    page.queue(default_concurrency_limit=None, api_open=False)
+    # Gradio polls, every ms for events and every 10 for progress: that is 5 % of a core.
+    page._queue.sleep_when_free, page._queue.progress_update_sleep_when_free = 0.02, 1.0
+    name, form, most = escape(talk.name), escape(talk.chat_format), talk.max_tokens
+    about = f"chat format <b>{form}</b>, context <b>{most:,}</b> tokens"
+    with page:
+        gr.Markdown(f"<h1>{name}</h1><span>{about}</span>", elem_id="about")
+        with gr.Row():
+            left = gr.Column(scale=4, min_width=320)
+            with gr.Column(scale=1, min_width=260):
+                system = gr.Textbox(label="System prompt", info="Of the chat", lines=3)
+                t = gr.Slider(0, 2, 0.6, step=0.05, label="Temperature", info="0: the likeliest")
+                p = gr.Slider(0.05, 1, 0.9, step=0.05, label="Top-p", info="1: all tokens")
+                n = gr.Slider(0, most, 0, step=1, label="Length", info="0: as long as fits")
+            with left, gr.Tabs():
+                with gr.Tab("Chat"):
+                    chat_tab(talk, [system, t, p, n])
+                with gr.Tab("Completion"):
+                    prompt = gr.Textbox(label="Text to continue", lines=8, elem_classes="code")
+                    task_tab(talk.complete, "Continue", [prompt], [t, p, n])
+                with gr.Tab("Infilling"):
+                    if talk.infills:
+                        before = gr.Textbox(label="Before", lines=6, elem_classes="code")
+                        after = gr.Textbox(label="After", lines=6, elem_classes="code")
+                        task_tab(talk.infill, "Fill in", [before, after], [t, p, n])
+                    else:
+                        gr.Markdown(f"{name} cannot infill: it wasn't trained to fill a gap.")
+    theme = gr.themes.Default(
+        primary_hue="orange",
+        neutral_hue="stone",
+        radius_size="lg",
+        font=["system-ui", "sans-serif"],
+        font_mono=["ui-monospace", "monospace"],
+    )
+    return gr.mount_gradio_app(
+        app,
+        page,
+        "/",
+        footer_links=[],
+        run_history=False,
+        show_error=False,
+        ssr_mode=False,
+        mcp_server=False,
+        theme=theme.set(body_background_fill="*neutral_50", block_shadow="none"),
+        css=CSS,
+        app_kwargs={"middleware": [Middleware(own_host)]},
+    )
 
-    async def __call__(self, scope: types.Scope, receive: types.Receive, send: types.Send) -> None:
-        if scope["type"] == "http" and not NEEDED.fullmatch(scope["path"]):
-            await PlainTextResponse("Not Found", 404)(scope, receive, send)
+
+def chat_tab(talk: Talk, settings: list[gr.Component]) -> None:
+    """A dialog, which the browser alone keeps and sends along with every message."""
+    chat = gr.Chatbot(
+        placeholder="Ask something to begin.",
+        show_label=False,
+        editable="user",
+        buttons=["copy"],
+        elem_id="chat",
+    )
+    box = gr.Textbox(
+        placeholder="Message", show_label=False, autofocus=True, submit_btn=True, elem_id="message"
+    )
+
+    async def answer(
+        typed: str,
+        history: list[dict[str, Any]],
+        system: str,
+        temperature: float,
+        top_p: float,
+        length: int,
+        event: gr.EventData,
+    ) -> AsyncIterator[tuple[Any, Any]]:
+        before = [{"role": turn["role"], "content": plain(turn["content"])} for turn in history]
+        again = event._data or {}  # the message to answer again, perhaps edited
+        text = plain(again["value"]) if again else typed
+        if not text.strip():
+            yield before, gr.skip()
             return
-        start: types.Message = {}
+        shown = turns = [*before[: again.get("index")], {"role": "user", "content": text}]
+        yield turns, gr.Textbox(typed if again else "", submit_btn=False, stop_btn=True)
+        try:
+            pieces = talk.chat(dialog(system, turns), temperature, top_p, int(length) or None)
+            async with aclosing(growing(pieces)) as contents:
+                async for content in contents:
+                    shown = [*turns, {"role": "assistant", "content": content}]
+                    yield shown, gr.skip()
+        except Exception as error:
+            tell(error)
+            if shown is turns:  # as if it had not been sent
+                yield before, typed if turns[-1] in before else typed or text
 
-        async def send_own(message: types.Message) -> None:
-            if message["type"] == "http.response.start":
-                MutableHeaders(scope=message).update(HEADERS)
-                start.update(message)
-                if scope["path"] == "/":  # wait for its body
-                    return
-            elif message["type"] == "http.response.body" and scope["path"] == "/":
-                message["body"] = FOREIGN.sub(b"", message.get("body", b""))
-                MutableHeaders(scope=start)["content-length"] = str(len(message["body"]))
-                await send(start)
-            await send(message)
+    inputs = [box, chat, *settings]
+    running = gr.on([box.submit, chat.retry, chat.edit], answer, inputs, [chat, box], **QUIET)
+    running.then(lambda: gr.Textbox(submit_btn=True, stop_btn=False), None, box, **QUIET)
+    gr.on([box.stop, chat.clear], None, cancels=running, **QUIET)
 
-        await self.app(scope, receive, send_own)
+
+def task_tab(
+    run: Callable[..., AsyncIterator[str]],
+    verb: str,
+    texts: list[gr.Textbox],
+    settings: list[gr.Component],
+) -> None:
+    """The buttons and the result of a task whose texts are above them."""
+    with gr.Row():
+        go = gr.Button(verb, variant="primary", scale=0, min_width=160)
+        stop = gr.Button("Stop", variant="stop", scale=0, min_width=160, visible=False)
+    result = gr.Textbox(
+        label="Result", lines=6, buttons=["copy"], interactive=False, elem_classes="code"
+    )
+
+    async def answer(*values: Any) -> AsyncIterator[tuple[Any, Any, Any]]:
+        yield "", gr.Button(visible=False), gr.Button(visible=True)
+        try:
+            pieces = run(*values[:-1], int(values[-1]) or None)
+            async with aclosing(growing(pieces)) as results:
+                async for text in results:
+                    yield text, gr.skip(), gr.skip()
+        except Exception as error:
+            tell(error)
+
+    running = go.click(answer, [*texts, *settings], [result, go, stop], **QUIET)
+    running.then(lambda: [gr.Button(visible=v) for v in (True, False)], None, [go, stop], **QUIET)
+    stop.click(None, cancels=running, **QUIET)
 
 
 def plain(content: object) -> str:
@@ -103,27 +220,62 @@ def dialog(system: str, turns: Sequence[dict[str, str]]) -> list[Message]:
     messages: list[Message] = []
     for turn in ({"role": "system", "content": system}, *turns):
         role, content = cast(Role, turn["role"]), turn["content"]
-        if messages and messages[-1]["role"] == role and content.strip():
-            content = messages.pop()["content"] + "\n\n" + content
         if content.strip():
+            if messages and messages[-1]["role"] == role:
+                content = messages.pop()["content"] + "\n\n" + content
             messages.append({"role": role, "content": content})
     return messages
 
 
 async def growing(pieces: AsyncIterator[str]) -> AsyncGenerator[str, None]:
-    """The text so far, now and then and at the end; errors of the request as Gradio's."""
-    text, due = "", 0.0
-    try:
+    """The text so far, every now and then and at the end."""
+    text, news = "", asyncio.Event()
+
+    async def read() -> None:
+        nonlocal text
         async with aclosing(cast(AsyncGenerator[str, None], pieces)):
             async for piece in pieces:
                 text += piece
-                if time.monotonic() >= due:
-                    yield text
-                    due = time.monotonic() + INTERVAL
-    except ValueError as error:
-        raise gr.Error(escape(str(error)), title="No answer", print_exception=False) from None
-    yield text
+                news.set()
+
+    reading = asyncio.create_task(read())
+    reading.add_done_callback(lambda _: news.set())
+    try:
+        while await news.wait() and not reading.done():
+            news.clear()
+            yield text
+            await asyncio.sleep(INTERVAL)
+        await reading
+        yield text
+    finally:
+        reading.cancel()
+        await asyncio.wait([reading])
 
 
-def chat_tab(talk: Talk, limits: Callable[..., Any]) -> None:
-    pass
+def tell(error: Exception) -> None:
+    """Show an error beside the page, where Gradio's own errors would cover the text."""
+    message = str(error)
+    if not isinstance(error, ValueError):
+        logger.error("a request of the page failed", exc_info=error)
+        message = "The server failed. Its log tells why."
+    gr.Warning(escape(message))
+
+
+def own_host(app: ASGIApp) -> ASGIApp:
+    """ASGI middleware: serves of Gradio what the page needs, and lets it ask no other host."""
+
+    async def serve(scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_own(part: Part) -> None:
+            if part["type"] == "http.response.start":
+                headers = MutableHeaders(scope=part)
+                headers.update(HEADERS)
+                if scope["path"] == "/":
+                    del headers["content-length"]
+            elif part["type"] == "http.response.body" and scope["path"] == "/":
+                part["body"] = FOREIGN.sub(b"", part.get("body", b""))
+            await send(part)
+
+        known = scope["type"] != "http" or NEEDED.fullmatch(scope["path"])
+        await (app if known else PlainTextResponse("Not Found", 404))(scope, receive, send_own)
+
+    return serve

@@ -1,0 +1,169 @@
+"""Serve a model: a page to talk to, and OpenAI's API.
+
+python -m llama.server                                          # the embedded model
+python -m llama.server --ckpt_dir llama-2-7b-chat/ --max_seq_len 4096
+torchrun --nproc_per_node 2 -m llama.server --ckpt_dir llama-2-13b-chat/
+"""
+
+import logging
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+from types import FrameType
+
+import fire
+import uvicorn
+
+from llama.generation import TINY, Llama
+from llama.llama_guard import LlamaGuard
+from llama.parallel import rank, world_size
+from llama.server import ranks
+from llama.server.api import make_app
+from llama.server.door import Door, is_loopback
+from llama.server.service import Service
+
+logger = logging.getLogger("llama.server")
+
+
+class Server(uvicorn.Server):
+    """A web server that stops when its engine does.
+
+    The first SIGTERM or SIGINT lets running requests finish, the second one doesn't.
+    """
+
+    def __init__(self, config: uvicorn.Config, service: Service):
+        super().__init__(config)
+        self._engine = service.engine
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._engine.draining:
+            super().handle_exit(sig, frame)
+        else:
+            logger.info("shutting down: %d requests are at work", self._engine.n_active)
+            # A signal comes between any two steps of this thread, which may hold the engine's lock.
+            threading.Thread(target=self._engine.drain).start()
+
+    def run_engine(self) -> None:
+        """Work until the engine is drained or fails; the web server ends then, too."""
+        try:
+            self._engine.run()
+        except BaseException:
+            logger.exception("the engine failed")
+        finally:
+            self.should_exit = True
+
+
+def main(
+    ckpt_dir: str = str(TINY),
+    tokenizer_path: str | None = None,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    api_key: str | None = None,
+    model_name: str | None = None,
+    max_seq_len: int = 2048,
+    max_batch_size: int = 8,
+    max_queue: int = 64,
+    timeout: float = 600.0,
+    max_body: int = 1_000_000,
+    cors: str | tuple[str, ...] = (),
+    page: bool = True,
+    log_prompts: bool = False,
+    guard_dir: str | None = None,
+    prompt_lookup_num_tokens: int = 0,
+    device: str | None = None,
+    adapter: str | tuple[str, ...] = (),
+    chat_format: str | None = None,
+    compile: bool = False,
+    quantize: str | None = None,
+    group_size: int | None = None,
+    kv_cache_dtype: str | None = None,
+) -> None:
+    """Serve a model until SIGTERM or Ctrl-C, which let running requests finish.
+
+    Args:
+        ckpt_dir, tokenizer_path, device, adapter, chat_format, compile, quantize, group_size,
+            kv_cache_dtype: as for Llama.build.
+        host: the address to listen on. Any but this machine's own needs a key.
+        port: 0 for any that is free.
+        api_key: what clients must send; the environment variable LLAMA_API_KEY hides it better.
+        model_name: what clients call the model; the checkpoint's own name by default.
+        max_seq_len: tokens of a prompt and its answer together, at most.
+        max_batch_size: requests at work at once; others wait.
+        max_queue: requests that may wait; others are told to come back later.
+        timeout: seconds that a request may take, at most.
+        max_body: bytes of a request, at most.
+        cors: origins whose web pages may call the API, such as https://example.com.
+        page: whether there is a page to talk to at /.
+        log_prompts: whether the log may hold what people write.
+        guard_dir: a checkpoint of Llama Guard, which then judges all prompts and answers.
+        prompt_lookup_num_tokens: how many tokens are guessed from the text itself, at most.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
+    api_key = api_key or os.environ.get("LLAMA_API_KEY") or None
+    if api_key is None and not is_loopback(host):
+        sys.exit(
+            f"{host} can be reached by others: set the environment variable LLAMA_API_KEY to a key "
+            "that clients must send, or leave --host out to serve this machine alone"
+        )
+    llama = Llama.build(
+        ckpt_dir,
+        tokenizer_path,
+        max_seq_len,
+        max_batch_size,
+        device=device,
+        adapter=adapter,
+        chat_format=chat_format,
+        compile=compile,
+        quantize=quantize,
+        group_size=group_size,
+        kv_cache_dtype=kv_cache_dtype,
+    )
+    if guard_dir is not None:
+        if world_size() > 1:
+            sys.exit("--guard_dir is for one process: the guard's own calls don't reach the others")
+        guard = LlamaGuard(Llama.build(guard_dir, max_seq_len=4096, max_batch_size=1))
+        llama.input_guard, llama.output_guard = guard.input_guard, guard.output_guard
+    if rank() > 0:
+        _follow(llama)
+        return
+    service = Service(
+        llama,
+        model_name or Path(ckpt_dir).resolve().stem,
+        max_queue,
+        timeout,
+        prompt_lookup_num_tokens,
+        log_prompts,
+    )
+    app = make_app(service, [cors] if isinstance(cors, str) else cors)
+    if page:
+        from llama.server.page import mount_page
+
+        app = mount_page(app, service)
+    door = Door(app, str(api_key) if api_key else None, is_loopback(host), max_body)
+    server = Server(uvicorn.Config(door, host, port, timeout_graceful_shutdown=10), service)
+    engine = threading.Thread(target=server.run_engine, name="engine", daemon=True)
+    engine.start()
+    server.run()
+    service.engine.drain()
+    engine.join(timeout=20)
+    if engine.is_alive() or service.engine.failure is not None:
+        # The other ranks, or the threads that talk to them, may hang: nothing is left to wait for.
+        logging.shutdown()
+        os._exit(1)
+
+
+def _follow(llama: Llama) -> None:
+    """Take part in rank 0's passes until it is done; its end, however it comes, is this one's."""
+    for sig in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(sig, signal.SIG_IGN)
+    try:
+        ranks.follow(llama.model)
+    except RuntimeError as error:
+        logger.error("rank 0 is gone: %s", error)
+        os._exit(1)
+
+
+if __name__ == "__main__":
+    fire.Fire(main)

@@ -1,0 +1,79 @@
+"""What goes wrong, in OpenAI's form."""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from llama.server.schemas import ErrorAnswer
+
+logger = logging.getLogger(__name__)
+
+_KINDS = {
+    401: ("authentication_error", "invalid_api_key"),
+    404: ("invalid_request_error", "not_found"),
+    413: ("invalid_request_error", "request_too_large"),
+    429: ("rate_limit_error", "queue_full"),
+    503: ("server_error", "shutting_down"),
+    504: ("server_error", "timeout"),
+}
+
+
+class ApiError(Exception):
+    """An answer other than 200."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ):
+        super().__init__(message)
+        self.status = status
+        self.param = param
+        self.code = code
+        self.headers = dict(headers or {})
+
+    def body(self) -> Any:
+        usual = "invalid_request_error" if self.status < 500 else "server_error"
+        kind, code = _KINDS.get(self.status, (usual, None))
+        return ErrorAnswer.of(str(self), kind, self.param, self.code or code)
+
+    def response(self) -> JSONResponse:
+        return JSONResponse(self.body(), self.status, self.headers)
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    """Answer all errors of an app in OpenAI's form."""
+
+    @app.exception_handler(ApiError)
+    async def refuse(request: Request, error: ApiError) -> JSONResponse:
+        return error.response()
+
+    @app.exception_handler(HTTPException)
+    async def no_route(request: Request, error: HTTPException) -> JSONResponse:
+        headers = error.headers or {}
+        return ApiError(error.status_code, str(error.detail), headers=headers).response()
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        where = [str(part) for part in first["loc"] if part != "body"]
+        param = ".".join(where) or None
+        message = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "extra_forbidden":
+            message = "this server has no such parameter"
+        if first["type"] == "json_invalid":
+            param, message = None, "the body is not JSON"
+        return ApiError(400, f"{param}: {message}" if param else message, param).response()
+
+    @app.exception_handler(Exception)
+    async def fail(request: Request, error: Exception) -> JSONResponse:
+        # Starlette logs the error itself; what it says may hold a prompt, and stays inside.
+        return ApiError(500, "the server failed: its log says why").response()

@@ -1,0 +1,61 @@
+"""What Prometheus is told."""
+
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from llama.server.engine import Engine
+
+_SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
+
+
+class _EngineCollector(Collector):
+    """The engine's own counts, read when they are asked for."""
+
+    def __init__(self, engine: Engine):
+        self._engine = engine
+
+    def collect(self) -> Iterator[Metric]:
+        engine, counts = self._engine, self._engine.counts
+        totals = {
+            "llama_prompt_tokens": ("Tokens of prompts that were read", counts.prompt_tokens),
+            "llama_cached_tokens": ("Tokens that the cache held already", counts.reused_tokens),
+            "llama_generated_tokens": ("Tokens written", counts.generated_tokens),
+            "llama_passes": ("Passes through the network", counts.passes),
+        }
+        for name, (text, value) in totals.items():
+            yield CounterMetricFamily(name, text, value)
+        yield GaugeMetricFamily("llama_requests_active", "Rows at work", engine.n_active)
+        yield GaugeMetricFamily("llama_requests_waiting", "Rows in the queue", engine.n_waiting)
+
+
+class Metrics:
+    """The server's metrics, of this process alone."""
+
+    def __init__(self, engine: Engine):
+        self._registry = CollectorRegistry()
+        self._registry.register(_EngineCollector(engine))
+        self.requests = Counter(
+            "llama_requests",
+            "Requests answered",
+            ("path", "status"),
+            registry=self._registry,
+        )
+        self.first_token = Histogram(
+            "llama_time_to_first_token_seconds",
+            "From a request's coming to its first token",
+            buckets=_SECONDS,
+            registry=self._registry,
+        )
+        self.duration = Histogram(
+            "llama_answer_seconds",
+            "From a request's coming to its last token",
+            buckets=_SECONDS,
+            registry=self._registry,
+        )
+
+    def text(self) -> bytes:
+        """In Prometheus's text format."""
+        return generate_latest(self._registry)

@@ -1,0 +1,286 @@
+"""What the API takes and gives, in OpenAI's names: https://platform.openai.com/docs/api-reference.
+
+Whatever isn't named here is refused, and so are the values that this server can't serve.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+
+class _Asked(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+Token = Annotated[int, Field(ge=0)]
+Prompt = str | list[str] | list[Token] | list[list[Token]]
+Zero = Annotated[float, Field(ge=0, le=0)]
+
+
+class StreamOptions(_Asked):
+    include_usage: bool = Field(False, description="Whether a last event says the usage.")
+
+
+class _Writing(_Asked):
+    """What all requests for text have in common."""
+
+    model: str | None = Field(None, description="The served model's id, or nothing.")
+    temperature: float = Field(0.6, ge=0, le=100, description="0 takes the likeliest token.")
+    top_p: float = Field(0.9, ge=0, le=1)
+    n: int = Field(1, ge=1, le=128, description="How many answers to each prompt.")
+    seed: int | None = Field(None, description="Makes the draws repeatable.")
+    stop: str | list[str] | None = Field(None, description="Texts that end an answer, up to 16.")
+    stream: bool = Field(False, description="Whether to send events as the text is written.")
+    stream_options: StreamOptions | None = None
+    timeout: float | None = Field(
+        None, gt=0, description="Seconds after which to give up; an extension."
+    )
+    presence_penalty: Zero = Field(0, description="Only 0.")
+    frequency_penalty: Zero = Field(0, description="Only 0.")
+    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = Field(
+        None, description="Only empty."
+    )
+    user: str | None = Field(None, description="Ignored.")
+    metadata: dict[str, str] | None = Field(None, description="Ignored.")
+    store: Literal[False] | None = Field(None, description="Nothing is stored.")
+
+    @property
+    def stops(self) -> list[str]:
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+    @property
+    def wants_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    @field_validator("stop")
+    @classmethod
+    def _check_stop(cls, stop: str | list[str] | None) -> str | list[str] | None:
+        texts = [stop] if isinstance(stop, str) else stop or []
+        if len(texts) > 16 or not all(texts):
+            raise ValueError("expected up to 16 texts that are not empty")
+        return stop
+
+    @model_validator(mode="after")
+    def _check_stream(self) -> "_Writing":
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options are for stream=true")
+        return self
+
+
+class CompletionRequest(_Writing):
+    prompt: Prompt = Field("", description="Texts, or their token ids.")
+    suffix: str | None = Field(
+        None, description="What follows: the model fills in between, if it was trained to."
+    )
+    max_tokens: int | None = Field(16, ge=0, description="null for as many as fit.")
+    echo: bool = Field(False, description="Whether to give the prompt too.")
+    logprobs: int | None = Field(
+        None, ge=0, le=20, description="Likeliest tokens to tell, beside the chosen ones."
+    )
+    best_of: Literal[1] | None = Field(None, description="Only 1.")
+
+    @model_validator(mode="after")
+    def _check_suffix(self) -> "CompletionRequest":
+        if self.suffix is not None and not isinstance(self.prompt, str):
+            raise ValueError("suffix goes with a prompt that is one text")
+        if self.suffix is not None and self.echo:
+            raise ValueError("echo doesn't go with suffix")
+        return self
+
+
+class TextPart(_Asked):
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(_Asked):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+    name: str | None = Field(None, description="Ignored.")
+
+    @property
+    def text(self) -> str:
+        if isinstance(self.content, str):
+            return self.content
+        return "".join(part.text for part in self.content)
+
+
+class ResponseFormat(_Asked):
+    type: Literal["text"]
+
+
+class ChatRequest(_Writing):
+    messages: list[ChatMessage] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1, description="As many as fit, if null.")
+    max_tokens: int | None = Field(None, ge=1, description="The older name of the same.")
+    logprobs: bool = False
+    top_logprobs: int | None = Field(None, ge=0, le=20, description="With logprobs only.")
+    response_format: ResponseFormat | None = Field(None, description="Only text.")
+
+    @model_validator(mode="after")
+    def _check_top(self) -> "ChatRequest":
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs goes with logprobs=true")
+        if self.max_tokens is not None and self.max_completion_tokens is not None:
+            raise ValueError("max_tokens and max_completion_tokens are the same: give one")
+        return self
+
+
+class EmbeddingRequest(_Asked):
+    input: Prompt
+    model: str | None = Field(None, description="The served model's id, or nothing.")
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: int | None = Field(None, ge=1, description="Only the model's own number.")
+    user: str | None = Field(None, description="Ignored.")
+
+
+class PromptDetails(BaseModel):
+    cached_tokens: int = Field(description="Tokens that the cache held already.")
+
+
+class Usage(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptDetails
+
+
+FinishReason = Literal["stop", "length", "content_filter"] | None
+
+
+class CompletionLogprobs(BaseModel):
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None] | None
+    text_offset: list[int]
+
+
+class CompletionChoice(BaseModel):
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None = None
+    finish_reason: FinishReason = None
+
+
+class Completion(BaseModel):
+    """An answer, or with ``stream`` what an event adds to it."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage | None = None
+
+
+class TopLogprob(BaseModel):
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class TokenLogprob(TopLogprob):
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(BaseModel):
+    content: list[TokenLogprob]
+    refusal: None = None
+
+
+class ChatAnswer(BaseModel):
+    role: Literal["assistant"] = "assistant"
+    content: str
+    refusal: str | None = None
+
+
+class ChatChoice(BaseModel):
+    index: int
+    message: ChatAnswer
+    logprobs: ChatLogprobs | None = None
+    finish_reason: FinishReason = None
+
+
+class ChatCompletion(BaseModel):
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage | None = None
+
+
+class ChatDelta(BaseModel):
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+
+
+class ChatChunkChoice(BaseModel):
+    index: int
+    delta: ChatDelta
+    logprobs: ChatLogprobs | None = None
+    finish_reason: FinishReason = None
+
+
+class ChatChunk(BaseModel):
+    """What an event adds to an answer."""
+
+    id: str
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: Usage | None = None
+
+
+class Embedding(BaseModel):
+    object: Literal["embedding"] = "embedding"
+    index: int
+    embedding: list[float] | str
+
+
+class EmbeddingUsage(BaseModel):
+    prompt_tokens: int
+    total_tokens: int
+
+
+class Embeddings(BaseModel):
+    object: Literal["list"] = "list"
+    model: str
+    data: list[Embedding]
+    usage: EmbeddingUsage
+
+
+class Model(BaseModel):
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "llama"
+    max_model_len: int = Field(description="Tokens of prompt and answer together.")
+
+
+class Models(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[Model]
+
+
+class Health(BaseModel):
+    status: Literal["ok", "draining"]
+    active: int = Field(description="Requests that have a row of the cache.")
+    waiting: int
+
+
+class ErrorBody(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorAnswer(BaseModel):
+    error: ErrorBody
+
+    @staticmethod
+    def of(message: str, kind: str, param: str | None = None, code: str | None = None) -> Any:
+        body = ErrorBody(message=message, type=kind, param=param, code=code)
+        return ErrorAnswer(error=body).model_dump()
