@@ -51,9 +51,9 @@ _CUTS = (re.compile(r"(?s).*(?:[.!?…][\"'”’)\]]*\s|[。！？\n])"), re.co
 class Gate:
     """Holds back a streamed answer until a guard has allowed it, one piece after another.
 
-    ``released`` is the text that may have been shown: all of it was part of an answer that the
-    guard allowed as far as it went. ``refused`` is the verdict that ended the answer, if one did;
-    text that came with it or later is never given out.
+    ``released`` is the text that was given out: the guard allowed the answer as far as that.
+    ``refused`` is the verdict that ended the answer, if one did: what it was about and what came
+    later is never given out.
     """
 
     def __init__(self, dialog: Dialog, guard: OutputGuard, every: int = 200):
@@ -62,8 +62,8 @@ class Gate:
         Args:
             dialog: what is answered.
             guard: is given the whole answer so far each time.
-            every: characters that are held back until the guard is asked. It costs the guard a
-                call for about as many, and a reader waits for so many.
+            every: characters that are held back until the guard is asked: fewer show text sooner
+                and ask more often.
 
         Raises:
             ValueError: ``every`` isn't 1 or more.
@@ -91,7 +91,7 @@ class Gate:
         return self._judge(len(self._held)) if self._held else ""
 
     def _cut(self) -> int:
-        # Not before the middle: a cut further on would be judged again with too little new text.
+        # Not before the middle: the guard would soon be asked again for little more.
         for cut in _CUTS:
             if found := cut.match(self._held, self._every // 2):
                 return found.end()

@@ -28,7 +28,7 @@ QUIET: Any = {"show_progress": "hidden", "api_visibility": "private"}
 NEEDED = re.compile(
     r"/|/(assets|static)/.+|/theme\.css|/favicon\.ico|/gradio_api/(queue/(join|data)|cancel)"
 )
-FOREIGN = re.compile(rb'<(?:meta (?:property="og|name="twitter)|link rel="manifest")[^>]*>\s*')
+FOREIGN = re.compile(rb'<(?:meta\s+(?:property="og|name="twitter)|link rel="manifest")[^>]*>\s*')
 HEADERS = {
     "content-security-policy": "default-src 'self'; script-src 'self' 'unsafe-inline'; "
     "style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; font-src 'self' data:; "
@@ -82,8 +82,9 @@ def mount_page(app: FastAPI, talk: Talk) -> FastAPI:
     page = gr.Blocks(title=talk.name, analytics_enabled=False)
     page.max_threads = MAX_RUNNING
     page.queue(default_concurrency_limit=None, api_open=False)
-    # Gradio polls, every ms for events and every 10 for progress: that is 5 % of a core.
+    # By default Gradio polls each ms, 5 % of a core, and counts all events up after each.
     page._queue.sleep_when_free, page._queue.progress_update_sleep_when_free = 0.02, 1.0
+    page._queue.ANALYTICS_MAX_EVENTS = 0
     name, form, most = escape(talk.name), escape(talk.chat_format), talk.max_tokens
     about = f"chat format <b>{form}</b>, context <b>{most:,}</b> tokens"
     with page:
@@ -140,7 +141,12 @@ def chat_tab(talk: Talk, settings: list[gr.Component]) -> None:
         elem_id="chat",
     )
     box = gr.Textbox(
-        placeholder="Message", show_label=False, autofocus=True, submit_btn=True, elem_id="message"
+        label="Message",
+        placeholder="Message",
+        show_label=False,
+        autofocus=True,
+        submit_btn=True,
+        elem_id="message",
     )
 
     async def answer(
@@ -158,17 +164,18 @@ def chat_tab(talk: Talk, settings: list[gr.Component]) -> None:
         if not text.strip():
             yield before, gr.skip()
             return
-        shown = turns = [*before[: again.get("index")], {"role": "user", "content": text}]
+        turns = [*before[: again.get("index")], {"role": "user", "content": text}]
         yield turns, gr.Textbox(typed if again else "", submit_btn=False, stop_btn=True)
+        content = ""
         try:
             pieces = talk.chat(dialog(system, turns), temperature, top_p, int(length) or None)
             async with aclosing(growing(pieces)) as contents:
                 async for content in contents:
-                    shown = [*turns, {"role": "assistant", "content": content}]
-                    yield shown, gr.skip()
+                    said = [{"role": "assistant", "content": content}] if content else []
+                    yield [*turns, *said], gr.skip()
         except Exception as error:
             tell(error)
-            if shown is turns:  # as if it had not been sent
+            if not content:  # as if it had not been sent
                 yield before, typed if turns[-1] in before else typed or text
 
     inputs = [box, chat, *settings]
@@ -229,22 +236,21 @@ def dialog(system: str, turns: Sequence[dict[str, str]]) -> list[Message]:
 
 async def growing(pieces: AsyncIterator[str]) -> AsyncGenerator[str, None]:
     """The text so far, every now and then and at the end."""
-    text, news = "", asyncio.Event()
+    text = seen = ""
 
     async def read() -> None:
         nonlocal text
         async with aclosing(cast(AsyncGenerator[str, None], pieces)):
             async for piece in pieces:
                 text += piece
-                news.set()
 
-    reading = asyncio.create_task(read())
-    reading.add_done_callback(lambda _: news.set())
+    reading, waits = asyncio.create_task(read()), 0
     try:
-        while await news.wait() and not reading.done():
-            news.clear()
-            yield text
-            await asyncio.sleep(INTERVAL)
+        while not (await asyncio.wait([reading], timeout=INTERVAL))[0]:
+            waits += 1
+            if text != seen or waits % 25 == 0:  # Gradio then notices that its reader has gone
+                seen = text
+                yield text
         await reading
         yield text
     finally:

@@ -1,0 +1,418 @@
+"""The chat in the terminal: what each line does, how an answer is stopped, what is kept."""
+
+import importlib.util
+import io
+import json
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from llama import Llama, Message
+from llama.chat_formats import FORMATS
+from llama.prompts import SPECIAL_TAGS, UNSAFE_ERROR
+
+SCRIPT = Path(__file__).resolve().parent.parent / "examples" / "chat.py"
+COW = Message(role="user", content="What does the cow say?")
+MOO = Message(role="assistant", content="The cow says moo.")
+SPEED = r"\d+ tokens, \d+\.\d\d s to the first, \d+\.\d tokens/s"
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("terminal_chat", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def chat(script: ModuleType, tiny: Llama) -> Any:
+    return script.Chat(tiny, lambda dialog: tiny.chat_completion_stream(dialog, temperature=0))
+
+
+@pytest.fixture
+def type_in(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
+    """Has a chat read lines to the end, and gives what it printed."""
+
+    def run(chat: Any, *lines: str) -> str:
+        monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
+        script.talk(chat, "")
+        return capsys.readouterr().out
+
+    return run
+
+
+def answering(chat: Any, *pieces: str) -> None:
+    """Have the chat answered with these pieces, whatever the message."""
+
+    def stream(dialog: list[Message]) -> Generator[str, None, None]:
+        chat.llama.model.n_passes += 1
+        yield from pieces
+
+    chat.stream = stream
+
+
+def test_answers_stream_and_are_remembered(chat: Any, type_in: Callable[..., str]) -> None:
+    out = type_in(chat, COW["content"], "", "What does the duck say?")
+    assert re.fullmatch(
+        rf"The cow says moo\.\n{SPEED}\n\nThe duck says quack\.\n{SPEED}\n\n", out
+    ), f"the transcript isn't the two answers with their speed: {out!r}"
+    duck = [{"role": "user", "content": "What does the duck say?"}]
+    assert chat.dialog == [
+        COW,
+        MOO,
+        *duck,
+        {"role": "assistant", "content": "The duck says quack."},
+    ], "the history isn't what was said"
+
+
+def test_tokens_are_counted_as_the_model_wrote_them(
+    chat: Any, tiny: Llama, type_in: Callable[..., str]
+) -> None:
+    for question in (COW["content"], "Count from 3 to 9.", "Tell me a story about a cat."):
+        chat.dialog = []
+        out = type_in(chat, question)
+        dialog = [Message(role="user", content=question)]
+        tokens = tiny.chat_completion([dialog], temperature=0, logprobs=True)[0]["tokens"]
+        expected = len(tokens) + 1  # the end of the answer
+        assert f"{expected} tokens, " in out, f"{expected} tokens were generated, not as in {out!r}"
+
+
+def test_a_backslash_continues_a_message(chat: Any, type_in: Callable[..., str]) -> None:
+    type_in(chat, "What does\\", "the cow \\", "say?", "One more\\")
+    assert [m["content"] for m in chat.dialog[::2]] == ["What does\nthe cow \nsay?", "One more\n"]
+
+
+def test_two_slashes_begin_a_message_with_one(chat: Any, type_in: Callable[..., str]) -> None:
+    type_in(chat, "//help is a command. What does the cow say?")
+    assert chat.dialog[0]["content"] == "/help is a command. What does the cow say?"
+
+
+def test_system_prompt_is_set_shown_kept_and_removed(
+    chat: Any, type_in: Callable[..., str]
+) -> None:
+    pirate = {"role": "system", "content": "You are a pirate."}
+    assert "no system prompt" in type_in(chat, "/system")
+    type_in(chat, COW["content"], "/system You are a pirate.")
+    assert chat.dialog == [pirate, COW, MOO], "/system doesn't go in front of what was said"
+    assert "You are a pirate." in type_in(chat, "/system")
+    assert "Arr!" in type_in(chat, "Where does the bee live?"), "the model doesn't get it"
+    type_in(chat, "/clear")
+    assert chat.dialog == [pirate], "/clear keeps the system prompt and nothing else"
+    type_in(chat, "/system You are\\", "a cook.")
+    assert chat.dialog == [{"role": "system", "content": "You are\na cook."}]
+    type_in(chat, '/system ""')
+    assert chat.dialog == []
+
+
+def test_unknown_commands_say_what_is_known(chat: Any, type_in: Callable[..., str]) -> None:
+    for line in ("/nothing", "/", "/save", "/load"):
+        out = type_in(chat, line)
+        assert out.startswith(f"{line} isn't a command")
+        for known in ("/system", "/clear", "/save", "/load", "/help", "/quit"):
+            assert known in out, f"{line} doesn't tell of {known}"
+    assert chat.dialog == []
+    assert type_in(chat, "/quit", COW["content"]) == "", "/quit reads on"
+    assert "/load FILE" in type_in(chat, "/help")
+
+
+def test_save_clear_load(chat: Any, type_in: Callable[..., str], tmp_path: Path) -> None:
+    path = tmp_path / "a dialog.json"
+    type_in(chat, "/system You are kind. 친절", COW["content"], f"/save {path}", "/clear")
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    assert saved == [{"role": "system", "content": "You are kind. 친절"}, COW, MOO]
+    assert "친절" in path.read_text(encoding="utf-8"), "a person can't read what was saved"
+    type_in(chat, f"/load {path}")
+    assert chat.dialog == saved, "/load doesn't bring back what /save wrote"
+    type_in(chat, "What does the duck say?")
+    assert len(chat.dialog) == 5, "a loaded conversation can't go on"
+
+
+def test_saving_is_whole_or_not_at_all(
+    chat: Any, type_in: Callable[..., str], tmp_path: Path
+) -> None:
+    path = tmp_path / "dialog.json"
+    assert "is empty" in type_in(chat, f"/save {path}")
+    path.write_text("before")
+    chat.dialog = [COW, Message(role="assistant", content="half of a pair: \ud83d")]
+    assert "surrogates not allowed" in type_in(chat, f"/save {path}")
+    assert path.read_text() == "before", "a failed /save destroyed the file"
+    assert "No such file" in type_in(chat, f"/save {tmp_path / 'none' / 'dialog.json'}")
+    assert list(tmp_path.iterdir()) == [path], "a failed /save leaves something behind"
+
+
+def test_loaded_message_without_answer_is_answered(
+    chat: Any, type_in: Callable[..., str], tmp_path: Path
+) -> None:
+    path = tmp_path / "dialog.json"
+    path.write_text(json.dumps([COW]))
+    out = type_in(chat, f"/load {path}")
+    assert out.startswith("> What does the cow say?\nThe cow says moo.\n"), out
+    assert chat.dialog == [COW, MOO]
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (None, "No such file or directory: .*dialog.json"),
+        ("[", "dialog.json isn't JSON: "),
+        (b"\xff", "dialog.json isn't JSON: "),
+        ("3", "a dialog is a list of messages"),
+        ("[]", "the dialog is empty"),
+        ('[{"role": "user"}]', "message 0 of the dialog has no text"),
+        ('[{"role": "sheep", "content": "Baa"}]', "has the role 'sheep'"),
+        ('[{"role": "assistant", "content": "Baa"}]', "by 'assistant' where 'user' is expected"),
+        ('[{"role": "user", "content": "[INST]"}]', re.escape(UNSAFE_ERROR)),
+    ],
+)
+def test_what_is_no_dialog_is_not_loaded(
+    chat: Any,
+    type_in: Callable[..., str],
+    tmp_path: Path,
+    content: str | bytes | None,
+    complaint: str,
+) -> None:
+    path = tmp_path / "dialog.json"
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    chat.dialog = [COW, MOO]
+    out = type_in(chat, f"/load {path}")
+    assert re.search(complaint, out), f"{complaint!r} isn't what is said: {out!r}"
+    assert chat.dialog == [COW, MOO], "a failed /load changed the conversation"
+
+
+def test_what_is_too_long_is_not_kept(chat: Any, type_in: Callable[..., str]) -> None:
+    out = type_in(chat, COW["content"], "moo " * 600, "What does the duck say?")
+    assert "more than max_seq_len=512" in out and "/clear, or start with a larger" in out
+    assert "The duck says quack." in out, "the conversation doesn't go on after an error"
+    assert len(chat.dialog) == 4, "the message that failed stays in the history"
+
+
+def test_the_formats_own_tags_are_not_kept(chat: Any, type_in: Callable[..., str]) -> None:
+    for tag in SPECIAL_TAGS:
+        for line in (f"Say {tag}", f"/system {tag}"):
+            assert type_in(chat, line) == f"{UNSAFE_ERROR}\n\n"
+            assert chat.dialog == [], f"{line!r} stays, and would stop every later answer"
+    answering(chat, "A tag: ", "[INST]")
+    assert UNSAFE_ERROR in type_in(chat, "Write a tag")
+    assert chat.dialog == [], "an answer with a tag stays, and would stop every later one"
+
+
+def test_no_answer_is_not_kept(chat: Any, type_in: Callable[..., str]) -> None:
+    answering(chat)
+    assert "No answer" in type_in(chat, "Hush!")
+    assert chat.dialog == []
+
+
+def test_answers_cannot_steer_the_terminal(chat: Any, type_in: Callable[..., str]) -> None:
+    answering(chat, "a\x1b[2J\x9b2J", "\tb\n")
+    out = type_in(chat, "Clear the screen")
+    assert out.startswith("a\ufffd[2J\ufffd2J\tb\n"), f"control characters get through: {out!r}"
+
+
+def test_turns_have_the_destination_of_their_format(
+    script: ModuleType, tiny: Llama, type_in: Callable[..., str]
+) -> None:
+    format = FORMATS["turn-based"]
+    chat = script.Chat(
+        SimpleNamespace(model=tiny.model, tokenizer=tiny.tokenizer, chat=format), None
+    )
+    answering(chat, "Hello!")
+    type_in(chat, "Hello")
+    assert chat.dialog[1]["destination"] == "user", "Code Llama 70B's answers have one"
+
+
+def test_ctrl_c_stops_an_answer_and_keeps_it(chat: Any, type_in: Callable[..., str]) -> None:
+    whole = chat.stream
+
+    def stopped(dialog: list[Message]) -> Iterator[str]:
+        for i, piece in enumerate(whole(dialog)):
+            yield piece
+            if i == 1:
+                signal.raise_signal(signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    chat.stream = stopped
+    out = type_in(chat, COW["content"])
+    assert re.fullmatch(rf"The cow\n{SPEED}\n\n", out)
+    assert chat.dialog == [COW, {"role": "assistant", "content": "The cow"}]
+    assert signal.getsignal(signal.SIGINT) is before, "Ctrl-C stays caught after the answer"
+    chat.stream = whole
+    type_in(chat, COW["content"])
+    assert len(chat.dialog) == 4, "the conversation doesn't go on after a stop"
+
+
+def test_ctrl_c_before_the_first_word_keeps_nothing(chat: Any, type_in: Callable[..., str]) -> None:
+    def stopped(dialog: list[Message]) -> Iterator[str]:
+        signal.raise_signal(signal.SIGINT)
+        yield "The"
+
+    chat.stream = stopped
+    assert type_in(chat, COW["content"]) == "Stopped: the message isn't kept.\n\n"
+    assert chat.dialog == []
+
+
+def test_a_second_ctrl_c_leaves(chat: Any, type_in: Callable[..., str]) -> None:
+    def stuck(dialog: list[Message]) -> Iterator[str]:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        yield "The"
+
+    chat.stream = stuck
+    assert type_in(chat, COW["content"], "/system") == "", "a stuck answer can't be left"
+
+
+def test_without_prompt_toolkit_it_says_what_would_bring_it(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "prompt_toolkit", None)
+    for name in ("stdin", "stdout"):
+        monkeypatch.setattr(getattr(sys, name), "isatty", lambda: True)
+    assert script.line_reader() is input
+    out = capsys.readouterr().out
+    assert out.count("pip install -e '.[chat]'") == 1
+    assert "\x1b[2m" in out, "notes aren't dim in a terminal"
+
+
+def piped(*command: str) -> str:
+    """What the script prints for two messages, one of them in two lines, and a long one."""
+    done = subprocess.run(
+        [sys.executable, *command, str(SCRIPT), "--temperature", "0", "--system", "kind, brief"],
+        input=f"What does\\\nthe cow say?\n/system\n{'moo ' * 600}\nWhat does the duck say?",
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+PIPED = (
+    rf"The cow says moo\.\n{SPEED}\n\nkind, brief\n\nprompt 0 has .*\n/clear, or .*\n\n"
+    rf"The duck says quack\.\n{SPEED}\n\n"
+)
+
+
+def test_piped_lines_are_read_to_the_end() -> None:
+    out = piped()
+    assert re.fullmatch(PIPED, out), f"more or less than answers, speeds and notes: {out!r}"
+
+
+def test_two_processes_talk_as_one() -> None:
+    out = piped("-m", "torch.distributed.run", "--nproc_per_node", "2")
+    assert re.fullmatch(PIPED, out), f"not what one process prints: {out!r}"
+
+
+class Terminal:
+    """A pseudo-terminal in which the script runs, with a model that takes its time."""
+
+    SLOW = (
+        "import runpy, sys, time\n"
+        "from llama import Llama\n"
+        "stream = Llama.chat_completion_stream\n"
+        "def slow(*args):\n"
+        "    for piece in stream(*args):\n"
+        "        time.sleep(0.03)\n"
+        "        yield piece\n"
+        "Llama.chat_completion_stream = slow\n"
+        "sys.argv = sys.argv[1:]\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+
+    def __init__(self) -> None:
+        import fcntl
+        import pty
+        import struct
+        import termios
+
+        self._master, slave = pty.openpty()
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", self.SLOW, str(SCRIPT), "--temperature", "0"],
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+            env={**os.environ, "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"},
+        )
+        os.close(slave)
+        self._seen = ""
+
+    def type(self, text: str) -> None:
+        os.write(self._master, text.encode())
+
+    def wait_for(self, pattern: str) -> str:
+        """Read until something matches. Returns what came up to its end since the last call."""
+        end = time.monotonic() + 60
+        while not (found := re.search(pattern, self._seen)):
+            ready, _, _ = select.select([self._master], [], [], max(0, end - time.monotonic()))
+            assert ready, f"{pattern!r} isn't met in {self._seen!r}"
+            try:
+                came = os.read(self._master, 65536).decode()
+            except OSError:  # the other side has closed
+                came = ""
+            assert came, f"the script left before {pattern!r}: {self._seen!r}"
+            self._seen = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\r", "", self._seen + came)
+        before, self._seen = self._seen[: found.end()], self._seen[found.end() :]
+        return before
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self._master)
+
+
+@pytest.fixture
+def terminal() -> Iterator[Terminal]:
+    pytest.importorskip("pty")
+    pytest.importorskip("prompt_toolkit")
+    terminal = Terminal()
+    yield terminal
+    terminal.close()
+
+
+def test_in_a_terminal(terminal: Terminal, tmp_path: Path) -> None:
+    path = tmp_path / "dialog.json"
+    terminal.wait_for(">")
+    terminal.type("What does the cow say?\r")
+    assert "The cow says moo.\n" in terminal.wait_for(SPEED), "no answer is shown"
+    terminal.wait_for(">")
+    terminal.type("What does\x1b\rthe duck say?\r")  # Alt-Enter
+    assert "The duck says quack.\n" in terminal.wait_for(SPEED), "Alt-Enter doesn't break a line"
+    terminal.wait_for(">")
+
+    terminal.type("Tell me a story about a cat.\r")
+    begun = terminal.wait_for(r"Once upon a time.*?\w")
+    terminal.type("\x03")  # Ctrl-C
+    begun += terminal.wait_for(SPEED)
+    terminal.wait_for(">")
+
+    terminal.type("given up")
+    terminal.wait_for("given up")
+    terminal.type("\x03")
+    terminal.wait_for(">")
+    terminal.type(f"/save {path}\r")
+    terminal.wait_for("holds 6 messages")
+    saved = [message["content"] for message in json.loads(path.read_text())]
+    assert saved[2] == "What does\nthe duck say?", "Alt-Enter doesn't break a line"
+    assert saved[5] and f"{saved[5]}\n" in begun.replace("^C", ""), (
+        "what was shown when Ctrl-C came isn't kept"
+    )
+    terminal.wait_for(">")
+
+    terminal.type("\x04")  # Ctrl-D
+    assert terminal.process.wait(60) == 0, "Ctrl-D doesn't leave in peace"
