@@ -8,7 +8,7 @@ class TextStream:
     """The text of a row's tokens, as far as it is certain.
 
     ``text`` is all of it, without what follows a stop string; ``stopped`` says that one was met;
-    ``n_tokens`` counts the tokens whose text lies wholly in ``text``.
+    ``n_tokens`` counts the tokens whose text has left wholly through ``push`` and ``flush``.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class TextStream:
 
     @property
     def n_tokens(self) -> int:
-        return bisect_right(self._ends, len(self.text))
+        return bisect_right(self._ends, self._given)
 
     def push(self, token: int) -> str:
         """Take one more token; returns the text that has become certain."""

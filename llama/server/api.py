@@ -138,5 +138,7 @@ def _routes(service: Service) -> APIRouter:
 
 def _with_stream(event: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
     text = f"With stream=true, server-sent events: `data: {event.__name__}`, then `data: [DONE]`."
-    content = {"text/event-stream": {"schema": {"type": "string", "description": text}}}
+    data = {"type": "string", "description": text}
+    schema = {"type": "object", "properties": {"data": data}, "required": ["data"]}
+    content = {"text/event-stream": {"schema": schema}}
     return {200: {"content": content}, **_ERRORS}

@@ -12,8 +12,9 @@ class _Asked(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
-Token = Annotated[int, Field(ge=0)]
-Prompt = str | list[str] | list[Token] | list[list[Token]]
+Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+Texts = Annotated[list[str], Field(min_length=1)]
+Prompt = str | Texts | Ids | Annotated[list[Ids], Field(min_length=1)]
 Zero = Annotated[float, Field(ge=0, le=0)]
 
 

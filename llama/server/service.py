@@ -159,7 +159,10 @@ class Service:
         """What the input guard has to say against a dialog, if it has."""
         if self.llama.input_guard is None:
             return None
-        verdict = await asyncio.to_thread(self.llama.input_guard, dialog)
+        try:
+            verdict = await asyncio.to_thread(self.llama.input_guard, dialog)
+        except ValueError as error:
+            raise ApiError(400, f"the guard can't judge this: {error}") from error
         return None if verdict.allowed else refusal(verdict)
 
     def write(

@@ -179,10 +179,8 @@ def check_model(service: Service, model: str | None) -> None:
 
 def _prompts(given: Any) -> list[Any]:
     """A list of prompts, from the four ways to give them."""
-    if isinstance(given, str) or (given and isinstance(given[0], int)):
+    if isinstance(given, str) or isinstance(given[0], int):
         return [given]
-    if not given:
-        raise ApiError(400, "there is no prompt: give a text, or a list of texts")
     return list(given)
 
 

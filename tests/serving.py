@@ -1,0 +1,71 @@
+"""A server of the tests' own, on a free port of this machine."""
+
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import httpx
+import uvicorn
+from fastapi import FastAPI
+
+from llama import Llama
+from llama.server.api import make_app
+from llama.server.door import Door
+from llama.server.service import Service
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
+
+
+@contextlib.contextmanager
+def serve(
+    llama: Llama,
+    *,
+    api_key: str | None = None,
+    max_body: int = 100_000,
+    cors: tuple[str, ...] = (),
+    mount: Callable[[FastAPI, Service], FastAPI] | None = None,
+    max_queue: int = 64,
+    timeout: float = 600.0,
+    log_prompts: bool = False,
+) -> Iterator[tuple[str, Service]]:
+    """The address of a running server, and what it serves. Its engine runs in a thread."""
+    service = Service(llama, "tiny", max_queue, timeout, log_prompts=log_prompts)
+    app = make_app(service, cors)
+    if mount is not None:
+        app = mount(app, service)
+    port = free_port()
+    door = Door(app, api_key, True, max_body)
+    server = uvicorn.Server(uvicorn.Config(door, port=port, log_level="warning"))
+    threads = [threading.Thread(target=run) for run in (server.run, service.engine.run)]
+    for thread in threads:
+        thread.start()
+    try:
+        wait_until(lambda: server.started)
+        yield f"http://127.0.0.1:{port}", service
+    finally:
+        service.engine.drain()
+        server.should_exit = True
+        for thread in threads:
+            thread.join(30)
+        assert not any(thread.is_alive() for thread in threads), "the server doesn't end"
+
+
+def idle(service: Service) -> bool:
+    return not service.engine.n_active and not service.engine.n_waiting
+
+
+def post(url: str, body: object, **more: object) -> httpx.Response:
+    return httpx.post(url, json=body, timeout=60, **more)  # type: ignore[arg-type]
