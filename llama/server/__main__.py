@@ -12,8 +12,10 @@ import sys
 import threading
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import fire
+import torch
 import uvicorn
 
 from llama.generation import TINY, Llama
@@ -23,6 +25,12 @@ from llama.server import ranks
 from llama.server.api import make_app
 from llama.server.door import Door, is_loopback
 from llama.server.service import Service
+
+_DTYPES: dict[str, Any] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 
 logger = logging.getLogger("llama.server")
 
@@ -73,6 +81,7 @@ def main(
     guard_dir: str | None = None,
     prompt_lookup_num_tokens: int = 0,
     device: str | None = None,
+    dtype: str | None = None,
     adapter: str | tuple[str, ...] = (),
     chat_format: str | None = None,
     compile: bool = False,
@@ -85,6 +94,7 @@ def main(
     Args:
         ckpt_dir, tokenizer_path, device, adapter, chat_format, compile, quantize, group_size,
             kv_cache_dtype: as for Llama.build.
+        dtype: "float32", "bfloat16" or "float16"; by default what suits checkpoint and device.
         host: the address to listen on. Any but this machine's own needs a key.
         port: 0 for any that is free.
         api_key: what clients must send; the environment variable LLAMA_API_KEY hides it better.
@@ -113,6 +123,7 @@ def main(
         max_seq_len,
         max_batch_size,
         device=device,
+        dtype=None if dtype is None else _DTYPES.get(dtype, dtype),
         adapter=adapter,
         chat_format=chat_format,
         compile=compile,

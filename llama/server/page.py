@@ -81,7 +81,7 @@ def mount_page(app: FastAPI, talk: Talk) -> FastAPI:
     """
     page = gr.Blocks(title=talk.name, analytics_enabled=False)
     page.max_threads = MAX_RUNNING
-    page.queue(default_concurrency_limit=1, api_open=False)
+    page.queue(default_concurrency_limit=None, api_open=False)
     # By default Gradio polls each ms, 5 % of a core, and counts all events up after each.
     page._queue.sleep_when_free, page._queue.progress_update_sleep_when_free = 0.02, 1.0
     page._queue.ANALYTICS_MAX_EVENTS = 0

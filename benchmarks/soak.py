@@ -1,0 +1,223 @@
+"""Many requests of all kinds at once, some cancelled, some malformed: nothing wrong, nothing left.
+
+    python benchmarks/soak.py                    # 2,000 requests to a server of the embedded model
+    python benchmarks/soak.py --n_requests 100
+
+The answers are compared with those of ``Llama``'s own calls in float32, sampled ones included. At
+the end all rows must be free, and the server's resident memory where it was after the first
+quarter of the requests.
+"""
+
+import asyncio
+import contextlib
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import fire
+import httpx
+import torch
+
+from llama import Llama
+from llama.checkpoint import progress_bar
+
+ALLOWED_GROWTH = 32e6  # bytes: what Python and the allocator take without giving it back at once
+MAX_SEQ_LEN = 256
+
+
+class Case(NamedTuple):
+    """A request and what must come of it."""
+
+    path: str
+    body: dict[str, Any]
+    texts: list[str]
+
+
+def make_cases(llama: Llama, rng: random.Random, n: int = 60) -> list[Case]:
+    """Requests for chats, texts and middles, with the answers ``llama`` gives to each alone."""
+    animals = ["cow", "duck", "bee", "dog", "cat", "horse"]
+    cases = []
+    for i in range(n):
+        settings = {"temperature": rng.choice([0.0, 0.7, 1.1]), "top_p": 0.9, "seed": i}
+        limit = rng.choice([4, 12, 40])
+        body: dict[str, Any] = {**settings, "max_tokens": limit, "stream": rng.random() < 0.6}
+        settings["max_gen_len"] = limit
+        kind = i % 3
+        if kind == 0:
+            system = [{"role": "system", "content": "You are a pirate."}] * (i % 2)
+            question = f"What does the {rng.choice(animals)} {rng.choice(['say', 'eat'])}?"
+            dialog = [*system, {"role": "user", "content": question}]
+            found = llama.chat_completion([dialog], **settings)
+            texts = [found[0]["generation"]["content"]]
+            body["messages"] = dialog
+        elif kind == 1:
+            n_answers = rng.choice([1, 1, 3])
+            prompt = f"The {rng.choice(animals)} and the {rng.choice(animals)} " * rng.choice(
+                [1, 9]
+            )
+            stop = rng.choice([[], ["."], ["the", " a "]])
+            prompts = [prompt] * n_answers
+            found = llama.text_completion(prompts, stop=stop, **settings)
+            texts = [prediction["generation"] for prediction in found]
+            body |= {"prompt": prompt, "n": n_answers, "stop": stop}
+        else:
+            prefix, suffix = f"def f{i}(a, b):\n    return ", "\n"
+            found = llama.text_infilling([prefix], [suffix], **settings)
+            texts = [found[0]["generation"]]
+            body |= {"prompt": prefix, "suffix": suffix}
+        path = "/v1/chat/completions" if kind == 0 else "/v1/completions"
+        cases.append(Case(path, body, texts))
+    return cases
+
+
+MALFORMED: list[tuple[str, bytes]] = [
+    ("/v1/completions", b"{"),
+    ("/v1/completions", b'{"prompt": [99999]}'),
+    ("/v1/completions", b'{"prompt": "a", "temperature": -1}'),
+    ("/v1/completions", b'{"prompt": "a", "what": 1}'),
+    ("/v1/completions", json.dumps({"prompt": "word " * 500}).encode()),
+    ("/v1/chat/completions", b'{"messages": [{"role": "tool", "content": ""}]}'),
+    ("/v1/chat/completions", b"[" * 3000),
+    ("/v1/embeddings", b'{"input": {}}'),
+]
+
+
+async def ask(client: httpx.AsyncClient, case: Case) -> list[str]:
+    """The texts that come back."""
+    texts = [""] * len(case.texts)
+    if not case.body["stream"]:
+        answer = await client.post(case.path, json=case.body)
+        answer.raise_for_status()
+        for choice in answer.json()["choices"]:
+            texts[choice["index"]] = text_of(choice)
+        return texts
+    async with client.stream("POST", case.path, json=case.body) as answer:
+        answer.raise_for_status()
+        async for line in answer.aiter_lines():
+            if line and line != "data: [DONE]":
+                for choice in json.loads(line.removeprefix("data: "))["choices"]:
+                    texts[choice["index"]] += text_of(choice)
+    return texts
+
+
+def text_of(choice: dict[str, Any]) -> str:
+    found = choice.get("message") or choice.get("delta") or choice
+    return found.get("content") or found.get("text") or ""
+
+
+async def cancel(client: httpx.AsyncClient, case: Case, rng: random.Random) -> None:
+    """Hang up in the middle, or before."""
+    body = {**case.body, "max_tokens": 200, "temperature": 1.5}
+    with contextlib.suppress(httpx.ReadTimeout):
+        if rng.random() < 0.5:
+            await client.post(case.path, json=body, timeout=rng.random() * 0.2)
+            return
+        stream = {**body, "stream": True}
+        async with client.stream("POST", case.path, json=stream, timeout=5) as answer:
+            left = rng.randrange(6)
+            async for _ in answer.aiter_lines():
+                left -= 1
+                if left < 0:
+                    return
+
+
+def resident(pid: int) -> int:
+    """Bytes of memory that a process holds (Linux)."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    line = next(line for line in status.splitlines() if line.startswith("VmRSS"))
+    return int(line.split()[1]) * 1024
+
+
+async def soak(
+    url: str, pid: int, cases: list[Case], n_requests: int, at_once: int
+) -> Counter[str]:
+    """Send the requests; returns how they ended, and raises AssertionError for a wrong answer."""
+    rng = random.Random(2)
+    ends: Counter[str] = Counter()
+    show = progress_bar(n_requests, f"{n_requests:,} requests")
+    numbers = iter(range(n_requests))
+    first_quarter = 0
+
+    async def worker(client: httpx.AsyncClient) -> None:
+        nonlocal first_quarter
+        for number in numbers:
+            case = rng.choice(cases)
+            chance = rng.random()
+            if chance < 0.05:
+                await cancel(client, case, rng)
+                ends["cancelled"] += 1
+            elif chance < 0.1:
+                path, content = rng.choice(MALFORMED)
+                headers = {"Content-Type": "application/json"}
+                answer = await client.post(path, content=content, headers=headers)
+                assert answer.status_code == 400, (content[:50], answer.status_code, answer.text)
+                ends["malformed"] += 1
+            else:
+                texts = await ask(client, case)
+                assert texts == case.texts, f"{case.body}: {texts} instead of {case.texts}"
+                ends["right"] += 1
+            if number == n_requests // 4:
+                first_quarter = resident(pid)
+            show(sum(ends.values()))
+
+    async with httpx.AsyncClient(base_url=url, timeout=120) as client:
+        await asyncio.gather(*(worker(client) for _ in range(at_once)))
+        for _ in range(500):
+            health = (await client.get("/health")).json()
+            if not health["active"] and not health["waiting"]:
+                break
+            await asyncio.sleep(0.01)
+        assert not health["active"] and not health["waiting"], f"rows are still taken: {health}"
+    growth = resident(pid) - first_quarter
+    print(
+        f"\nresident memory: {first_quarter / 1e6:.0f} MB after a quarter of the requests, "
+        f"{growth / 1e6:+.1f} MB at the end"
+    )
+    assert growth < ALLOWED_GROWTH, "the server's memory grows"
+    return ends
+
+
+def main(n_requests: int = 2000, at_once: int = 24) -> None:
+    """Start a server of the embedded model, and let it work.
+
+    Args:
+        n_requests: how many in all.
+        at_once: how many at the same time; three times as many as there are rows by default.
+    """
+    llama = Llama.build(max_seq_len=MAX_SEQ_LEN, dtype=torch.float32, device="cpu")
+    cases = make_cases(llama, random.Random(1))
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    command = [sys.executable, "-m", "llama.server", "--dtype", "float32", "--device", "cpu"]
+    command += ["--port", str(port), "--page=False", "--max_seq_len", str(MAX_SEQ_LEN)]
+    server = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(600):
+            with contextlib.suppress(httpx.TransportError):
+                if httpx.get(f"{url}/health").is_success:
+                    break
+            assert server.poll() is None, "the server didn't start"
+            time.sleep(0.1)
+        begin = time.monotonic()
+        ends = asyncio.run(soak(url, server.pid, cases, n_requests, at_once))
+        seconds = time.monotonic() - begin
+        told = ", ".join(f"{count:,} {end}" for end, count in sorted(ends.items()))
+        print(f"{n_requests:,} requests in {seconds:.0f} s: {told}; all rows are free")
+    finally:
+        server.terminate()
+        status = server.wait(30)
+    assert status == 0, f"the server ended with status {status}"
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    fire.Fire(main)
