@@ -58,7 +58,10 @@ def write_hf(args: ModelArgs, tensors: Tensors, path: Path) -> None:
     save_hf(Checkpoint("", {}, [Weights.of(tensors)], [""], torch.bfloat16), args, path)
 
 
-def write_gguf(args: ModelArgs, tensors: Tensors, path: Path) -> None:
+def write_gguf(
+    args: ModelArgs, tensors: Tensors, path: Path, vocabulary: dict[str, Any] | None = None
+) -> None:
+    """``vocabulary`` has tokens, scores, types, bos and eos; without it the file has none."""
     import gguf
 
     from llama.formats.gguf import _NAMES
@@ -76,7 +79,13 @@ def write_gguf(args: ModelArgs, tensors: Tensors, path: Path) -> None:
     writer.add_rope_freq_base(args.rope_theta)
     writer.add_vocab_size(args.vocab_size)
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
-    writer.add_tokenizer_model("no_vocab")
+    writer.add_tokenizer_model("no_vocab" if vocabulary is None else "llama")
+    if vocabulary is not None:
+        writer.add_token_list(vocabulary["tokens"])
+        writer.add_token_scores(vocabulary["scores"])
+        writer.add_token_types(vocabulary["types"])
+        writer.add_bos_token_id(vocabulary["bos"])
+        writer.add_eos_token_id(vocabulary["eos"])
     for name, tensor in tensors.items():
         stem = name.removesuffix(".weight")
         if stem.startswith("layers."):

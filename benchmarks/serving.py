@@ -1,0 +1,281 @@
+"""This library's server beside its installed peers': the same random weights, streams at once.
+
+    pip install -e '.[server,bench]'
+    python benchmarks/serving.py                 # 1.1B in bfloat16, 1 and 8 streams
+
+Each server has its turn on the same machine, with two threads, and is asked for greedy completions
+of prompts of 64 tokens, as events. Tokens per second count from the first request's sending to the
+last token, so that reading the prompts is part of them; in a second table, only what comes while
+all streams are being written.
+"""
+
+import asyncio
+import contextlib
+import json
+import math
+import os
+import random
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import fire
+import httpx
+import speed
+
+from llama import ModelArgs, Tokenizer
+from llama.generation import TINY
+
+THREADS = 2
+PROMPT = 64  # tokens
+STREAMS = 8
+
+
+def write_vocabulary(n_words: int, path: Path) -> None:
+    """The embedded model's SentencePiece pieces, and made-up words up to ``n_words``."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    model = sentencepiece_model_pb2.ModelProto()
+    model.ParseFromString((TINY / "tokenizer.model").read_bytes())
+    for number in range(len(model.pieces), n_words):
+        model.pieces.add(piece=f"▁w{number}", score=-float(number))
+    path.write_bytes(model.SerializeToString())
+
+
+def text_of(number: int) -> str:
+    """A prompt of ``PROMPT`` tokens, the first of them the beginning of a sequence."""
+    rng = random.Random(number)
+    tokenizer = Tokenizer(TINY / "tokenizer.model")
+    pieces = map(tokenizer.token_piece, range(300, tokenizer.n_words))
+    words = [piece[1:] for piece in pieces if piece[0] == "▁" and piece[1:].isalpha()]
+    while True:
+        text = " ".join(rng.choices(words, k=PROMPT - 1))
+        if len(tokenizer.encode(text, bos=True, eos=False)) == PROMPT:
+            return text
+
+
+def write_llama(args: ModelArgs, tensors: speed.Tensors, path: Path) -> None:
+    speed.write_meta(args, tensors, path)
+    write_vocabulary(args.vocab_size, path / "tokenizer.model")
+
+
+def write_hf(args: ModelArgs, tensors: speed.Tensors, path: Path) -> None:
+    from transformers import LlamaTokenizer
+
+    speed.write_hf(args, tensors, path)
+    write_vocabulary(args.vocab_size, path / "tokenizer.model")
+    LlamaTokenizer.from_pretrained(path).save_pretrained(path)
+
+
+def write_gguf(args: ModelArgs, tensors: speed.Tensors, path: Path) -> None:
+    from sentencepiece import SentencePieceProcessor
+
+    with tempfile.TemporaryDirectory() as directory:
+        write_vocabulary(args.vocab_size, Path(directory) / "model")
+        words = SentencePieceProcessor(model_file=f"{directory}/model")
+    kinds = []
+    for i in range(args.vocab_size):
+        kinds.append(
+            2 if words.is_unknown(i) else 3 if words.is_control(i) else 6 if words.is_byte(i) else 1
+        )
+    vocabulary = {
+        "tokens": [words.id_to_piece(i) for i in range(args.vocab_size)],
+        "scores": [words.get_score(i) for i in range(args.vocab_size)],
+        "types": kinds,
+        "bos": words.bos_id(),
+        "eos": words.eos_id(),
+    }
+    speed.write_gguf(args, tensors, path, vocabulary)
+
+
+def llama_command(path: Path, port: int) -> list[str]:
+    command = ["llama.server", "--ckpt_dir", str(path), "--port", str(port), "--page=False"]
+    return [*command, "--max_seq_len", "1024", "--model_name", "model"]
+
+
+def llama_cpp_command(path: Path, port: int) -> list[str]:
+    command = ["llama_cpp.server", "--model", str(path), "--port", str(port), "--n_ctx", "1024"]
+    threads = ["--n_threads", str(THREADS), "--n_threads_batch", str(THREADS)]
+    # A newcomer ends the stream that is being written, unless told not to.
+    return [*command, *threads, "--model_alias", "model", "--interrupt_requests", "False"]
+
+
+def transformers_command(path: Path, port: int) -> list[str]:
+    command = ["transformers.cli.transformers", "serve", str(path), "--port", str(port)]
+    return [*command, "--device", "cpu", "--dtype", "bfloat16"]
+
+
+def batching_command(path: Path, port: int) -> list[str]:
+    return [*transformers_command(path.with_name("transformers"), port), "--continuous-batching"]
+
+
+Writer = Callable[[ModelArgs, speed.Tensors, Path], None]
+SERVERS: dict[str, tuple[str, Writer | None, Callable[[Path, int], list[str]]]] = {
+    "llama": ("llama", write_llama, llama_command),
+    "llama-cpp-python": ("llama_cpp", write_gguf, llama_cpp_command),
+    "transformers": ("transformers", write_hf, transformers_command),
+    "transformers, continuous batching": ("transformers", None, batching_command),
+}
+
+
+@contextlib.contextmanager
+def running(command: list[str], log: Path) -> Iterator[str]:
+    """A server's address, when it answers."""
+    port = command[command.index("--port") + 1]
+    url = f"http://127.0.0.1:{port}"
+    environment = {**os.environ, "OMP_NUM_THREADS": str(THREADS), "HF_HUB_OFFLINE": "1"}
+    with log.open("w") as file:
+        server = subprocess.Popen(
+            [sys.executable, "-m", *command], stdout=file, stderr=file, env=environment
+        )
+    try:
+        for _ in range(1800):
+            with contextlib.suppress(httpx.TransportError):
+                if httpx.get(f"{url}/v1/models", timeout=5).is_success:
+                    break
+            if server.poll() is not None:
+                raise RuntimeError(log.read_text().strip().splitlines()[-1])
+            time.sleep(0.1)
+        yield url
+    finally:
+        server.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            server.wait(20)
+        server.kill()
+
+
+async def stream(client: httpx.AsyncClient, model: str, number: int, n: int) -> list[float]:
+    """The times at which pieces of one completion of ``n`` tokens came."""
+    body = {
+        "model": model,
+        "prompt": text_of(number),
+        "max_tokens": n,
+        "temperature": 0,
+        "stream": True,
+    }
+    times = []
+    async with client.stream("POST", "/v1/completions", json=body) as answer:
+        if not answer.is_success:
+            raise RuntimeError((await answer.aread()).decode()[:300])
+        async for line in answer.aiter_lines():
+            if line.startswith("data: {") and json.loads(line[6:]).get("choices"):
+                times.append(time.perf_counter())
+    return times
+
+
+async def measure(url: str, model: str, n: int, repeats: int) -> dict[str, float]:
+    """Tokens per second at 1 and at ``STREAMS`` streams, and what a newcomer waits for."""
+    found: dict[str, list[float]] = {}
+
+    def note(name: str, value: float) -> None:
+        found.setdefault(name, []).append(value)
+
+    async with httpx.AsyncClient(base_url=url, timeout=600) as client:
+        numbers = iter(range(1, 10_000))
+        await stream(client, model, 0, 24)  # weights come into their kernels' order
+        for _ in range(repeats):
+            for count in (1, STREAMS):
+                begin = time.perf_counter()
+                work = [stream(client, model, next(numbers), n) for _ in range(count)]
+                times = await asyncio.gather(*work)
+                end = max(max(each) for each in times)
+                note(f"{count}", count * n / (end - begin))
+                first, last = max(t[0] for t in times), min(t[-1] for t in times)
+                together = sum(first < t <= last for each in times for t in each)
+                # Pieces aren't always tokens: of each stream's ``n``, as many as of its pieces.
+                share = count * n / sum(map(len, times))
+                seconds = last - first
+                note(f"written {count}", together * share / seconds if together else math.nan)
+            note("first token", await _first_token(client, model, next(numbers)))
+            others = [
+                asyncio.create_task(stream(client, model, next(numbers), 4 * n))
+                for _ in range(STREAMS - 1)
+            ]
+            await asyncio.sleep(found["first token"][-1] * STREAMS + 1)
+            note("first token beside", await _first_token(client, model, next(numbers)))
+            for other in others:
+                other.cancel()
+            await asyncio.gather(*others, return_exceptions=True)
+            await asyncio.sleep(1)
+    return {name: statistics.median(values) for name, values in found.items()}
+
+
+async def _first_token(client: httpx.AsyncClient, model: str, number: int) -> float:
+    begin = time.perf_counter()
+    times = await stream(client, model, number, 2)
+    return times[0] - begin
+
+
+def table(results: dict[str, dict[str, float]]) -> str:
+    """What was measured, and how many times as quick this library's server is."""
+    lines = [
+        "| server | 1 stream, tokens/s | 8 streams, tokens/s | first token, alone "
+        "| first token beside 7 streams | 1 stream: ours is | 8 streams: ours is |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    ours = results["llama"]
+    for name, found in results.items():
+        one, eight = found["1"], found[str(STREAMS)]
+        lines.append(
+            f"| {name} | {one:.1f} | {eight:.1f} | {found['first token']:.2f} s "
+            f"| {found['first token beside']:.2f} s | {ours['1'] / one:.2f} x "
+            f"| {ours[str(STREAMS)] / eight:.2f} x |"
+        )
+    one, eight = ours["written 1"], ours[f"written {STREAMS}"]
+    step = STREAMS / eight
+    waited = (ours["first token beside"] - ours["first token"]) / step
+    lines += [
+        "",
+        f"This library's, while all streams are being written: {one:.1f} tokens/s of 1 stream, "
+        f"{eight:.1f} of {STREAMS}, {eight / one:.2f} x. A newcomer's first token beside 7 streams "
+        f"takes {waited:.1f} decoding steps longer than alone.",
+    ]
+    return "\n".join(lines)
+
+
+def main(
+    shape: str = "1.1B", servers: str | None = None, n_tokens: int = 48, repeats: int = 3
+) -> None:
+    """Print what ``servers`` reach on random weights of a shape of speed.py.
+
+    Args:
+        servers: names of them, separated by semicolons; all that are installed by default.
+        n_tokens: of each completion.
+    """
+    wanted = list(SERVERS) if servers is None else ["llama", *servers.split(";")]
+    args = speed.SHAPES[shape]
+    results: dict[str, dict[str, float]] = {}
+    with tempfile.TemporaryDirectory() as directory:
+        tensors = speed.random_weights(args)
+        for name, (module, write, _) in SERVERS.items():
+            if name in wanted and find_spec(module) is not None and write is not None:
+                write(args, tensors, Path(directory) / name)
+        del tensors
+        for name in dict.fromkeys(wanted):
+            module, _, command = SERVERS[name]
+            path = Path(directory) / name
+            if find_spec(module) is None:
+                continue
+            print(f"{name} ...", file=sys.stderr)
+            with socket.socket() as s:
+                s.bind(("127.0.0.1", 0))
+                port = s.getsockname()[1]
+            model = str(path) if module == "transformers" else "model"
+            if "continuous" in name:
+                model = str(path.with_name("transformers"))
+            try:
+                with running(command(path, port), Path(directory) / f"{name}.log") as url:
+                    results[name] = asyncio.run(measure(url, model, n_tokens, repeats))
+            except Exception as error:
+                print(f"{name} failed: {error}", file=sys.stderr)
+    print(table(results))
+
+
+if __name__ == "__main__":
+    fire.Fire(main)
