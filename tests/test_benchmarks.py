@@ -16,6 +16,8 @@ import engines
 import growth
 import plots
 import quality
+import serving
+import soak
 import speed
 
 SMALL = ModelArgs(dim=64, n_layers=2, n_heads=8, n_kv_heads=2, vocab_size=768, multiple_of=32)
@@ -136,3 +138,39 @@ def test_quality_is_measured(monkeypatch, capsys) -> None:
     assert values["llama int4"][1] == pytest.approx(usual, rel=0.2)
     assert values["llama"][0] == 16
     assert values["llama int4, groups of 32"][0] > values["llama int4"][0] > 4.5
+
+
+def test_a_short_soak(capsys) -> None:
+    """A hundred requests of all kinds at once, some cancelled or malformed: no wrong answer, no row
+    that stays taken, and an end with status 0."""
+    soak.main(n_requests=100)
+    assert "all rows are free" in capsys.readouterr().out
+
+
+def test_servers_get_the_same_words(tmp_path: Path) -> None:
+    """A prompt has as many tokens as the table says, here and in llama.cpp's vocabulary."""
+    from llama import Tokenizer
+
+    serving.write_vocabulary(1000, tmp_path / "tokenizer.model")
+    words = Tokenizer(tmp_path / "tokenizer.model")
+    assert words.n_words == 1000
+    for number in (0, 5):
+        assert len(words.encode(serving.text_of(number), bos=True, eos=False)) == serving.PROMPT
+    assert serving.text_of(0) != serving.text_of(1)
+    args = ModelArgs(dim=64, n_layers=1, n_heads=8, vocab_size=1000, multiple_of=32)
+    serving.write_gguf(args, speed.random_weights(args), tmp_path / "model.gguf")
+    from llama import Llama
+
+    llama = Llama.build(tmp_path / "model.gguf", device="cpu")
+    ids = llama.tokenizer.encode(serving.text_of(0), bos=True, eos=False)
+    assert ids == words.encode(serving.text_of(0), bos=True, eos=False)
+
+
+def test_servers_are_compared() -> None:
+    ours = {"1": 10.0, "8": 40.0, "written 1": 12.0, "written 8": 60.0}
+    more = {"first token": 0.4, "first token beside": 0.6}
+    theirs = {**ours, "1": 20.0, "8": 20.0, **more}
+    lines = serving.table({"llama": {**ours, **more}, "other": theirs}).splitlines()
+    assert lines[3].endswith("| 0.50 x | 2.00 x |")
+    # A step of eight rows takes 8 / 60 s.
+    assert "5.00 x" in lines[5] and "takes 1.5 decoding steps longer" in lines[5]

@@ -496,3 +496,53 @@ def test_a_gate_needs_a_character_at_least() -> None:
 )
 def test_a_refusal_names_reason_and_categories(verdict: Verdict, text: str) -> None:
     assert refusal(verdict) == text
+
+
+@pytest.fixture
+def guarded() -> Llama:
+    """Refuses what is asked about bees, and answers that moo."""
+    llama = Llama.build(dtype=torch.float32, device="cpu", max_batch_size=2)
+    llama.input_guard = lambda dialog: Verdict("bee" not in dialog[-1]["content"], ("O9",), "bees")
+    llama.output_guard = lambda dialog, answer: Verdict("moo" not in answer, (), "too loud")
+    return llama
+
+
+COW: Dialog = [{"role": "user", "content": "What does the cow say?"}]
+BEE: Dialog = [{"role": "user", "content": "Where does the bee live?"}]
+DUCK: Dialog = [{"role": "user", "content": "What does a duck eat?"}]
+
+
+def test_chat_completion_asks_its_guards(guarded: Llama, tiny: Llama) -> None:
+    """A refused dialog is answered with the reason, in its place; the others as ever."""
+    found = guarded.chat_completion([BEE, DUCK, COW], temperature=0, logprobs=True)
+    texts = [prediction["generation"]["content"] for prediction in found]
+    expected = tiny.chat_completion([DUCK], temperature=0)[0]["generation"]["content"]
+    assert texts[0] == refusal(Verdict(False, ("O9",), "bees"))
+    assert texts[1] == expected
+    assert texts[2] == refusal(Verdict(False, (), "too loud"))
+    assert found[0]["tokens"] == found[2]["tokens"] == [], "the tokens of a refused answer are told"
+    assert found[1]["tokens"]
+
+
+def test_a_refused_dialog_costs_no_pass(guarded: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    passed = passed_tokens(guarded, monkeypatch)
+    guarded.chat_completion([BEE], temperature=0)
+    assert "bees" in "".join(guarded.chat_completion_stream(BEE)) and not passed
+
+
+def test_streams_ask_their_guards(guarded: Llama, tiny: Llama) -> None:
+    """No piece of a refused answer comes before the refusal; an allowed one comes whole."""
+    assert list(guarded.chat_completion_stream(COW, 0)) == [refusal(Verdict(False, (), "too loud"))]
+    assert list(guarded.chat_completion_stream(BEE, 0)) == [
+        refusal(Verdict(False, ("O9",), "bees"))
+    ]
+    expected = tiny.chat_completion([DUCK], temperature=0)[0]["generation"]["content"]
+    assert "".join(guarded.chat_completion_stream(DUCK, 0)) == expected
+
+
+def test_a_guard_must_return_a_verdict(guarded: Llama) -> None:
+    guarded.input_guard = lambda dialog: True  # type: ignore[assignment, return-value]
+    with pytest.raises(TypeError, match=r"expected a llama\.guards\.Verdict"):
+        guarded.chat_completion([DUCK])
+    with pytest.raises(TypeError, match=r"expected a llama\.guards\.Verdict"):
+        guarded.chat_completion_stream(DUCK)

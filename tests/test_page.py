@@ -259,8 +259,6 @@ def test_markdown_and_code_are_rendered(page: Any) -> None:
     expect(answer.locator("strong")).to_have_text("two")
     expect(answer.locator("pre .token.keyword")).to_have_text(["def", "return"])
     ready(page)
-    if path := os.environ.get("LLAMA_SCREENSHOT"):
-        page.screenshot(path=path)
     say(page, "And a picture?")
     expect(answers(page).locator("img")).to_have_count(1)  # and the page must not load it
     ready(page)
@@ -317,3 +315,54 @@ def test_a_model_that_cannot_infill_says_so(url: str) -> None:
     talk.infills = False
     client = TestClient(mount_page(FastAPI(), talk))
     assert "tiny-llama cannot infill" in client.get("/").text
+
+
+def test_the_embedded_model_talks(browser: Any) -> None:
+    """The whole server: a dialog of two turns, an infilling, and Stop, which frees the row. With
+    LLAMA_SCREENSHOT the dialog's picture is written to that file."""
+    from servers import idle, serve, wait_until
+
+    from llama import Llama
+    from llama.server.page import mount_page
+
+    llama = Llama.build(device="cpu", max_seq_len=2048)
+    forward = llama.model.forward_packed
+    slow = threading.Event()
+
+    def forward_packed(*args: Any) -> Any:
+        threading.Event().wait(0.05 if slow.is_set() else 0)
+        return forward(*args)
+
+    llama.model.forward_packed = forward_packed  # type: ignore[method-assign]
+    with serve(llama, mount=mount_page) as (url, service):
+        page = browser.new_page(viewport={"width": 1200, "height": 720})
+        page.goto(url)
+        slide(page, "Temperature", "0")
+        say(page, "What does the cow say?")
+        expect(answers(page)).to_have_text(["The cow says moo."])
+        ready(page)
+        say(page, "And where does it live?")
+        expect(answers(page)).to_have_count(2)
+        ready(page)
+        dialog = [
+            {"role": "user", "content": "What does the cow say?"},
+            {"role": "assistant", "content": "The cow says moo."},
+            {"role": "user", "content": "And where does it live?"},
+        ]
+        expected = llama.chat.prompt(llama.tokenizer, dialog)
+        assert service.engine.counts.reused_tokens > len(expected) // 2, "the cache wasn't reused"
+        if path := os.environ.get("LLAMA_SCREENSHOT"):
+            page.screenshot(path=path)
+        page.get_by_role("tab", name="Infilling").click()
+        page.get_by_label("Before").fill("def add(a, b):\n    return ")
+        page.get_by_label("After").fill("\n")
+        page.get_by_role("button", name="Fill in").click()
+        expect(page.locator("textarea:disabled:visible")).to_have_value("a + b")
+        slow.set()
+        page.get_by_role("tab", name="Completion").click()
+        page.get_by_label("Text to continue").fill("Once upon a time")
+        page.get_by_role("button", name="Continue").click()
+        wait_until(lambda: not idle(service))
+        page.get_by_role("button", name="Stop").click()
+        wait_until(lambda: idle(service), 5)
+        page.close()

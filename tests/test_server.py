@@ -17,7 +17,7 @@ import httpx
 import openai
 import pytest
 import torch
-from serving import idle, post, serve, wait_until
+from servers import idle, post, serve, wait_until
 
 from llama import Dialog, Llama
 from llama.guards import Verdict

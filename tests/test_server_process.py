@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import httpx
 import pytest
 import torch
-from serving import free_port, post, wait_until
+from servers import free_port, post, wait_until
 
 from llama import Llama
 from llama.server.__main__ import main

@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import re
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from html import escape
@@ -10,13 +9,10 @@ from typing import Any, Protocol, cast
 
 import gradio as gr
 from fastapi import FastAPI
-from starlette.datastructures import MutableHeaders
 from starlette.middleware import Middleware
-from starlette.responses import PlainTextResponse
-from starlette.types import ASGIApp, Receive, Scope, Send
-from starlette.types import Message as Part
 
 from llama.prompts import Message, Role
+from llama.server.own_host import own_host
 
 logger = logging.getLogger(__name__)
 
@@ -24,18 +20,6 @@ INTERVAL = 0.08  # seconds between two views of a growing text, each of which co
 MAX_RUNNING = 1000  # texts that grow at once; Gradio's own limit is 40
 QUIET: Any = {"show_progress": "hidden", "api_visibility": "private"}
 
-# What the page asks Gradio for. Gradio offers more: uploads, files, the description of an API.
-NEEDED = re.compile(
-    r"/|/(assets|static)/.+|/theme\.css|/favicon\.ico|/gradio_api/(queue/(join|data)|cancel)"
-)
-FOREIGN = re.compile(rb'<(?:meta\s+(?:property="og|name="twitter)|link rel="manifest")[^>]*>\s*')
-HEADERS = {
-    "content-security-policy": "default-src 'self'; script-src 'self' 'unsafe-inline'; "
-    "style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; font-src 'self' data:; "
-    "object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'self'",
-    "referrer-policy": "no-referrer",
-    "x-dns-prefetch-control": "off",
-}
 CSS = """
 .gradio-container > .main { padding: 16px clamp(12px, 3vw, 32px) 8px; }
 #about .prose { display: flex; flex-wrap: wrap; align-items: baseline; gap: 2px 16px; }
@@ -265,23 +249,3 @@ def tell(error: Exception) -> None:
         logger.error("a request of the page failed", exc_info=error)
         message = "The server failed. Its log tells why."
     gr.Warning(escape(message))
-
-
-def own_host(app: ASGIApp) -> ASGIApp:
-    """ASGI middleware: serves of Gradio what the page needs, and lets it ask no other host."""
-
-    async def serve(scope: Scope, receive: Receive, send: Send) -> None:
-        async def send_own(part: Part) -> None:
-            if part["type"] == "http.response.start":
-                headers = MutableHeaders(scope=part)
-                headers.update(HEADERS)
-                if scope["path"] == "/":
-                    del headers["content-length"]
-            elif part["type"] == "http.response.body" and scope["path"] == "/":
-                part["body"] = FOREIGN.sub(b"", part.get("body", b""))
-            await send(part)
-
-        known = scope["type"] != "http" or NEEDED.fullmatch(scope["path"])
-        await (app if known else PlainTextResponse("Not Found", 404))(scope, receive, send_own)
-
-    return serve
