@@ -43,9 +43,13 @@ class Row:
             self._drawn.append(self.draws.random())
         return self._drawn[number]
 
-    def guess(self) -> list[int]:
-        """What may come next, one token less than there is room for; empty without lookup."""
-        return self.lookup.guess(self.limit - len(self.tokens) - 1) if self.lookup else []
+    def guess(self, most: int | None = None) -> list[int]:
+        """What may come next, one token less than there is room for; empty without lookup.
+
+        ``most`` is how many at most; None for as many as lookup likes.
+        """
+        room = self.limit - len(self.tokens) - 1
+        return self.lookup.guess(room if most is None else min(room, most)) if self.lookup else []
 
 
 @dataclass

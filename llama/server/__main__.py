@@ -79,7 +79,7 @@ def main(
     page: bool = True,
     log_prompts: bool = False,
     guard_dir: str | None = None,
-    prompt_lookup_num_tokens: int = 0,
+    prompt_lookup_num_tokens: int = 10,
     device: str | None = None,
     dtype: str | None = None,
     adapter: str | tuple[str, ...] = (),
@@ -108,7 +108,8 @@ def main(
         page: whether there is a page to talk to at /.
         log_prompts: whether the log may hold what people write.
         guard_dir: a checkpoint of Llama Guard, which then judges all prompts and answers.
-        prompt_lookup_num_tokens: how many tokens are guessed from the text itself, at most.
+        prompt_lookup_num_tokens: how many tokens are guessed from a text itself, at most, while few
+            are being written.
     """
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
     api_key = api_key or os.environ.get("LLAMA_API_KEY") or None

@@ -26,6 +26,7 @@ from llama.server.jobs import Alternatives, Finish, Job
 logger = logging.getLogger(__name__)
 
 PIECE = 64  # tokens of prompts that a pass reads beside rows that are being written, on a CPU
+GUESSING = 12  # tokens of writing rows in a pass, guessed ones included; more would slow it down
 HEARTBEAT = 5.0  # seconds between signs of life to the other ranks
 
 
@@ -238,8 +239,9 @@ class Engine:
 
     def _next_pieces(self) -> list[tuple[Job, int, list[int]]]:
         """What the next pass reads: each writing row's last token, and some tokens of prompts."""
-        writing = any(not job.reading for job in self._active if not job.pooling)
-        budget = self._piece if writing else PREFILL_TOKENS
+        n_writing = sum(not job.reading for job in self._active if not job.pooling)
+        budget = self._piece if n_writing else PREFILL_TOKENS
+        most = max(GUESSING // max(n_writing, 1) - 1, 0)
         pieces = []
         for job in self._active:
             row = job.row
@@ -247,7 +249,7 @@ class Engine:
                 continue
             if not job.reading:
                 start = len(row.prompt) + len(row.tokens) - 1
-                pieces.append((job, start, [row.tokens[-1], *row.guess()]))
+                pieces.append((job, start, [row.tokens[-1], *row.guess(most)]))
             elif budget:
                 tokens = row.prompt[job.n_read : job.n_read + min(budget, PREFILL_CHUNK)]
                 pieces.append((job, job.n_read, tokens))
