@@ -64,9 +64,9 @@ def make_cases(llama: Llama, rng: random.Random, n: int = 60) -> list[Case]:
             )
             stop = rng.choice([[], ["."], ["the", " a "]])
             prompts = [prompt] * n_answers
-            found = llama.text_completion(prompts, stop=stop, **settings)
+            found = llama.text_completion(prompts, stop=stop, echo=True, **settings)
             texts = [prediction["generation"] for prediction in found]
-            body |= {"prompt": prompt, "n": n_answers, "stop": stop}
+            body |= {"prompt": prompt, "n": n_answers, "stop": stop, "echo": True}
         else:
             prefix, suffix = f"def f{i}(a, b):\n    return ", "\n"
             found = llama.text_infilling([prefix], [suffix], **settings)
@@ -115,7 +115,7 @@ def text_of(choice: dict[str, Any]) -> str:
 async def cancel(client: httpx.AsyncClient, case: Case, rng: random.Random) -> None:
     """Hang up in the middle, or before."""
     body = {**case.body, "max_tokens": 200, "temperature": 1.5}
-    with contextlib.suppress(httpx.ReadTimeout):
+    with contextlib.suppress(httpx.TimeoutException):
         if rng.random() < 0.5:
             await client.post(case.path, json=body, timeout=rng.random() * 0.2)
             return

@@ -49,15 +49,20 @@ class BaseLlama:
         stop: Sequence[str] = (),
         seed: int | None = None,
         prompt_lookup_num_tokens: int = 0,
+        in_context: bool = False,
     ) -> tuple[list[Row], Request]:
-        """What ``text_completion`` works off, which also takes prompts of token ids here."""
+        """What ``text_completion`` works off, which also takes prompts of token ids here.
+
+        ``in_context`` keeps a space at the beginning of a text, which then fits its prompt.
+        """
         request = self._request(temperature, top_p, logprobs, echo)
         ids = [
             prompt if _are_ids(prompt) else self._text_prompt(prompt)
             for prompt in checked_list(prompts, "prompts")
         ]
         decode, n_lookup = self.tokenizer.decode, prompt_lookup_num_tokens
-        return self._rows(ids, max_gen_len, seed, decode, stop, n_lookup, echo), request
+        in_context = in_context or echo
+        return self._rows(ids, max_gen_len, seed, decode, stop, n_lookup, in_context), request
 
     def chat_rows(
         self,

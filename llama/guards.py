@@ -77,14 +77,19 @@ class Gate:
         self._every = every
         self._held = ""
 
+    def is_due(self, piece: str) -> bool:
+        """Whether ``push`` of a piece will ask the guard."""
+        return len(self._held) + len(piece) >= self._every
+
     def push(self, piece: str) -> str:
         """Take more of the answer; returns the text that may be shown now.
 
         Raises:
             TypeError: the guard returned no ``Verdict``. Whatever else it raises is passed on.
         """
+        due = self.is_due(piece)
         self._held += piece
-        return self._judge(self._cut()) if len(self._held) >= self._every else ""
+        return self._judge(self._cut()) if due else ""
 
     def finish(self) -> str:
         """End the answer; returns the rest of it, if that is allowed. Raises as ``push``."""

@@ -305,6 +305,20 @@ def test_only_what_the_page_needs_is_served(url: str) -> None:
         assert httpx.post(f"{url}gradio_api/{path}").status_code == 404, path
 
 
+def test_nothing_is_fetched_for_a_browser(url: str) -> None:
+    """A value that names a file elsewhere, or a component to make, is neither fetched nor made."""
+    from gradio import processing_utils
+    from gradio.components.chatbot import ComponentMessage
+
+    from llama.server.page import TextChat
+
+    with pytest.raises(ValueError, match="nothing is fetched"):
+        asyncio.run(processing_utils.async_ssrf_protected_download("http://example.com/x", ""))
+    made = ComponentMessage(component="html", value="<b>x</b>", constructor_args={}, props={})
+    with TextChat() as chat:
+        assert chat._preprocess_content(made) == {"type": "text", "text": ""}
+
+
 def test_a_model_that_cannot_infill_says_so(url: str) -> None:
     from fastapi import FastAPI
     from fastapi.testclient import TestClient

@@ -93,6 +93,21 @@ def test_chat_with_the_openai_package(client: Any, tiny: Llama) -> None:
     assert in_parts.choices[0].message.content == "The cow says moo."
 
 
+def test_a_dialog_goes_on_as_tutorials_do(client: Any) -> None:
+    """The package's own answer is appended to the messages and sent back, nulls and all."""
+    messages: list[Any] = list(COW)
+    first = client.chat.completions.create(model="tiny", messages=messages, temperature=0)
+    messages.append(first.choices[0].message)
+    messages.append({"role": "user", "content": "And where does it live?"})
+    second = client.chat.completions.create(model="tiny", messages=messages, temperature=0)
+    assert second.choices[0].message.content == "The cow lives in the barn."
+    messages[1] = first.choices[0].message.model_dump()
+    again = client.chat.completions.create(
+        model="tiny", messages=messages, temperature=0, top_p=None, n=None, stream=None, stop=None
+    )
+    assert again.choices[0].message.content == second.choices[0].message.content
+
+
 def test_many_at_once_with_the_async_client(url: str, tiny: Llama) -> None:
     """Twenty sampled chats at the same time: each has the text that its seed gives alone."""
     client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
@@ -123,7 +138,14 @@ def test_completions_with_the_openai_package(client: Any, tiny: Llama) -> None:
     """Texts and token ids, several at once, several answers each, stops, echo, scores."""
     create = client.completions.create
     prompts = ["Once upon a time", "The cow"]
-    expected = [p["generation"] for p in tiny.text_completion(prompts, 0, max_gen_len=20)]
+
+    def continued(prompts: list[str], *settings: float, **more: Any) -> list[str]:
+        """What the library writes behind its prompts, with the space that it begins with."""
+        found = tiny.text_completion(prompts, *settings, echo=True, **more)
+        return [p["generation"][len(t) :] for p, t in zip(found, prompts, strict=True)]
+
+    expected = continued(prompts, 0, max_gen_len=20)
+    assert expected[1].startswith(" "), "an answer must fit its prompt"
     found = create(model="tiny", prompt=prompts, temperature=0, max_tokens=20)
     assert [choice.text for choice in found.choices] == expected
     ids = [tiny.tokenizer.encode(prompt, bos=True, eos=False) for prompt in prompts]
@@ -133,14 +155,14 @@ def test_completions_with_the_openai_package(client: Any, tiny: Llama) -> None:
     assert [choice.text for choice in found.choices] == expected[:1]
 
     several = create(model="tiny", prompt=prompts, n=3, seed=7, temperature=1.0, max_tokens=8)
-    alone = tiny.text_completion([p for p in prompts for _ in range(3)], 1.0, 0.9, 8, seed=7)
-    assert [c.text for c in several.choices] == [p["generation"] for p in alone]
+    alone = continued([p for p in prompts for _ in range(3)], 1.0, 0.9, 8, seed=7)
+    assert [c.text for c in several.choices] == alone
     assert [c.index for c in several.choices] == list(range(6))
     assert len({c.text for c in several.choices[:3]}) == 3
     assert several.usage.prompt_tokens == sum(map(len, ids))
 
     stopped = create(model="tiny", prompt=prompts[0], temperature=0, max_tokens=50, stop="the")
-    whole = tiny.text_completion(prompts[:1], 0, max_gen_len=50)[0]["generation"]
+    whole = continued(prompts[:1], 0, max_gen_len=50)[0]
     assert stopped.choices[0].text == whole.split("the")[0] != whole
     assert stopped.choices[0].finish_reason == "stop"
 
@@ -152,6 +174,9 @@ def test_completions_with_the_openai_package(client: Any, tiny: Llama) -> None:
     assert scores.token_logprobs[1:] == pytest.approx(alone["logprobs"][1:], abs=1e-4)
     assert scores.tokens[1:] == [piece.replace("▁", " ") for piece in alone["tokens"][1:]]
     assert all(len(top) == 2 for top in scores.top_logprobs[1:])
+    text = echo.choices[0].text
+    for at, token in zip(scores.text_offset[2:], scores.tokens[2:], strict=True):
+        assert text[at:].startswith(token), "a token isn't where its offset says"
     assert all(
         max(top.values()) == pytest.approx(score, abs=1e-5)
         for top, score in zip(scores.top_logprobs[3:], scores.token_logprobs[3:], strict=True)
@@ -273,7 +298,11 @@ def test_curl(url: str) -> None:
         ("completions", {"prompt": "a", "logit_bias": {"5": 1}}, 400, "logit_bias: "),
         ("completions", {"prompt": "a", "temperature": -1}, 400, "temperature: "),
         ("completions", {"prompt": "a", "temperature": "hot"}, 400, "temperature: "),
-        ("completions", {"prompt": "a", "n": 100}, 400, "more than the queue can hold"),
+        ("completions", {"prompt": "a", "n": 100}, 400, "n: "),
+        ("completions", {"prompt": ["a"] * 20, "n": 16}, 400, "320 answers are asked for"),
+        ("completions", {"prompt": ["a"] * 9000, "n": 16}, 400, "can queue 68"),
+        ("embeddings", {"input": ["a"] * 9000}, 400, "can queue 68"),
+        ("completions", {"prompt": [[]] * 20000}, 400, "prompt"),
         ("completions", {"prompt": "a", "stop": [""]}, 400, "stop: expected up to 16 texts"),
         ("completions", {"prompt": []}, 400, "prompt"),
         ("completions", {"prompt": [9999]}, 400, "outside the vocabulary"),
@@ -341,8 +370,9 @@ def test_bodies_that_are_no_requests(url: str, served: tuple[str, Service]) -> N
     answer = httpx.post(path, content=(b"a" * 10_000 for _ in range(30)), headers=JSON)
     assert answer.status_code == 413
     # A form or plain text, as any web page may send it, isn't read as JSON.
-    for kind in ("text/plain", "application/x-www-form-urlencoded"):
-        answer = httpx.post(path, content=b'{"prompt": "a"}', headers={"Content-Type": kind})
+    for kind in ("text/plain", "application/x-www-form-urlencoded", ""):
+        headers = {"Content-Type": kind} if kind else {}
+        answer = httpx.post(path, content=b'{"prompt": "a"}', headers=headers)
         assert answer.status_code == 400
     assert httpx.get(path).status_code == 405
     assert idle(served[1])
@@ -494,28 +524,48 @@ def test_no_other_host_and_no_other_origin(url: str, tiny: Llama) -> None:
         assert "access-control-allow-origin" not in answer.headers
 
 
+def test_a_browser_elsewhere_with_a_key(tiny: Llama) -> None:
+    """Its preflight, which never carries a key, is answered by its origin; a request needs one."""
+    with serve(tiny, cors=("https://a.example",), api_key="secret") as (url, _):
+        ask = {"Origin": "https://a.example", "Access-Control-Request-Method": "POST"}
+        found = httpx.options(f"{url}/v1/completions", headers=ask)
+        assert found.status_code == 200
+        assert found.headers["access-control-allow-origin"] == "https://a.example"
+        assert httpx.options(f"{url}/v1/completions").status_code == 401
+        assert (
+            post(f"{url}/v1/completions", {}, headers={"Origin": ask["Origin"]}).status_code == 401
+        )
+
+
 def test_what_is_this_machine() -> None:
     assert all(map(is_loopback, ["localhost", "127.0.0.1", "127.9.9.9", "::1", "[::1]"]))
     assert not any(map(is_loopback, ["0.0.0.0", "::", "192.168.1.2", "example.com", ""]))
 
 
-def test_the_log_holds_no_prompts(tiny: Llama, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_log_holds_no_prompts(
+    tiny: Llama, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
     """Neither of answered nor of refused or failed requests; unless asked for."""
-    caplog.set_level(logging.DEBUG)
+    caplog.set_level(logging.INFO)
+
+    def failing(dialog: Dialog) -> Verdict:
+        raise RuntimeError(f"can't judge {dialog}")
+
     message = [{"role": "user", "content": "SESAME"}]
     for log_prompts in (False, True):
         caplog.clear()
-        with serve(tiny, log_prompts=log_prompts) as (url, service):
+        with serve(tiny, log_prompts=log_prompts) as (url, _):
             post(f"{url}/v1/chat/completions", {"messages": message, "max_tokens": 2})
             post(f"{url}/v1/chat/completions", {"messages": message * 2})
             post(f"{url}/v1/completions", {"prompt": "SESAME", "SESAME": "SESAME"})
             post(f"{url}/v1/completions", {"prompt": "SESAME" * 200})
-            failing = service.prepare
-            service.prepare = None  # type: ignore[method-assign, assignment]
+            tiny.input_guard = failing
             answer = post(f"{url}/v1/completions", {"prompt": "SESAME"})
+            tiny.input_guard = None
             assert answer.status_code == 500 and "SESAME" not in answer.text
-            service.prepare = failing  # type: ignore[method-assign]
-        assert ("SESAME" in caplog.text) == log_prompts, caplog.text
+            assert "RuntimeError" in caplog.text
+        printed = caplog.text + "".join(capfd.readouterr())
+        assert ("SESAME" in printed) == log_prompts, printed
 
 
 def test_metrics(fresh: Llama) -> None:
@@ -562,11 +612,40 @@ def test_guards(fresh: Llama) -> None:
                 assert choices[-1].finish_reason == "content_filter"
         good = client.chat.completions.create(model="tiny", messages=DIALOGS[2], temperature=0)
         assert good.choices[0].finish_reason == "stop" and good.choices[0].message.content
-        bees = client.completions.create(model="tiny", prompt="The bee", temperature=0)
-        assert bees.choices[0].finish_reason == "content_filter"
-        assert "bees sting" in bees.choices[0].text
+        # Each prompt is judged on its own, as text or as ids, and so are the texts around a gap.
+        ids = fresh.tokenizer.encode("The bee", bos=True, eos=False)
+        for prompts in (["The duck", "The bee"], [ids[:1], ids]):
+            found = client.completions.create(model="tiny", prompt=prompts, n=2, temperature=0)
+            assert [c.finish_reason == "content_filter" for c in found.choices] == [0, 0, 1, 1]
+            assert all("bees sting" in c.text for c in found.choices[2:])
+        gap = client.completions.create(model="tiny", prompt="a", suffix="bee", temperature=0)
+        assert gap.choices[0].finish_reason == "content_filter"
         with pytest.raises(openai.BadRequestError, match="behind a guard"):
             client.completions.create(model="tiny", prompt="The duck", logprobs=1)
+
+
+def test_a_refusal_in_the_middle_of_a_stream(fresh: Llama) -> None:
+    """What was judged has been shown; what comes with the refused piece never is."""
+    fresh.tokenizer.stop_ids = frozenset()
+    seen: list[str] = []
+
+    def guard(dialog: Dialog, answer: str) -> Verdict:
+        seen.append(answer)
+        return Verdict(len(answer) < 300, reason="too long")
+
+    fresh.output_guard = guard
+    with serve(fresh) as (url, service):
+        body = {"prompt": "Once upon a time", "max_tokens": 230, "temperature": 0, "stream": True}
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as answer:
+            events = [line[6:] for line in answer.iter_lines() if line]
+        texts = [json.loads(event)["choices"][0]["text"] for event in events[:-1]]
+        allowed = [text for text in seen if len(text) < 300]
+        assert "".join(texts[:-1]) + texts[-1].partition("\n\nRefused")[0] == allowed[-1]
+        assert texts[-1].endswith("Refused by a content guard: too long.")
+        wait_until(lambda: idle(service))
+        fresh.output_guard = lambda dialog, answer: 1 / 0  # type: ignore[assignment, return-value]
+        failed = post(f"{url}/v1/completions", {"prompt": "Once", "max_tokens": 3})
+        assert failed.status_code == 500 and "nothing passes" in failed.json()["error"]["message"]
 
 
 def test_conformance(served: tuple[str, Service]) -> None:

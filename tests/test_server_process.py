@@ -115,15 +115,18 @@ def test_two_ranks(tiny: Llama, victim: int) -> None:
 
 def _check_answers(server: Process, tiny: Llama) -> None:
     """Streams side by side, and vectors."""
-    expected = tiny.chat_completion([COW], 0)[0]["generation"]["content"]
     answers: list[str] = []
 
-    def ask() -> None:
-        body = {"messages": COW, "temperature": 0}
+    def ask(system: str) -> None:
+        body = {"messages": [{"role": "system", "content": system}, *COW], "temperature": 0}
         found = post(f"{server.url}/v1/chat/completions", body).json()
         answers.append(found["choices"][0]["message"]["content"])
 
-    threads = [threading.Thread(target=ask) for _ in range(5)]
+    # Longer than a piece, and begun alike: read in several passes, and copied between rows.
+    system = "You are a pirate. " * 12
+    expected = tiny.chat_completion([[{"role": "system", "content": system}, *COW]], 0)
+    expected = expected[0]["generation"]["content"]
+    threads = [threading.Thread(target=ask, args=[system]) for _ in range(5)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -136,10 +139,15 @@ def _check_answers(server: Process, tiny: Llama) -> None:
 
 
 def test_two_ranks_drain() -> None:
-    """SIGTERM to the launcher ends both ranks in order."""
+    """SIGTERM to the launcher lets a running answer finish, and ends both ranks in order."""
     torchrun = ("torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port()))
     with running(*torchrun, "-m", "llama.server") as server:
-        server.process.send_signal(signal.SIGTERM)
+        body = {"prompt": "Once", "max_tokens": 400, "temperature": 3.0, "seed": 1, "stream": True}
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as stream:
+            lines = stream.iter_lines()
+            next(lines)
+            server.process.send_signal(signal.SIGTERM)
+            assert [line for line in lines if line][-1] == "data: [DONE]"
         server.process.wait(30)
         wait_until(lambda: "Finished server process" in "".join(server.output), 5)
         assert "the engine failed" not in "".join(server.output)

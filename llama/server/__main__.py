@@ -5,6 +5,7 @@ python -m llama.server --ckpt_dir llama-2-7b-chat/ --max_seq_len 4096
 torchrun --nproc_per_node 2 -m llama.server --ckpt_dir llama-2-13b-chat/
 """
 
+import asyncio
 import logging
 import os
 import signal
@@ -49,9 +50,12 @@ class Server(uvicorn.Server):
         if self._engine.draining:
             super().handle_exit(sig, frame)
         else:
-            logger.info("shutting down: %d requests are at work", self._engine.n_active)
-            # A signal comes between any two steps of this thread, which may hold the engine's lock.
-            threading.Thread(target=self._engine.drain).start()
+            # A signal comes between any two steps of this thread, which may hold any lock.
+            asyncio.get_running_loop().call_soon_threadsafe(self._drain)
+
+    def _drain(self) -> None:
+        logger.info("shutting down: %d requests are at work", self._engine.n_active)
+        self._engine.drain()
 
     def run_engine(self) -> None:
         """Work until the engine is drained or fails; the web server ends then, too."""
@@ -75,7 +79,7 @@ def main(
     max_queue: int = 64,
     timeout: float = 600.0,
     max_body: int = 1_000_000,
-    cors: str | tuple[str, ...] = (),
+    cors: str = "",
     page: bool = True,
     log_prompts: bool = False,
     guard_dir: str | None = None,
@@ -104,15 +108,16 @@ def main(
         max_queue: requests that may wait; others are told to come back later.
         timeout: seconds that a request may take, at most.
         max_body: bytes of a request, at most.
-        cors: origins whose web pages may call the API, such as https://example.com.
+        cors: origins whose web pages may call the API, such as https://example.com, with commas
+            between several.
         page: whether there is a page to talk to at /.
-        log_prompts: whether the log may hold what people write.
+        log_prompts: whether the log may hold prompts.
         guard_dir: a checkpoint of Llama Guard, which then judges all prompts and answers.
         prompt_lookup_num_tokens: how many tokens are guessed from a text itself, at most, while few
             are being written.
     """
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
-    api_key = api_key or os.environ.get("LLAMA_API_KEY") or None
+    api_key = os.environ.get("LLAMA_API_KEY") or None if api_key is None else api_key
     if api_key is None and not is_loopback(host):
         sys.exit(
             f"{host} can be reached by others: set the environment variable LLAMA_API_KEY to a key "
@@ -140,21 +145,25 @@ def main(
     if rank() > 0:
         _follow(llama)
         return
+    path = Path(ckpt_dir).resolve()
     service = Service(
         llama,
-        model_name or Path(ckpt_dir).resolve().stem,
+        model_name or (path.stem if path.is_file() else path.name),
         max_queue,
         timeout,
         prompt_lookup_num_tokens,
         log_prompts,
     )
-    app = make_app(service, [cors] if isinstance(cors, str) else cors)
+    app = make_app(service, [o.strip().rstrip("/") for o in cors.split(",") if o.strip()])
     if page:
         from llama.server.page import mount_page
 
         app = mount_page(app, service)
-    door = Door(app, str(api_key) if api_key else None, is_loopback(host), max_body)
-    server = Server(uvicorn.Config(door, host, port, timeout_graceful_shutdown=10), service)
+    # A key tells friends from strangers, also where a proxy calls this machine by another name.
+    local = is_loopback(host) and api_key is None
+    door = Door(app, api_key, local, max_body)
+    config = uvicorn.Config(door, host, port, ws="none", timeout_graceful_shutdown=60)
+    server = Server(config, service)
     engine = threading.Thread(target=server.run_engine, name="engine", daemon=True)
     engine.start()
     server.run()
@@ -173,9 +182,11 @@ def _follow(llama: Llama) -> None:
     try:
         ranks.follow(llama.model)
     except RuntimeError as error:
-        logger.error("rank 0 is gone: %s", error)
+        logger.error("this rank failed, or rank 0 is gone: %s", error)
         os._exit(1)
 
 
 if __name__ == "__main__":
-    fire.Fire(main)
+    # Fire would make numbers of some, and tuples of what has a comma.
+    texts = ("api_key", "model_name", "cors", "host")
+    fire.Fire(fire.decorators.SetParseFn(str, *texts)(main))

@@ -63,6 +63,7 @@ class Scores:
         self._echo = echo
         self._given = 0
         self._offset = 0  # characters
+        self._strips = echo and not tokenizer.decode(job.row.prompt).startswith(" ")
 
     def _next(self, n_tokens: int) -> list[tuple[int, float | None, Alternatives]]:
         """The tokens that haven't been given yet, of ``n_tokens`` in all."""
@@ -83,8 +84,12 @@ class Scores:
             text = token_text(self._tokenizer, token)
             tokens.append(text)
             scores.append(score)
-            tops.append({token_text(self._tokenizer, t): value for t, value in top} or None)
+            tops.append(self._by_text(top) or None)
             offsets.append(self._offset)
+            if token in self._tokenizer.control_ids.values():
+                text = ""
+            elif self._strips:  # the space in front of a text's first word
+                text, self._strips = text.removeprefix(" "), False
             self._offset += len(text)
         return CompletionLogprobs(
             tokens=tokens,
@@ -92,6 +97,15 @@ class Scores:
             top_logprobs=tops if any(tops) else None,
             text_offset=offsets,
         )
+
+    def _by_text(self, top: Alternatives) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for token, score in top:
+            text = token_text(self._tokenizer, token)
+            if "\ufffd" in text:  # part of a character
+                text = self._tokenizer.token_piece(token)
+            found.setdefault(text, score)  # of two that read alike, the likelier
+        return found
 
     def for_chat(self, n_tokens: int) -> ChatLogprobs:
         content = []

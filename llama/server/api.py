@@ -5,6 +5,7 @@ from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request, Response
 from pydantic import BaseModel
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llama.server import schemas, tasks
@@ -41,12 +42,10 @@ def make_app(service: Service, cors: Sequence[str] = ()) -> FastAPI:
     )
     add_error_handlers(app)
     app.include_router(_routes(service))
-    if cors:
-        from starlette.middleware.cors import CORSMiddleware
-
-        app.add_middleware(
-            CORSMiddleware, allow_origins=list(cors), allow_methods=["*"], allow_headers=["*"]
-        )
+    # Also where no origin may call: the page's library has rules of its own otherwise.
+    app.add_middleware(
+        CORSMiddleware, allow_origins=list(cors), allow_methods=["*"], allow_headers=["*"]
+    )
     app.add_middleware(_Counted, service=service)
     return app
 

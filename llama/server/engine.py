@@ -9,7 +9,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 PIECE = 64  # tokens of prompts that a pass reads beside rows that are being written, on a CPU
 GUESSING = 12  # tokens of writing rows in a pass, guessed ones included; more would slow it down
+WORTH_COPYING = 8  # tokens that another row holds
 HEARTBEAT = 5.0  # seconds between signs of life to the other ranks
 
 
@@ -137,7 +138,7 @@ class Engine:
         """Let rows go that are no longer wanted, let jobs in, and do one pass."""
         self._retire()
         self._admit()
-        vector = next((job for job in self._active if job.pooling and job.reading), None)
+        vector = next((job for job in self._active if job.embed and job.reading), None)
         try:
             if vector is not None:
                 self._read_for_vector(vector)
@@ -180,7 +181,7 @@ class Engine:
 
     def _soon_held(self, job: Job) -> bool:
         """Whether a prompt that is being read has a beginning that spares this one's reading."""
-        if job.scores_prompt or job.pooling:
+        if job.scores_prompt or job.embed:
             return False
         prompt, limit = job.row.prompt, len(job.row.prompt) - 1
         held = max(common_prefix(prompt, tokens, limit) for tokens in self._held)
@@ -197,12 +198,12 @@ class Engine:
         """
         prompt = job.row.prompt
         # What is scored or pooled must pass through the network.
-        limit = 0 if job.scores_prompt or job.pooling else len(prompt) - 1
+        limit = 0 if job.scores_prompt or job.embed else len(prompt) - 1
         common = [common_prefix(prompt, held, limit) for held in self._held]
         best = max(range(len(common)), key=lambda row: (common[row], row in self._free))
         continues = best in self._free and 2 * common[best] > len(self._held[best])
         place = best if continues else min(self._free, key=lambda row: self._last_use[row])
-        if common[best] > common[place]:
+        if common[best] >= common[place] + WORTH_COPYING:
             self._copies.append((best, place, common[best]))
             common[place] = common[best]
         self._free.remove(place)
@@ -226,12 +227,13 @@ class Engine:
 
     def _read_for_vector(self, job: Job) -> None:
         """Pass one more piece of a text whose vector is wanted."""
-        tokens = job.row.prompt[job.n_read : job.n_read + self._piece]
+        alone = all(other.embed for other in self._active)
+        length = PREFILL_CHUNK if alone else self._piece
+        tokens = job.row.prompt[job.n_read : job.n_read + length]
         hidden = self._forward([(job, job.n_read, tokens)], None, hidden=True)
         if job.vector is None:
             job.vector = torch.zeros_like(hidden[0])
-        mean = job.vector + hidden.sum(0) / len(job.row.prompt)
-        job.vector = hidden[-1] if job.pooling == "last" else mean
+        job.vector += hidden.sum(0) / len(job.row.prompt)
         job.n_read += len(tokens)
         self.counts.prompt_tokens += len(tokens)
         if not job.reading:
@@ -239,13 +241,13 @@ class Engine:
 
     def _next_pieces(self) -> list[tuple[Job, int, list[int]]]:
         """What the next pass reads: each writing row's last token, and some tokens of prompts."""
-        n_writing = sum(not job.reading for job in self._active if not job.pooling)
+        n_writing = sum(not job.reading for job in self._active if not job.embed)
         budget = self._piece if n_writing else PREFILL_TOKENS
         most = max(GUESSING // max(n_writing, 1) - 1, 0)
         pieces = []
         for job in self._active:
             row = job.row
-            if job.pooling:
+            if job.embed:
                 continue
             if not job.reading:
                 start = len(row.prompt) + len(row.tokens) - 1
@@ -290,7 +292,7 @@ class Engine:
             score_prompt(job.row, start, logits)
             if start == 0:
                 job.prompt_top.append([])
-            job.prompt_top += _top(logits, job.n_top)[: len(job.row.prompt) - start - 1]
+            job.prompt_top += _top(logits, job)[: len(job.row.prompt) - start - 1]
         if job.reading:
             return logits[:0]
         if job.row.done:  # nothing but the prompt was asked for
@@ -323,7 +325,7 @@ class Engine:
         text = "".join(take_checked(row, guess, chosen, job.request))
         self.counts.generated_tokens += max(len(row.tokens) - before, 0)
         if job.n_top:
-            job.top += _top(logits[: max(len(row.tokens) - before, 0)], job.n_top)
+            job.top += _top(logits[: max(len(row.tokens) - before, 0)], job)
         if row.done:
             self._finish(job, "stop" if row.ended else "length", text)
         else:
@@ -335,26 +337,22 @@ def _draw(logits: torch.Tensor, owners: Sequence[Job], numbers: list[float]) -> 
     n_words = owners[0].request.n_words
     uniforms = torch.tensor(numbers, device=logits.device)
     tokens = torch.zeros(len(owners), dtype=torch.long, device=logits.device)
-    for (temperature, top_p), at in _groups(owners):
+    groups: dict[tuple[float, float], list[int]] = {}  # ways to draw, and whose they are
+    for i, job in enumerate(owners):
+        groups.setdefault((job.request.temperature, job.request.top_p), []).append(i)
+    for (temperature, top_p), at in groups.items():
         rows = slice(None) if len(at) == len(owners) else at
         known = logits[rows, :n_words]
         tokens[rows] = next_tokens(known, temperature, top_p, uniforms[rows])
     return tokens
 
 
-def _groups(owners: Sequence[Job]) -> Iterator[tuple[tuple[float, float], list[int]]]:
-    """The ways in which tokens are drawn, and whose."""
-    found: dict[tuple[float, float], list[int]] = {}
-    for i, job in enumerate(owners):
-        found.setdefault((job.request.temperature, job.request.top_p), []).append(i)
-    yield from found.items()
-
-
-def _top(logits: torch.Tensor, n: int) -> list[Alternatives]:
-    """The ``n`` likeliest tokens of each row, with their log-probabilities."""
-    if not n:
+def _top(logits: torch.Tensor, job: Job) -> list[Alternatives]:
+    """A job's likeliest tokens by each row of logits, with their log-probabilities."""
+    if not job.n_top:
         return [[] for _ in logits]
-    values, ids = logits.log_softmax(-1).topk(n)
+    # Ids beyond the tokenizer's count in the probabilities, but mean nothing.
+    values, ids = logits.log_softmax(-1)[:, : job.request.n_words].topk(job.n_top)
     return [
         list(zip(row_ids, row, strict=True))
         for row_ids, row in zip(ids.tolist(), values.tolist(), strict=True)

@@ -65,16 +65,6 @@ def stream(
     return EventResponse(events(), answers.close)
 
 
-def single_event(event: BaseModel) -> EventResponse:
-    """A stream of one event."""
-
-    async def events() -> AsyncGenerator[bytes, None]:
-        yield _data(event)
-        yield _DONE
-
-    return EventResponse(events())
-
-
 async def collect(request: Request, answers: Answers) -> list[tuple[str, FinishReason]]:
     """The texts, and why each ends. Raises ``ApiError``, also where the client is gone."""
     texts = [""] * len(answers.jobs)

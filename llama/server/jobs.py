@@ -14,7 +14,7 @@ Alternatives = list[tuple[int, float]]  # token ids and log-probabilities, the l
 
 
 class Update(NamedTuple):
-    """What is new of a job: text that is certain, and how many tokens lie wholly in all of it."""
+    """What is new of a job: its text, and how many of its tokens have been told in full by now."""
 
     text: str
     n_tokens: int
@@ -28,7 +28,7 @@ class Job:
     Args:
         notify: told what is new, by the engine's thread; the last time with a ``finish``.
         n_top: how many of the likeliest tokens to keep at each place.
-        pooling: "mean" or "last", for a text that is only read: ``vector`` holds what comes out.
+        embed: whether the text is only read, to make ``vector``: the mean of its hidden states.
         deadline: by ``time.monotonic()``.
     """
 
@@ -36,7 +36,7 @@ class Job:
     request: Request
     notify: Callable[[Update], None]
     n_top: int = 0
-    pooling: str | None = None
+    embed: bool = False
     deadline: float = math.inf
     cancelled: bool = False  # set from any thread
     top: list[Alternatives] = field(default_factory=list)

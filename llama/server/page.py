@@ -9,6 +9,7 @@ from typing import Any, Protocol, cast
 
 import gradio as gr
 from fastapi import FastAPI
+from gradio import processing_utils
 from starlette.middleware import Middleware
 
 from llama.prompts import Message, Role
@@ -63,6 +64,8 @@ def mount_page(app: FastAPI, talk: Talk) -> FastAPI:
 
     Returns the app to serve.
     """
+    # What a browser sends may name a file elsewhere, which Gradio would fetch.
+    processing_utils.async_ssrf_protected_download = _fetch_nothing
     page = gr.Blocks(title=talk.name, analytics_enabled=False)
     page.max_threads = MAX_RUNNING
     page.queue(default_concurrency_limit=None, api_open=False)
@@ -115,9 +118,20 @@ def mount_page(app: FastAPI, talk: Talk) -> FastAPI:
     )
 
 
+class TextChat(gr.Chatbot):
+    """A dialog of texts: no message makes a component of Gradio's, nor names a file."""
+
+    def _preprocess_content(self, chat_message: Any) -> Any:
+        text = getattr(chat_message, "text", None)
+        return {"type": "text", "text": text if isinstance(text, str) else ""}
+
+    def get_block_name(self) -> str:
+        return "chatbot"
+
+
 def chat_tab(talk: Talk, settings: list[gr.Component]) -> None:
     """A dialog, which the browser alone keeps and sends along with every message."""
-    chat = gr.Chatbot(
+    chat = TextChat(
         placeholder="Ask something to begin.",
         show_label=False,
         editable="user",
@@ -240,6 +254,10 @@ async def growing(pieces: AsyncIterator[str]) -> AsyncGenerator[str, None]:
     finally:
         reading.cancel()
         await asyncio.wait([reading])
+
+
+async def _fetch_nothing(url: str, cache_dir: str) -> str:
+    raise ValueError("nothing is fetched from elsewhere")
 
 
 def tell(error: Exception) -> None:

@@ -5,17 +5,29 @@ Whatever isn't named here is refused, and so are the values that this server can
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 
 class _Asked(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
-Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
-Texts = Annotated[list[str], Field(min_length=1)]
-Prompt = str | Texts | Ids | Annotated[list[Ids], Field(min_length=1)]
+# A list that is wrong ends at its first fault, not with a complaint about each of a million.
+Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True)]
+Texts = Annotated[list[str], Field(min_length=1, fail_fast=True)]
+Prompt = str | Texts | Ids | Annotated[list[Ids], Field(min_length=1, fail_fast=True)]
+Null = Annotated[None, Field(description="Only null.")]
 Zero = Annotated[float, Field(ge=0, le=0)]
+
+
+TEMPERATURE, TOP_P = 0.6, 0.9
 
 
 class StreamOptions(_Asked):
@@ -26,18 +38,24 @@ class _Writing(_Asked):
     """What all requests for text have in common."""
 
     model: str | None = Field(None, description="The served model's id, or nothing.")
-    temperature: float = Field(0.6, ge=0, le=100, description="0 takes the likeliest token.")
-    top_p: float = Field(0.9, ge=0, le=1)
-    n: int = Field(1, ge=1, le=128, description="How many answers to each prompt.")
+    temperature: Annotated[float, Field(ge=0, le=100)] | None = Field(
+        TEMPERATURE, description="0 takes the likeliest token."
+    )
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = TOP_P
+    n: Annotated[int, Field(ge=1, le=16)] | None = Field(
+        1, description="How many answers to each prompt."
+    )
     seed: int | None = Field(None, description="Makes the draws repeatable.")
-    stop: str | list[str] | None = Field(None, description="Texts that end an answer, up to 16.")
-    stream: bool = Field(False, description="Whether to send events as the text is written.")
+    stop: str | Annotated[list[str], Field(fail_fast=True)] | None = Field(
+        None, description="Texts that end an answer, up to 16."
+    )
+    stream: bool | None = Field(False, description="Whether to send events as the text is written.")
     stream_options: StreamOptions | None = None
     timeout: float | None = Field(
         None, gt=0, description="Seconds after which to give up; an extension."
     )
-    presence_penalty: Zero = Field(0, description="Only 0.")
-    frequency_penalty: Zero = Field(0, description="Only 0.")
+    presence_penalty: Zero | None = Field(0, description="Only 0.")
+    frequency_penalty: Zero | None = Field(0, description="Only 0.")
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = Field(
         None, description="Only empty."
     )
@@ -48,6 +66,16 @@ class _Writing(_Asked):
     @property
     def stops(self) -> list[str]:
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """As ``Llama`` names it; null stands for the default."""
+        return {
+            "temperature": TEMPERATURE if self.temperature is None else self.temperature,
+            "top_p": TOP_P if self.top_p is None else self.top_p,
+            "stop": self.stops,
+            "seed": self.seed,
+        }
 
     @property
     def wants_usage(self) -> bool:
@@ -74,7 +102,7 @@ class CompletionRequest(_Writing):
         None, description="What follows: the model fills in between, if it was trained to."
     )
     max_tokens: int | None = Field(16, ge=0, description="null for as many as fit.")
-    echo: bool = Field(False, description="Whether to give the prompt too.")
+    echo: bool | None = Field(False, description="Whether to give the prompt too.")
     logprobs: int | None = Field(
         None, ge=0, le=20, description="Likeliest tokens to tell, beside the chosen ones."
     )
@@ -98,6 +126,12 @@ class ChatMessage(_Asked):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart]
     name: str | None = Field(None, description="Ignored.")
+    # What OpenAI's package sends back with an answer that it was given.
+    refusal: Null = None
+    annotations: Null = None
+    audio: Null = None
+    function_call: Null = None
+    tool_calls: Null = None
 
     @property
     def text(self) -> str:
@@ -111,10 +145,10 @@ class ResponseFormat(_Asked):
 
 
 class ChatRequest(_Writing):
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
     max_completion_tokens: int | None = Field(None, ge=1, description="As many as fit, if null.")
     max_tokens: int | None = Field(None, ge=1, description="The older name of the same.")
-    logprobs: bool = False
+    logprobs: bool | None = False
     top_logprobs: int | None = Field(None, ge=0, le=20, description="With logprobs only.")
     response_format: ResponseFormat | None = Field(None, description="Only text.")
 
@@ -214,6 +248,10 @@ class ChatCompletion(BaseModel):
 class ChatDelta(BaseModel):
     role: Literal["assistant"] | None = None
     content: str | None = None
+
+    @model_serializer
+    def _without_nulls(self) -> dict[str, str]:
+        return {name: value for name, value in self if value is not None}
 
 
 class ChatChunkChoice(BaseModel):

@@ -4,15 +4,17 @@ import asyncio
 import contextlib
 import logging
 import math
+import re
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 from llama.chat_formats import FORMATS
 from llama.decoding import Request, Row
 from llama.generation import Llama
-from llama.guards import Gate, refusal
+from llama.guards import Gate, checked_verdict, refusal
 from llama.prompts import UNSAFE_ERROR, Dialog, Message
 from llama.server.engine import Busy, Draining, Engine
 from llama.server.errors import ApiError
@@ -34,58 +36,93 @@ class Piece(NamedTuple):
     finish: FinishReason
 
 
+class Judge:
+    """Asks guards, one after another in a thread of its own; whatever goes wrong lets nothing pass.
+
+    Raises:
+        ApiError: the guard failed, or says that it can't judge such a text.
+    """
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, "guard")
+
+    async def ask(self, work: Callable[..., T], *args: Any) -> T:
+        """What ``work``, which asks a guard, gives."""
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, work, *args)
+        except ValueError as error:
+            raise ApiError(400, f"the guard can't judge this: {error}") from error
+        except Exception as error:
+            # Not its words, which may be a prompt's.
+            logger.error("the guard failed: %s", type(error).__name__)
+            raise ApiError(500, "the guard failed, so that nothing passes") from None
+
+
 class Answers:
     """The texts of one request on their way.
 
     Args:
-        gates: one for each, where a guard judges them.
+        refusals: what is said instead of an answer, by number; their jobs are never run.
+        gates: one for each job, where a guard judges the answers.
     """
 
-    def __init__(self, jobs: list[Job], news: "asyncio.Queue[tuple[int, Update]]", gates: Any):
+    def __init__(
+        self,
+        jobs: list[Job],
+        news: "asyncio.Queue[tuple[int, Update]]",
+        refusals: dict[int, str],
+        gates: list[Gate],
+        judge: Judge,
+    ):
         self.jobs = jobs
         self._news = news
-        self._gates: list[Gate] = gates
+        self._refusals = refusals
+        self._gates = gates
+        self._judge = judge
 
     async def pieces(self) -> AsyncGenerator[Piece, None]:
-        """What is new, as it comes. Closing the generator frees the rows.
+        """What is new, as it comes.
 
         Raises:
-            ApiError: the request took too long, or the network failed.
+            ApiError: the request took too long, or the network or a guard failed.
         """
-        open_jobs = set(range(len(self.jobs)))
+        for number, text in self._refusals.items():
+            yield Piece(number, text, 0, "content_filter")
+        open_jobs = set(range(len(self.jobs))) - set(self._refusals)
         try:
             while open_jobs:
-                index, update = await self._news.get()
-                if index not in open_jobs:
+                number, update = await self._news.get()
+                if number not in open_jobs:
                     continue  # refused meanwhile
                 if update.finish == "timeout":
                     raise ApiError(504, "the request took longer than its timeout")
                 if update.finish in ("error", "cancelled"):
                     raise ApiError(500, "the server failed: its log says why")
-                piece = await self._judge(index, update)
+                piece = await self._judged(number, update)
                 if piece.finish is not None:
-                    open_jobs.remove(index)
+                    open_jobs.remove(number)
                 if piece.text or piece.finish:
                     yield piece
         finally:
             self.close()
 
-    async def _judge(self, index: int, update: Update) -> Piece:
+    async def _judged(self, number: int, update: Update) -> Piece:
         finish: FinishReason = update.finish  # type: ignore[assignment]
         if not self._gates:
-            return Piece(index, update.text, update.n_tokens, finish)
-        gate = self._gates[index]
-        text = await asyncio.to_thread(gate.push, update.text)
+            return Piece(number, update.text, update.n_tokens, finish)
+        gate = self._gates[number]
+        asks = gate.is_due(update.text)
+        text = await self._judge.ask(gate.push, update.text) if asks else gate.push(update.text)
         if finish is not None and gate.refused is None:
-            text += await asyncio.to_thread(gate.finish)
+            text += await self._judge.ask(gate.finish)
         if gate.refused is not None:
-            self.jobs[index].cancelled = True
+            self.jobs[number].cancelled = True
             text += ("\n\n" if gate.released else "") + refusal(gate.refused)
             finish = "content_filter"
-        return Piece(index, text, update.n_tokens, finish)
+        return Piece(number, text, update.n_tokens, finish)
 
     def close(self) -> None:
-        """Free the rows."""
+        """Free the rows. Whoever asked for answers must call it, or exhaust or close ``pieces``."""
         for job in self.jobs:
             job.cancelled = True
 
@@ -97,7 +134,7 @@ class Service:
         name: the model's id.
         timeout: seconds that a request may take, at most.
         prompt_lookup_num_tokens: as in ``Llama.generate``.
-        log_prompts: whether the log may hold prompts and answers.
+        log_prompts: whether the log may hold prompts.
     """
 
     def __init__(
@@ -118,104 +155,166 @@ class Service:
         self.infills = llama.tokenizer.prefix_id is not None
         names = [name for name, format in FORMATS.items() if format is llama.chat]
         self.chat_format = names[0] if names else "the checkpoint's own template"
+        self._judge = Judge()
+        self._capacity = max_queue + llama.model.params.max_batch_size
         self._timeout = timeout
         self._n_lookup = prompt_lookup_num_tokens
         self._log_prompts = log_prompts
-        self._mean_seconds = 1.0  # of late requests, roughly
+        self._n_preparing = 0  # rows that are on their way to the queue
+        self._mean_seconds = 1.0  # of late answers, roughly
 
-    async def prepare(
+    async def ask(
         self,
         build: Callable[..., tuple[list[Row], Request]],
-        *prompts: Any,
-        max_gen_len: int | None,
+        *prompts: Sequence[Any],
+        n: int = 1,
+        dialogs: Sequence[Dialog] | None = None,
+        n_top: int = 0,
+        timeout: float | None = None,
         **settings: Any,
-    ) -> tuple[list[Row], Request]:
-        """Rows and what they have in common, by one of ``Llama``'s ways to make them.
+    ) -> Answers:
+        """Answers to prompts, ``n`` to each, which guards have been asked about.
+
+        Args:
+            build: one of ``Llama``'s ways to make rows, which takes ``prompts`` and ``settings``.
+            dialogs: the prompts as guards read them; by default their texts as a user's.
+            n_top: how many of the likeliest tokens to keep at each place.
+            timeout: seconds, if fewer than the server allows.
 
         Raises:
-            ApiError: an argument is wrong, or a prompt too long.
+            ApiError: an argument is wrong, a prompt too long, the queue full, or the server about
+                to end.
         """
-        settings |= {"max_gen_len": max_gen_len, "prompt_lookup_num_tokens": self._n_lookup}
+        begin = time.monotonic()
+        count = len(prompts[0]) * n
+        if count > self._capacity:
+            raise ApiError(
+                400, f"{count} answers are asked for, and the server can queue {self._capacity}"
+            )
+        if self._n_preparing + self.engine.n_waiting + count > self._capacity:
+            raise self._busy()
+        self._n_preparing += count
+        try:
+            repeated = [[prompt for prompt in each for _ in range(n)] for each in prompts]
+            rows, request = await self._prepare(build, repeated, settings)
+            if dialogs is None and (self.llama.input_guard or self.llama.output_guard):
+                decode = self.llama.tokenizer.decode
+                dialogs = [as_dialog(decode(row.prompt)) for row in rows[::n]]
+            refusals: dict[int, str] = {}
+            for i, dialog in enumerate(dialogs or ()):
+                against = await self._refusal(dialog)
+                if against is not None:
+                    refusals |= dict.fromkeys(range(i * n, (i + 1) * n), against)
+        finally:
+            self._n_preparing -= count
+        gates = []
+        if self.llama.output_guard is not None and dialogs is not None:
+            gates = [Gate(dialogs[i // n], self.llama.output_guard) for i in range(count)]
+        deadline = begin + min(self._timeout, timeout or math.inf)
+        jobs, news = self._submit(rows, request, refusals, begin, deadline, n_top)
+        return Answers(jobs, news, refusals, gates, self._judge)
+
+    async def embed(self, prompts: Sequence[Any]) -> Answers:
+        """As ``ask``, of vectors, which are the jobs' then."""
+        begin = time.monotonic()
+        if len(prompts) > self._capacity:
+            raise ApiError(
+                400, f"{len(prompts)} texts are given, and the server can queue {self._capacity}"
+            )
+        settings = {"max_gen_len": 0}
+        rows, request = await self._prepare(self.llama.text_rows, [prompts], settings)
+        deadline = begin + self._timeout
+        jobs, news = self._submit(rows, request, {}, begin, deadline, embed=True)
+        return Answers(jobs, news, {}, [], self._judge)
+
+    async def _prepare(
+        self,
+        build: Callable[..., tuple[list[Row], Request]],
+        prompts: Sequence[Sequence[Any]],
+        settings: dict[str, Any],
+    ) -> tuple[list[Row], Request]:
         try:
             # A long text takes a while to be cut into tokens.
-            rows, request = await asyncio.to_thread(build, *prompts, **settings)
+            rows, request = await asyncio.to_thread(
+                build, *prompts, prompt_lookup_num_tokens=self._n_lookup, **settings
+            )
         except (ValueError, TypeError) as error:
-            code = "context_length_exceeded" if "max_seq_len" in str(error) else None
-            raise ApiError(400, str(error), code=code) from error
+            found = re.match(r"prompt \d+ has (\d+) tokens, more than max_seq_len", str(error))
+            raise self._too_long(found[1]) if found else ApiError(400, str(error)) from error
         for row in rows:
             if not row.prompt:
-                raise ApiError(400, UNSAFE_ERROR, code="special_tags")
-            if len(row.prompt) >= self.max_tokens and max_gen_len != 0:
-                raise ApiError(
-                    400,
-                    f"the prompt has {len(row.prompt)} tokens, which leaves no room for an answer "
-                    f"in the {self.max_tokens} that the server has for both: shorten it, or start "
-                    "the server with a larger --max_seq_len",
-                    code="context_length_exceeded",
-                )
+                chat = build == self.llama.chat_rows
+                raise ApiError(400, UNSAFE_ERROR if chat else "a prompt has no tokens")
+            if max(row.prompt) >= request.n_words:
+                raise ApiError(400, f"token ids end with {request.n_words - 1}")
+            if len(row.prompt) >= self.max_tokens and settings["max_gen_len"] != 0:
+                raise self._too_long(len(row.prompt))
         return rows, request
 
-    async def refused(self, dialog: Dialog) -> str | None:
+    def _too_long(self, n_tokens: int | str) -> ApiError:
+        return ApiError(
+            400,
+            f"the prompt has {n_tokens} tokens, which leaves no room for an answer in the "
+            f"{self.max_tokens} that the server has for both: shorten it, or start the server with "
+            "a larger --max_seq_len",
+            code="context_length_exceeded",
+        )
+
+    def _busy(self) -> ApiError:
+        seconds = min(60, max(1, round(self._mean_seconds)))
+        return ApiError(
+            429, "the queue is full: try again later", headers={"Retry-After": str(seconds)}
+        )
+
+    async def _refusal(self, dialog: Dialog) -> str | None:
         """What the input guard has to say against a dialog, if it has."""
-        if self.llama.input_guard is None:
+        guard = self.llama.input_guard
+        if guard is None:
             return None
-        try:
-            verdict = await asyncio.to_thread(self.llama.input_guard, dialog)
-        except ValueError as error:
-            raise ApiError(400, f"the guard can't judge this: {error}") from error
+        verdict = await self._judge.ask(lambda: checked_verdict(guard(dialog)))
         return None if verdict.allowed else refusal(verdict)
 
-    def write(
+    def _submit(
         self,
         rows: Sequence[Row],
         request: Request,
-        dialog: Dialog = (),
+        refusals: dict[int, str],
+        begin: float,
+        deadline: float,
         n_top: int = 0,
-        timeout: float | None = None,
-        pooling: str | None = None,
-    ) -> Answers:
-        """Queue the rows of one request.
-
-        Raises:
-            ApiError: the queue is full, or the server is shutting down.
-        """
+        embed: bool = False,
+    ) -> tuple[list[Job], "asyncio.Queue[tuple[int, Update]]"]:
+        """Queue the rows that aren't refused; returns a job for each, and where they tell news."""
         news: asyncio.Queue[tuple[int, Update]] = asyncio.Queue()
         loop = asyncio.get_running_loop()
-        begin = time.monotonic()
-        deadline = begin + min(self._timeout, timeout or math.inf)
-        started = False
+        waits = not embed  # for a first token
 
-        def tell(index: int, update: Update) -> None:
-            nonlocal started
-            if not started:
-                started = True
-                self.metrics.first_token.observe(time.monotonic() - begin)
-            if update.finish is not None:
-                seconds = time.monotonic() - begin
+        def tell(number: int, update: Update) -> None:
+            nonlocal waits
+            seconds = time.monotonic() - begin
+            if waits and update.n_tokens:
+                waits = False
+                self.metrics.first_token.observe(seconds)
+            if update.finish in ("stop", "length"):
                 self.metrics.duration.observe(seconds)
                 self._mean_seconds += 0.1 * (seconds - self._mean_seconds)
             with contextlib.suppress(RuntimeError):  # the loop has ended, and nobody listens
-                loop.call_soon_threadsafe(news.put_nowait, (index, update))
+                loop.call_soon_threadsafe(news.put_nowait, (number, update))
 
         jobs = [
-            Job(row, request, partial(tell, i), n_top, pooling, deadline)
+            Job(row, request, partial(tell, i), n_top, embed, deadline)
             for i, row in enumerate(rows)
         ]
         if self._log_prompts:
             for row in rows:
                 logger.info("prompt: %r", self.llama.tokenizer.decode(row.prompt))
-        if len(jobs) > self.engine.max_queue + self.llama.model.params.max_batch_size:
-            raise ApiError(400, f"{len(jobs)} answers at once are more than the queue can hold")
         try:
-            self.engine.submit(jobs)
+            self.engine.submit([job for i, job in enumerate(jobs) if i not in refusals])
         except Busy as error:
-            seconds = min(60, max(1, round(self._mean_seconds)))
-            headers = {"Retry-After": str(seconds)}
-            raise ApiError(429, f"{error}: try again later", headers=headers) from error
+            raise self._busy() from error
         except Draining as error:
             raise ApiError(503, str(error), headers={"Retry-After": "10"}) from error
-        guard = self.llama.output_guard
-        return Answers(jobs, news, [] if guard is None else [Gate(dialog, guard) for _ in jobs])
+        return jobs, news
 
     async def chat(
         self, dialog: list[Message], temperature: float, top_p: float, max_tokens: int | None
@@ -225,49 +324,42 @@ class Service:
         Raises:
             ValueError: what is wrong, in words for the user.
         """
-        build = self.llama.chat_rows
-        async for text in self._text(build, [dialog], dialog, temperature, top_p, max_tokens):
+        sampling = _sampling(temperature, top_p, max_tokens)
+        asked = self.ask(self.llama.chat_rows, [dialog], dialogs=[dialog], **sampling)
+        async for text in _texts(asked):
             yield text
 
     async def complete(
         self, prompt: str, temperature: float, top_p: float, max_tokens: int | None
     ) -> AsyncGenerator[str, None]:
         """As ``chat``, of a text's continuation."""
-        build, dialog = self.llama.text_rows, as_dialog(prompt)
-        async for text in self._text(build, [prompt], dialog, temperature, top_p, max_tokens):
+        sampling = _sampling(temperature, top_p, max_tokens)
+        asked = self.ask(self.llama.text_rows, [prompt], in_context=True, **sampling)
+        async for text in _texts(asked):
             yield text
 
     async def infill(
         self, prefix: str, suffix: str, temperature: float, top_p: float, max_tokens: int | None
     ) -> AsyncGenerator[str, None]:
         """As ``chat``, of what is missing between two texts."""
-        build = partial(self.llama.infilling_rows, [prefix])
-        dialog = as_dialog(prefix + suffix)
-        async for text in self._text(build, [suffix], dialog, temperature, top_p, max_tokens):
+        sampling = _sampling(temperature, top_p, max_tokens)
+        async for text in _texts(
+            self.ask(self.llama.infilling_rows, [prefix], [suffix], **sampling)
+        ):
             yield text
 
-    async def _text(
-        self,
-        build: Callable[..., tuple[list[Row], Request]],
-        prompts: Any,
-        dialog: Dialog,
-        temperature: float,
-        top_p: float,
-        max_tokens: int | None,
-    ) -> AsyncGenerator[str, None]:
-        try:
-            rows, request = await self.prepare(
-                build, prompts, temperature=temperature, top_p=top_p, max_gen_len=max_tokens
-            )
-            against = await self.refused(dialog)
-            if against is not None:
-                yield against
-                return
-            async with contextlib.aclosing(self.write(rows, request, dialog).pieces()) as pieces:
-                async for piece in pieces:
-                    yield piece.text
-        except ApiError as error:
-            raise ValueError(str(error)) from error
+
+def _sampling(temperature: float, top_p: float, max_tokens: int | None) -> dict[str, Any]:
+    return {"temperature": temperature, "top_p": top_p, "max_gen_len": max_tokens}
+
+
+async def _texts(asked: Awaitable[Answers]) -> AsyncGenerator[str, None]:
+    try:
+        async with contextlib.aclosing((await asked).pieces()) as pieces:
+            async for piece in pieces:
+                yield piece.text
+    except ApiError as error:
+        raise ValueError(str(error)) from error
 
 
 def as_dialog(prompt: str) -> Dialog:

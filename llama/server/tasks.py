@@ -11,8 +11,8 @@ from llama.prompts import Message
 from llama.server import schemas
 from llama.server.answers import Scores, new_id, usage
 from llama.server.errors import ApiError
-from llama.server.events import collect, json_response, single_event, stream
-from llama.server.service import Piece, Service, as_dialog
+from llama.server.events import collect, json_response, stream
+from llama.server.service import Piece, Service
 
 
 async def complete(
@@ -22,36 +22,25 @@ async def complete(
     check_model(service, asked.model)
     score = asked.logprobs is not None
     _check_scores(service, score)
-    prompts = [prompt for prompt in _prompts(asked.prompt) for _ in range(asked.n)]
+    llama, prompts, n = service.llama, _prompts(asked.prompt), asked.n or 1
     settings: dict[str, Any] = {
-        "temperature": asked.temperature,
-        "top_p": asked.top_p,
         "max_gen_len": asked.max_tokens,
         "logprobs": score,
-        "stop": asked.stops,
-        "seed": asked.seed,
+        **asked.sampling,
     }
-    llama = service.llama
+    how: dict[str, Any] = {"n": n, "n_top": asked.logprobs or 0, "timeout": asked.timeout}
     if asked.suffix is None:
-        rows, shared = await service.prepare(llama.text_rows, prompts, echo=asked.echo, **settings)
+        settings |= {"echo": bool(asked.echo), "in_context": True}
+        answers = await service.ask(llama.text_rows, prompts, **how, **settings)
     else:
-        suffixes = [asked.suffix] * len(prompts)
-        rows, shared = await service.prepare(llama.infilling_rows, prompts, suffixes, **settings)
-    decode = llama.tokenizer.decode
-    dialog = as_dialog("\n".join(decode(row.prompt) for row in rows[:: asked.n]))
+        suffixes = [asked.suffix]
+        answers = await service.ask(llama.infilling_rows, prompts, suffixes, **how, **settings)
     name, created = new_id("cmpl")
     answer = partial(schemas.Completion, id=name, created=created, model=service.name)
-    against = await service.refused(dialog)
-    if against is not None:
-        refused = [
-            schemas.CompletionChoice(index=i, text=against, finish_reason="content_filter")
-            for i in range(len(rows))
-        ]
-        body = answer(choices=refused, usage=usage([]))
-        return single_event(body) if asked.stream else json_response(body)
-    answers = service.write(rows, shared, dialog, asked.logprobs or 0, asked.timeout)
-    scores = [Scores(llama.tokenizer, job, asked.echo) for job in answers.jobs]
-    echoed = [decode(row.prompt) if asked.echo else "" for row in rows]
+    scores = [Scores(llama.tokenizer, job, bool(asked.echo)) for job in answers.jobs]
+    echoed = [""] * len(answers.jobs)
+    if asked.echo:
+        echoed = [llama.tokenizer.decode(job.row.prompt) for job in answers.jobs]
 
     def choice(i: int, text: str, n_tokens: int, finish: Any) -> schemas.CompletionChoice:
         text, echoed[i] = echoed[i] + text, ""
@@ -62,7 +51,7 @@ async def complete(
         return answer(choices=[choice(*piece)])
 
     def last() -> schemas.Completion:
-        return answer(choices=[], usage=usage(answers.jobs, asked.n))
+        return answer(choices=[], usage=usage(answers.jobs, n))
 
     if asked.stream:
         return stream(answers, event, last if asked.wants_usage else None)
@@ -71,32 +60,33 @@ async def complete(
         choice(i, text, len(answers.jobs[i].row.tokens), finish)
         for i, (text, finish) in enumerate(texts)
     ]
-    return json_response(answer(choices=choices, usage=usage(answers.jobs, asked.n)))
+    return json_response(answer(choices=choices, usage=usage(answers.jobs, n)))
 
 
 async def chat(service: Service, asked: schemas.ChatRequest, request: Request) -> Response:
     """Answer a dialog."""
     check_model(service, asked.model)
-    _check_scores(service, asked.logprobs)
+    _check_scores(service, bool(asked.logprobs))
     dialog = [
         Message(role="system" if m.role == "developer" else m.role, content=m.text)
         for m in asked.messages
     ]
-    llama = service.llama
-    rows, shared = await service.prepare(
+    llama, n = service.llama, asked.n or 1
+    answers = await service.ask(
         llama.chat_rows,
-        [dialog] * asked.n,
-        temperature=asked.temperature,
-        top_p=asked.top_p,
+        [dialog],
+        n=n,
+        dialogs=[dialog],
+        n_top=asked.top_logprobs or 0,
+        timeout=asked.timeout,
         max_gen_len=asked.max_completion_tokens or asked.max_tokens,
-        logprobs=asked.logprobs,
-        stop=asked.stops,
-        seed=asked.seed,
+        logprobs=bool(asked.logprobs),
+        **asked.sampling,
     )
+    scores = [Scores(llama.tokenizer, job) for job in answers.jobs]
     name, created = new_id("chatcmpl")
     whole = partial(schemas.ChatCompletion, id=name, created=created, model=service.name)
     chunk = partial(schemas.ChatChunk, id=name, created=created, model=service.name)
-    scores: list[Scores] = []
     begun: set[int] = set()
 
     def told(i: int, n_tokens: int) -> schemas.ChatLogprobs | None:
@@ -117,20 +107,11 @@ async def chat(service: Service, asked: schemas.ChatRequest, request: Request) -
             index=i, delta=delta, logprobs=logprobs, finish_reason=finish
         )
 
-    against = await service.refused(dialog)
-    if against is not None:
-        pieces = [Piece(i, against, 0, "content_filter") for i in range(asked.n)]
-        if asked.stream:
-            return single_event(chunk(choices=[part(*piece) for piece in pieces]))
-        return json_response(whole(choices=[choice(*p) for p in pieces], usage=usage([])))
-    answers = service.write(rows, shared, dialog, asked.top_logprobs or 0, asked.timeout)
-    scores += [Scores(llama.tokenizer, job) for job in answers.jobs]
-
     def event(piece: Piece) -> schemas.ChatChunk:
         return chunk(choices=[part(*piece)])
 
     def last() -> schemas.ChatChunk:
-        return chunk(choices=[], usage=usage(answers.jobs, asked.n))
+        return chunk(choices=[], usage=usage(answers.jobs, n))
 
     if asked.stream:
         return stream(answers, event, last if asked.wants_usage else None)
@@ -139,7 +120,7 @@ async def chat(service: Service, asked: schemas.ChatRequest, request: Request) -
         choice(i, text, len(answers.jobs[i].row.tokens), finish)
         for i, (text, finish) in enumerate(texts)
     ]
-    return json_response(whole(choices=choices, usage=usage(answers.jobs, asked.n)))
+    return json_response(whole(choices=choices, usage=usage(answers.jobs, n)))
 
 
 async def embed(
@@ -150,9 +131,7 @@ async def embed(
     width = service.llama.model.params.dim
     if asked.dimensions not in (None, width):
         raise ApiError(400, f"the model's vectors have {width} numbers: leave it out", "dimensions")
-    prompts = _prompts(asked.input)
-    rows, shared = await service.prepare(service.llama.text_rows, prompts, max_gen_len=0)
-    answers = service.write(rows, shared, pooling="mean")
+    answers = await service.embed(_prompts(asked.input))
     await collect(request, answers)
     data = []
     for i, job in enumerate(answers.jobs):
@@ -161,7 +140,7 @@ async def embed(
         if asked.encoding_format == "base64":
             vector = base64.b64encode(struct.pack(f"<{width}f", *vector)).decode()
         data.append(schemas.Embedding(index=i, embedding=vector))
-    n_tokens = sum(len(row.prompt) for row in rows)
+    n_tokens = sum(len(job.row.prompt) for job in answers.jobs)
     used = schemas.EmbeddingUsage(prompt_tokens=n_tokens, total_tokens=n_tokens)
     return schemas.Embeddings(model=service.name, data=data, usage=used)
 
