@@ -8,6 +8,7 @@ import weakref
 import pytest
 import torch
 from conftest import make_model
+from test_engine import check_rows_come_and_go
 
 from llama import Llama, compilation, kernels, linear
 
@@ -46,6 +47,11 @@ def test_steps_compile_nothing_more(compiled: Llama) -> None:
         compiled.generate([[1, 77]], 60, temperature=0)
         with pytest.raises(RuntimeError):  # the stance would tell
             torch.compile(lambda x: x + 1)(torch.ones(2))
+
+
+def test_the_server_takes_compiled_steps(compiled: Llama) -> None:
+    """Which write into rows that bring no token: none of these may lose anything by it."""
+    check_rows_come_and_go(compiled)
 
 
 def test_rows_that_bring_no_token_keep_their_cache(compiled: Llama) -> None:

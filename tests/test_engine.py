@@ -12,7 +12,6 @@ import torch
 from conftest import make_model, passed_tokens
 
 from llama import Llama, Tokenizer
-from llama.compilation import compile_decoding
 from llama.server.engine import Busy, Draining, Engine
 from llama.server.jobs import Job, Update
 
@@ -235,16 +234,14 @@ def test_rows_change_hands_by_copies_of_copies(llama: Llama, client: Client) -> 
         client.engine._held = [[] for _ in client.engine._held]
 
 
-@pytest.mark.parametrize("kind", ["compiled", "int8"])
-def test_other_steps_and_caches(kind: str, tiny_tokenizer: Tokenizer) -> None:
-    """Compiled steps, which write into rows that bring no token, and a cache in eight bits: rows
-    taken, left and copied, beside a prompt that is being read, give what each gives alone."""
-    model = make_model(vocab_size=768, max_batch_size=3, max_seq_len=128, n_layers=1)
-    if kind == "int8":
-        model.allocate_buffers(torch.device("cpu"), torch.float32, cache_in_int8=True)
-    else:
-        compile_decoding(model)
-    llama = Llama(model, tiny_tokenizer)
+def test_a_cache_in_eight_bits(tiny_tokenizer: Tokenizer) -> None:
+    model = make_model(vocab_size=768, max_batch_size=3)
+    model.allocate_buffers(torch.device("cpu"), torch.float32, cache_in_int8=True)
+    check_rows_come_and_go(Llama(model, tiny_tokenizer))
+
+
+def check_rows_come_and_go(llama: Llama) -> None:
+    """Rows are taken, left and copied, beside prompts that are read: each text is the one alone."""
     client = Client(Engine(llama))
     prompts = ["Once upon a time", PROMPTS[5][:90], PROMPTS[5][:90] + "a", "The cow", "One day"]
     jobs = []
@@ -256,7 +253,7 @@ def test_other_steps_and_caches(kind: str, tiny_tokenizer: Tokenizer) -> None:
     for i, (job, prompt) in enumerate(zip(jobs, prompts * 2, strict=True)):
         fresh = Llama(llama.model, llama.tokenizer)
         alone = fresh.text_completion([prompt], 0, max_gen_len=6 + 5 * i)[0]
-        assert client.text(job) == alone["generation"], (kind, prompt)
+        assert client.text(job) == alone["generation"], prompt
 
 
 def test_scores_and_alternatives(llama: Llama, client: Client) -> None:

@@ -118,26 +118,22 @@ def mount_page(app: FastAPI, talk: Talk) -> FastAPI:
     )
 
 
-class TextChat(gr.Chatbot):
-    """A dialog of texts: no message makes a component of Gradio's, nor names a file."""
-
-    def _preprocess_content(self, chat_message: Any) -> Any:
-        text = getattr(chat_message, "text", None)
-        return {"type": "text", "text": text if isinstance(text, str) else ""}
-
-    def get_block_name(self) -> str:
-        return "chatbot"
+def only_text(content: Any) -> dict[str, str]:
+    """A part of a message, which could name a file or a component of Gradio's to make."""
+    text = getattr(content, "text", None)
+    return {"type": "text", "text": text if isinstance(text, str) else ""}
 
 
 def chat_tab(talk: Talk, settings: list[gr.Component]) -> None:
     """A dialog, which the browser alone keeps and sends along with every message."""
-    chat = TextChat(
+    chat = gr.Chatbot(
         placeholder="Ask something to begin.",
         show_label=False,
         editable="user",
         buttons=["copy"],
         elem_id="chat",
     )
+    chat._preprocess_content = only_text  # type: ignore[assignment, method-assign]
     box = gr.Textbox(
         label="Message",
         placeholder="Message",
