@@ -24,6 +24,7 @@ TEST = [
     *SERVER,
     *CHAT,
     "pytest>=8",
+    "pytest-xdist>=3.5",
     "hypothesis>=6.100",
     "transformers>=5",
     "peft>=0.17",

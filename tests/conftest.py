@@ -6,6 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+# Small networks gain nothing by threads, and tests run side by side. Read when torch is imported,
+# in the processes that tests start too.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 
 from llama import Llama, ModelArgs, Tokenizer, Transformer, parallel
