@@ -86,10 +86,10 @@ class Answers:
         Raises:
             ApiError: the request took too long, or the network or a guard failed.
         """
-        for number, text in self._refusals.items():
-            yield Piece(number, text, 0, "content_filter")
         open_jobs = set(range(len(self.jobs))) - set(self._refusals)
         try:
+            for number, text in self._refusals.items():
+                yield Piece(number, text, 0, "content_filter")
             while open_jobs:
                 number, update = await self._news.get()
                 if number not in open_jobs:
