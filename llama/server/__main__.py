@@ -189,4 +189,4 @@ def _follow(llama: Llama) -> None:
 if __name__ == "__main__":
     # Fire would make numbers of some, and tuples of what has a comma.
     texts = ("api_key", "model_name", "cors", "host")
-    fire.Fire(fire.decorators.SetParseFn(str, *texts)(main))
+    fire.Fire(fire.decorators.SetParseFn(str, *texts)(main), name="python -m llama.server")

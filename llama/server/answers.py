@@ -1,120 +1,116 @@
-"""From rows to OpenAI's answers: texts, scores, usage."""
+"""Answers on their way from the engine: what is told of them, as guards let it pass."""
 
-import re
-import time
-import uuid
-from collections.abc import Sequence
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, TypeVar
 
-from llama.server.jobs import Alternatives, Job
-from llama.server.schemas import (
-    ChatLogprobs,
-    CompletionLogprobs,
-    PromptDetails,
-    TokenLogprob,
-    TopLogprob,
-    Usage,
-)
-from llama.tokenizer import BaseTokenizer
+from llama.guards import Gate, refusal
+from llama.server.errors import ApiError
+from llama.server.jobs import Job, Update
+from llama.server.schemas import FinishReason
 
-_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
-def new_id(kind: str) -> tuple[str, int]:
-    """An answer's id, and the time in seconds."""
-    return f"{kind}-{uuid.uuid4().hex}", int(time.time())
+class Piece(NamedTuple):
+    """What is new of a request's texts."""
+
+    number: int  # which of them
+    text: str
+    n_tokens: int  # of this text so far, as scores may be told
+    finish: FinishReason
 
 
-def usage(jobs: Sequence[Job], n: int = 1) -> Usage:
-    """What a request's rows took, ``n`` of which answer each prompt."""
-    n_prompt = sum(len(job.row.prompt) for job in jobs[::n])
-    n_written = sum(len(job.row.tokens) for job in jobs)
-    return Usage(
-        prompt_tokens=n_prompt,
-        completion_tokens=n_written,
-        total_tokens=n_prompt + n_written,
-        prompt_tokens_details=PromptDetails(cached_tokens=sum(job.n_reused for job in jobs[::n])),
-    )
+class Judge:
+    """Asks guards, one after another in a thread of its own; whatever goes wrong lets nothing pass.
 
-
-def token_text(tokenizer: BaseTokenizer, token: int) -> str:
-    """What a token stands for in the middle of a text."""
-    return tokenizer.decode_infilling([token]) or tokenizer.token_piece(token)
-
-
-def token_bytes(tokenizer: BaseTokenizer, token: int) -> list[int] | None:
-    """The bytes that a token stands for; None where they are part of a character, unknown."""
-    found = _BYTE.fullmatch(tokenizer.token_piece(token))
-    if found:
-        return [int(found[1], 16)]
-    text = token_text(tokenizer, token)
-    return None if "\ufffd" in text else list(text.encode())
-
-
-class Scores:
-    """The log-probabilities of a row's tokens, given out as its text is.
-
-    Args:
-        echo: whether the prompt's come first.
+    Raises:
+        ApiError: the guard failed, or says that it can't judge such a text.
     """
 
-    def __init__(self, tokenizer: BaseTokenizer, job: Job, echo: bool = False):
-        self._tokenizer = tokenizer
-        self._job = job
-        self._echo = echo
-        self._given = 0
-        self._offset = 0  # characters
-        self._strips = echo and not tokenizer.decode(job.row.prompt).startswith(" ")
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, "guard")
 
-    def _next(self, n_tokens: int) -> list[tuple[int, float | None, Alternatives]]:
-        """The tokens that haven't been given yet, of ``n_tokens`` in all."""
-        job, row = self._job, self._job.row
-        found: list[tuple[int, float | None, Alternatives]] = []
-        if self._echo:
-            self._echo = False
-            scores = [None, *row.prompt_logprobs[1:]]  # nothing foresees the first token
-            found += zip(row.prompt, scores, job.prompt_top, strict=True)
-        written = range(self._given, n_tokens)
-        found += [(row.tokens[i], row.logprobs[i], job.top[i] if job.top else []) for i in written]
-        self._given = max(self._given, n_tokens)
-        return found
+    async def ask(self, work: Callable[..., T], *args: Any) -> T:
+        """What ``work``, which asks a guard, gives."""
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, work, *args)
+        except ValueError as error:
+            raise ApiError(400, f"the guard can't judge this: {error}") from error
+        except Exception as error:
+            # Not its words, which may be a prompt's.
+            logger.error("the guard failed: %s", type(error).__name__)
+            raise ApiError(500, "the guard failed, so that nothing passes") from None
 
-    def for_completion(self, n_tokens: int) -> CompletionLogprobs:
-        tokens, scores, tops, offsets = [], [], [], []
-        for token, score, top in self._next(n_tokens):
-            text = token_text(self._tokenizer, token)
-            tokens.append(text)
-            scores.append(score)
-            tops.append(self._by_text(top) or None)
-            offsets.append(self._offset)
-            if token in self._tokenizer.control_ids.values():
-                text = ""
-            elif self._strips:  # the space in front of a text's first word
-                text, self._strips = text.removeprefix(" "), False
-            self._offset += len(text)
-        return CompletionLogprobs(
-            tokens=tokens,
-            token_logprobs=scores,
-            top_logprobs=tops if any(tops) else None,
-            text_offset=offsets,
-        )
 
-    def _by_text(self, top: Alternatives) -> dict[str, float]:
-        found: dict[str, float] = {}
-        for token, score in top:
-            text = token_text(self._tokenizer, token)
-            if "\ufffd" in text:  # part of a character
-                text = self._tokenizer.token_piece(token)
-            found.setdefault(text, score)  # of two that read alike, the likelier
-        return found
+class Answers:
+    """The texts of one request on their way.
 
-    def for_chat(self, n_tokens: int) -> ChatLogprobs:
-        content = []
-        for token, score, top in self._next(n_tokens):
-            likeliest = [self._named(t, value) for t, value in top]
-            named = self._named(token, score or 0.0)
-            content.append(TokenLogprob(**dict(named), top_logprobs=likeliest))
-        return ChatLogprobs(content=content)
+    Args:
+        refusals: what is said instead of an answer, by number; their jobs are never run.
+        gates: one for each job, where a guard judges the answers.
+    """
 
-    def _named(self, token: int, score: float) -> TopLogprob:
-        text, its_bytes = token_text(self._tokenizer, token), token_bytes(self._tokenizer, token)
-        return TopLogprob(token=text, logprob=score, bytes=its_bytes)
+    def __init__(
+        self,
+        jobs: list[Job],
+        news: "asyncio.Queue[tuple[int, Update]]",
+        refusals: dict[int, str],
+        gates: list[Gate],
+        judge: Judge,
+    ):
+        self.jobs = jobs
+        self._news = news
+        self._refusals = refusals
+        self._gates = gates
+        self._judge = judge
+
+    async def pieces(self) -> AsyncGenerator[Piece, None]:
+        """What is new, as it comes.
+
+        Raises:
+            ApiError: the request took too long, or the network or a guard failed.
+        """
+        open_jobs = set(range(len(self.jobs))) - set(self._refusals)
+        try:
+            for number, text in self._refusals.items():
+                yield Piece(number, text, 0, "content_filter")
+            while open_jobs:
+                number, update = await self._news.get()
+                if number not in open_jobs:
+                    continue  # refused meanwhile
+                if update.finish == "timeout":
+                    raise ApiError(504, "the request took longer than its timeout")
+                if update.finish in ("error", "cancelled"):
+                    raise ApiError(500, "the server failed: its log says why")
+                piece = await self._judged(number, update)
+                if piece.finish is not None:
+                    open_jobs.remove(number)
+                if piece.text or piece.finish:
+                    yield piece
+        finally:
+            self.close()
+
+    async def _judged(self, number: int, update: Update) -> Piece:
+        finish: FinishReason = update.finish  # type: ignore[assignment]
+        if not self._gates:
+            return Piece(number, update.text, update.n_tokens, finish)
+        gate = self._gates[number]
+        asks = gate.is_due(update.text)
+        text = await self._judge.ask(gate.push, update.text) if asks else gate.push(update.text)
+        if finish is not None and gate.refused is None:
+            text += await self._judge.ask(gate.finish)
+        if gate.refused is not None:
+            self.jobs[number].cancelled = True
+            text += ("\n\n" if gate.released else "") + refusal(gate.refused)
+            finish = "content_filter"
+        return Piece(number, text, update.n_tokens, finish)
+
+    def close(self) -> None:
+        """Free the rows. Whoever asked for answers must call it, or exhaust or close ``pieces``."""
+        for job in self.jobs:
+            job.cancelled = True

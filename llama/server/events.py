@@ -10,9 +10,9 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel
 from starlette.types import Receive, Scope, Send
 
+from llama.server.answers import Answers, Piece
 from llama.server.errors import ApiError
 from llama.server.schemas import FinishReason
-from llama.server.service import Answers, Piece
 
 T = TypeVar("T")
 

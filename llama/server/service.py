@@ -7,124 +7,21 @@ import math
 import re
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
 
 from llama.chat_formats import FORMATS
 from llama.decoding import Request, Row
 from llama.generation import Llama
 from llama.guards import Gate, checked_verdict, refusal
 from llama.prompts import UNSAFE_ERROR, Dialog, Message
+from llama.server.answers import Answers, Judge
 from llama.server.engine import Busy, Draining, Engine
 from llama.server.errors import ApiError
 from llama.server.jobs import Job, Update
 from llama.server.metrics import Metrics
-from llama.server.schemas import FinishReason
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
-
-
-class Piece(NamedTuple):
-    """What is new of a request's texts."""
-
-    number: int  # which of them
-    text: str
-    n_tokens: int  # of this text so far, as scores may be told
-    finish: FinishReason
-
-
-class Judge:
-    """Asks guards, one after another in a thread of its own; whatever goes wrong lets nothing pass.
-
-    Raises:
-        ApiError: the guard failed, or says that it can't judge such a text.
-    """
-
-    def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(1, "guard")
-
-    async def ask(self, work: Callable[..., T], *args: Any) -> T:
-        """What ``work``, which asks a guard, gives."""
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._thread, work, *args)
-        except ValueError as error:
-            raise ApiError(400, f"the guard can't judge this: {error}") from error
-        except Exception as error:
-            # Not its words, which may be a prompt's.
-            logger.error("the guard failed: %s", type(error).__name__)
-            raise ApiError(500, "the guard failed, so that nothing passes") from None
-
-
-class Answers:
-    """The texts of one request on their way.
-
-    Args:
-        refusals: what is said instead of an answer, by number; their jobs are never run.
-        gates: one for each job, where a guard judges the answers.
-    """
-
-    def __init__(
-        self,
-        jobs: list[Job],
-        news: "asyncio.Queue[tuple[int, Update]]",
-        refusals: dict[int, str],
-        gates: list[Gate],
-        judge: Judge,
-    ):
-        self.jobs = jobs
-        self._news = news
-        self._refusals = refusals
-        self._gates = gates
-        self._judge = judge
-
-    async def pieces(self) -> AsyncGenerator[Piece, None]:
-        """What is new, as it comes.
-
-        Raises:
-            ApiError: the request took too long, or the network or a guard failed.
-        """
-        open_jobs = set(range(len(self.jobs))) - set(self._refusals)
-        try:
-            for number, text in self._refusals.items():
-                yield Piece(number, text, 0, "content_filter")
-            while open_jobs:
-                number, update = await self._news.get()
-                if number not in open_jobs:
-                    continue  # refused meanwhile
-                if update.finish == "timeout":
-                    raise ApiError(504, "the request took longer than its timeout")
-                if update.finish in ("error", "cancelled"):
-                    raise ApiError(500, "the server failed: its log says why")
-                piece = await self._judged(number, update)
-                if piece.finish is not None:
-                    open_jobs.remove(number)
-                if piece.text or piece.finish:
-                    yield piece
-        finally:
-            self.close()
-
-    async def _judged(self, number: int, update: Update) -> Piece:
-        finish: FinishReason = update.finish  # type: ignore[assignment]
-        if not self._gates:
-            return Piece(number, update.text, update.n_tokens, finish)
-        gate = self._gates[number]
-        asks = gate.is_due(update.text)
-        text = await self._judge.ask(gate.push, update.text) if asks else gate.push(update.text)
-        if finish is not None and gate.refused is None:
-            text += await self._judge.ask(gate.finish)
-        if gate.refused is not None:
-            self.jobs[number].cancelled = True
-            text += ("\n\n" if gate.released else "") + refusal(gate.refused)
-            finish = "content_filter"
-        return Piece(number, text, update.n_tokens, finish)
-
-    def close(self) -> None:
-        """Free the rows. Whoever asked for answers must call it, or exhaust or close ``pieces``."""
-        for job in self.jobs:
-            job.cancelled = True
 
 
 class Service:

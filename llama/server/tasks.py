@@ -2,17 +2,20 @@
 
 import base64
 import struct
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from fastapi import Request, Response
+from pydantic import BaseModel
 
 from llama.prompts import Message
 from llama.server import schemas
-from llama.server.answers import Scores, new_id, usage
+from llama.server.answers import Answers
 from llama.server.errors import ApiError
 from llama.server.events import collect, json_response, stream
-from llama.server.service import Piece, Service
+from llama.server.scores import Scores, new_id, usage
+from llama.server.service import Service
 
 
 async def complete(
@@ -47,20 +50,7 @@ async def complete(
         logprobs = scores[i].for_completion(n_tokens) if score else None
         return schemas.CompletionChoice(index=i, text=text, logprobs=logprobs, finish_reason=finish)
 
-    def event(piece: Piece) -> schemas.Completion:
-        return answer(choices=[choice(*piece)])
-
-    def last() -> schemas.Completion:
-        return answer(choices=[], usage=usage(answers.jobs, n))
-
-    if asked.stream:
-        return stream(answers, event, last if asked.wants_usage else None)
-    texts = await collect(request, answers)
-    choices = [
-        choice(i, text, len(answers.jobs[i].row.tokens), finish)
-        for i, (text, finish) in enumerate(texts)
-    ]
-    return json_response(answer(choices=choices, usage=usage(answers.jobs, n)))
+    return await _respond(request, asked, answers, n, (choice, answer), (choice, answer))
 
 
 async def chat(service: Service, asked: schemas.ChatRequest, request: Request) -> Response:
@@ -107,20 +97,41 @@ async def chat(service: Service, asked: schemas.ChatRequest, request: Request) -
             index=i, delta=delta, logprobs=logprobs, finish_reason=finish
         )
 
-    def event(piece: Piece) -> schemas.ChatChunk:
-        return chunk(choices=[part(*piece)])
+    return await _respond(request, asked, answers, n, (choice, whole), (part, chunk))
 
-    def last() -> schemas.ChatChunk:
-        return chunk(choices=[], usage=usage(answers.jobs, n))
+
+Form = tuple[Callable[..., BaseModel], Callable[..., BaseModel]]
+
+
+async def _respond(
+    request: Request,
+    asked: schemas.CompletionRequest | schemas.ChatRequest,
+    answers: Answers,
+    n: int,
+    whole: Form,
+    event: Form,
+) -> Response:
+    """Answers as they are asked for.
+
+    Args:
+        whole: what makes a choice of (number, text, how many tokens, why it ends), and what makes
+            a body of choices and usage.
+        event: the same for an event, of which each has one choice.
+    """
+
+    def told() -> schemas.Usage:
+        return usage(answers.jobs, n)
 
     if asked.stream:
-        return stream(answers, event, last if asked.wants_usage else None)
-    texts = await collect(request, answers)
+        part, chunk = event
+        last = (lambda: chunk(choices=[], usage=told())) if asked.wants_usage else None
+        return stream(answers, lambda piece: chunk(choices=[part(*piece)]), last)
+    choice, body = whole
     choices = [
         choice(i, text, len(answers.jobs[i].row.tokens), finish)
-        for i, (text, finish) in enumerate(texts)
+        for i, (text, finish) in enumerate(await collect(request, answers))
     ]
-    return json_response(whole(choices=choices, usage=usage(answers.jobs, n)))
+    return json_response(body(choices=choices, usage=told()))
 
 
 async def embed(
