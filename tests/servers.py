@@ -12,7 +12,6 @@ from fastapi import FastAPI
 
 from llama import Llama
 from llama.server.api import make_app
-from llama.server.door import Door
 from llama.server.service import Service
 
 
@@ -22,7 +21,7 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 20) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = 30) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"
@@ -43,17 +42,16 @@ def serve(
 ) -> Iterator[tuple[str, Service]]:
     """The address of a running server, and what it serves. Its engine runs in a thread."""
     service = Service(llama, "tiny", max_queue, timeout, log_prompts=log_prompts)
-    app = make_app(service, cors)
+    app = make_app(service, cors, api_key, True, max_body)
     if mount is not None:
         app = mount(app, service)
-    port = free_port()
-    door = Door(app, api_key, True, max_body)
-    server = uvicorn.Server(uvicorn.Config(door, port=port, log_level="warning"))
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
     threads = [threading.Thread(target=run) for run in (server.run, service.engine.run)]
     for thread in threads:
         thread.start()
     try:
         wait_until(lambda: server.started)
+        port = server.servers[0].sockets[0].getsockname()[1]
         yield f"http://127.0.0.1:{port}", service
     finally:
         service.engine.drain()

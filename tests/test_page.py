@@ -377,5 +377,5 @@ def test_the_embedded_model_talks(browser: Any) -> None:
         page.get_by_role("button", name="Continue").click()
         wait_until(lambda: not idle(service))
         page.get_by_role("button", name="Stop").click()
-        wait_until(lambda: idle(service), 5)
+        wait_until(lambda: idle(service))
         page.close()

@@ -387,10 +387,10 @@ def test_a_client_that_hangs_up_frees_its_row(fresh: Llama) -> None:
             lines = answer.iter_lines()
             next(lines)
             assert service.engine.n_active == 1
-        wait_until(lambda: idle(service), 5)
+        wait_until(lambda: idle(service))
         with pytest.raises(httpx.ReadTimeout):
-            httpx.post(f"{url}/v1/completions", json=body, timeout=0.3)
-        wait_until(lambda: idle(service), 5)
+            httpx.post(f"{url}/v1/completions", json=body, timeout=httpx.Timeout(60, read=0.3))
+        wait_until(lambda: idle(service))
         assert service.engine.counts.generated_tokens < 100
 
 
@@ -410,7 +410,7 @@ def test_a_full_queue(fresh: Llama) -> None:
     """Two rows, one place in the queue: the fourth is told when to come back."""
     slow(fresh)
     with serve(fresh, max_queue=1) as (url, service):
-        body = {"prompt": "Once", "stream": True, "max_tokens": 100, "temperature": 1.5}
+        body = {"prompt": "Once", "stream": True, "max_tokens": 250, "temperature": 1.5}
         path = f"{url}/v1/completions"
         with httpx.Client() as c, c.stream("POST", path, json=body) as one:
             lines = [one.iter_lines()]  # kept: without them, the streams are closed
@@ -430,7 +430,8 @@ async def _statuses(path: str, body: Any, n: int) -> list[tuple[int, bool]]:
     async def status(c: httpx.AsyncClient, i: int) -> tuple[int, bool]:
         await asyncio.sleep(0.1 * i)
         try:
-            answer = await c.post(path, json={**body, "stream": False}, timeout=1)
+            timeout = httpx.Timeout(60, read=2)
+            answer = await c.post(path, json={**body, "stream": False}, timeout=timeout)
         except httpx.ReadTimeout:
             return 0, False
         return answer.status_code, 1 <= int(answer.headers.get("Retry-After", "0")) <= 60
@@ -532,9 +533,12 @@ def test_a_browser_elsewhere_with_a_key(tiny: Llama) -> None:
         assert found.status_code == 200
         assert found.headers["access-control-allow-origin"] == "https://a.example"
         assert httpx.options(f"{url}/v1/completions").status_code == 401
-        assert (
-            post(f"{url}/v1/completions", {}, headers={"Origin": ask["Origin"]}).status_code == 401
-        )
+        origin = {"Origin": ask["Origin"]}
+        for key, status in (("wrong", 401), ("secret", 200)):
+            headers = {**origin, "Authorization": f"Bearer {key}"}
+            answer = httpx.get(f"{url}/v1/models", headers=headers)
+            assert answer.status_code == status
+            assert answer.headers["access-control-allow-origin"] == ask["Origin"]
 
 
 def test_what_is_this_machine() -> None:
@@ -543,13 +547,16 @@ def test_what_is_this_machine() -> None:
 
 
 def test_the_log_holds_no_prompts(
-    tiny: Llama, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+    tiny: Llama,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Neither of answered nor of refused or failed requests; unless asked for."""
     caplog.set_level(logging.INFO)
 
-    def failing(dialog: Dialog) -> Verdict:
-        raise RuntimeError(f"can't judge {dialog}")
+    def failing(texts: Any, **more: Any) -> Any:
+        raise RuntimeError(f"can't read {texts}")
 
     message = [{"role": "user", "content": "SESAME"}]
     for log_prompts in (False, True):
@@ -559,10 +566,11 @@ def test_the_log_holds_no_prompts(
             post(f"{url}/v1/chat/completions", {"messages": message * 2})
             post(f"{url}/v1/completions", {"prompt": "SESAME", "SESAME": "SESAME"})
             post(f"{url}/v1/completions", {"prompt": "SESAME" * 200})
-            tiny.input_guard = failing
-            answer = post(f"{url}/v1/completions", {"prompt": "SESAME"})
-            tiny.input_guard = None
-            assert answer.status_code == 500 and "SESAME" not in answer.text
+            for name, broken in (("input_guard", failing), ("text_rows", failing)):
+                with monkeypatch.context() as patch:
+                    patch.setattr(tiny, name, broken)
+                    answer = post(f"{url}/v1/completions", {"prompt": "SESAME"})
+                assert answer.status_code == 500 and "SESAME" not in answer.text
             assert "RuntimeError" in caplog.text
         printed = caplog.text + "".join(capfd.readouterr())
         assert ("SESAME" in printed) == log_prompts, printed
@@ -620,8 +628,12 @@ def test_guards(fresh: Llama) -> None:
             assert all("bees sting" in c.text for c in found.choices[2:])
         gap = client.completions.create(model="tiny", prompt="a", suffix="bee", temperature=0)
         assert gap.choices[0].finish_reason == "content_filter"
+        fresh.output_guard = None
+        echoed = client.completions.create(model="tiny", prompt=["The duck", "The bee"], echo=True)
+        assert echoed.choices[0].text.startswith("The duck")
+        assert echoed.choices[1].text.startswith("Refused")
         with pytest.raises(openai.BadRequestError, match="behind a guard"):
-            client.completions.create(model="tiny", prompt="The duck", logprobs=1)
+            client.completions.create(model="tiny", prompt="The duck", logprobs=1, echo=True)
 
 
 def test_a_refusal_in_the_middle_of_a_stream(fresh: Llama) -> None:
@@ -644,8 +656,26 @@ def test_a_refusal_in_the_middle_of_a_stream(fresh: Llama) -> None:
         assert texts[-1].endswith("Refused by a content guard: too long.")
         wait_until(lambda: idle(service))
         fresh.output_guard = lambda dialog, answer: 1 / 0  # type: ignore[assignment, return-value]
-        failed = post(f"{url}/v1/completions", {"prompt": "Once", "max_tokens": 3})
+        failed = post(f"{url}/v1/completions", {"prompt": "Once", "max_tokens": 3, "n": 3})
         assert failed.status_code == 500 and "nothing passes" in failed.json()["error"]["message"]
+        wait_until(lambda: idle(service))
+        # A guard that doesn't answer in time, at either door.
+        fresh.output_guard = lambda dialog, answer: time.sleep(1) or Verdict(True)
+        late = {"prompt": "Once", "max_tokens": 3, "timeout": 0.3}
+        assert post(f"{url}/v1/completions", late).status_code == 504
+        fresh.input_guard, fresh.output_guard = lambda dialog: time.sleep(1) or Verdict(True), None
+        assert post(f"{url}/v1/completions", late).status_code == 504
+        # And one whose client doesn't wait: nothing is written for it.
+        written = service.engine.counts.generated_tokens
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(
+                f"{url}/v1/completions",
+                json={"prompt": "Once"},
+                timeout=httpx.Timeout(60, read=0.2),
+            )
+        fresh.input_guard = None
+        post(f"{url}/v1/completions", {"prompt": "Once", "max_tokens": 1})
+        assert service.engine.counts.generated_tokens == written + 1
 
 
 def test_conformance(served: tuple[str, Service]) -> None:

@@ -24,7 +24,8 @@ from llama.llama_guard import LlamaGuard
 from llama.parallel import rank, world_size
 from llama.server import ranks
 from llama.server.api import make_app
-from llama.server.door import Door, is_loopback
+from llama.server.door import is_loopback
+from llama.server.engine import Engine
 from llama.server.service import Service
 
 _DTYPES: dict[str, Any] = {
@@ -39,19 +40,18 @@ logger = logging.getLogger("llama.server")
 class Server(uvicorn.Server):
     """A web server that stops when its engine does.
 
-    The first SIGTERM or SIGINT lets running requests finish, the second one doesn't.
+    The first SIGTERM or SIGINT lets running requests finish, the second one ends all at once.
     """
 
-    def __init__(self, config: uvicorn.Config, service: Service):
+    def __init__(self, config: uvicorn.Config, engine: Engine):
         super().__init__(config)
-        self._engine = service.engine
+        self._engine = engine
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self._engine.draining:
-            super().handle_exit(sig, frame)
-        else:
-            # A signal comes between any two steps of this thread, which may hold any lock.
-            asyncio.get_running_loop().call_soon_threadsafe(self._drain)
+        for each in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(each, signal.SIG_DFL)
+        # A signal comes between any two steps of this thread, which may hold any lock.
+        asyncio.get_running_loop().call_soon_threadsafe(self._drain)
 
     def _drain(self) -> None:
         logger.info("shutting down: %d requests are at work", self._engine.n_active)
@@ -92,13 +92,13 @@ def main(
     quantize: str | None = None,
     group_size: int | None = None,
     kv_cache_dtype: str | None = None,
+    **unknown: object,
 ) -> None:
     """Serve a model until SIGTERM or Ctrl-C, which let running requests finish.
 
     Args:
-        ckpt_dir, tokenizer_path, device, adapter, chat_format, compile, quantize, group_size,
-            kv_cache_dtype: as for Llama.build.
-        dtype: "float32", "bfloat16" or "float16"; by default what suits checkpoint and device.
+        ckpt_dir: a checkpoint of any format; the embedded one by default.
+        tokenizer_path: its tokenizer, where it doesn't bring its own.
         host: the address to listen on. Any but this machine's own needs a key.
         port: 0 for any that is free.
         api_key: what clients must send; the environment variable LLAMA_API_KEY hides it better.
@@ -115,9 +115,22 @@ def main(
         guard_dir: a checkpoint of Llama Guard, which then judges all prompts and answers.
         prompt_lookup_num_tokens: how many tokens are guessed from a text itself, at most, while few
             are being written.
+        device: cpu, cuda or mps; the quickest that there is by default.
+        dtype: float32, bfloat16 or float16; by default what suits checkpoint and device.
+        adapter: a LoRA adapter's directory, or several.
+        chat_format: how dialogs are written; by default as the checkpoint says.
+        compile: whether to compile decoding steps.
+        quantize: int8 or int4, for weights of as many bits.
+        group_size: how many weights share a scale in int4.
+        kv_cache_dtype: int8 for a cache of half the size.
     """
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
-    api_key = os.environ.get("LLAMA_API_KEY") or None if api_key is None else api_key
+    if unknown:
+        sys.exit(f"there is no flag --{next(iter(unknown))}: --help lists those that there are")
+    for name, flag in (("page", page), ("log_prompts", log_prompts), ("compile", compile)):
+        if not isinstance(flag, bool):
+            sys.exit(f"--{name} is {flag!r}: give --{name}=True or --{name}=False")
+    api_key = api_key or os.environ.get("LLAMA_API_KEY") or None
     if api_key is None and not is_loopback(host):
         sys.exit(
             f"{host} can be reached by others: set the environment variable LLAMA_API_KEY to a key "
@@ -140,7 +153,7 @@ def main(
     if guard_dir is not None:
         if world_size() > 1:
             sys.exit("--guard_dir is for one process: the guard's own calls don't reach the others")
-        guard = LlamaGuard(Llama.build(guard_dir, max_seq_len=4096, max_batch_size=1))
+        guard = LlamaGuard.build(guard_dir, device=device)
         llama.input_guard, llama.output_guard = guard.input_guard, guard.output_guard
     if rank() > 0:
         _follow(llama)
@@ -154,21 +167,23 @@ def main(
         prompt_lookup_num_tokens,
         log_prompts,
     )
-    app = make_app(service, [o.strip().rstrip("/") for o in cors.split(",") if o.strip()])
+    origins = [origin.strip().rstrip("/") for origin in cors.split(",") if origin.strip()]
+    # A key tells friends from strangers, also where a proxy calls this machine by another name.
+    local = is_loopback(host) and api_key is None
+    app = make_app(service, origins, api_key, local, max_body)
     if page:
         from llama.server.page import mount_page
 
         app = mount_page(app, service)
-    # A key tells friends from strangers, also where a proxy calls this machine by another name.
-    local = is_loopback(host) and api_key is None
-    door = Door(app, api_key, local, max_body)
-    config = uvicorn.Config(door, host, port, ws="none", timeout_graceful_shutdown=60)
-    server = Server(config, service)
+    config = uvicorn.Config(app, host, port, ws="none", timeout_graceful_shutdown=60)
+    server = Server(config, service.engine)
     engine = threading.Thread(target=server.run_engine, name="engine", daemon=True)
     engine.start()
-    server.run()
-    service.engine.drain()
-    engine.join(timeout=20)
+    try:
+        server.run()
+    finally:
+        service.engine.drain()
+        engine.join(timeout=20)
     if engine.is_alive() or service.engine.failure is not None:
         # The other ranks, or the threads that talk to them, may hang: nothing is left to wait for.
         logging.shutdown()

@@ -1,17 +1,16 @@
 """Answers on their way from the engine: what is told of them, as guards let it pass."""
 
 import asyncio
-import logging
+import functools
+import time
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
 from llama.guards import Gate, refusal
-from llama.server.errors import ApiError
+from llama.server.errors import ApiError, log_failure
 from llama.server.jobs import Job, Update
 from llama.server.schemas import FinishReason
-
-logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -26,25 +25,29 @@ class Piece(NamedTuple):
 
 
 class Judge:
-    """Asks guards, one after another in a thread of its own; whatever goes wrong lets nothing pass.
-
-    Raises:
-        ApiError: the guard failed, or says that it can't judge such a text.
-    """
+    """Asks guards, one after another in a thread of its own. What goes wrong lets nothing pass."""
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, "guard")
 
-    async def ask(self, work: Callable[..., T], *args: Any) -> T:
-        """What ``work``, which asks a guard, gives."""
+    async def ask(self, deadline: float, work: Callable[..., T], *args: Any) -> T:
+        """What ``work``, which asks a guard, gives until ``deadline`` (by ``time.monotonic()``).
+
+        Raises:
+            ApiError: it gives nothing in time, or fails.
+        """
+        asked = asyncio.get_running_loop().run_in_executor(self._thread, work, *args)
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._thread, work, *args)
-        except ValueError as error:
-            raise ApiError(400, f"the guard can't judge this: {error}") from error
+            return await asyncio.wait_for(asked, deadline - time.monotonic())
+        except asyncio.TimeoutError:
+            raise late() from None
         except Exception as error:
-            # Not its words, which may be a prompt's.
-            logger.error("the guard failed: %s", type(error).__name__)
+            log_failure(error)
             raise ApiError(500, "the guard failed, so that nothing passes") from None
+
+
+def late() -> ApiError:
+    return ApiError(504, "the request took longer than its timeout")
 
 
 class Answers:
@@ -52,7 +55,8 @@ class Answers:
 
     Args:
         refusals: what is said instead of an answer, by number; their jobs are never run.
-        gates: one for each job, where a guard judges the answers.
+        gates: one for each job, where a guard judges the answers, which ``judge`` asks.
+        deadline: when these judgements must be there.
     """
 
     def __init__(
@@ -62,10 +66,12 @@ class Answers:
         refusals: dict[int, str],
         gates: list[Gate],
         judge: Judge,
+        deadline: float,
     ):
         self.jobs = jobs
+        self.refusals = refusals
         self._news = news
-        self._refusals = refusals
+        self._deadline = deadline
         self._gates = gates
         self._judge = judge
 
@@ -75,16 +81,16 @@ class Answers:
         Raises:
             ApiError: the request took too long, or the network or a guard failed.
         """
-        open_jobs = set(range(len(self.jobs))) - set(self._refusals)
+        open_jobs = set(range(len(self.jobs))) - set(self.refusals)
         try:
-            for number, text in self._refusals.items():
+            for number, text in self.refusals.items():
                 yield Piece(number, text, 0, "content_filter")
             while open_jobs:
                 number, update = await self._news.get()
                 if number not in open_jobs:
                     continue  # refused meanwhile
                 if update.finish == "timeout":
-                    raise ApiError(504, "the request took longer than its timeout")
+                    raise late()
                 if update.finish in ("error", "cancelled"):
                     raise ApiError(500, "the server failed: its log says why")
                 piece = await self._judged(number, update)
@@ -101,9 +107,10 @@ class Answers:
             return Piece(number, update.text, update.n_tokens, finish)
         gate = self._gates[number]
         asks = gate.is_due(update.text)
-        text = await self._judge.ask(gate.push, update.text) if asks else gate.push(update.text)
+        ask = functools.partial(self._judge.ask, self._deadline)
+        text = await ask(gate.push, update.text) if asks else gate.push(update.text)
         if finish is not None and gate.refused is None:
-            text += await self._judge.ask(gate.finish)
+            text += await ask(gate.finish)
         if gate.refused is not None:
             self.jobs[number].cancelled = True
             text += ("\n\n" if gate.released else "") + refusal(gate.refused)

@@ -9,7 +9,8 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llama.server import schemas, tasks
-from llama.server.errors import add_error_handlers
+from llama.server.door import Door
+from llama.server.errors import Failures, add_error_handlers
 from llama.server.service import Service
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
@@ -28,11 +29,18 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def make_app(service: Service, cors: Sequence[str] = ()) -> FastAPI:
+def make_app(
+    service: Service,
+    cors: Sequence[str] = (),
+    api_key: str | None = None,
+    local: bool = True,
+    max_body: int = 1_000_000,
+) -> FastAPI:
     """The API of a served model.
 
     Args:
         cors: origins whose web pages may call it.
+        api_key, local, max_body: who may come in, as for ``Door``.
     """
     app = FastAPI(
         title="llama",
@@ -42,9 +50,17 @@ def make_app(service: Service, cors: Sequence[str] = ()) -> FastAPI:
     )
     add_error_handlers(app)
     app.include_router(_routes(service))
-    # Also where no origin may call: the page's library has rules of its own otherwise.
+    # From the innermost to the outermost.
+    app.add_middleware(Failures)
+    app.add_middleware(Door, api_key=api_key, local=local, max_body=max_body)
+    # Also without origins: the page's library would set rules of its own otherwise.
     app.add_middleware(
-        CORSMiddleware, allow_origins=list(cors), allow_methods=["*"], allow_headers=["*"]
+        CORSMiddleware,
+        allow_origins=list(cors),
+        allow_methods=["*"],
+        allow_headers=["*"],
+        expose_headers=["Retry-After"],
+        allow_private_network=bool(cors),
     )
     app.add_middleware(_Counted, service=service)
     return app

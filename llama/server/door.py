@@ -55,7 +55,7 @@ class Door:
                 await self._app(scope, receive, send)
             return  # there are no web sockets
         headers = Headers(scope=scope)
-        error = self._refusal(scope["method"], scope["path"], headers)
+        error = self._refusal(scope["path"], headers)
         if error is not None:
             await error.response()(scope, receive, send)
             return
@@ -71,14 +71,10 @@ class Door:
 
         await self._app(scope, receive_bounded, send)
 
-    def _refusal(self, method: str, path: str, headers: Headers) -> ApiError | None:
+    def _refusal(self, path: str, headers: Headers) -> ApiError | None:
         if self._local and not _names_this_machine(headers.get("host", "")):
             return ApiError(403, "the request's host isn't this machine", code="forbidden_host")
-        # A browser asks without a key whether a page may send one; the app answers by its origin.
-        asks = "origin" in headers and "access-control-request-method" in headers
-        preflight = method == "OPTIONS" and asks
-        needs_key = self._key is not None and path not in OPEN and not preflight
-        if needs_key and not self._knows_key(headers):
+        if self._key is not None and path not in OPEN and not self._knows_key(headers):
             return ApiError(
                 401,
                 "an API key is needed: send it as 'Authorization: Bearer KEY', or as the password",

@@ -1,6 +1,7 @@
 """What goes wrong, in OpenAI's form."""
 
 import logging
+import traceback
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,6 +9,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llama.server.schemas import ErrorAnswer
 
@@ -73,7 +75,33 @@ def add_error_handlers(app: FastAPI) -> None:
             param, message = None, "the body is not JSON"
         return ApiError(400, f"{param}: {message}" if param else message, param).response()
 
-    @app.exception_handler(Exception)
-    async def fail(request: Request, error: Exception) -> JSONResponse:
-        # Starlette logs the error itself; what it says may hold a prompt, and stays inside.
-        return ApiError(500, "the server failed: its log says why").response()
+
+def log_failure(error: BaseException) -> None:
+    """Tell the log what failed and where; not what the error says, which may hold a prompt."""
+    where = "".join(traceback.format_tb(error.__traceback__))
+    logger.error("a request failed: %s\n%s", type(error).__name__, where)
+
+
+class Failures:
+    """Answers what fails unforeseen with a 500."""
+
+    def __init__(self, app: ASGIApp):
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        begun = False
+
+        async def noted(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noted)
+        except Exception as error:
+            log_failure(error)
+            if begun:  # the client sees that the rest is missing
+                raise ConnectionAbortedError("a request failed") from None
+            await ApiError(500, "the server failed: its log says why").response()(
+                scope, receive, send
+            )

@@ -27,7 +27,7 @@ def json_response(answer: BaseModel) -> Response:
 class EventResponse(StreamingResponse):
     """Server-sent events; ``close`` is called at their end, whatever ends them."""
 
-    def __init__(self, events: AsyncIterator[bytes], close: Callable[[], None] = lambda: None):
+    def __init__(self, events: AsyncIterator[bytes], close: Callable[[], None]):
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(events, media_type="text/event-stream", headers=headers)
         self._close = close
@@ -77,13 +77,13 @@ async def collect(request: Request, answers: Answers) -> list[tuple[str, FinishR
                 finishes[piece.number] = piece.finish
 
     try:
-        await _unless_gone(request, gather())
+        await unless_gone(request, gather())
     finally:
         answers.close()
     return list(zip(texts, finishes, strict=True))
 
 
-async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
     """What ``work`` gives, unless the client hangs up: then it is cancelled."""
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_hangs_up(request))

@@ -1,7 +1,6 @@
 """The web page: chat, completion and infilling with the served model, from this host alone."""
 
 import asyncio
-import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from html import escape
@@ -13,9 +12,8 @@ from gradio import processing_utils
 from starlette.middleware import Middleware
 
 from llama.prompts import Message, Role
+from llama.server.errors import log_failure
 from llama.server.own_host import own_host
-
-logger = logging.getLogger(__name__)
 
 INTERVAL = 0.08  # seconds between two views of a growing text, each of which costs milliseconds
 MAX_RUNNING = 1000  # texts that grow at once; Gradio's own limit is 40
@@ -260,6 +258,6 @@ def tell(error: Exception) -> None:
     """Show an error beside the page, where Gradio's own errors would cover the text."""
     message = str(error)
     if not isinstance(error, ValueError):
-        logger.error("a request of the page failed", exc_info=error)
+        log_failure(error)
         message = "The server failed. Its log tells why."
     gr.Warning(escape(message))

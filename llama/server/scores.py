@@ -63,7 +63,9 @@ class Scores:
         self._echo = echo
         self._given = 0
         self._offset = 0  # characters
-        self._strips = echo and not tokenizer.decode(job.row.prompt).startswith(" ")
+        prompt = tokenizer.decode(job.row.prompt)
+        # Whether the given text begins a text, and so without its first word's space.
+        self._strips = not prompt or (echo and not prompt.startswith(" "))
 
     def _next(self, n_tokens: int) -> list[tuple[int, float | None, Alternatives]]:
         """The tokens that haven't been given yet, of ``n_tokens`` in all."""

@@ -13,7 +13,7 @@ from typing import Any
 from llama.chat_formats import FORMATS
 from llama.decoding import Request, Row
 from llama.generation import Llama
-from llama.guards import Gate, checked_verdict, refusal
+from llama.guards import Gate, InputGuard, checked_verdict, refusal
 from llama.prompts import UNSAFE_ERROR, Dialog, Message
 from llama.server.answers import Answers, Judge
 from llama.server.engine import Busy, Draining, Engine
@@ -29,6 +29,7 @@ class Service:
 
     Args:
         name: the model's id.
+        max_queue: how many texts may wait for a row of the cache.
         timeout: seconds that a request may take, at most.
         prompt_lookup_num_tokens: as in ``Llama.generate``.
         log_prompts: whether the log may hold prompts.
@@ -68,6 +69,7 @@ class Service:
         dialogs: Sequence[Dialog] | None = None,
         n_top: int = 0,
         timeout: float | None = None,
+        embed: bool = False,
         **settings: Any,
     ) -> Answers:
         """Answers to prompts, ``n`` to each, which guards have been asked about.
@@ -77,12 +79,17 @@ class Service:
             dialogs: the prompts as guards read them; by default their texts as a user's.
             n_top: how many of the likeliest tokens to keep at each place.
             timeout: seconds, if fewer than the server allows.
+            embed: whether only the prompts' vectors are wanted, which guards don't judge.
 
         Raises:
             ApiError: an argument is wrong, a prompt too long, the queue full, or the server about
                 to end.
         """
         begin = time.monotonic()
+        deadline = begin + min(self._timeout, timeout or math.inf)
+        input_guard, output_guard = self.llama.input_guard, self.llama.output_guard
+        if embed:
+            input_guard = output_guard = None
         count = len(prompts[0]) * n
         if count > self._capacity:
             raise ApiError(
@@ -94,35 +101,21 @@ class Service:
         try:
             repeated = [[prompt for prompt in each for _ in range(n)] for each in prompts]
             rows, request = await self._prepare(build, repeated, settings)
-            if dialogs is None and (self.llama.input_guard or self.llama.output_guard):
+            if dialogs is None and (input_guard or output_guard):
                 decode = self.llama.tokenizer.decode
                 dialogs = [as_dialog(decode(row.prompt)) for row in rows[::n]]
             refusals: dict[int, str] = {}
             for i, dialog in enumerate(dialogs or ()):
-                against = await self._refusal(dialog)
+                against = await self._refusal(input_guard, dialog, deadline)
                 if against is not None:
                     refusals |= dict.fromkeys(range(i * n, (i + 1) * n), against)
         finally:
             self._n_preparing -= count
         gates = []
-        if self.llama.output_guard is not None and dialogs is not None:
-            gates = [Gate(dialogs[i // n], self.llama.output_guard) for i in range(count)]
-        deadline = begin + min(self._timeout, timeout or math.inf)
-        jobs, news = self._submit(rows, request, refusals, begin, deadline, n_top)
-        return Answers(jobs, news, refusals, gates, self._judge)
-
-    async def embed(self, prompts: Sequence[Any]) -> Answers:
-        """As ``ask``, of vectors, which are the jobs' then."""
-        begin = time.monotonic()
-        if len(prompts) > self._capacity:
-            raise ApiError(
-                400, f"{len(prompts)} texts are given, and the server can queue {self._capacity}"
-            )
-        settings = {"max_gen_len": 0}
-        rows, request = await self._prepare(self.llama.text_rows, [prompts], settings)
-        deadline = begin + self._timeout
-        jobs, news = self._submit(rows, request, {}, begin, deadline, embed=True)
-        return Answers(jobs, news, {}, [], self._judge)
+        if output_guard is not None and dialogs is not None:
+            gates = [Gate(dialogs[i // n], output_guard) for i in range(count)]
+        jobs, news = self._submit(rows, request, refusals, begin, deadline, n_top, embed)
+        return Answers(jobs, news, refusals, gates, self._judge, deadline)
 
     async def _prepare(
         self,
@@ -133,7 +126,7 @@ class Service:
         try:
             # A long text takes a while to be cut into tokens.
             rows, request = await asyncio.to_thread(
-                build, *prompts, prompt_lookup_num_tokens=self._n_lookup, **settings
+                build, *prompts, **{"prompt_lookup_num_tokens": self._n_lookup, **settings}
             )
         except (ValueError, TypeError) as error:
             found = re.match(r"prompt \d+ has (\d+) tokens, more than max_seq_len", str(error))
@@ -163,12 +156,13 @@ class Service:
             429, "the queue is full: try again later", headers={"Retry-After": str(seconds)}
         )
 
-    async def _refusal(self, dialog: Dialog) -> str | None:
+    async def _refusal(
+        self, guard: InputGuard | None, dialog: Dialog, deadline: float
+    ) -> str | None:
         """What the input guard has to say against a dialog, if it has."""
-        guard = self.llama.input_guard
         if guard is None:
             return None
-        verdict = await self._judge.ask(lambda: checked_verdict(guard(dialog)))
+        verdict = await self._judge.ask(deadline, lambda: checked_verdict(guard(dialog)))
         return None if verdict.allowed else refusal(verdict)
 
     def _submit(
@@ -178,13 +172,13 @@ class Service:
         refusals: dict[int, str],
         begin: float,
         deadline: float,
-        n_top: int = 0,
-        embed: bool = False,
+        n_top: int,
+        embed: bool,
     ) -> tuple[list[Job], "asyncio.Queue[tuple[int, Update]]"]:
         """Queue the rows that aren't refused; returns a job for each, and where they tell news."""
         news: asyncio.Queue[tuple[int, Update]] = asyncio.Queue()
         loop = asyncio.get_running_loop()
-        waits = not embed  # for a first token
+        waits = True  # for a first token, which vectors have none of
 
         def tell(number: int, update: Update) -> None:
             nonlocal waits
@@ -192,7 +186,7 @@ class Service:
             if waits and update.n_tokens:
                 waits = False
                 self.metrics.first_token.observe(seconds)
-            if update.finish in ("stop", "length"):
+            if update.finish in ("stop", "length") and not embed:
                 self.metrics.duration.observe(seconds)
                 self._mean_seconds += 0.1 * (seconds - self._mean_seconds)
             with contextlib.suppress(RuntimeError):  # the loop has ended, and nobody listens

@@ -13,7 +13,7 @@ from llama.prompts import Message
 from llama.server import schemas
 from llama.server.answers import Answers
 from llama.server.errors import ApiError
-from llama.server.events import collect, json_response, stream
+from llama.server.events import collect, json_response, stream, unless_gone
 from llama.server.scores import Scores, new_id, usage
 from llama.server.service import Service
 
@@ -34,16 +34,19 @@ async def complete(
     how: dict[str, Any] = {"n": n, "n_top": asked.logprobs or 0, "timeout": asked.timeout}
     if asked.suffix is None:
         settings |= {"echo": bool(asked.echo), "in_context": True}
-        answers = await service.ask(llama.text_rows, prompts, **how, **settings)
+        work = service.ask(llama.text_rows, prompts, **how, **settings)
     else:
         suffixes = [asked.suffix]
-        answers = await service.ask(llama.infilling_rows, prompts, suffixes, **how, **settings)
+        work = service.ask(llama.infilling_rows, prompts, suffixes, **how, **settings)
+    answers = await unless_gone(request, work)
     name, created = new_id("cmpl")
     answer = partial(schemas.Completion, id=name, created=created, model=service.name)
     scores = [Scores(llama.tokenizer, job, bool(asked.echo)) for job in answers.jobs]
     echoed = [""] * len(answers.jobs)
     if asked.echo:
         echoed = [llama.tokenizer.decode(job.row.prompt) for job in answers.jobs]
+        for refused in answers.refusals:
+            echoed[refused] = ""
 
     def choice(i: int, text: str, n_tokens: int, finish: Any) -> schemas.CompletionChoice:
         text, echoed[i] = echoed[i] + text, ""
@@ -62,7 +65,7 @@ async def chat(service: Service, asked: schemas.ChatRequest, request: Request) -
         for m in asked.messages
     ]
     llama, n = service.llama, asked.n or 1
-    answers = await service.ask(
+    work = service.ask(
         llama.chat_rows,
         [dialog],
         n=n,
@@ -73,6 +76,7 @@ async def chat(service: Service, asked: schemas.ChatRequest, request: Request) -
         logprobs=bool(asked.logprobs),
         **asked.sampling,
     )
+    answers = await unless_gone(request, work)
     scores = [Scores(llama.tokenizer, job) for job in answers.jobs]
     name, created = new_id("chatcmpl")
     whole = partial(schemas.ChatCompletion, id=name, created=created, model=service.name)
@@ -142,7 +146,9 @@ async def embed(
     width = service.llama.model.params.dim
     if asked.dimensions not in (None, width):
         raise ApiError(400, f"the model's vectors have {width} numbers: leave it out", "dimensions")
-    answers = await service.embed(_prompts(asked.input))
+    settings: dict[str, Any] = {"max_gen_len": 0, "prompt_lookup_num_tokens": 0, "embed": True}
+    build, prompts = service.llama.text_rows, _prompts(asked.input)
+    answers = await unless_gone(request, service.ask(build, prompts, **settings))
     await collect(request, answers)
     data = []
     for i, job in enumerate(answers.jobs):
@@ -175,5 +181,5 @@ def _prompts(given: Any) -> list[Any]:
 
 
 def _check_scores(service: Service, wanted: bool) -> None:
-    if wanted and service.llama.output_guard is not None:
+    if wanted and (service.llama.input_guard or service.llama.output_guard):
         raise ApiError(400, "behind a guard there are no logprobs: leave it out", "logprobs")
