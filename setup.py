@@ -17,7 +17,13 @@ FORMATS = [
     "gguf>=0.17",
     "protobuf>=4.25",
 ]
-SERVER = ["fastapi>=0.132", "uvicorn>=0.30", "prometheus-client>=0.20", "gradio>=6.31,<7"]
+SERVER = [
+    "fastapi>=0.132",
+    "fastapi-offline>=1.7",
+    "uvicorn>=0.30",
+    "prometheus-client>=0.20",
+    "gradio>=6.31,<7",
+]
 CHAT = ["prompt_toolkit>=3.0.36"]
 TEST = [
     *FORMATS,

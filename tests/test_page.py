@@ -348,7 +348,10 @@ def test_the_embedded_model_talks(browser: Any) -> None:
 
     llama.model.forward_packed = forward_packed  # type: ignore[method-assign]
     with serve(llama, mount=mount_page) as (url, service):
-        page = browser.new_page(viewport={"width": 1200, "height": 720})
+        foreign: list[str] = []
+        context = browser.new_context(viewport={"width": 1200, "height": 720})
+        context.on("request", lambda request: foreign.append(request.url))
+        page = context.new_page()
         page.goto(url)
         slide(page, "Temperature", "0")
         say(page, "What does the cow say?")
@@ -378,4 +381,10 @@ def test_the_embedded_model_talks(browser: Any) -> None:
         wait_until(lambda: not idle(service))
         page.get_by_role("button", name="Stop").click()
         wait_until(lambda: idle(service))
-        page.close()
+        page.goto(f"{url}/docs")
+        expect(page.get_by_text("/v1/chat/completions").first).to_be_visible()
+        context.close()
+        foreign = [
+            address for address in foreign if not address.startswith((url, "data:", "blob:"))
+        ]
+        assert not foreign, f"the server's pages requested {foreign}"

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi_offline import FastAPIOffline
 from pydantic import BaseModel
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -42,11 +43,9 @@ def make_app(
         cors: origins whose web pages may call it.
         api_key, local, max_body: who may come in, as for ``Door``.
     """
-    app = FastAPI(
-        title="llama",
-        summary="Text, chat and infilling by a Llama",
-        docs_url=None,  # its page asks other hosts for its looks
-        redoc_url=None,
+    # FastAPI's own page at /docs would ask other hosts for its looks.
+    app = FastAPIOffline(
+        title="llama", summary="Text, chat and infilling by a Llama", redoc_url=None
     )
     add_error_handlers(app)
     app.include_router(_routes(service))
