@@ -165,13 +165,16 @@ async def stream(client: httpx.AsyncClient, model: str, number: int, n: int) -> 
         "temperature": 0,
         "stream": True,
     }
-    times = []
+    times, finish = [], None
     async with client.stream("POST", "/v1/completions", json=body) as answer:
         if not answer.is_success:
             raise RuntimeError((await answer.aread()).decode()[:300])
         async for line in answer.aiter_lines():
-            if line.startswith("data: {") and json.loads(line[6:]).get("choices"):
+            if line.startswith("data: {") and (choices := json.loads(line[6:]).get("choices")):
                 times.append(time.perf_counter())
+                finish = choices[0].get("finish_reason") or finish
+    if finish != "length":
+        print(f"a stream ended by {finish!r}, perhaps before {n} tokens", file=sys.stderr)
     return times
 
 
