@@ -56,6 +56,10 @@ def running(*command: str, **environment: str) -> Iterator[Process]:
     try:
         yield found
     finally:
+        # A launcher that is killed leaves its processes behind; one that is asked ends them.
+        found.process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            found.process.wait(15)
         found.process.kill()
         found.process.wait(10)
 
