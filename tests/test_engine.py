@@ -1,10 +1,12 @@
 """The server's engine: whatever runs beside it, a request gets what it gets alone."""
 
+import json
 import math
 import random
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -12,6 +14,8 @@ import torch
 from conftest import make_model, passed_tokens
 
 from llama import Llama, Tokenizer
+from llama.packing import Segment
+from llama.server import ranks
 from llama.server.engine import Busy, Draining, Engine
 from llama.server.jobs import Job, Update
 
@@ -308,6 +312,20 @@ def test_a_pass_that_fails_ends_its_requests_alone(
     again = client.submit("The cow", temperature=0, max_gen_len=5)
     work_off(client.engine)
     assert client.text(again) == client.text(expected) != ""
+
+
+def test_other_ranks_outlive_a_pass_that_fails(
+    llama: Llama, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Damaged logits are rank 0's to tell: the others go on with the next pass, to the last."""
+    work = ranks.Pass(tokens=[1, 2], segments=[Segment(0, 0, 2)], select=[1])
+    message = json.dumps(asdict(work)).encode()
+    messages = iter([message, b"{}", message, b""])
+    monkeypatch.setattr(ranks, "_receive", lambda model: next(messages))
+    damaged = iter([math.nan, 0.0])
+    monkeypatch.setattr(llama.model, "logits", lambda h: torch.full((1, 768), next(damaged)))
+    ranks.follow(llama.model)
+    assert llama.model.n_passes == 2 and next(messages, None) is None
 
 
 def test_draining(client: Client) -> None:

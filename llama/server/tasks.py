@@ -41,7 +41,8 @@ async def complete(
     answers = await unless_gone(request, work)
     name, created = new_id("cmpl")
     answer = partial(schemas.Completion, id=name, created=created, model=service.name)
-    scores = [Scores(llama.tokenizer, job, bool(asked.echo)) for job in answers.jobs]
+    scored = answers.jobs if score else []
+    scores = [Scores(llama.tokenizer, job, bool(asked.echo)) for job in scored]
     echoed = [""] * len(answers.jobs)
     if asked.echo:
         echoed = [llama.tokenizer.decode(job.row.prompt) for job in answers.jobs]
@@ -77,7 +78,7 @@ async def chat(service: Service, asked: schemas.ChatRequest, request: Request) -
         **asked.sampling,
     )
     answers = await unless_gone(request, work)
-    scores = [Scores(llama.tokenizer, job) for job in answers.jobs]
+    scores = [Scores(llama.tokenizer, job) for job in answers.jobs if asked.logprobs]
     name, created = new_id("chatcmpl")
     whole = partial(schemas.ChatCompletion, id=name, created=created, model=service.name)
     chunk = partial(schemas.ChatChunk, id=name, created=created, model=service.name)
