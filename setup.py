@@ -52,7 +52,7 @@ setup(
     license="MIT",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    packages=["llama", "llama.formats", "llama.server"],
+    packages=["llama", "llama.formats", "llama.layers", "llama.server"],
     package_data={"llama": ["py.typed", "tiny/*"]},
     install_requires=requirements(),
     extras_require={

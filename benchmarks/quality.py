@@ -21,11 +21,11 @@ import speed
 import torch
 
 from llama import Llama, ModelArgs
+from llama.args import make_args
 from llama.checkpoint import progress_bar
 from llama.convert import convert
 from llama.formats import open_checkpoint
 from llama.generation import TINY
-from llama.params import make_args
 from llama.perplexity import Perplexity, perplexity, summary
 from llama.quantization import scheme_in
 from llama.sharding import parameter_count, weight_bytes

@@ -4,8 +4,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from llama.args import ModelArgs
     from llama.generation import Llama
-    from llama.model import ModelArgs, Transformer
+    from llama.model import Transformer
     from llama.prompts import Dialog, Message
     from llama.tokenizer import Tokenizer
 
@@ -15,7 +16,7 @@ _HOMES = {
     "Dialog": "prompts",
     "Llama": "generation",
     "Message": "prompts",
-    "ModelArgs": "model",
+    "ModelArgs": "args",
     "Tokenizer": "tokenizer",
     "Transformer": "model",
 }

@@ -5,7 +5,8 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 from llama.chat_formats import ChatFormat
-from llama.decoding import Request, Row, checked_list, make_rows, run
+from llama.decoding import Request, Row, make_rows, run
+from llama.errors import checked_list
 from llama.formats.text import choose_chat
 from llama.guards import InputGuard, OutputGuard, checked_verdict, refusal
 from llama.model import Transformer

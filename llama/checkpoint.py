@@ -16,12 +16,12 @@ from typing import Any
 import torch
 
 from llama import parallel
+from llama.args import ModelArgs, make_args
 from llama.files import open_meta
+from llama.layers.quantization import Int4, Scheme
 from llama.memory import release
-from llama.model import ModelArgs, Transformer
-from llama.params import make_args
+from llama.model import Transformer
 from llama.quantization import pack_all, swap
-from llama.rounding import Int4, Scheme
 from llama.sharding import cache_bytes, check_model_parallel_size, stored_bytes, weight_bytes
 from llama.weights import Checkpoint, Weights
 
@@ -71,7 +71,7 @@ def load(
             tensors[name] = tensors[name.replace("output", "tok_embeddings")]
             continue
         part = checkpoint.rank_part(name, args, rank, ranks)
-        kept = scheme and scheme.takes(module)
+        kept = scheme and scheme.applies_to(module)
         part = part.to(device, part.dtype if kept else dtype).contiguous()
         mapped = checkpoint.mapped(name)
         # What needs no change stays mapped: it is read when it is used, and never copied.
@@ -191,7 +191,7 @@ def save(
                 if name.startswith("output."):  # padding is the ranks' affair, not the files'
                     rows = args.n_outputs - number * tensor.shape[0]
                     tensor = tensor[: max(rows, 0)]
-                kept = scheme and scheme.takes(name.rpartition(".")[0])
+                kept = scheme and scheme.applies_to(name.rpartition(".")[0])
                 tensor = tensor.detach().to("cpu", None if kept else dtype).contiguous()
                 # torch.save writes the whole of what a view is a part of.
                 whole_storage = tensor.untyped_storage().nbytes() == tensor.nbytes

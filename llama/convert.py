@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
+from llama.args import make_args
 from llama.checkpoint import progress_bar, save, vocabulary_size
 from llama.formats import apply_adapter, open_checkpoint
-from llama.params import make_args
-from llama.rounding import make_scheme
+from llama.layers.quantization import make_scheme
 from llama.sharding import check_model_parallel_size, quantized_count, stored_bytes
 from llama.weights import Weights, quantized
 

@@ -1,17 +1,18 @@
 """The algorithm of generation: prompts go into the cache, then rows grow token by token."""
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from numbers import Real
-from typing import Any
 
 import torch
 
 from llama import parallel
+from llama.args import ModelArgs
+from llama.errors import NotFinite, PromptTooLong, checked_list
 from llama.lookup import Lookup
-from llama.model import ModelArgs, Transformer
+from llama.model import Transformer
 from llama.packing import Segment, prefill_passes
 from llama.sampling import next_tokens, token_logprobs
 from llama.streaming import TextStream
@@ -74,15 +75,6 @@ class Request:
             raise ValueError(f"top_p is {self.top_p!r}: expected a probability mass from 0 to 1")
 
 
-def checked_list(values: Any, name: str) -> Any:
-    """``values``, unless they are one thing where a list of such things belongs."""
-    if isinstance(values, str | bytes | dict):
-        raise TypeError(f"{name} is one {type(values).__name__}: give a list of them")
-    if not isinstance(values, Iterable):
-        raise TypeError(f"{name} is {values!r}: give a list")
-    return values
-
-
 def make_rows(
     params: ModelArgs,
     prompts: Sequence[Sequence[int]],
@@ -140,10 +132,7 @@ def checked_prompts(params: ModelArgs, prompts: Sequence[Sequence[int]]) -> list
         if foreign:
             raise TypeError(f"prompt {i} holds {foreign[0]!r}: give token ids, which are int")
         if len(ids) > params.max_seq_len:
-            raise ValueError(
-                f"prompt {i} has {len(ids)} tokens, more than max_seq_len={params.max_seq_len}: "
-                "shorten it, or give Llama.build a larger max_seq_len"
-            )
+            raise PromptTooLong(i, len(ids), params.max_seq_len)
         wrong = [t for t in ids if not 0 <= t < params.vocab_size]
         if wrong:
             raise ValueError(
@@ -182,10 +171,6 @@ def run(
             logits = checked_forward(model, tokens, segments)
 
 
-class NotFinite(RuntimeError):
-    """The network's result isn't a number."""
-
-
 def checked_forward(
     model: Transformer,
     tokens: list[int],
@@ -205,10 +190,7 @@ def checked_forward(
     found = forward(ids, segments, chosen).float()
     if not found.isfinite().all():
         model.clear_cache()
-        raise NotFinite(
-            "the model's logits are not finite: its weights are damaged, or their range needs "
-            "dtype=torch.float32"
-        )
+        raise NotFinite
     return found
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import torch
 
-from llama.params import read_params
-from llama.rounding import Int4, Scheme, scheme_of
-from llama.weights import Checkpoint, Weights, printable
+from llama.args import read_params
+from llama.errors import printable
+from llama.layers.quantization import Int4, Scheme, scheme_of
+from llama.weights import Checkpoint, Weights
 
 # Published files carry these tables, which follow from the hyper-parameters.
 _DERIVED = ("rope.freqs", "rotary_emb.inv_freq")
@@ -200,7 +201,7 @@ def check_plain(tensors: Tensors, name: str, scheme: Scheme | None = None) -> No
     for key, tensor in tensors.items():
         plain = tensor.layout == torch.strided and tensor.device.type != "meta"
         module, _, part = key.rpartition(".")
-        wanted = scheme.dtypes().get(part) if scheme and scheme.takes(module) else None
+        wanted = scheme.dtypes().get(part) if scheme and scheme.applies_to(module) else None
         if wanted is not None:
             if not (plain and tensor.dtype == wanted):
                 raise ValueError(

@@ -6,13 +6,14 @@ from pathlib import Path
 import torch
 
 from llama import checkpoint, parallel
+from llama.args import make_args
 from llama.chat_formats import FORMATS
 from llama.compilation import compile_decoding
-from llama.decoding import checked_list
+from llama.errors import checked_list
 from llama.formats import apply_adapter, open_checkpoint
 from llama.formats.text import choose_chat, load_tokenizer, replace_tokenizer
 from llama.guards import Gate, judged
-from llama.params import make_args
+from llama.layers.quantization import make_scheme
 from llama.predictions import (
     ChatPrediction,
     CompletionPrediction,
@@ -23,7 +24,6 @@ from llama.prompts import (
     Message,
 )
 from llama.reading import ReadingLlama
-from llama.rounding import make_scheme
 from llama.sharding import quantized_count
 from llama.weights import quantized
 

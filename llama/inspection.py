@@ -9,12 +9,11 @@ from pathlib import Path
 
 import torch
 
+from llama.args import ModelArgs, make_args
 from llama.checkpoint import vocabulary_size
 from llama.files import find_shards, find_tokenizer
 from llama.formats import open_checkpoint
 from llama.formats.text import load_tokenizer
-from llama.model import ModelArgs
-from llama.params import make_args
 from llama.sharding import cache_bytes, parameter_count, weight_bytes
 from llama.tokenizer import BaseTokenizer
 

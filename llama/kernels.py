@@ -13,7 +13,7 @@ from collections.abc import Mapping, MutableMapping
 import torch
 import torch.nn.functional as F
 
-from llama.rounding import Int4, Int8, Parts, Scheme, hadamard, rotate
+from llama.layers.quantization import Int4, Int8, Scheme, StoredWeight, hadamard, rotate
 
 # FBGEMM's int8 kernels read a packed weight once for up to eight rows, at most of the memory's
 # speed, where oneDNN's and PyTorch's own reach 0.6 of it.
@@ -44,7 +44,7 @@ class Kernel:
         """Shape (n_tokens, in_features) to (n_tokens, width), in the dtype of ``x``."""
         raise NotImplementedError
 
-    def parts(self) -> Parts:
+    def parts(self) -> StoredWeight:
         """The weights as a checkpoint stores them."""
         raise NotImplementedError
 
@@ -93,7 +93,7 @@ class _Int8Cpu(_CpuKernel):
     Sums are exact, so a row's product doesn't depend on what other rows there are.
     """
 
-    def __init__(self, parts: Parts, block: int):
+    def __init__(self, parts: StoredWeight, block: int):
         super().__init__(len(parts["weight"]))
         self._matrix = hadamard(block, torch.device("cpu"), torch.float32)
         scale = parts["scale"][:, 0]
@@ -120,7 +120,7 @@ class _Int8Cpu(_CpuKernel):
         )
         return out.mul_(largest).to(x.dtype)
 
-    def parts(self) -> Parts:
+    def parts(self) -> StoredWeight:
         weight, _ = torch.ops.quantized.linear_unpack(self._packed)
         scale = weight.q_per_channel_scales().float()
         return {"weight": weight.int_repr(), "scale": scale[:, None]}
@@ -132,7 +132,7 @@ class _Int8Plain(Kernel):
     The latter by PyTorch's kernel, or by what the compiler makes of a sum of products.
     """
 
-    def __init__(self, parts: Parts, block: int, dtype: torch.dtype):
+    def __init__(self, parts: StoredWeight, block: int, dtype: torch.dtype):
         self._parts = parts
         self._matrix = hadamard(block, parts["weight"].device, dtype)
         self.width = len(parts["weight"])
@@ -148,7 +148,7 @@ class _Int8Plain(Kernel):
             return F.linear(x, (weight * scale[:, None]).to(x.dtype))
         return F.linear(x, weight.to(x.dtype)) * scale.to(x.dtype)
 
-    def parts(self) -> Parts:
+    def parts(self) -> StoredWeight:
         return self._parts
 
 
@@ -160,11 +160,11 @@ class _Int4Cpu(_CpuKernel):
     quick in bfloat16 only, which few rows of other dtypes are rounded to.
     """
 
-    def __init__(self, parts: Parts, scheme: Int4):
+    def __init__(self, parts: StoredWeight, scheme: Int4):
         super().__init__(len(parts["weight"]))
         self._scheme = scheme
         weight, self._scales_and_zeros = _padded(parts, 64)
-        self._packed = _pack_tiles(scheme.numbers(weight), _int4_tile())
+        self._packed = _pack_tiles(scheme.unpack(weight), _int4_tile())
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         if len(x) <= _FEW_ROWS:
@@ -188,13 +188,13 @@ class _Int4Cpu(_CpuKernel):
         groups = numbers.to(dtype).sub_(8).unflatten(0, (-1, self._scheme.group_size))
         return torch.addcmul(zeros, groups, scales).flatten(0, 1)
 
-    def parts(self) -> Parts:
+    def parts(self) -> StoredWeight:
         numbers = _unpack_tiles(self._packed, _int4_tile()).T[: self.width]
         scales, zeros = self._scales_and_zeros[:, : self.width].transpose(0, 1).unbind(2)
-        return self._scheme.stored(numbers, scales, zeros)
+        return self._scheme.pack(numbers, scales, zeros)
 
 
-def _padded(parts: Parts, multiple: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _padded(parts: StoredWeight, multiple: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Int4's numbers, and scales and zeros of shape (n_groups, out_features, 2), as kernels want.
 
     Zeros fill ``out_features`` up to a multiple.
@@ -233,7 +233,7 @@ def _int4_tile() -> int:
 class _Int4Plain(Kernel):
     """Weights that are widened where they are multiplied."""
 
-    def __init__(self, parts: Parts, scheme: Int4):
+    def __init__(self, parts: StoredWeight, scheme: Int4):
         self._parts = parts
         self._scheme = scheme
         self.width = len(parts["weight"])
@@ -241,7 +241,7 @@ class _Int4Plain(Kernel):
     def product(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self._scheme.dequantize(self._parts, 1).to(x.dtype))
 
-    def parts(self) -> Parts:
+    def parts(self) -> StoredWeight:
         return self._parts
 
 
@@ -250,7 +250,7 @@ class _Int4Cuda(Kernel):
 
     _INNER_TILES = 8  # of 16 inputs, which its order keeps together
 
-    def __init__(self, parts: Parts, scheme: Int4):
+    def __init__(self, parts: StoredWeight, scheme: Int4):
         self.width = len(parts["weight"])
         self._scheme = scheme
         self._in_features = 2 * parts["weight"].shape[1]
@@ -260,7 +260,7 @@ class _Int4Cuda(Kernel):
         self._packed = torch._convert_weight_to_int4pack(swapped, self._INNER_TILES)
 
     @staticmethod
-    def takes(parts: Parts, dtype: torch.dtype) -> bool:
+    def takes(parts: StoredWeight, dtype: torch.dtype) -> bool:
         weight = parts["weight"]
         return (
             weight.device.type == "cuda"
@@ -276,7 +276,7 @@ class _Int4Cuda(Kernel):
         )
         return out[:, : self.width]
 
-    def parts(self) -> Parts:
+    def parts(self) -> StoredWeight:
         # With scale 1 and zero 8 a product with the identity is the numbers themselves.
         identity = torch.eye(self._in_features, dtype=torch.bfloat16, device=self._packed.device)
         plain = self._scales_and_zeros.clone()
@@ -285,10 +285,10 @@ class _Int4Cuda(Kernel):
             identity, self._packed, self._scheme.group_size, plain
         ).T[: self.width]
         scales, zeros = self._scales_and_zeros[:, : self.width].transpose(0, 1).unbind(2)
-        return self._scheme.stored(numbers.to(torch.uint8), scales, zeros)
+        return self._scheme.pack(numbers.to(torch.uint8), scales, zeros)
 
 
-def make_kernel(parts: Parts, scheme: Scheme, block: int, dtype: torch.dtype) -> Kernel:
+def make_kernel(parts: StoredWeight, scheme: Scheme, block: int, dtype: torch.dtype) -> Kernel:
     """The quickest kernel for parts on their device.
 
     Args:

@@ -13,10 +13,10 @@ from fairscale.nn.model_parallel.mappings import gather_from_model_parallel_regi
 from torch import nn
 
 from llama.kernels import Kernel, make_kernel
+from llama.layers.quantization import Scheme, StoredWeight
 from llama.linear import ColumnParallelLinear, ParallelEmbedding, RowParallelLinear, _Linear
 from llama.memory import release, trim
 from llama.model import Attention, FeedForward, Transformer
-from llama.rounding import Parts, Scheme
 
 
 class _QuantizedLinear(_Linear):
@@ -26,7 +26,7 @@ class _QuantizedLinear(_Linear):
         """Make room for quantised parts instead of the weight."""
         self.scheme = scheme
         self._dtype = dtype  # of the inputs
-        self._block = scheme.block(whole_width)
+        self._block = scheme.block_size(whole_width)
         self._kernel: Kernel | None = None
         _make_parts(self, scheme, *self.weight.shape)
 
@@ -46,7 +46,7 @@ class _QuantizedLinear(_Linear):
     def is_packed(self) -> bool:
         return self._kernel is not None
 
-    def parts(self) -> Parts:
+    def parts(self) -> StoredWeight:
         """The parts as a checkpoint stores them."""
         if self._kernel is None:
             return {name: self.get_parameter(name).detach() for name in self.scheme.dtypes()}
@@ -102,7 +102,7 @@ class QuantizedEmbedding(ParallelEmbedding):
         super().__init__(usual.num_embeddings, usual.embedding_dim)
         self.scheme = scheme
         self._dtype = dtype
-        self._block = scheme.block(usual.embedding_dim)
+        self._block = scheme.block_size(usual.embedding_dim)
         _make_parts(self, scheme, *self.weight.shape)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -144,7 +144,7 @@ def swap(model: Transformer, scheme: Scheme, dtype: torch.dtype) -> None:
         ParallelEmbedding: QuantizedEmbedding,
     }
     for path, usual in list(model.named_modules()):
-        if type(usual) in kinds and scheme.takes(path):
+        if type(usual) in kinds and scheme.applies_to(path):
             model.set_submodule(path, kinds[type(usual)](usual, scheme, dtype))
 
 

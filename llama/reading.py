@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from llama.base import BaseLlama, check_not_empty
-from llama.decoding import checked_list, checked_prompts
+from llama.decoding import checked_prompts
+from llama.errors import checked_list
 from llama.pooling import label_scores, last_logits, pool
 from llama.predictions import Classification
 

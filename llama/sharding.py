@@ -6,9 +6,9 @@ from typing import TypeVar
 
 import torch
 
+from llama.args import ModelArgs
 from llama.cache import bytes_per_head
-from llama.model import ModelArgs
-from llama.rounding import Scheme
+from llama.layers.quantization import Scheme
 
 T = TypeVar("T")
 
@@ -36,7 +36,7 @@ def check_model_parallel_size(args: ModelArgs, ranks: int, scheme: Scheme | None
         if n < 1:
             return False
         kv_heads = args.kv_heads
-        if scheme and any(width % (n * scheme.block(width)) for width in widths):
+        if scheme and any(width % (n * scheme.block_size(width)) for width in widths):
             return False
         whole = args.n_heads % n == args.dim % n == args.hidden_dim % n == 0
         return whole and (kv_heads % n == 0 or n % kv_heads == 0)
@@ -45,7 +45,7 @@ def check_model_parallel_size(args: ModelArgs, ranks: int, scheme: Scheme | None
         sizes = ", ".join(str(n) for n in range(1, args.n_heads + 1) if fits(n)) or "none"
         blocks = ""
         if scheme:
-            size = max(scheme.block(width) for width in widths)
+            size = max(scheme.block_size(width) for width in widths)
             blocks = f", in {scheme.name} blocks of {size}"
         raise ValueError(
             f"{ranks} parts can't be made of {args.n_heads} heads, {args.kv_heads} key/value "
@@ -81,7 +81,7 @@ def weight_bytes(
         return parameter_count(args, ranks) * dtype.itemsize
     size = stored_bytes(args, dtype, scheme)
     # Ranks divide a tied table along different lines; quantised, the output's is packed.
-    if args.tie_word_embeddings and (scheme.takes("output") or ranks > 1):
+    if args.tie_word_embeddings and (scheme.applies_to("output") or ranks > 1):
         size += sum(
             part
             for name, part in _stored_sizes(args, dtype, scheme).items()
@@ -99,7 +99,7 @@ def _stored_sizes(args: ModelArgs, dtype: torch.dtype, scheme: Scheme | None) ->
     sizes = {}
     for name, shape in full_shapes(args, scheme).items():
         module, part = name.rsplit(".", 1)
-        taken = scheme is not None and scheme.takes(module)
+        taken = scheme is not None and scheme.applies_to(module)
         stored = scheme.dtypes()[part] if scheme is not None and taken else dtype
         sizes[name] = prod(shape) * stored.itemsize
     return sizes
@@ -108,7 +108,7 @@ def _stored_sizes(args: ModelArgs, dtype: torch.dtype, scheme: Scheme | None) ->
 def quantized_count(args: ModelArgs, scheme: Scheme) -> int:
     """How many of a checkpoint's weights a scheme quantises."""
     shapes = full_shapes(args).items()
-    return sum(prod(s) for name, s in shapes if scheme.takes(name.removesuffix(".weight")))
+    return sum(prod(s) for name, s in shapes if scheme.applies_to(name.removesuffix(".weight")))
 
 
 def full_shapes(args: ModelArgs, scheme: Scheme | None = None) -> dict[str, tuple[int, ...]]:
@@ -140,7 +140,7 @@ def full_shapes(args: ModelArgs, scheme: Scheme | None = None) -> dict[str, tupl
     quantized: dict[str, tuple[int, ...]] = {}
     for name, shape in shapes.items():
         module = name.removesuffix(".weight")
-        if scheme.takes(module):
+        if scheme.applies_to(module):
             parts = scheme.shapes(*shape)
             quantized |= {f"{module}.{part}": size for part, size in parts.items()}
         else:

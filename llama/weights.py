@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
+from llama.args import ModelArgs
+from llama.errors import listed, printable
+from llama.layers.quantization import Scheme, StoredWeight
 from llama.memory import release, trim
-from llama.model import ModelArgs
-from llama.rounding import Parts, Scheme
 from llama.sharding import distinct_pieces, full_shapes, joined_shape, parameter_count, rank_part
 
 Shape = tuple[int, ...]
@@ -119,19 +120,19 @@ def quantized(
         )
     source.check(args)
     widths = {args.dim, args.n_heads * args.head_dim, args.hidden_dim}
-    odd = sorted(width for width in widths if width % scheme.block(width))
+    odd = sorted(width for width in widths if width % scheme.block_size(width))
     if odd:
         raise ValueError(
             f"{scheme} doesn't fit {source.source}, where a weight's width is {odd[0]}: give a "
             "group_size that divides it, or take int8"
         )
-    last: tuple[str, Parts] = ("", {})
+    last: tuple[str, StoredWeight] = ("", {})
     done = 0
 
     def read(name: str) -> torch.Tensor:
         nonlocal last, done
         module, part = name.rsplit(".", 1)
-        if not scheme.takes(module):
+        if not scheme.applies_to(module):
             return source.rank_part(name, args, 0, 1)
         if module != last[0]:
             last = ("", {})
@@ -146,7 +147,7 @@ def quantized(
         return last[1][part]
 
     def mapped(name: str) -> Sequence[torch.Tensor]:
-        return () if scheme.takes(name.rpartition(".")[0]) else source.mapped(name)
+        return () if scheme.applies_to(name.rpartition(".")[0]) else source.mapped(name)
 
     parts = [Weights(full_shapes(args, scheme), read, mapped)]
     return replace(source, parts=parts, names=source.names[:1], in_float32=False, scheme=scheme)
@@ -174,8 +175,7 @@ def check_shapes(
             ("has the unexpected", sorted(part.keys() - expected.keys())),
         ):
             if odd:
-                more = f" and {len(odd) - 5} more" if len(odd) > 5 else ""
-                raise ValueError(f"{name} {problem} {', '.join(map(printable, odd[:5]))}{more}")
+                raise ValueError(f"{name} {problem} {listed([printable(key) for key in odd])}")
     for key, shape in expected.items():
         pieces = [part[key] for part in parts]
         found = joined_shape(key, distinct_pieces(key, pieces, args))
@@ -184,9 +184,3 @@ def check_shapes(
                 f"{key} in {names[0]} has the shape {found or pieces[0]}, but {source} and the "
                 f"tokenizer make it {shape}"
             )
-
-
-def printable(text: str, length: int = 80) -> str:
-    """Text out of a file, fit for an error's line."""
-    text = "".join(c if c.isprintable() else "?" for c in text[: length + 1])
-    return text if len(text) <= length else f"{text[:length]}..."

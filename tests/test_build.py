@@ -10,11 +10,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from llama import Llama, decoding
+from llama.args import make_args
 from llama.chat_formats import FORMATS
 from llama.convert import convert
 from llama.formats import apply_adapter, open_checkpoint
 from llama.generation import TINY
-from llama.params import make_args
 from llama.sharding import full_shapes, split_dim
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))

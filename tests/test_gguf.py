@@ -20,13 +20,13 @@ from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from llama import Tokenizer, Transformer, checkpoint, parallel
+from llama.args import make_args
 from llama.formats import open_checkpoint
 from llama.formats.gguf import open_gguf
 from llama.formats.gguf_file import open_file
 from llama.formats.gguf_tokenizer import tokenizer_files
 from llama.formats.text import load_tokenizer
 from llama.generation import TINY
-from llama.params import make_args
 from llama.weights import Checkpoint
 
 SIZES = {

@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llama import Llama
+from llama.args import make_args
 from llama.formats import hf
 from llama.formats.hf import open_hf
 from llama.generation import TINY
-from llama.params import make_args
 
 SMALL = {
     "hidden_size": 64,

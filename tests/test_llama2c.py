@@ -8,9 +8,9 @@ import torch
 from conftest import make_model
 
 from llama import Tokenizer, Transformer, parallel
+from llama.args import make_args
 from llama.checkpoint import load
 from llama.formats.llama2c import open_llama2c, read_tokenizer
-from llama.params import make_args
 from llama.weights import Checkpoint
 
 TOKENS = torch.randint(0, 96, (2, 20), generator=torch.Generator().manual_seed(1))

@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from llama import ModelArgs, parallel
+from llama.args import make_args
 from llama.checkpoint import load, save
 from llama.files import open_meta
 from llama.formats.layout import from_interleaved, hf_name, is_rotary, meta_name, to_interleaved
 from llama.formats.lora import apply_adapter
 from llama.generation import TINY
-from llama.params import make_args
 from llama.weights import Checkpoint
 
 HEAD_DIM, VOCABULARY = 8, 50

@@ -22,9 +22,9 @@ from test_parallel import script, torchrun
 from llama import Llama, cache, checkpoint, kernels, linear, parallel, quantization
 from llama.convert import convert
 from llama.generation import TINY
+from llama.layers.quantization import Int4, Int8, Scheme, hadamard, make_scheme, rotate
 from llama.packing import Segment, Span, pack
 from llama.perplexity import main, perplexity
-from llama.rounding import Int4, Int8, Scheme, hadamard, make_scheme, rotate
 from llama.sharding import cache_bytes, full_shapes, parameter_count, stored_bytes
 from llama.weights import Checkpoint, Weights, quantized
 
@@ -56,9 +56,9 @@ def test_weights_are_within_half_a_step(scheme: Scheme) -> None:
     parts = scheme.quantize(weight)
     assert {name: part.dtype for name, part in parts.items()} == scheme.dtypes()
     assert {name: tuple(part.shape) for name, part in parts.items()} == scheme.shapes(48, 128)
-    back = scheme.dequantize(parts, scheme.block(128))
+    back = scheme.dequantize(parts, scheme.block_size(128))
     if isinstance(scheme, Int8):
-        matrix = hadamard(scheme.block(128), weight.device, torch.float32)
+        matrix = hadamard(scheme.block_size(128), weight.device, torch.float32)
         off = (rotate(back - weight.float(), matrix) / parts["scale"]).abs()
         assert off.max() <= 0.5 + 1e-3
     error = (back - weight.float()).square().mean().item()
@@ -84,7 +84,7 @@ def test_weights_that_are_all_the_same_or_nothing_stay_so(scheme: Scheme) -> Non
     weight[1] = 0.5
     weight[2] = -3.0
     weight[3, 7] = 1e-20
-    back = scheme.dequantize(scheme.quantize(weight), scheme.block(64))
+    back = scheme.dequantize(scheme.quantize(weight), scheme.block_size(64))
     torch.testing.assert_close(back, weight, atol=1e-6, rtol=0.02)
 
 
@@ -126,7 +126,7 @@ def test_embeddings_equal_their_dequantised_form(scheme: Scheme) -> None:
         return
     rows = model.tok_embeddings(torch.tensor([5, 0, 95]))
     whole = scheme.dequantize(
-        dict(model.tok_embeddings.named_parameters()), scheme.block(rows.shape[1])
+        dict(model.tok_embeddings.named_parameters()), scheme.block_size(rows.shape[1])
     )
     torch.testing.assert_close(rows, whole[[5, 0, 95]])
     error = (whole - usual.tok_embeddings.weight).norm() / usual.tok_embeddings.weight.norm()
@@ -163,7 +163,7 @@ def test_the_network_is_that_of_the_dequantised_weights(
 PRODUCT = """
 import torch
 from llama.kernels import make_kernel
-from llama.rounding import Int4
+from llama.layers.quantization import Int4
 scheme = Int4(32)
 generator = torch.Generator().manual_seed(0)
 weight, x = (torch.randn(n, 64, generator=generator) for n in (96, 3))
@@ -202,7 +202,7 @@ def test_compiled_code_is_told_the_products_true_layout(scheme: Scheme) -> None:
 
 @pytest.mark.parametrize("width", [1, 2, 341, 96, 576, 4096, 11008])
 def test_blocks_divide_every_width(width: int) -> None:
-    block = Int8().block(width)
+    block = Int8().block_size(width)
     assert width % block == 0
     assert width % 2 or width // 2 % block == 0  # so that two ranks can share it
     weight = torch.randn(3, width, generator=torch.Generator().manual_seed(0))

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
+from llama.errors import printable
 from llama.formats.gguf_file import KNOWN, PLAIN, Stored, mapped, open_file, read
 from llama.formats.gguf_tokenizer import tokenizer_files
-from llama.weights import Checkpoint, Weights, printable
+from llama.weights import Checkpoint, Weights
 
 # Meta's names; those of a layer stand behind ``blk.N.`` in a file.
 _NAMES = {

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from llama.errors import printable
 from llama.formats.extras import need
-from llama.weights import printable
 
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _QUANTISED = ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]

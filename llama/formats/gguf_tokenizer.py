@@ -4,8 +4,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from llama.errors import printable
 from llama.formats.extras import need
-from llama.weights import printable
 
 # The types of tokens, the same as SentencePiece's.
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)

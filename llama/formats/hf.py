@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
+from llama.args import read_params
+from llama.errors import printable
 from llama.files import check_plain, open_shard, text_files
 from llama.formats.extras import need
 from llama.formats.layout import is_rotary, meta_name, to_interleaved
-from llama.params import read_params
-from llama.weights import Checkpoint, Weights, printable
+from llama.weights import Checkpoint, Weights
 
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _SINGLE = ("model.safetensors", "pytorch_model.bin")

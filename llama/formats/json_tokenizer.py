@@ -5,9 +5,9 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+from llama.errors import printable
 from llama.formats.extras import need
 from llama.tokenizer import BaseTokenizer
-from llama.weights import printable
 
 
 class JsonTokenizer(BaseTokenizer):

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import torch
 
+from llama.errors import printable
 from llama.files import text_files
 from llama.formats.extras import need
-from llama.weights import Checkpoint, Shape, Weights, printable
+from llama.weights import Checkpoint, Shape, Weights
 
 _HEADER = struct.Struct("<7i")
 # How its later versions begin, as the little-endian number of which "ak42" are the characters.

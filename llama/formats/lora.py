@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
+from llama.args import ModelArgs, make_args
+from llama.errors import printable
 from llama.files import check_plain, text_files
 from llama.formats.hf import open_tensors
 from llama.formats.layout import hf_name, is_rotary, meta_name, to_interleaved
 from llama.formats.lora_config import rank_and_scale, read_config, row_indices
-from llama.model import ModelArgs
-from llama.params import make_args
 from llama.sharding import full_shapes
-from llama.weights import Checkpoint, Shape, Weights, printable
+from llama.weights import Checkpoint, Shape, Weights
 
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _PREFIX = "base_model.model."

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llama.params import read_params
-from llama.weights import printable
+from llama.args import read_params
+from llama.errors import printable
 
 # Settings that are read here, and those without effect on what has been trained. Of the tensors
 # in the file, which are what the target modules came to, none is left out.

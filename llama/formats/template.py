@@ -5,8 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
+from llama.errors import printable
 from llama.formats.extras import need
-from llama.weights import printable
 
 # What a template has no use for, and what makes text of any size from a number.
 _UNNEEDED_FILTERS = "batch center format indent pprint random round slice urlize wordwrap xmlattr"

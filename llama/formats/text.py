@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from llama.chat_formats import FORMATS, ChatFormat
+from llama.errors import printable
 from llama.formats.extras import need
 from llama.formats.json_tokenizer import JsonTokenizer
 from llama.formats.template import ChatTemplate
 from llama.prompts import Dialog, check_messages
 from llama.tokenizer import BaseTokenizer, Tokenizer
-from llama.weights import Checkpoint, printable
+from llama.weights import Checkpoint
 
 Files = Mapping[str, Path | bytes]
 

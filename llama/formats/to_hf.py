@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
+from llama.args import ModelArgs
 from llama.checkpoint import new_directory, write_files, write_json
 from llama.formats.extras import need
 from llama.formats.layout import from_interleaved, hf_name, is_rotary
 from llama.formats.text import load_tokenizer
-from llama.model import ModelArgs, rope_factors
+from llama.model import rope_factors
 from llama.sharding import full_shapes
 from llama.weights import Checkpoint
 

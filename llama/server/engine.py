@@ -15,7 +15,8 @@ from itertools import islice
 
 import torch
 
-from llama.decoding import NotFinite, score_prompt, take_checked
+from llama.decoding import score_prompt, take_checked
+from llama.errors import NotFinite
 from llama.generation import Llama
 from llama.packing import PREFILL_CHUNK, PREFILL_TOKENS, Segment
 from llama.prefixes import common_prefix

@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, field
 import torch
 
 from llama import parallel
-from llama.decoding import NotFinite, checked_forward
+from llama.decoding import checked_forward
+from llama.errors import NotFinite
 from llama.model import Transformer
 from llama.packing import Segment
 from llama.prefixes import copy_rows

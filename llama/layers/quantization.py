@@ -1,11 +1,11 @@
-"""Weights in eight or four bits: how they are rounded, and how a checkpoint stores them.
+"""Quantised weights: how they are rounded, and how a checkpoint stores them.
 
-Eight bits: a row (output) has one scale, and weights lie evenly around zero. Inputs are rounded to
-eight bits too where that is quicker, so both are first multiplied, in blocks, by a Hadamard matrix:
-it leaves their product as it is and spreads what stands out over its block (QuaRot,
+int8: a row (output) has one scale, and codes lie symmetrically around zero. Kernels may round
+inputs to eight bits as well, so both are first multiplied, in blocks, by a Hadamard matrix: this
+leaves their product unchanged and spreads outliers over their block (QuaRot,
 https://arxiv.org/abs/2404.00456).
 
-Four bits: a group of a row's weights has its own scale and zero, of a small squared error.
+int4: a group of a row's weights has its own scale and zero, chosen for a small squared error.
 """
 
 import functools
@@ -16,9 +16,11 @@ from typing import Any
 
 import torch
 
-from llama.params import short
+from llama.errors import short
 
-Parts = dict[str, torch.Tensor]
+StoredWeight = dict[str, torch.Tensor]
+"""A weight as a checkpoint stores it: its tensors by the last part of their names."""
+
 _BLOCK = 64  # of the Hadamard matrix, at most
 _CHUNK = 1 << 17  # weights that are rounded at a time, so that they stay in a processor's cache
 GROUP_SIZES = (32, 64, 128, 256)
@@ -26,7 +28,7 @@ GROUP_SIZES = (32, 64, 128, 256)
 
 @functools.cache
 def hadamard(size: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """The symmetric orthogonal matrix of a power of two."""
+    """Return the symmetric orthogonal Hadamard matrix of a size that is a power of two."""
     matrix = torch.ones(1, 1, dtype=torch.float32)
     while len(matrix) < size:
         upper = torch.cat((matrix, matrix), dim=1)
@@ -48,11 +50,11 @@ class Int8:
 
     name = "int8"
 
-    def takes(self, module: str) -> bool:
-        """Whether a module's weight is quantised: those of the layers, but for norms.
+    def applies_to(self, module: str) -> bool:
+        """Return whether a module's weight is quantised: in the layers, all but norms.
 
-        Of the embedding a token reads one row, which eight bits wouldn't make quicker. An error of
-        the output's weight is one of the logits: greedy text would change at near ties.
+        A token reads one row of the embedding, which eight bits wouldn't make faster. An error in
+        the output's weight is an error in the logits: greedy text would change at near ties.
         """
         return module.startswith("layers.") and not module.endswith("norm")
 
@@ -65,17 +67,17 @@ class Int8:
     def shapes(self, out_features: int, in_features: int) -> dict[str, tuple[int, int]]:
         return {"weight": (out_features, in_features), "scale": (out_features, 1)}
 
-    def block(self, in_features: int) -> int:
-        """How many inputs belong together: no rank can have a part of a block.
+    def block_size(self, in_features: int) -> int:
+        """Return how many inputs are rotated together, which no two ranks can share.
 
-        Two ranks can always share an even width; four, the published ones.
+        Two ranks can always divide an even width; four can divide the published ones.
         """
         return max(1, gcd(in_features, 2 * _BLOCK) // 2)
 
-    def quantize(self, weight: torch.Tensor) -> Parts:
-        """Of a whole weight, of any dtype."""
-        matrix = hadamard(self.block(weight.shape[1]), torch.device("cpu"), torch.float32)
-        numbers = torch.empty(weight.shape, dtype=torch.int8)
+    def quantize(self, weight: torch.Tensor) -> StoredWeight:
+        """Round a whole weight of any dtype, shape (out_features, in_features)."""
+        matrix = hadamard(self.block_size(weight.shape[1]), torch.device("cpu"), torch.float32)
+        codes = torch.empty(weight.shape, dtype=torch.int8)
         scale = torch.empty(len(weight), 1)
         n_rows = max(1, _CHUNK // weight.shape[1])
         for first in range(0, len(weight), n_rows):
@@ -83,28 +85,28 @@ class Int8:
             rotated = rotate(weight[rows].float(), matrix)
             largest = rotated.abs().amax(dim=1, keepdim=True)
             scale[rows] = torch.where(largest > 0, largest / 127, 1)
-            numbers[rows] = rotated.div_(scale[rows]).round_()
-        return {"weight": numbers, "scale": scale}
+            codes[rows] = rotated.div_(scale[rows]).round_()
+        return {"weight": codes, "scale": scale}
 
-    def dequantize(self, parts: Mapping[str, torch.Tensor], block: int) -> torch.Tensor:
-        """In float32, from the parts of a whole weight or of some rows or blocks of it."""
-        rotated = parts["weight"].float() * parts["scale"]
+    def dequantize(self, stored: Mapping[str, torch.Tensor], block: int) -> torch.Tensor:
+        """Return the float32 weight of whole tensors, or of some rows or blocks of them."""
+        rotated = stored["weight"].float() * stored["scale"]
         return rotate(rotated, hadamard(block, rotated.device, rotated.dtype))
 
 
 @dataclass(frozen=True)
 class Int4:
-    """A scale and a zero for each group; a weight is ``(number - 8) * scale + zero``.
+    """A scale and a zero for each group; a weight is ``(code - 8) * scale + zero``.
 
-    ``weight`` is uint8, shape (out_features, in_features / 2), the first of two numbers in the
+    ``weight`` is uint8, shape (out_features, in_features / 2), the first of two codes in the
     lower bits; ``scales`` and ``zeros`` are bfloat16, (out_features, in_features / group_size).
     """
 
     group_size: int = 64
     name = "int4"
 
-    def takes(self, module: str) -> bool:
-        """Whether a module's weight is quantised: all but norms."""
+    def applies_to(self, module: str) -> bool:
+        """Return whether a module's weight is quantised: all but norms."""
         return not module.endswith("norm")
 
     def params(self) -> dict[str, Any]:
@@ -117,12 +119,12 @@ class Int4:
         groups = (out_features, in_features // self.group_size)
         return {"weight": (out_features, in_features // 2), "scales": groups, "zeros": groups}
 
-    def block(self, in_features: int) -> int:
-        """How many inputs belong together: no rank can have a part of a group."""
+    def block_size(self, in_features: int) -> int:
+        """Return how many inputs share a scale, which no two ranks can share."""
         return self.group_size
 
-    def quantize(self, weight: torch.Tensor) -> Parts:
-        """Of a whole weight, of any dtype."""
+    def quantize(self, weight: torch.Tensor) -> StoredWeight:
+        """Round a whole weight of any dtype, shape (out_features, in_features)."""
         dtypes = self.dtypes()
         shapes = self.shapes(*weight.shape)
         whole = {name: torch.empty(shape, dtype=dtypes[name]) for name, shape in shapes.items()}
@@ -130,27 +132,27 @@ class Int4:
         for first in range(0, len(weight), n_rows):
             rows = weight[first : first + n_rows]
             rounded = _round_groups(rows.reshape(-1, self.group_size))
-            numbers, scales, zeros = (part.view(len(rows), -1) for part in rounded)
-            for name, part in self.stored(numbers, scales, zeros).items():
+            codes, scales, zeros = (part.view(len(rows), -1) for part in rounded)
+            for name, part in self.pack(codes, scales, zeros).items():
                 whole[name][first : first + n_rows] = part
         return whole
 
-    def dequantize(self, parts: Mapping[str, torch.Tensor], block: int) -> torch.Tensor:
-        """In float32, from the parts of a whole weight or of some rows or groups of it."""
-        numbers = self.numbers(parts["weight"]).float() - 8
-        groups = numbers.unflatten(1, (-1, self.group_size))
-        scales, zeros = (parts[name].float().unsqueeze(2) for name in ("scales", "zeros"))
+    def dequantize(self, stored: Mapping[str, torch.Tensor], block: int) -> torch.Tensor:
+        """Return the float32 weight of whole tensors, or of some rows or groups of them."""
+        codes = self.unpack(stored["weight"]).float() - 8
+        groups = codes.unflatten(1, (-1, self.group_size))
+        scales, zeros = (stored[name].float().unsqueeze(2) for name in ("scales", "zeros"))
         return torch.addcmul(zeros, groups, scales).flatten(1)
 
     @staticmethod
-    def stored(numbers: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> Parts:
-        """The parts of numbers, 0 to 15, of which two go into a byte."""
-        packed = numbers[:, ::2] | (numbers[:, 1::2] << 4)
+    def pack(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> StoredWeight:
+        """Store codes from 0 to 15, two in a byte."""
+        packed = codes[:, ::2] | (codes[:, 1::2] << 4)
         return {"weight": packed, "scales": scales, "zeros": zeros}
 
     @staticmethod
-    def numbers(packed: torch.Tensor) -> torch.Tensor:
-        """The numbers, 0 to 15, of two in each byte."""
+    def unpack(packed: torch.Tensor) -> torch.Tensor:
+        """Return the codes, from 0 to 15, of which each byte holds two."""
         return torch.stack((packed & 15, packed >> 4), dim=2).flatten(1)
 
 
@@ -162,7 +164,7 @@ _CUTS = [(low, high) for low in (0.0, 0.05, 0.1) for high in (0.0, 0.05, 0.1)]
 def _round_groups(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Numbers, scales and zeros for groups, shape (n, group_size), with a small squared error.
 
-    From each of several ranges: round, then fit scale and offset to the numbers by least squares.
+    From each of several ranges: round, then fit scale and offset to the codes by least squares.
     """
     weight = weight.float()
     low = weight.amin(dim=1, keepdim=True)
@@ -172,28 +174,28 @@ def _round_groups(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, tor
     best_scale, best_offset = torch.ones_like(low), low
     for cut_low, cut_high in _CUTS:
         scale = (span * ((1 - cut_low - cut_high) / 15)).clamp_(min=tiny)
-        scale, offset = _fit(weight, _numbers(weight, scale, low + span * cut_low))
-        rounded = _numbers(weight, scale, offset)
+        scale, offset = _fit(weight, _codes(weight, scale, low + span * cut_low))
+        rounded = _codes(weight, scale, offset)
         error = torch.addcmul(offset - weight, rounded, scale).square_().sum(dim=1, keepdim=True)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         best_scale = torch.where(better, scale, best_scale)
         best_offset = torch.where(better, offset, best_offset)
-    scale, offset = _fit(weight, _numbers(weight, best_scale, best_offset))
+    scale, offset = _fit(weight, _codes(weight, best_scale, best_offset))
     scales = scale.bfloat16()
     zeros = (offset + 8 * scales.float()).bfloat16()
-    numbers = _numbers(weight, scales.float(), zeros.float() - 8 * scales.float())
-    return numbers.to(torch.uint8), scales, zeros
+    codes = _codes(weight, scales.float(), zeros.float() - 8 * scales.float())
+    return codes.to(torch.uint8), scales, zeros
 
 
-def _numbers(weight: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+def _codes(weight: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
     return torch.sub(weight, offset).div_(scale).round_().clamp_(0, 15)
 
 
-def _fit(weight: torch.Tensor, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The scale and offset with the least squared error of ``numbers * scale + offset``."""
-    mean, target = numbers.mean(dim=1, keepdim=True), weight.mean(dim=1, keepdim=True)
-    centred = numbers - mean
+def _fit(weight: torch.Tensor, codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The scale and offset with the least squared error of ``codes * scale + offset``."""
+    mean, target = codes.mean(dim=1, keepdim=True), weight.mean(dim=1, keepdim=True)
+    centred = codes - mean
     variance = centred.square().sum(dim=1, keepdim=True)
     scale = (centred * weight).sum(dim=1, keepdim=True) / variance.clamp(min=0.25)
     scale = scale.clamp_(min=1e-30)  # a group of equal weights is its offset
@@ -201,12 +203,12 @@ def _fit(weight: torch.Tensor, numbers: torch.Tensor) -> tuple[torch.Tensor, tor
 
 
 def make_scheme(name: str, group_size: int | None = None, present: Scheme | None = None) -> Scheme:
-    """The scheme that a caller or a file names.
+    """Return the scheme that a caller or a file names.
 
     Args:
         name: int8 or int4.
         group_size: of int4.
-        present: what a checkpoint has, which a group size that isn't given stands for.
+        present: the checkpoint's own scheme, whose group size is the default.
 
     Raises:
         ValueError: there is none of that name or group size.
@@ -226,21 +228,21 @@ def make_scheme(name: str, group_size: int | None = None, present: Scheme | None
 
 
 def scheme_of(params: dict[str, Any], source: str) -> Scheme | None:
-    """Take a file's scheme out of its hyper-parameters; None for weights that aren't quantised.
+    """Remove a file's scheme from its hyper-parameters and return it; None without one.
 
     Raises:
-        ValueError: it is one that nobody knows.
+        ValueError: the scheme is unknown.
     """
     if "quantization" not in params:
         return None
-    said = params.pop("quantization")
-    known = isinstance(said, dict) and set(said) <= {"format", "group_size"}
-    if known and isinstance(said.get("format"), str):
+    found = params.pop("quantization")
+    known = isinstance(found, dict) and set(found) <= {"format", "group_size"}
+    if known and isinstance(found.get("format"), str):
         try:
-            return make_scheme(said["format"], said.get("group_size"))
+            return make_scheme(found["format"], found.get("group_size"))
         except ValueError:
             pass
     raise ValueError(
-        f"quantization is {short(said)} in {source}: this version reads "
+        f"quantization is {short(found)} in {source}: this version reads "
         '{"format": "int8"} and {"format": "int4", "group_size": 64}; convert the weights again'
     )

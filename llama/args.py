@@ -1,15 +1,66 @@
-"""``params.json``: a checkpoint's hyper-parameters, and whether they can be."""
+"""A checkpoint's hyper-parameters: ``ModelArgs``, and reading them from ``params.json``."""
 
 import dataclasses
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llama.model import ModelArgs
+from llama.errors import LARGEST, listed, short
 
-# Far above any model, far below what would overflow in an intermediate result.
-_LARGEST = 2**31 - 1
+
+@dataclass
+class ModelArgs:
+    """The hyper-parameters of a checkpoint (its ``params.json``) and the size of the cache.
+
+    ``vocab_size`` of -1 stands for the tokenizer's. ``n_kv_heads`` of None means one key/value
+    head for each query head (multi-head attention). The last five extend Meta's format:
+
+    Args:
+        head_dim: a head's width; -1 for ``dim / n_heads``.
+        hidden_dim: the feed-forward layer's width; -1 for 2/3 of 4 ``dim``, times
+            ``ffn_dim_multiplier``, rounded up to a multiple of ``multiple_of``.
+        rope_scaling: how rotary frequencies are stretched, see ``rope_factors``.
+        tie_word_embeddings: whether the output's weight is the embedding's.
+        labels: a classifier's classes, whose logits the network gives in place of tokens'.
+    """
+
+    dim: int = 4096
+    n_layers: int = 32
+    n_heads: int = 32
+    n_kv_heads: int | None = None
+    vocab_size: int = -1
+    multiple_of: int = 256
+    ffn_dim_multiplier: float | None = None
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    max_batch_size: int = 32
+    max_seq_len: int = 2048
+    head_dim: int = -1
+    hidden_dim: int = -1
+    rope_scaling: dict[str, Any] | None = None
+    tie_word_embeddings: bool = False
+    labels: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        if self.head_dim == -1:
+            self.head_dim = self.dim // self.n_heads
+        if self.hidden_dim == -1:
+            hidden = int(2 * 4 * self.dim / 3)
+            if self.ffn_dim_multiplier is not None:
+                hidden = int(self.ffn_dim_multiplier * hidden)
+            self.hidden_dim = self.multiple_of * -(-hidden // self.multiple_of)
+
+    @property
+    def kv_heads(self) -> int:
+        """The number of key/value heads, spelled out."""
+        return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
+
+    @property
+    def n_outputs(self) -> int:
+        """How many logits the network gives."""
+        return self.vocab_size if self.labels is None else len(self.labels)
 
 
 def read_params(path: Path) -> dict[str, Any]:
@@ -53,10 +104,9 @@ def make_args(
     known = [field.name for field in dataclasses.fields(ModelArgs)]
     unknown = sorted(set(params) - set(known))
     if unknown:
-        more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
         raise ValueError(
             f"{source} has the unknown key{'s' * (len(unknown) > 1)} "
-            f"{', '.join(map(short, unknown[:5]))}{more}: known are {', '.join(known)}"
+            f"{listed([short(key) for key in unknown])}: known are {', '.join(known)}"
         )
     _check_numbers(params, source)
     args = ModelArgs(**{**params, "max_seq_len": max_seq_len, "max_batch_size": max_batch_size})
@@ -90,7 +140,7 @@ def _check_numbers(params: Mapping[str, Any], source: str) -> None:
             if type(value) is not bool:
                 raise ValueError(f"{name} is {short(value)} in {source}: expected true or false")
         elif type(default) is int or name == "n_kv_heads":
-            if type(value) is not int or not 1 <= value <= _LARGEST:
+            if type(value) is not int or not 1 <= value <= LARGEST:
                 raise ValueError(
                     f"{name} is {short(value)} in {source}: expected a whole number above 0"
                 )
@@ -99,7 +149,7 @@ def _check_numbers(params: Mapping[str, Any], source: str) -> None:
 
 
 def _check_positive(name: str, value: object, source: str) -> None:
-    if type(value) not in (int, float) or not 0 < value <= _LARGEST:  # type: ignore[operator]
+    if type(value) not in (int, float) or not 0 < value <= LARGEST:  # type: ignore[operator]
         raise ValueError(f"{name} is {short(value)} in {source}: expected a number above 0")
 
 
@@ -166,10 +216,3 @@ def _check_rope_scaling(scaling: object, head_dim: int, source: str) -> None:
         raise ValueError(
             f"rope_scaling in {source} has a high_freq_factor that isn't above its low_freq_factor"
         )
-
-
-def short(value: object) -> str:
-    if isinstance(value, int) and abs(value) > _LARGEST:
-        return "larger than any model's"  # Python refuses to print very large ones
-    text = repr(value)
-    return text if len(text) <= 40 else f"{text[:40]}..."

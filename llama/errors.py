@@ -1,0 +1,62 @@
+"""Errors that code reacts to, and how an error quotes what was found."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+LARGEST = 2**31 - 1
+"""Far above any number of a model, far below what would overflow in an intermediate result."""
+
+
+class PromptTooLong(ValueError):
+    """A prompt has more tokens than the cache has positions for one sequence."""
+
+    def __init__(self, index: int, n_tokens: int, max_seq_len: int):
+        super().__init__(
+            f"prompt {index} has {n_tokens} tokens, more than max_seq_len={max_seq_len}: "
+            "shorten it, or give Llama.build a larger max_seq_len"
+        )
+        self.n_tokens = n_tokens
+        self.max_seq_len = max_seq_len
+
+
+class NotFinite(RuntimeError):
+    """The network's output holds an infinity or a NaN."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the model's logits are not finite: its weights are damaged, or their range needs "
+            "dtype=torch.float32"
+        )
+
+
+def short(value: object, length: int = 40) -> str:
+    """The ``repr`` of a value that may be of any size."""
+    if isinstance(value, int) and abs(value) > LARGEST:
+        return "larger than any model's"  # Python refuses to print very large ones
+    text = repr(value)
+    return text if len(text) <= length else f"{text[:length]}..."
+
+
+def printable(text: str, length: int = 80) -> str:
+    """Text from a file, fit for one line of an error."""
+    text = "".join(c if c.isprintable() else "?" for c in text[: length + 1])
+    return text if len(text) <= length else f"{text[:length]}..."
+
+
+def listed(texts: Sequence[str], limit: int = 5) -> str:
+    """Texts with commas between them; of many, the first ones and how many more there are."""
+    more = f" and {len(texts) - limit} more" if len(texts) > limit else ""
+    return ", ".join(texts[:limit]) + more
+
+
+def checked_list(values: Any, name: str) -> Any:
+    """Return ``values``.
+
+    Raises:
+        TypeError: they are no list, or one thing where a list of such things belongs.
+    """
+    if isinstance(values, str | bytes | dict):
+        raise TypeError(f"{name} is one {type(values).__name__}: give a list of them")
+    if not isinstance(values, Iterable):
+        raise TypeError(f"{name} is {values!r}: give a list")
+    return values

@@ -1,0 +1,1 @@
+"""What ``llama.model`` is made of: attention, the cache, linear layers and their kernels."""
