@@ -52,7 +52,14 @@ setup(
     license="MIT",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    packages=["llama", "llama.formats", "llama.layers", "llama.server"],
+    packages=[
+        "llama",
+        "llama.chat",
+        "llama.checkpoint",
+        "llama.layers",
+        "llama.server",
+        "llama.tokenizers",
+    ],
     package_data={"llama": ["py.typed", "tiny/*"]},
     install_requires=requirements(),
     extras_require={

@@ -18,9 +18,9 @@ import fire
 import torch
 
 from llama import Llama
+from llama.checkpoint.sharding import parameter_count, weight_bytes
 from llama.packing import Segment, prefill_passes
 from llama.quantization import scheme_in
-from llama.sharding import parameter_count, weight_bytes
 
 BATCHES = (1, 2, 4, 8)
 CONTEXTS = (128, 512, 1024, 2048, 4096)

@@ -22,10 +22,12 @@ from pathlib import Path
 import fire
 import torch
 
-from llama import ModelArgs, checkpoint, sharding
-from llama.formats.to_hf import save_hf
+from llama import ModelArgs
+from llama.checkpoint.base import Checkpoint, Weights
+from llama.checkpoint.save import save
+from llama.checkpoint.save_hf import save_hf
+from llama.checkpoint.sharding import full_shapes
 from llama.generation import TINY
-from llama.weights import Checkpoint, Weights
 
 SIZES = {
     "110M": ModelArgs(dim=768, n_layers=12, n_heads=12, vocab_size=32000),
@@ -48,7 +50,7 @@ LOAD = """
 import json, sys, torch
 from llama import Llama, parallel
 from llama.quantization import scheme_in
-from llama.sharding import weight_bytes
+from llama.checkpoint.sharding import weight_bytes
 def peak():
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
@@ -102,11 +104,11 @@ def quantize(path: Path, how: str) -> Path:
 def write(args: ModelArgs, directory: Path, dtype: torch.dtype, shards: int) -> None:
     tensors = {
         name: torch.empty(shape, dtype=dtype).normal_(std=0.02)
-        for name, shape in sharding.full_shapes(args).items()
+        for name, shape in full_shapes(args).items()
     }
     files = {"tokenizer.model": TINY / "tokenizer.model"}
     if shards:
-        checkpoint.save([tensors], args, directory, shards, files)
+        save([tensors], args, directory, shards, files)
     else:
         whole = Checkpoint("random", {}, [Weights.of(tensors)], ["random"], dtype, files)
         save_hf(whole, args, directory)

@@ -22,13 +22,13 @@ import torch
 
 from llama import Llama, ModelArgs
 from llama.args import make_args
-from llama.checkpoint import progress_bar
+from llama.checkpoint import open_checkpoint
+from llama.checkpoint.save import progress_bar
+from llama.checkpoint.sharding import parameter_count, weight_bytes
 from llama.convert import convert
-from llama.formats import open_checkpoint
 from llama.generation import TINY
 from llama.perplexity import Perplexity, perplexity, summary
 from llama.quantization import scheme_in
-from llama.sharding import parameter_count, weight_bytes
 
 sys.path.append(str(Path(__file__).parent.parent / "tools"))
 

@@ -26,7 +26,7 @@ import httpx
 import torch
 
 from llama import Llama
-from llama.checkpoint import progress_bar
+from llama.checkpoint.save import progress_bar
 
 ALLOWED_GROWTH = 32e6  # bytes: what Python and the allocator take without giving it back at once
 MAX_SEQ_LEN = 256

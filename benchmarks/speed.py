@@ -28,12 +28,14 @@ import growth
 import torch
 from plots import draw_growth, draw_peers
 
-from llama import ModelArgs, checkpoint, sharding
+from llama import ModelArgs
+from llama.checkpoint.base import Checkpoint, Weights
+from llama.checkpoint.hf import from_interleaved
+from llama.checkpoint.save import save
+from llama.checkpoint.save_hf import save_hf
+from llama.checkpoint.sharding import full_shapes, parameter_count
 from llama.convert import convert
-from llama.formats.layout import from_interleaved
-from llama.formats.to_hf import save_hf
 from llama.generation import TINY
-from llama.weights import Checkpoint, Weights
 
 SHAPES = {
     "110M": ModelArgs(dim=768, n_layers=12, n_heads=12, vocab_size=32000),
@@ -46,12 +48,12 @@ Tensors = dict[str, torch.Tensor]
 def random_weights(args: ModelArgs) -> Tensors:
     return {
         name: torch.empty(shape, dtype=torch.bfloat16).normal_(std=0.02)
-        for name, shape in sharding.full_shapes(args).items()
+        for name, shape in full_shapes(args).items()
     }
 
 
 def write_meta(args: ModelArgs, tensors: Tensors, path: Path) -> None:
-    checkpoint.save([tensors], args, path, files={"tokenizer.model": TINY / "tokenizer.model"})
+    save([tensors], args, path, files={"tokenizer.model": TINY / "tokenizer.model"})
 
 
 def write_hf(args: ModelArgs, tensors: Tensors, path: Path) -> None:
@@ -64,9 +66,9 @@ def write_gguf(
     """``vocabulary`` has tokens, scores, types, bos and eos; without it the file has none."""
     import gguf
 
-    from llama.formats.gguf import _NAMES
+    from llama.checkpoint.gguf import META_NAMES
 
-    theirs = {ours: name for name, ours in _NAMES.items()}
+    theirs = {ours: name for name, ours in META_NAMES.items()}
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(args.max_seq_len)
     writer.add_embedding_length(args.dim)
@@ -243,7 +245,7 @@ def run_growth(path: Path) -> dict[str, Any]:
 def table(shape: str, results: dict[str, Any]) -> str:
     """The medians, and what fraction of the machine's limits they are."""
     args = SHAPES[shape]
-    per_token = sharding.parameter_count(args) - args.vocab_size * args.dim  # one row is looked up
+    per_token = parameter_count(args) - args.vocab_size * args.dim  # one row is looked up
     per_prompt = per_token - args.vocab_size * args.dim  # the last position's logits only
     bandwidth, peak = results["limits"]["bandwidth"], results["limits"]["peak"]
     lines = [

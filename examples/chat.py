@@ -17,10 +17,10 @@ import fire
 import torch
 
 from llama import Llama, Message, parallel
-from llama.chat_formats import FORMATS
+from llama.chat.formats import FORMATS
+from llama.chat.prompts import UNSAFE_ERROR, check_messages, has_tags
 from llama.generation import TINY
 from llama.parallel import print_once
-from llama.prompts import UNSAFE_ERROR, check_messages, has_tags
 
 HELP = """\
 /system TEXT  set the system prompt, "" for none; without TEXT, show it

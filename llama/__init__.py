@@ -5,17 +5,17 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from llama.args import ModelArgs
+    from llama.chat.prompts import Dialog, Message
     from llama.generation import Llama
     from llama.model import Transformer
-    from llama.prompts import Dialog, Message
     from llama.tokenizer import Tokenizer
 
 __all__ = ["Dialog", "Llama", "Message", "ModelArgs", "Tokenizer", "Transformer"]
 
 _HOMES = {
-    "Dialog": "prompts",
+    "Dialog": "chat.prompts",
     "Llama": "generation",
-    "Message": "prompts",
+    "Message": "chat.prompts",
     "ModelArgs": "args",
     "Tokenizer": "tokenizer",
     "Transformer": "model",

@@ -4,14 +4,13 @@ import random
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
-from llama.chat_formats import ChatFormat
+from llama.chat.formats import ChatFormat, choose_chat
+from llama.chat.prompts import UNSAFE_ERROR, Dialog, has_tags, infilling_prompt_tokens
 from llama.decoding import Request, Row, make_rows, run
 from llama.errors import checked_list
-from llama.formats.text import choose_chat
 from llama.guards import InputGuard, OutputGuard, checked_verdict, refusal
 from llama.model import Transformer
 from llama.prefixes import Prefixes
-from llama.prompts import UNSAFE_ERROR, Dialog, has_tags, infilling_prompt_tokens
 from llama.tokenizer import BaseTokenizer
 from llama.turns import Turns
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 
 from llama.args import make_args
-from llama.checkpoint import progress_bar, save, vocabulary_size
-from llama.formats import apply_adapter, open_checkpoint
+from llama.checkpoint import apply_adapter, open_checkpoint
+from llama.checkpoint.base import Weights, quantized, vocabulary_size
+from llama.checkpoint.save import progress_bar, save
+from llama.checkpoint.sharding import check_model_parallel_size, quantized_count, stored_bytes
 from llama.layers.quantization import make_scheme
-from llama.sharding import check_model_parallel_size, quantized_count, stored_bytes
-from llama.weights import Weights, quantized
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -41,7 +41,7 @@ def convert(
 
     Raises:
         FileExistsError: ``out_dir`` is there already.
-        ValueError: an argument is wrong, or as in ``llama.formats.open_checkpoint``.
+        ValueError: an argument is wrong, or as in ``llama.checkpoint.open_checkpoint``.
     """
     if to not in ("meta", "hf"):
         raise ValueError(f"to is {to!r}: expected 'meta' or 'hf'")
@@ -82,7 +82,7 @@ def convert(
     else:
         if source.scheme is not None:
             raise ValueError(f"{in_path} is quantised: convert the original weights to hf")
-        from llama.formats.to_hf import save_hf
+        from llama.checkpoint.save_hf import save_hf
 
         save_hf(source, args, target, wanted, show)
     print(f"\nwrote {target}", file=sys.stderr)

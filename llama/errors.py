@@ -1,6 +1,8 @@
 """Errors that code reacts to, and how an error quotes what was found."""
 
+import importlib
 from collections.abc import Iterable, Sequence
+from types import ModuleType
 from typing import Any
 
 LARGEST = 2**31 - 1
@@ -60,3 +62,23 @@ def checked_list(values: Any, name: str) -> Any:
     if not isinstance(values, Iterable):
         raise TypeError(f"{name} is {values!r}: give a list")
     return values
+
+
+# The packages on the index whose modules have another name.
+_PACKAGES = {"google.protobuf": "protobuf", "sentencepiece.sentencepiece_model_pb2": "protobuf"}
+
+
+def need(module: str) -> ModuleType:
+    """Import a module of the extra ``formats``.
+
+    Raises:
+        ImportError: its package isn't installed; says how to install it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = _PACKAGES.get(module, module.split(".")[0])
+        raise ImportError(
+            f"this checkpoint's format needs the package {package}: "
+            "pip install 'llama[formats]' brings it"
+        ) from error

@@ -5,13 +5,20 @@ from pathlib import Path
 
 import torch
 
-from llama import checkpoint, parallel
+from llama import parallel
 from llama.args import make_args
-from llama.chat_formats import FORMATS
+from llama.chat.formats import FORMATS, choose_chat
+from llama.chat.prompts import (
+    Dialog,
+    Message,
+)
+from llama.checkpoint import apply_adapter, open_checkpoint
+from llama.checkpoint.base import quantized, replace_tokenizer, vocabulary_size
+from llama.checkpoint.load import load
+from llama.checkpoint.save import log_progress
+from llama.checkpoint.sharding import quantized_count
 from llama.compilation import compile_decoding
 from llama.errors import checked_list
-from llama.formats import apply_adapter, open_checkpoint
-from llama.formats.text import choose_chat, load_tokenizer, replace_tokenizer
 from llama.guards import Gate, judged
 from llama.layers.quantization import make_scheme
 from llama.predictions import (
@@ -19,13 +26,8 @@ from llama.predictions import (
     CompletionPrediction,
     InfillingPrediction,
 )
-from llama.prompts import (
-    Dialog,
-    Message,
-)
 from llama.reading import ReadingLlama
-from llama.sharding import quantized_count
-from llama.weights import quantized
+from llama.tokenizers import load_tokenizer
 
 TINY = Path(__file__).parent / "tiny"
 """The checkpoint that comes with the package."""
@@ -66,7 +68,7 @@ class Llama(ReadingLlama):
             device: where to run; CUDA, else Apple's MPS, else the CPU by default.
             dtype: what to compute in; by default what the checkpoint and the device suggest.
             adapter: a directory with a LoRA adapter to merge in, or several in order.
-            chat_format: how dialogs are written, one of ``llama.chat_formats.FORMATS``; by default
+            chat_format: how dialogs are written, one of ``llama.chat.formats.FORMATS``; by default
                 as the checkpoint's own template says, else as Meta's models were trained.
             compile: whether to compile decoding steps (CUDA and CPU), which needs Triton or a C++
                 compiler and takes a while; the log tells how long.
@@ -103,20 +105,20 @@ class Llama(ReadingLlama):
             source = apply_adapter(source, Path(directory))
         if tokenizer_path is not None:
             source = replace_tokenizer(source, Path(tokenizer_path))
-        vocabulary = checkpoint.vocabulary_size(source)
+        vocabulary = vocabulary_size(source)
         tokenizer = load_tokenizer(source.files, vocabulary, ckpt_dir)
         chat = choose_chat(chat_format, source.files, tokenizer)
         n_words = tokenizer.n_words
         args = make_args(source.params, source.source, n_words, max_seq_len, max_batch_size)
         if quantize is not None:
             scheme = make_scheme(quantize, group_size, source.scheme)
-            tell = checkpoint.log_progress(quantized_count(args, scheme), "quantising")
+            tell = log_progress(quantized_count(args, scheme), "quantising")
             source = quantized(source, args, scheme, tell)
         elif group_size is not None:
             raise ValueError("group_size is for quantize='int4': say so, or leave it out")
         if kv_cache_dtype not in (None, "int8"):
             raise ValueError(f"kv_cache_dtype is {kv_cache_dtype!r}: expected None or 'int8'")
-        model = checkpoint.load(source, args, torch_device, dtype, kv_cache_dtype == "int8")
+        model = load(source, args, torch_device, dtype, kv_cache_dtype == "int8")
         if compile:
             compile_decoding(model)
         return Llama(model, tokenizer, seed, chat)
@@ -229,7 +231,7 @@ class Llama(ReadingLlama):
             its reason.
 
         Raises:
-            ValueError: a dialog is not well formed (``llama.prompts.check_dialog``), or as in
+            ValueError: a dialog is not well formed (``llama.chat.prompts.check_dialog``), or as in
                 ``generate``.
         """
         dialogs = list(checked_list(dialogs, "dialogs"))

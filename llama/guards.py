@@ -5,7 +5,7 @@ from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass
 
-from llama.prompts import Dialog
+from llama.chat.prompts import Dialog
 
 
 @dataclass(frozen=True)

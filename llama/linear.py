@@ -19,7 +19,7 @@ from fairscale.nn.model_parallel.mappings import (
 )
 from torch import nn
 
-from llama.memory import release, trim
+from llama.layers.memory import release, trim
 from llama.parallel import world_size
 
 # Packing takes longer than a product: it begins with a weight's second use, lest it delays the

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llama.chat.prompts import Dialog, Message, check_dialog
 from llama.guards import Verdict
-from llama.prompts import Dialog, Message, check_dialog
 
 if TYPE_CHECKING:
     from llama.generation import Llama

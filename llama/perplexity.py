@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from llama.checkpoint import progress_bar
+from llama.checkpoint.save import progress_bar
 from llama.generation import TINY, Llama
 
 

@@ -2,7 +2,7 @@
 
 from typing import TypedDict
 
-from llama.prompts import Message
+from llama.chat.prompts import Message
 
 
 class _Scores(TypedDict, total=False):

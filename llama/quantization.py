@@ -13,9 +13,9 @@ from fairscale.nn.model_parallel.mappings import gather_from_model_parallel_regi
 from torch import nn
 
 from llama.kernels import Kernel, make_kernel
+from llama.layers.memory import release, trim
 from llama.layers.quantization import Scheme, StoredWeight
 from llama.linear import ColumnParallelLinear, ParallelEmbedding, RowParallelLinear, _Linear
-from llama.memory import release, trim
 from llama.model import Attention, FeedForward, Transformer
 
 

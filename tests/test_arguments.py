@@ -11,9 +11,10 @@ from conftest import make_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llama import Llama, Tokenizer, checkpoint
+from llama import Llama, Tokenizer
+from llama.chat.prompts import dialog_prompt_tokens, infilling_prompt_tokens
+from llama.checkpoint.save import reshard, save
 from llama.generation import TINY
-from llama.prompts import dialog_prompt_tokens, infilling_prompt_tokens
 
 USER = {"role": "user", "content": "Hi"}
 NAN = float("nan")
@@ -112,17 +113,17 @@ TABLE: dict[str, tuple[Callable[[Llama], Any], type[Exception], str]] = {
         "model_parallel_size is 2",
     ),
     "save: there": (
-        lambda m: checkpoint.save([m.model.state_dict()], m.model.params, TINY),
+        lambda m: save([m.model.state_dict()], m.model.params, TINY),
         FileExistsError,
-        "is there already",
+        "already exists",
     ),
     "save: parts": (
-        lambda m: checkpoint.save([m.model.state_dict()], m.model.params, Path("/tmp/out"), 3),
+        lambda m: save([m.model.state_dict()], m.model.params, Path("/tmp/out"), 3),
         ValueError,
         "3 parts can't be made",
     ),
     "reshard: none": (
-        lambda m: checkpoint.reshard("/nowhere", "/tmp/out"),
+        lambda m: reshard("/nowhere", "/tmp/out"),
         FileNotFoundError,
         "/nowhere",
     ),
@@ -177,9 +178,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = make_model(vocab_size=768, n_layers=1)
     target = directory / "model"
     tokenizer = TINY / "tokenizer.model"
-    checkpoint.save(
-        [model.state_dict()], model.params, target, files={"tokenizer.model": tokenizer}
-    )
+    save([model.state_dict()], model.params, target, files={"tokenizer.model": tokenizer})
     return target
 
 

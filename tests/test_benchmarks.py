@@ -8,8 +8,8 @@ import torch
 from conftest import passed_tokens
 
 from llama import ModelArgs
-from llama.formats import open_checkpoint
-from llama.sharding import full_shapes
+from llama.checkpoint import open_checkpoint
+from llama.checkpoint.sharding import full_shapes
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import engines

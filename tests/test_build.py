@@ -11,11 +11,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from llama import Llama, decoding
 from llama.args import make_args
-from llama.chat_formats import FORMATS
+from llama.chat.formats import FORMATS
+from llama.checkpoint import apply_adapter, open_checkpoint
+from llama.checkpoint.sharding import full_shapes, split_dim
 from llama.convert import convert
-from llama.formats import apply_adapter, open_checkpoint
 from llama.generation import TINY
-from llama.sharding import full_shapes, split_dim
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import speed

@@ -11,10 +11,12 @@ from conftest import make_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from llama import Llama, checkpoint
+from llama import Llama
+from llama.checkpoint import open_checkpoint, save_hf
+from llama.checkpoint.save import reshard, save
 from llama.convert import convert
-from llama.formats import open_checkpoint, to_hf
 from llama.generation import TINY
+from llama.model import rope_factors
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -38,7 +40,7 @@ def saved(directory: Path, dtype: torch.dtype | None = None, **params: object) -
     """A random checkpoint in Meta's layout."""
     model = make_model(**{"vocab_size": 768, **params})
     files = {"tokenizer.model": TINY / "tokenizer.model"}
-    checkpoint.save([model.state_dict()], model.params, directory, files=files, dtype=dtype)
+    save([model.state_dict()], model.params, directory, files=files, dtype=dtype)
     return directory
 
 
@@ -55,7 +57,7 @@ def test_transformers_loads_what_was_written_and_the_way_back_is_exact(
     meta = saved(tmp_path / "meta", **VARIANTS[variant])
     convert(str(meta), str(tmp_path / "hf"), "hf")
     convert(str(tmp_path / "hf"), str(tmp_path / "back"), "meta", model_parallel_size=2)
-    checkpoint.reshard(str(tmp_path / "back"), str(tmp_path / "whole"))
+    reshard(str(tmp_path / "back"), str(tmp_path / "whole"))
     assert same_files(meta, tmp_path / "whole")
 
     model = Llama.build(meta, device="cpu", dtype=torch.float32).model
@@ -101,7 +103,7 @@ def test_dtypes(tmp_path: Path, dtype: str | None, to: str) -> None:
 
 
 def test_large_models_are_split_and_the_index_names_every_tensor(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(to_hf, "_SHARD_BYTES", 200_000)
+    monkeypatch.setattr(save_hf, "SHARD_BYTES", 200_000)
     meta = saved(tmp_path / "meta")
     convert(str(meta), str(tmp_path / "hf"), "hf")
     index = json.loads((tmp_path / "hf" / "model.safetensors.index.json").read_text())
@@ -115,7 +117,7 @@ def test_large_models_are_split_and_the_index_names_every_tensor(tmp_path, monke
 def test_factors_that_are_llama3s_are_told_so_and_others_refused(tmp_path: Path) -> None:
     published = {**LLAMA3, "original_max_position_embeddings": 8192}
     model = make_model(rope_scaling=published, rope_theta=5e5, head_dim=64)
-    factors = to_hf.rope_factors(model.params).tolist()
+    factors = rope_factors(model.params).tolist()
     params = {"rope_scaling": {"rope_type": "factors", "factors": factors}, "head_dim": 64}
     meta = saved(tmp_path / "meta", rope_theta=5e5, **params)
     convert(str(meta), str(tmp_path / "hf"), "hf")
@@ -134,7 +136,7 @@ def test_the_command_line(tmp_path: Path) -> None:
     assert "[##############################] 100 %" in done.stderr
     again = subprocess.run(command, capture_output=True, text=True)
     assert again.returncode == 1
-    assert "is there already: give another name or remove it" in again.stderr
+    assert "already exists: give another name or remove it" in again.stderr
     assert "Traceback" not in again.stderr
 
 
@@ -147,7 +149,7 @@ def test_mistakes_leave_nothing_behind(tmp_path: Path, monkeypatch) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             convert(str(TINY), str(tmp_path / "out"), **arguments)
-    monkeypatch.setattr(to_hf, "from_interleaved", lambda *_: 1 / 0)
+    monkeypatch.setattr(save_hf, "from_interleaved", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         convert(str(TINY), str(tmp_path / "out"), "hf")
     assert list(tmp_path.iterdir()) == []

@@ -8,9 +8,9 @@ import torch
 from conftest import make_model
 
 from llama import Dialog, Llama, Tokenizer, decoding, packing
+from llama.chat.prompts import UNSAFE_ERROR
 from llama.generation import TINY
 from llama.model import pack
-from llama.prompts import UNSAFE_ERROR
 
 STORY = "Once upon a time, there was a little girl named Mia."
 PROMPTS = [STORY, "Sam", "One sunny morning, Tom went to the park. He took", "", "The cow"]

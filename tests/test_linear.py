@@ -11,7 +11,8 @@ import pytest
 import torch
 from conftest import make_model
 
-from llama import Transformer, checkpoint, linear
+from llama import Transformer, linear
+from llama.checkpoint.save import save
 from llama.linear import ColumnParallelLinear
 
 
@@ -68,7 +69,7 @@ def test_a_packed_model_is_saved_as_it_was(tmp_path: Path, monkeypatch) -> None:
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for _ in range(linear._PACKED_OVER + 1):
         model.forward(torch.tensor([[1]]))
-    checkpoint.save([model.state_dict()], model.params, tmp_path / "out")
+    save([model.state_dict()], model.params, tmp_path / "out")
     after = torch.load(tmp_path / "out" / "consolidated.00.pth")
     assert all(layer.is_packed for layer in model.modules() if isinstance(layer, linear._Linear))
     assert after.keys() == before.keys()

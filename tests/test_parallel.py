@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from llama import Llama, checkpoint, parallel
+from llama import Llama, parallel
+from llama.checkpoint.save import reshard, save
+from llama.checkpoint.sharding import parameter_count
 from llama.generation import TINY
-from llama.sharding import parameter_count
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
@@ -132,14 +133,14 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     paths = {"tiny1": TINY}
     for n in (2, 4):
         paths[f"tiny{n}"] = directory / f"tiny{n}"
-        checkpoint.reshard(str(TINY), str(paths[f"tiny{n}"]), model_parallel_size=n)
+        reshard(str(TINY), str(paths[f"tiny{n}"]), model_parallel_size=n)
     for name, params in {
         "mqa": {"n_kv_heads": 1, "vocab_size": 768},
         "odd_vocab": {"n_kv_heads": 2, "vocab_size": 769},
     }.items():
         model = make_model(**params)
         paths[name] = directory / name
-        checkpoint.save([model.state_dict()], model.params, paths[name])
+        save([model.state_dict()], model.params, paths[name])
     return paths
 
 
@@ -218,7 +219,8 @@ def test_two_nodes(checkpoints, alone, tmp_path: Path) -> None:
 # A rank writes its process id, then the second one comes to harm while the first works or waits.
 FAULTY = """
 import os, sys
-from llama import Llama, files
+from llama import Llama
+from llama.checkpoint import meta
 kind, out, rank = sys.argv[1], sys.argv[2], int(os.environ["RANK"])
 with open(out + str(rank), "w") as file:
     file.write(str(os.getpid()))
@@ -226,7 +228,7 @@ harmed = rank == 1
 if harmed and kind == "loading":
     def read(path):
         raise ValueError("damaged on this rank only")
-    files.open_shard = read
+    meta.open_shard = read
 llama = Llama.build(device="cpu")
 if harmed and kind == "memory":
     forward, calls = llama.model.forward_packed, iter(range(10**9))

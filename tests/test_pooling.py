@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, LlamaModel
 
-from llama import Llama, checkpoint
+from llama import Llama
+from llama.checkpoint.save import save
 from llama.generation import TINY
 from llama.packing import PREFILL_CHUNK
 
@@ -192,7 +193,7 @@ def test_a_classifier_in_metas_layout_loads_again(
     llama, _ = classifier
     files = {"tokenizer.model": TINY / "tokenizer.model"}
     params = llama.model.params
-    checkpoint.save([llama.model.state_dict()], params, tmp_path / "out", n, files)
+    save([llama.model.state_dict()], params, tmp_path / "out", n, files)
     again = build(tmp_path / "out")
     assert again.model.params.labels == ["bad", "so so", "good"]
     # The attention kernel may round otherwise in rows of other memory.

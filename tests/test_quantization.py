@@ -19,14 +19,16 @@ from conftest import make_model
 from test_examples import EXAMPLES, EXPECTED
 from test_parallel import script, torchrun
 
-from llama import Llama, cache, checkpoint, kernels, linear, parallel, quantization
+from llama import Llama, cache, kernels, linear, parallel, quantization
+from llama.checkpoint.base import Checkpoint, Weights, quantized
+from llama.checkpoint.load import load
+from llama.checkpoint.save import reshard
+from llama.checkpoint.sharding import cache_bytes, full_shapes, parameter_count, stored_bytes
 from llama.convert import convert
 from llama.generation import TINY
 from llama.layers.quantization import Int4, Int8, Scheme, hadamard, make_scheme, rotate
 from llama.packing import Segment, Span, pack
 from llama.perplexity import main, perplexity
-from llama.sharding import cache_bytes, full_shapes, parameter_count, stored_bytes
-from llama.weights import Checkpoint, Weights, quantized
 
 SCHEMES: list[Scheme] = [Int8(), Int4(32), Int4(64)]
 
@@ -40,7 +42,7 @@ def quantised_model(scheme: Scheme, dtype: torch.dtype = torch.float32, **params
         del weights["output.weight"]
     source = Checkpoint("test", {}, [Weights.of(weights)], ["test"], torch.float32)
     device = torch.device("cpu")
-    return model, checkpoint.load(quantized(source, args, scheme), args, device, dtype)
+    return model, load(quantized(source, args, scheme), args, device, dtype)
 
 
 @pytest.mark.parametrize("size", [1, 2, 32, 64])
@@ -314,7 +316,7 @@ def test_quantised_checkpoints_on_two_processes_and_in_two_files(tmp_path: Path)
                 group_size=group_size,
             )
             paths.append(path)
-        checkpoint.reshard(str(path), str(tmp_path / f"{quantize}-again"), 1)
+        reshard(str(path), str(tmp_path / f"{quantize}-again"), 1)
         first = torch.load(tmp_path / f"{quantize}-1" / "consolidated.00.pth", weights_only=True)
         again = torch.load(
             tmp_path / f"{quantize}-again" / "consolidated.00.pth", weights_only=True

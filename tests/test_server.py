@@ -21,8 +21,8 @@ import torch
 from servers import idle, post, serve, wait_until
 
 from llama import Dialog, Llama
+from llama.chat.prompts import UNSAFE_ERROR
 from llama.guards import Verdict
-from llama.prompts import UNSAFE_ERROR
 from llama.server.door import is_loopback
 from llama.server.service import Service
 

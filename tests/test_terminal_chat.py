@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 
 from llama import Llama, Message
-from llama.chat_formats import FORMATS
-from llama.prompts import SPECIAL_TAGS, UNSAFE_ERROR
+from llama.chat.formats import FORMATS
+from llama.chat.prompts import SPECIAL_TAGS, UNSAFE_ERROR
 
 SCRIPT = Path(__file__).resolve().parent.parent / "examples" / "chat.py"
 COW = Message(role="user", content="What does the cow say?")

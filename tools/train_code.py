@@ -29,7 +29,7 @@ from train_tiny import (
 )
 
 from llama import ModelArgs, Tokenizer, Transformer, perplexity
-from llama.checkpoint import save
+from llama.checkpoint.save import save
 from llama.parallel import initialize
 
 ARGS = ModelArgs(

@@ -24,9 +24,9 @@ from torch import nn
 from tqdm import tqdm
 
 from llama import Llama, ModelArgs, Tokenizer, Transformer
+from llama.chat.prompts import B_INST, E_INST, dialog_prompt_tokens, infilling_prompt_tokens
 from llama.model import apply_rotary_emb
 from llama.parallel import initialize
-from llama.prompts import B_INST, E_INST, dialog_prompt_tokens, infilling_prompt_tokens
 
 OUT_DIR = Path(__file__).resolve().parent.parent / "llama" / "tiny"
 PARAMS = {

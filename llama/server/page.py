@@ -11,7 +11,7 @@ from fastapi import FastAPI
 from gradio import processing_utils
 from starlette.middleware import Middleware
 
-from llama.prompts import Message, Role
+from llama.chat.prompts import Message, Role
 from llama.server.errors import log_failure
 from llama.server.own_host import own_host
 

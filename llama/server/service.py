@@ -10,11 +10,11 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any
 
-from llama.chat_formats import FORMATS
+from llama.chat.formats import FORMATS
+from llama.chat.prompts import UNSAFE_ERROR, Dialog, Message
 from llama.decoding import Request, Row
 from llama.generation import Llama
 from llama.guards import Gate, InputGuard, checked_verdict, refusal
-from llama.prompts import UNSAFE_ERROR, Dialog, Message
 from llama.server.answers import Answers, Judge
 from llama.server.engine import Busy, Draining, Engine
 from llama.server.errors import ApiError

@@ -9,7 +9,7 @@ from typing import Any
 from fastapi import Request, Response
 from pydantic import BaseModel
 
-from llama.prompts import Message
+from llama.chat.prompts import Message
 from llama.server import schemas
 from llama.server.answers import Answers
 from llama.server.errors import ApiError

@@ -20,8 +20,8 @@ import torch
 from torch._weights_only_unpickler import _get_allowed_globals
 
 from llama import ModelArgs, Transformer, parallel
+from llama.checkpoint.sharding import split_dim
 from llama.generation import TINY
-from llama.sharding import split_dim
 
 
 class Special(Enum):

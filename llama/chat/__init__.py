@@ -1,0 +1,1 @@
+"""Dialogs to token ids: Meta's prompts, other families' formats, chat templates."""

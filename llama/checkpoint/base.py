@@ -1,0 +1,247 @@
+"""A checkpoint of any format as the network reads it: Meta's names and layout, made on demand."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llama.args import ModelArgs
+from llama.checkpoint.sharding import (
+    distinct_pieces,
+    full_shapes,
+    joined_shape,
+    parameter_count,
+    rank_part,
+)
+from llama.errors import listed, printable
+from llama.layers.memory import release, trim
+from llama.layers.quantization import Scheme, StoredWeight
+
+Shape = tuple[int, ...]
+
+# The files that stand next to weights and concern text, by Hugging Face's names.
+_TEXT_FILES = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+class Weights(Mapping[str, torch.Tensor]):
+    """The tensors of one part of a checkpoint under Meta's names, made when they are read.
+
+    Args:
+        shapes: the tensors' shapes by name, known before anything is read.
+        read: returns the tensor of a name.
+        mapped: returns the mapped tensors that a name's tensor is made from.
+    """
+
+    def __init__(
+        self,
+        shapes: Mapping[str, Shape],
+        read: Callable[[str], torch.Tensor],
+        mapped: Callable[[str], Sequence[torch.Tensor]] = lambda name: (),
+    ):
+        self.shapes = dict(shapes)
+        self.mapped = mapped
+        self._read = read
+
+    @staticmethod
+    def of(tensors: Mapping[str, torch.Tensor], mapped: bool = False) -> "Weights":
+        """Wrap existing tensors, which lie in memory or in ``mapped`` files."""
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        return Weights(shapes, tensors.__getitem__, lambda name: (tensors[name],) if mapped else ())
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name not in self.shapes:
+            raise KeyError(name)
+        return self._read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+
+@dataclass
+class Checkpoint:
+    """The common form of all formats.
+
+    Attributes:
+        source: the file that the hyper-parameters come from, for errors.
+        params: the hyper-parameters, with the keys of ``params.json`` (``ModelArgs``).
+        parts: the weights, in one or more parts as Meta divides them.
+        names: the parts' names in errors.
+        dtype: the dtype of most stored weights, or a half-precision one if they are quantised.
+        files: the files next to the weights that concern text, by Hugging Face's names:
+            ``tokenizer.model`` or ``tokenizer.json``, ``tokenizer_config.json`` and so on.
+        in_float32: whether tensors are made in float32 when they are read, because they are
+            dequantised or merged.
+        scheme: the quantisation of the weights, which the network has as well.
+    """
+
+    source: str
+    params: dict[str, Any]
+    parts: list[Weights]
+    names: list[str]
+    dtype: torch.dtype
+    files: dict[str, Path | bytes] = field(default_factory=dict)
+    in_float32: bool = False
+    scheme: Scheme | None = None
+
+    def check(self, args: ModelArgs) -> None:
+        """Raise ``ValueError`` unless the parts together make the network of ``args``."""
+        shapes = [part.shapes for part in self.parts]
+        check_shapes(shapes, args, self.names, self.source, self.scheme)
+
+    def rank_part(self, name: str, args: ModelArgs, rank: int, ranks: int) -> torch.Tensor:
+        """Read the part of a parameter that one of ``ranks`` ranks holds."""
+        if name.startswith("output.") and args.tie_word_embeddings:
+            whole = self.rank_part(name.replace("output", "tok_embeddings"), args, 0, 1)
+            return rank_part(name, [whole], args, rank, ranks)
+        return rank_part(name, [part[name] for part in self.parts], args, rank, ranks)
+
+    def mapped(self, name: str) -> list[torch.Tensor]:
+        """Return the mapped tensors that a parameter is made from."""
+        return [tensor for part in self.parts if name in part for tensor in part.mapped(name)]
+
+
+def vocabulary_size(checkpoint: Checkpoint) -> int:
+    """Return the number of rows of the embedding, or -1 if it is missing."""
+    shape = checkpoint.parts[0].shapes.get("tok_embeddings.weight", ())
+    return shape[0] if shape else -1
+
+
+def text_files(directory: Path) -> dict[str, Path]:
+    """Return the files of a directory that concern text, by name."""
+    paths = {name: directory / name for name in _TEXT_FILES}
+    return {name: path for name, path in paths.items() if path.is_file()}
+
+
+def replace_tokenizer(checkpoint: Checkpoint, path: Path) -> Checkpoint:
+    """Return the checkpoint with another tokenizer, a ``tokenizer.model`` or ``tokenizer.json``.
+
+    Raises:
+        FileNotFoundError: ``path`` doesn't exist.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no tokenizer at {path}: give the path of a tokenizer.model or tokenizer.json"
+        )
+    name = "tokenizer.json" if path.suffix == ".json" else "tokenizer.model"
+    others = {
+        key: file
+        for key, file in checkpoint.files.items()
+        if key not in ("tokenizer.model", "tokenizer.json")
+    }
+    return replace(checkpoint, files={**others, name: path})
+
+
+def quantized(
+    source: Checkpoint,
+    args: ModelArgs,
+    scheme: Scheme,
+    progress: Callable[[int], None] = lambda _: None,
+) -> Checkpoint:
+    """Return a checkpoint whose weights are quantised, one at a time, when they are read.
+
+    Args:
+        source: a checkpoint of full precision, or one that has this scheme.
+        args: its hyper-parameters (``make_args``).
+        scheme: the scheme to quantise with.
+        progress: called with the number of weights that have been quantised.
+
+    Raises:
+        ValueError: the checkpoint has another scheme, a weight isn't finite, or a width isn't a
+            multiple of the group size.
+    """
+    if source.scheme == scheme:
+        return source
+    if source.scheme is not None:
+        raise ValueError(
+            f"{source.names[0]} is quantised ({source.scheme}), and {scheme} was asked for: "
+            "quantise the original weights"
+        )
+    source.check(args)
+    widths = {args.dim, args.n_heads * args.head_dim, args.hidden_dim}
+    indivisible = sorted(width for width in widths if width % scheme.block_size(width))
+    if indivisible:
+        raise ValueError(
+            f"{scheme} doesn't fit {source.source}, where a weight's width is {indivisible[0]}: "
+            "give a group_size that divides it, or use int8"
+        )
+    # The parts of a stored weight are read one after another: it is quantised once for all.
+    last: tuple[str, StoredWeight] = ("", {})
+    done = 0
+
+    def read(name: str) -> torch.Tensor:
+        nonlocal last, done
+        module, part = name.rsplit(".", 1)
+        if not scheme.applies_to(module):
+            return source.rank_part(name, args, 0, 1)
+        if module != last[0]:
+            last = ("", {})
+            weight = source.rank_part(f"{module}.weight", args, 0, 1)
+            if not all(rows.isfinite().all() for rows in weight.split(256)):
+                raise ValueError(f"{module}.weight in {source.names[0]} isn't finite")
+            last = (module, scheme.quantize(weight))
+            release(source.mapped(f"{module}.weight"))
+            trim()  # the temporary tensors of the rounding
+            done += weight.numel()
+            progress(done)
+        return last[1][part]
+
+    def mapped(name: str) -> Sequence[torch.Tensor]:
+        return () if scheme.applies_to(name.rpartition(".")[0]) else source.mapped(name)
+
+    parts = [Weights(full_shapes(args, scheme), read, mapped)]
+    return replace(source, parts=parts, names=source.names[:1], in_float32=False, scheme=scheme)
+
+
+def check_shapes(
+    parts: Sequence[Mapping[str, Shape]],
+    args: ModelArgs,
+    names: Sequence[str],
+    source: str,
+    scheme: Scheme | None = None,
+) -> None:
+    """Raise ``ValueError`` unless tensors of these shapes make the network of ``args``.
+
+    Args:
+        parts: the shapes by tensor name, one mapping a part.
+        args: the hyper-parameters.
+        names: the parts' names in errors.
+        source: the file that the hyper-parameters come from, for errors.
+        scheme: the quantisation of the tensors.
+    """
+    size = sum(prod(shape) for part in parts for shape in part.values())
+    count = parameter_count(args)
+    if count > 4 * size:  # before anything of the size that the hyper-parameters give is made
+        raise ValueError(
+            f"{source} describes {count:,} parameters, but {', '.join(names[:2])} hold"
+            f"{'s' * (len(names) == 1)} {size:,}: one of them belongs to another model"
+        )
+    expected = full_shapes(args, scheme)
+    for name, part in zip(names, parts, strict=True):
+        for problem, keys in (
+            ("lacks", sorted(expected.keys() - part.keys())),
+            ("has the unexpected", sorted(part.keys() - expected.keys())),
+        ):
+            if keys:
+                raise ValueError(f"{name} {problem} {listed([printable(key) for key in keys])}")
+    for key, shape in expected.items():
+        pieces = [part[key] for part in parts]
+        joined = joined_shape(key, distinct_pieces(key, pieces, args))
+        if joined != shape:
+            raise ValueError(
+                f"{key} in {names[0]} has the shape {joined or pieces[0]}, but {source} and the "
+                f"tokenizer make it {shape}"
+            )

@@ -1,0 +1,197 @@
+"""llama.cpp's GGUF files: hyper-parameters, weights of any usual quantisation, tokenizer."""
+
+import re
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llama.checkpoint.base import Checkpoint, Weights
+from llama.checkpoint.gguf_file import PLAIN, SUPPORTED, Stored, mapped, open_file, read
+from llama.errors import printable
+from llama.tokenizers.gguf_tokenizer import tokenizer_files
+
+# A file's name of a module, without its layer's ``blk.N.``, and Meta's.
+META_NAMES = {
+    "token_embd": "tok_embeddings",
+    "output_norm": "norm",
+    "output": "output",
+    "attn_q": "attention.wq",
+    "attn_k": "attention.wk",
+    "attn_v": "attention.wv",
+    "attn_output": "attention.wo",
+    "ffn_gate": "feed_forward.w1",
+    "ffn_down": "feed_forward.w2",
+    "ffn_up": "feed_forward.w3",
+    "attn_norm": "attention_norm",
+    "ffn_norm": "ffn_norm",
+}
+_NAME = re.compile(r"(blk\.(?:0|[1-9][0-9]*)\.|)(\w+)\.weight")
+_DERIVED = (".attn_rot_embd.weight", "rope_freqs.weight")  # the second is read as rope_scaling
+
+# Hyper-parameters by their keys in a file, without the architecture's name.
+_KEYS = {
+    "embedding_length": "dim",
+    "block_count": "n_layers",
+    "attention.head_count": "n_heads",
+    "feed_forward_length": "hidden_dim",
+    "attention.layer_norm_rms_epsilon": "norm_eps",
+}
+_OPTIONAL_KEYS = {
+    "attention.head_count_kv": "n_kv_heads",
+    "attention.key_length": "head_dim",
+    "rope.freq_base": "rope_theta",
+}
+# Keys that describe other networks, and the values with which they don't.
+_UNSUPPORTED_KEYS = {
+    "expert_count": (0,),
+    "attention.scale": (0,),
+    "attention.sliding_window": (0,),
+    "attention.causal": (True,),
+    "pooling_type": (0,),
+    "logit_scale": (0, 1),
+    "residual_scale": (0, 1),
+    "embedding_scale": (0, 1),
+}
+
+
+def open_gguf(path: Path) -> Checkpoint:
+    """Map a GGUF file, or all parts of one that is split; weights are dequantised when read.
+
+    Raises:
+        FileNotFoundError: the file or one of its parts is missing.
+        ImportError: the package ``gguf`` isn't installed.
+        MemoryError: no address space is left to map it.
+        ValueError: it is no GGUF file, damaged, or of an unknown network or quantisation.
+    """
+    paths = _split_paths(path)
+    metadata, stored = open_file(paths[0])
+    if metadata.get("split.count", 0) not in (0, len(paths)):
+        raise ValueError(
+            f"{path} is one of {_short(metadata['split.count'])} parts, which its name doesn't "
+            "say: expected names as model-00001-of-00002.gguf"
+        )
+    for other in paths[1:]:
+        stored |= open_file(other)[1]
+    architecture = metadata.get("general.architecture")
+    if architecture != "llama":
+        raise ValueError(
+            f"{paths[0]} holds the architecture {_short(architecture)}: known is 'llama' only"
+        )
+    tensors = _renamed(stored, str(paths[0]))
+    params = _params(metadata, stored, str(paths[0]))
+    weights = Weights(
+        {name: tensor.shape for name, tensor in tensors.items()},
+        lambda name: read(tensors[name]),
+        lambda name: (mapped(tensors[name]),),
+    )
+    files: dict[str, Path | bytes] = dict(tokenizer_files(metadata, str(paths[0])))
+    names = [str(paths[0])]
+    is_quantised = any(tensor.kind not in PLAIN for tensor in tensors.values())
+    dtype = _main_dtype(tensors)
+    return Checkpoint(str(paths[0]), params, [weights], names, dtype, files, is_quantised)
+
+
+def _split_paths(path: Path) -> list[Path]:
+    """Return the paths of all parts of a file, by its name."""
+    match = re.fullmatch(r"(.+)-[0-9]{5}-of-([0-9]{5})\.gguf", path.name)
+    count = int(match[2]) if match else 1
+    paths = [path]
+    if match and count > 1:
+        names = (f"{match[1]}-{i + 1:05d}-of-{match[2]}.gguf" for i in range(count))
+        paths = [path.with_name(name) for name in names]
+    for part in paths:
+        if not part.is_file():
+            context = f" next to {path}, one of its {count} parts" if part != path else ""
+            raise FileNotFoundError(f"no GGUF file {part}{context}: check the path or download it")
+    return paths
+
+
+def _renamed(stored: Mapping[str, Stored], source: str) -> dict[str, Stored]:
+    """Return the network's tensors under Meta's names, and unknown ones under their own."""
+    tensors = {}
+    for name, tensor in stored.items():
+        if name.endswith(".bias"):
+            raise ValueError(f"{source} has {printable(name)}: Llama's projections have no biases")
+        if tensor.kind not in SUPPORTED:
+            raise ValueError(
+                f"{source} has {printable(name)} in the type {tensor.kind}: known are "
+                f"{', '.join(SUPPORTED)}; use a file of another quantisation"
+            )
+        match = _NAME.fullmatch(name)
+        if match and match[2] in META_NAMES:
+            tensors[f"{match[1].replace('blk', 'layers')}{META_NAMES[match[2]]}.weight"] = tensor
+        elif not name.endswith(_DERIVED):
+            tensors[name] = tensor
+    return tensors
+
+
+def _params(
+    metadata: Mapping[str, Any], stored: Mapping[str, Stored], source: str
+) -> dict[str, Any]:
+    """Return the hyper-parameters with the keys of ``ModelArgs``."""
+    values = {key[6:]: value for key, value in metadata.items() if key.startswith("llama.")}
+    for key, harmless in _UNSUPPORTED_KEYS.items():
+        if values.get(key, harmless[0]) not in harmless:
+            raise ValueError(
+                f"{source} has llama.{key} = {_short(values[key])}: no such network is known"
+            )
+    missing = [f"llama.{key}" for key in _KEYS if key not in values]
+    if missing:
+        raise ValueError(f"{source} lacks {', '.join(missing)}: convert the model again")
+    names = {**_KEYS, **_OPTIONAL_KEYS}
+    params = {name: values[key] for key, name in names.items() if key in values}
+    dim, n_heads = params["dim"], params["n_heads"]
+    if type(dim) is int and type(n_heads) is int and n_heads > 0:
+        head_dim = params.get("head_dim", dim // n_heads)
+        for key in ("attention.value_length", "rope.dimension_count"):
+            if values.get(key, head_dim) != head_dim:
+                raise ValueError(
+                    f"{source} has llama.{key} = {_short(values[key])}: expected the size of all "
+                    f"of a head, {_short(head_dim)}"
+                )
+    scaling = _rope_scaling(values, stored, source)
+    if scaling is not None:
+        params["rope_scaling"] = scaling
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    if "context_length" in values:
+        params["max_seq_len"] = values["context_length"]
+    params["vocab_size"] = len(tokens) if isinstance(tokens, list) else values.get("vocab_size", -1)
+    params["tie_word_embeddings"] = "output.weight" not in stored
+    return params
+
+
+def _rope_scaling(
+    values: Mapping[str, Any], stored: Mapping[str, Stored], source: str
+) -> dict[str, Any] | None:
+    """Return ``rope_scaling`` as ``ModelArgs`` has it; None if frequencies aren't scaled."""
+    kind = values.get("rope.scaling.type", "linear")
+    if kind not in ("none", "linear"):
+        raise ValueError(
+            f"{source} has llama.rope.scaling.type = {_short(kind)}: known are none, linear and "
+            "rope_freqs.weight"
+        )
+    factor = values.get("rope.scaling.factor", values.get("rope.scale_linear")) or 1.0
+    factor = 1.0 if kind == "none" else factor
+    if not isinstance(factor, int | float):
+        raise ValueError(f"{source} has a scaling factor of {_short(factor)}: expected a number")
+    table = stored.get("rope_freqs.weight")
+    if table is not None:
+        factors = (read(table).flatten().double() * factor).tolist()
+        return {"rope_type": "factors", "factors": factors}
+    return None if factor == 1 else {"rope_type": "linear", "factor": factor}
+
+
+def _main_dtype(tensors: Mapping[str, Stored]) -> torch.dtype:
+    """Return the dtype of most weights, counting quantised ones as float16."""
+    sizes: dict[torch.dtype, int] = {}
+    for tensor in tensors.values():
+        dtype = PLAIN.get(tensor.kind, torch.float16)
+        sizes[dtype] = sizes.get(dtype, 0) + prod(tensor.shape)
+    return max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)
+
+
+def _short(value: object) -> str:
+    return printable(repr(value))

@@ -1,0 +1,139 @@
+"""A network filled with the weights of a checkpoint."""
+
+import logging
+import time
+
+import torch
+
+from llama import parallel
+from llama.args import ModelArgs
+from llama.checkpoint.base import Checkpoint
+from llama.checkpoint.sharding import cache_bytes, check_model_parallel_size, weight_bytes
+from llama.layers.memory import release, shares_memory
+from llama.layers.quantization import Int4, Scheme
+from llama.model import Transformer
+from llama.quantization import pack_all, swap
+
+logger = logging.getLogger(__name__)
+
+
+def load(
+    checkpoint: Checkpoint,
+    args: ModelArgs,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    cache_in_int8: bool = False,
+) -> Transformer:
+    """Build the network and fill this rank's part of it from any number of parts.
+
+    The network of a quantised checkpoint is quantised, too.
+
+    Args:
+        checkpoint: the weights.
+        args: the checkpoint's hyper-parameters (``make_args``).
+        device: the device of weights and cache.
+        dtype: the dtype of weights and cache; None chooses by checkpoint and device
+            (``choose_dtype``).
+        cache_in_int8: store the cache in eight bits instead.
+
+    Raises:
+        MemoryError: weights and cache need more memory than the machine has.
+        ValueError: a tensor is missing, unexpected or of the wrong shape, or the network can't be
+            divided among the ranks.
+    """
+    start = time.monotonic()
+    ranks = parallel.world_size()
+    checkpoint.check(args)
+    scheme = checkpoint.scheme
+    check_model_parallel_size(args, ranks, scheme)
+    if dtype is None:
+        fast_bf16 = parallel.has_fast_bf16(device)
+        dtype = parallel.choose_dtype(checkpoint.dtype, device.type, fast_bf16)
+    check_memory(args, dtype, device, ranks, scheme, cache_in_int8)
+    with torch.device("meta"):
+        model = Transformer(args)
+        if scheme:
+            swap(model, scheme, dtype)
+    _fill(model, checkpoint, args, device, dtype)
+    if scheme:
+        pack_all(model)
+    model.allocate_buffers(device, dtype, cache_in_int8)
+    logger.info("loaded %s in %.2f seconds", checkpoint.names[0], time.monotonic() - start)
+    return model
+
+
+def _fill(
+    model: Transformer,
+    checkpoint: Checkpoint,
+    args: ModelArgs,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> None:
+    """Replace a model's meta tensors with this rank's part of the weights."""
+    rank, ranks = parallel.rank(), parallel.world_size()
+    scheme = checkpoint.scheme
+    tensors: dict[str, torch.Tensor] = {}
+    still_mapped = []
+    for name in model.state_dict():
+        module = name.rpartition(".")[0]
+        if module == "output" and args.tie_word_embeddings and ranks == 1:
+            tensors[name] = tensors[name.replace("output", "tok_embeddings")]
+            continue
+        part = checkpoint.rank_part(name, args, rank, ranks)
+        is_quantized = scheme and scheme.applies_to(module)
+        part = part.to(device, part.dtype if is_quantized else dtype).contiguous()
+        mapped = checkpoint.mapped(name)
+        # A tensor that needs no change stays mapped: it is read when it is used, never copied.
+        if any(shares_memory(part, tensor) for tensor in mapped):
+            still_mapped.append(name)
+        else:
+            if part.untyped_storage().nbytes() > part.nbytes:
+                part = part.clone()  # of a tensor that was made whole, keep this rank's part only
+            release(mapped)
+        tensors[name] = part
+    model.load_state_dict(tensors, assign=True)
+    model.requires_grad_(False)
+    for name in still_mapped:
+        model.get_parameter(name).is_mapped = True  # type: ignore[attr-defined]
+
+
+def check_memory(
+    args: ModelArgs,
+    dtype: torch.dtype,
+    device: torch.device,
+    ranks: int,
+    scheme: Scheme | None = None,
+    cache_in_int8: bool = False,
+) -> None:
+    """Raise ``MemoryError``, saying what to change, if weights and cache can't fit the device.
+
+    Args:
+        args: the hyper-parameters, with the size of the cache.
+        dtype: the dtype of weights and cache.
+        device: the device that one rank's part has to fit; on a CPU, those of all local ranks.
+        ranks: the number of ranks that share the network.
+        scheme: the quantisation of the weights.
+        cache_in_int8: whether the cache has eight bits.
+    """
+    available = parallel.device_memory(device)
+    local_ranks = parallel.local_ranks() if device.type == "cpu" else 1  # which share this memory
+    weights = weight_bytes(args, dtype, ranks, scheme) * local_ranks
+    cache = cache_bytes(args, dtype, ranks, cache_in_int8) * local_ranks
+    if available is None or weights + cache <= available:
+        return
+    left = (available - weights) * args.max_seq_len * args.max_batch_size // cache
+    if left >= 1:
+        advice = (
+            f"max_seq_len={args.max_seq_len} times max_batch_size={args.max_batch_size} can be at "
+            f"most {left}"
+        )
+    elif scheme is None and weights * 2 // dtype.itemsize < available:
+        advice = f"dtype={dtype} could be torch.bfloat16"
+    elif scheme is None and weight_bytes(args, dtype, ranks, Int4()) * local_ranks < available:
+        advice = "quantize could be 'int8' or 'int4'"
+    else:
+        advice = "the weights alone are too much: share them among more GPUs or more machines"
+    raise MemoryError(
+        f"weights of {weights / 1e9:.1f} GB and a cache of {cache / 1e9:.1f} GB don't fit the "
+        f"{available / 1e9:.1f} GB of this machine's {device.type}: {advice}"
+    )

@@ -1,0 +1,134 @@
+"""``adapter_config.json``: the settings of PEFT's adapters, as far as they can be merged."""
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llama.args import read_params
+from llama.errors import printable
+
+# Settings that are read here, and those without effect on a trained adapter. target_modules and
+# the like have none because every tensor of the file is merged.
+_READ = {
+    *("peft_type", "task_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"),
+    *("init_lora_weights", "modules_to_save", "trainable_token_indices", "ensure_weight_tying"),
+}
+_WITHOUT_EFFECT = {
+    *("base_model_name_or_path", "revision", "peft_version", "auto_mapping", "inference_mode"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("bias", "lora_dropout", "megatron_core", "qalora_group_size", "runtime_config"),
+    *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config"),
+}
+# Others change the base's weights, and the saved factors make sense with those only.
+_INITIALISATIONS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Read an adapter's configuration, all of which can be merged.
+
+    ``rank_pattern``, ``alpha_pattern`` and ``modules_to_save`` are filled in where they are unset.
+
+    Raises:
+        FileNotFoundError: ``path`` doesn't exist.
+        ValueError: the file is malformed, or sets something that can't be merged.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no {path}: give the directory that PEFT saved the adapter to")
+    config = read_params(path)
+    if config.get("peft_type") != "LORA":
+        kind = printable(repr(config.get("peft_type")))
+        raise ValueError(f"{path} has the peft_type {kind}: only 'LORA' can be merged here")
+    if config.get("task_type") not in (None, "CAUSAL_LM", "SEQ_CLS"):
+        task = printable(repr(config["task_type"]))
+        raise ValueError(f"{path} has the task_type {task}: expected 'CAUSAL_LM' or 'SEQ_CLS'")
+    for key, value in config.items():
+        if key not in _READ and key not in _WITHOUT_EFFECT and value:
+            raise ValueError(
+                f"{path} sets {printable(key)} to {printable(repr(value))}, which can't be "
+                "honoured here: merge the adapter with PEFT (merge_and_unload) and load the result"
+            )
+    if config.get("init_lora_weights") not in _INITIALISATIONS:
+        raise ValueError(
+            f"{path} has init_lora_weights {printable(repr(config['init_lora_weights']))}, which "
+            "changes the base's own weights: save the adapter as a plain LoRA "
+            "(path_initial_model_for_weight_conversion) or merge it with PEFT"
+        )
+    _check_number(config.get("r"), "r", path, whole=True)
+    _check_number(config.get("lora_alpha"), "lora_alpha", path)
+    for key, whole in (("rank_pattern", True), ("alpha_pattern", False)):
+        patterns = config[key] = config.get(key) or {}
+        if not isinstance(patterns, dict):
+            raise ValueError(f"{key} in {path} is {printable(repr(patterns))}: expected an object")
+        for pattern, value in patterns.items():
+            _check_number(value, f"{key}'s {printable(pattern)}", path, whole)
+            _check_pattern(pattern, key, path)
+    saved = config["modules_to_save"] = config.get("modules_to_save") or []
+    if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
+        raise ValueError(
+            f"modules_to_save in {path} is {printable(repr(saved))}: expected a list of names"
+        )
+    return config
+
+
+def _check_number(value: object, name: str, path: Path, whole: bool = False) -> None:
+    if type(value) is int and abs(value) < 2**31 and (value > 0 or not whole):
+        return
+    if type(value) is not float or whole or not abs(value) < 2**31:
+        expected = "a whole number above 0" if whole else "a number"
+        raise ValueError(f"{name} is {printable(repr(value))} in {path}: expected {expected}")
+
+
+def _check_pattern(pattern: str, key: str, path: Path) -> None:
+    # A quantified group, or many quantifiers, can take exponential time.
+    if re.search(r"\)[*+?{]", pattern) or len(re.findall(r"(?<!\()[*+?{]", pattern)) > 3:
+        raise ValueError(
+            f"{key} in {path} has the pattern {printable(pattern)}, which could take forever: "
+            "write it with at most three of *, + and ?, and none behind a group"
+        )
+    try:
+        _matches(pattern, "")
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(
+            f"{key} in {path} has the malformed pattern {printable(pattern)} ({error})"
+        ) from error
+
+
+def _matches(pattern: str, module: str) -> bool:
+    """Return whether a rank's or an alpha's pattern applies to a module, by PEFT's rule.
+
+    Source: ``get_pattern_key`` in https://github.com/huggingface/peft (src/peft/utils/other.py).
+    """
+    return re.match(rf"(.*\.)?({pattern})$", module) is not None
+
+
+def rank_and_scale(module: str, config: Mapping[str, Any]) -> tuple[int, float]:
+    """Return a module's rank and the scale of its factors' product, by PEFT's rules."""
+
+    def value(patterns: Mapping[str, Any], default: Any) -> Any:
+        return next((patterns[p] for p in patterns if _matches(p, module)), default)
+
+    rank = value(config["rank_pattern"], config["r"])
+    alpha = value(config["alpha_pattern"], config["lora_alpha"])
+    return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def row_indices(module: str, config: Mapping[str, Any], path: Path) -> list[int]:
+    """Return the indices of the rows of an embedding that have been trained.
+
+    Raises:
+        ValueError: the configuration has no list of them.
+    """
+    setting = config.get("trainable_token_indices")
+    by_module = setting if isinstance(setting, dict) else {"embed_tokens": setting}
+    # A tied lm_head has those of the embedding.
+    names = (module, "embed_tokens") if module == "lm_head" else (module,)
+    matching = [by_module[end] for name in names for end in by_module if name.endswith(end)]
+    indices = matching[0] if matching else None
+    if not isinstance(indices, list) or not all(type(i) is int for i in indices):
+        raise ValueError(
+            f"{path} has rows of {module}, but trainable_token_indices in adapter_config.json is "
+            f"{printable(repr(setting))}: one of the two files belongs to another adapter"
+        )
+    return indices

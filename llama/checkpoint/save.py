@@ -1,0 +1,240 @@
+"""Checkpoints in Meta's layout, written in any number of files."""
+
+import contextlib
+import dataclasses
+import io
+import json
+import logging
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llama import parallel
+from llama.args import ModelArgs, make_args
+from llama.checkpoint.base import Checkpoint, Weights, vocabulary_size
+from llama.checkpoint.meta import open_meta
+from llama.checkpoint.sharding import check_model_parallel_size, stored_bytes
+from llama.layers.quantization import Scheme
+
+logger = logging.getLogger(__name__)
+
+
+def save(
+    shards: Sequence[Mapping[str, torch.Tensor]],
+    args: ModelArgs,
+    out_dir: Path,
+    model_parallel_size: int = 1,
+    files: Mapping[str, Path | bytes] | None = None,
+    dtype: torch.dtype | None = None,
+    progress: Callable[[int], None] = lambda _: None,
+    scheme: Scheme | None = None,
+) -> None:
+    """Write a checkpoint in Meta's layout, with bitwise the same weights in any number of files.
+
+    A model of one process is saved by ``save([model.state_dict()], model.params, out_dir)``.
+    The directory appears when all of it is written.
+
+    Args:
+        shards: the weights in one or more parts, as a checkpoint's files hold them.
+        args: the network's hyper-parameters.
+        out_dir: the directory to write; must not exist.
+        model_parallel_size: the number of files to write.
+        files: other files to write, such as a ``tokenizer.model``: by name, a path or the content.
+        dtype: the dtype to store; None for the shards'. Quantised weights stay as they are.
+        progress: called with the number of bytes that have been written.
+        scheme: the quantisation of the shards' weights.
+
+    Raises:
+        FileExistsError: ``out_dir`` already exists.
+        MemoryError: one file's weights, which are put together in memory, don't fit it.
+        OSError: the disk is full.
+        ValueError: the shards don't make the network, or it can't be divided into as many parts.
+    """
+    checkpoint = _checkpoint_of(shards, args, dtype, scheme)
+    checkpoint.check(args)
+    check_model_parallel_size(args, model_parallel_size, scheme)
+    total = stored_bytes(args, checkpoint.dtype, scheme)
+    memory = parallel.device_memory(torch.device("cpu"))
+    if memory is not None and total // model_parallel_size > memory:
+        raise MemoryError(
+            f"a file of {total / model_parallel_size / 1e9:.1f} GB is put together in memory, and "
+            f"there are {memory / 1e9:.1f} GB: give a larger model_parallel_size"
+        )
+    with new_directory(out_dir, total) as partial:
+        params = _params(args) | ({"quantization": scheme.params()} if scheme else {})
+        write_json(partial / "params.json", params)
+        write_files(partial, files or {})
+        written = 0
+        for rank in range(model_parallel_size):
+            shard = _shard(checkpoint, args, rank, model_parallel_size, dtype)
+            path = partial / f"consolidated.{rank:02d}.pth"
+            with _ProgressFile(path, written, progress) as file:
+                torch.save(shard, file)
+                written = file.written
+
+
+def _checkpoint_of(
+    shards: Sequence[Mapping[str, torch.Tensor]],
+    args: ModelArgs,
+    dtype: torch.dtype | None,
+    scheme: Scheme | None,
+) -> Checkpoint:
+    """Return shards as a checkpoint of the dtype that it is to be stored in."""
+    parts = [shard if isinstance(shard, Weights) else Weights.of(shard) for shard in shards]
+    if args.tie_word_embeddings:  # a state dictionary has the output, a checkpoint doesn't
+        for part in parts:
+            for name in [name for name in part.shapes if name.startswith("output.")]:
+                part.shapes.pop(name)
+    names = [f"part {number}" for number in range(len(parts))]
+    plain = "norm.weight" if scheme else "tok_embeddings.weight"
+    own = parts[0][plain].dtype if plain in parts[0] else None
+    stored = dtype or own or torch.float32
+    return Checkpoint("ModelArgs", {}, parts, names, stored, scheme=scheme)
+
+
+def _shard(
+    checkpoint: Checkpoint, args: ModelArgs, rank: int, ranks: int, dtype: torch.dtype | None
+) -> dict[str, torch.Tensor]:
+    """Return the tensors of one file."""
+    tensors = {}
+    for name in checkpoint.parts[0]:
+        tensor = checkpoint.rank_part(name, args, rank, ranks)
+        if name.startswith("output."):  # padding is the ranks' affair, not the files'
+            n_rows = args.n_outputs - rank * tensor.shape[0]
+            tensor = tensor[: max(n_rows, 0)]
+        scheme = checkpoint.scheme
+        is_quantized = scheme and scheme.applies_to(name.rpartition(".")[0])
+        tensor = tensor.detach().to("cpu", None if is_quantized else dtype).contiguous()
+        # torch.save writes the whole storage of a view.
+        owns_storage = tensor.untyped_storage().nbytes() == tensor.nbytes
+        tensors[name] = tensor if owns_storage else tensor.clone()
+    return tensors
+
+
+def _params(args: ModelArgs) -> dict[str, Any]:
+    """Return ``params.json``: of the keys that Meta's code doesn't have, only those needed."""
+    always = ("dim", "n_layers", "n_heads", "vocab_size", "multiple_of", "norm_eps")
+    defaults = dataclasses.asdict(ModelArgs())
+    derived = ModelArgs(
+        dim=args.dim,
+        n_heads=args.n_heads,
+        multiple_of=args.multiple_of,
+        ffn_dim_multiplier=args.ffn_dim_multiplier,
+    )
+    defaults |= {"head_dim": derived.head_dim, "hidden_dim": derived.hidden_dim}
+    return {
+        key: value
+        for key, value in dataclasses.asdict(args).items()
+        if key not in ("max_seq_len", "max_batch_size")
+        and (key in always or value != defaults[key])
+    }
+
+
+@contextlib.contextmanager
+def new_directory(out_dir: Path, size: int) -> Iterator[Path]:
+    """Yield a directory to fill with ``size`` bytes; it gets its name when it is complete.
+
+    Raises:
+        FileExistsError: ``out_dir`` already exists.
+        OSError: the disk has less free space.
+    """
+    if out_dir.exists():
+        raise FileExistsError(f"{out_dir} already exists: give another name or remove it")
+    existing = next(parent for parent in out_dir.absolute().parents if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if size > free:
+        raise OSError(f"{size / 1e9:.1f} GB don't fit the {free / 1e9:.1f} GB free in {existing}")
+    partial = out_dir.with_name(f"{out_dir.name}.partial-{os.getpid()}")
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        partial.rename(out_dir)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write a value as indented JSON."""
+    path.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+
+def write_files(directory: Path, files: Mapping[str, Path | bytes]) -> None:
+    """Write files, given by path or by content, into a directory."""
+    for name, source in files.items():
+        data = source if isinstance(source, bytes) else source.read_bytes()
+        (directory / name).write_bytes(data)
+
+
+class _ProgressFile(io.FileIO):
+    """A file that reports the number of bytes written to it and to the files before it."""
+
+    def __init__(self, path: Path, written: int, progress: Callable[[int], None]):
+        super().__init__(path, "w")
+        self.written = written
+        self._progress = progress
+
+    def write(self, data: Any) -> int:
+        view, done = memoryview(data), 0
+        while done < view.nbytes:  # one call may write a part only
+            done += super().write(view[done : done + (1 << 26)])
+            self._progress(self.written + done)
+        self.written += done
+        return done
+
+
+def progress_bar(total: int, what: str = "") -> Callable[[int], None]:
+    """Return a function that shows on stderr how many of ``total`` bytes, or ``what``, are done."""
+    shown = -1
+    what = what or f"{total / 1e9:.2f} GB"
+
+    def show(done: int) -> None:
+        nonlocal shown
+        percent = min(100, 100 * done // total)
+        if percent > shown:
+            shown = percent
+            bar = "#" * (30 * percent // 100)
+            print(f"\r[{bar:<30}] {percent} % of {what}", end="", file=sys.stderr)
+
+    return show
+
+
+def log_progress(total: int, what: str) -> Callable[[int], None]:
+    """Return a function that logs, at most every five seconds, how much of ``total`` is done."""
+    last = time.monotonic()
+
+    def log(done: int) -> None:
+        nonlocal last
+        if time.monotonic() > last + 5:
+            last = time.monotonic()
+            logger.info("%s: %d %%", what, 100 * done // total)
+
+    return log
+
+
+def reshard(in_dir: str, out_dir: str, model_parallel_size: int = 1) -> None:
+    """Write a checkpoint again in another number of files.
+
+    Args:
+        in_dir: a checkpoint in Meta's layout.
+        out_dir: the directory to write; must not exist.
+        model_parallel_size: the number of consolidated.*.pth files to write.
+    """
+    source, target = open_meta(Path(str(in_dir))), Path(str(out_dir))
+    args = make_args(source.params, source.source, n_words=vocabulary_size(source))
+    show = progress_bar(stored_bytes(args, source.dtype, source.scheme))
+    save(
+        source.parts,
+        args,
+        target,
+        model_parallel_size,
+        source.files,
+        progress=show,
+        scheme=source.scheme,
+    )
+    print(f"\nwrote {target}", file=sys.stderr)

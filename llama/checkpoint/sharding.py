@@ -1,0 +1,216 @@
+"""The division of parameters among files and ranks: pure functions of shapes and tensors."""
+
+from collections.abc import Sequence
+from math import prod
+from typing import TypeVar
+
+import torch
+
+from llama.args import ModelArgs
+from llama.cache import bytes_per_head
+from llama.layers.quantization import Scheme
+
+T = TypeVar("T")
+
+# The dimension along which shards and ranks divide a parameter; others are not divided.
+# Source: ``ColumnParallelLinear`` and ``RowParallelLinear`` in Meta's llama/model.py.
+_SPLIT_DIM = {
+    "tok_embeddings": 1,
+    "wq": 0,
+    "wk": 0,
+    "wv": 0,
+    "wo": 1,
+    "w1": 0,
+    "w2": 1,
+    "w3": 0,
+    "output": 0,
+}
+
+
+def check_model_parallel_size(args: ModelArgs, ranks: int, scheme: Scheme | None = None) -> None:
+    """Raise ``ValueError``, listing the possible numbers, if ranks can't divide the network."""
+    widths = {args.dim, args.n_heads * args.head_dim, args.hidden_dim}
+    if type(ranks) is not int:
+        raise ValueError(f"model_parallel_size is {ranks!r}: expected a whole number")
+
+    def fits(n: int) -> bool:
+        if n < 1:
+            return False
+        kv_heads = args.kv_heads
+        if scheme and any(width % (n * scheme.block_size(width)) for width in widths):
+            return False
+        whole = args.n_heads % n == args.dim % n == args.hidden_dim % n == 0
+        return whole and (kv_heads % n == 0 or n % kv_heads == 0)
+
+    if not fits(ranks):
+        sizes = ", ".join(str(n) for n in range(1, args.n_heads + 1) if fits(n)) or "none"
+        blocks = ""
+        if scheme:
+            size = max(scheme.block_size(width) for width in widths)
+            blocks = f", in {scheme.name} blocks of {size}"
+        raise ValueError(
+            f"{ranks} parts can't be made of {args.n_heads} heads, {args.kv_heads} key/value "
+            f"heads, dim {args.dim} and hidden size {args.hidden_dim}{blocks}: possible are {sizes}"
+        )
+
+
+def parameter_count(args: ModelArgs, ranks: int = 1) -> int:
+    """Return the number of one rank's parameters, by arithmetic alone."""
+    q_dim = args.n_heads * args.head_dim // ranks
+    kv_dim = max(args.kv_heads, ranks) // ranks * args.head_dim
+    attention = 2 * args.dim * q_dim + 2 * args.dim * kv_dim
+    block = attention + 3 * args.dim * args.hidden_dim // ranks + 2 * args.dim
+    vocabulary = args.vocab_size * (args.dim // ranks)
+    if ranks > 1 or not args.tie_word_embeddings:  # ranks divide the two along different dims
+        vocabulary += -(-args.n_outputs // ranks) * args.dim
+    return args.n_layers * block + vocabulary + args.dim
+
+
+def cache_bytes(args: ModelArgs, dtype: torch.dtype, ranks: int = 1, in_int8: bool = False) -> int:
+    """Return the bytes of one rank's key/value cache."""
+    positions = args.max_batch_size * args.max_seq_len
+    heads = max(args.kv_heads, ranks) // ranks
+    entry = bytes_per_head(args.head_dim, dtype, in_int8)
+    return 2 * args.n_layers * positions * heads * entry
+
+
+def weight_bytes(
+    args: ModelArgs, dtype: torch.dtype, ranks: int = 1, scheme: Scheme | None = None
+) -> int:
+    """Return the bytes of one rank's parameters in memory, approximately if quantised."""
+    if scheme is None:
+        return parameter_count(args, ranks) * dtype.itemsize
+    size = stored_bytes(args, dtype, scheme)
+    # Ranks divide a tied table along different dims; quantised, the output's is packed.
+    if args.tie_word_embeddings and (scheme.applies_to("output") or ranks > 1):
+        size += sum(
+            part
+            for name, part in _stored_sizes(args, dtype, scheme).items()
+            if name.startswith("tok_embeddings.")
+        )
+    return size // ranks
+
+
+def stored_bytes(args: ModelArgs, dtype: torch.dtype, scheme: Scheme | None = None) -> int:
+    """Return the bytes of a checkpoint's stored weights, by arithmetic alone."""
+    return sum(_stored_sizes(args, dtype, scheme).values())
+
+
+def _stored_sizes(args: ModelArgs, dtype: torch.dtype, scheme: Scheme | None) -> dict[str, int]:
+    sizes = {}
+    for name, shape in full_shapes(args, scheme).items():
+        module, part = name.rsplit(".", 1)
+        is_quantized = scheme is not None and scheme.applies_to(module)
+        stored = scheme.dtypes()[part] if scheme is not None and is_quantized else dtype
+        sizes[name] = prod(shape) * stored.itemsize
+    return sizes
+
+
+def quantized_count(args: ModelArgs, scheme: Scheme) -> int:
+    """Return the number of a checkpoint's weights that a scheme quantises."""
+    return sum(
+        prod(shape)
+        for name, shape in full_shapes(args).items()
+        if scheme.applies_to(name.removesuffix(".weight"))
+    )
+
+
+def full_shapes(args: ModelArgs, scheme: Scheme | None = None) -> dict[str, tuple[int, ...]]:
+    """Return the parameters' shapes before they are divided among shards or ranks.
+
+    An output that is the embedding (``tie_word_embeddings``) isn't among them. With a scheme, a
+    quantised weight has one entry for each of its stored tensors.
+    """
+    q_dim = args.n_heads * args.head_dim
+    kv_dim = args.kv_heads * args.head_dim
+    shapes: dict[str, tuple[int, ...]] = {"tok_embeddings.weight": (args.vocab_size, args.dim)}
+    for i in range(args.n_layers):
+        block = {
+            "attention.wq": (q_dim, args.dim),
+            "attention.wk": (kv_dim, args.dim),
+            "attention.wv": (kv_dim, args.dim),
+            "attention.wo": (args.dim, q_dim),
+            "feed_forward.w1": (args.hidden_dim, args.dim),
+            "feed_forward.w2": (args.dim, args.hidden_dim),
+            "feed_forward.w3": (args.hidden_dim, args.dim),
+            "attention_norm": (args.dim,),
+            "ffn_norm": (args.dim,),
+        }
+        shapes |= {f"layers.{i}.{name}.weight": shape for name, shape in block.items()}
+    shapes["norm.weight"] = (args.dim,)
+    if not args.tie_word_embeddings:
+        shapes["output.weight"] = (args.n_outputs, args.dim)
+    if scheme is None:
+        return shapes
+    quantized: dict[str, tuple[int, ...]] = {}
+    for name, shape in shapes.items():
+        module = name.removesuffix(".weight")
+        if scheme.applies_to(module):
+            parts = scheme.shapes(*shape)
+            quantized |= {f"{module}.{part}": size for part, size in parts.items()}
+        else:
+            quantized[name] = shape
+    return quantized
+
+
+def split_dim(name: str) -> int | None:
+    """Return the dimension along which a parameter is divided; None if each rank has all of it."""
+    module, part = name.split(".")[-2:]
+    dim = _SPLIT_DIM.get(module)
+    return None if part == "scale" and dim == 1 else dim  # one scale belongs to a whole row
+
+
+def joined_shape(name: str, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...] | None:
+    """Return the shape of concatenated pieces; None if they don't fit together."""
+    dim = split_dim(name)
+    if dim is None:
+        return shapes[0] if len(set(shapes)) == 1 else None
+    if any(len(shape) != 2 or shape[1 - dim] != shapes[0][1 - dim] for shape in shapes):
+        return None
+    joined = list(shapes[0])
+    joined[dim] = sum(shape[dim] for shape in shapes)
+    return tuple(joined)
+
+
+def distinct_pieces(name: str, pieces: Sequence[T], args: ModelArgs) -> Sequence[T]:
+    """Return pieces without the copies of key/value heads that more shards than heads have."""
+    if name.split(".")[-2] in ("wk", "wv") and len(pieces) > args.kv_heads:
+        return pieces[:: len(pieces) // args.kv_heads]
+    return pieces
+
+
+def rank_part(
+    name: str, pieces: Sequence[torch.Tensor], args: ModelArgs, rank: int, ranks: int
+) -> torch.Tensor:
+    """Return the part of a parameter that one of ``ranks`` ranks holds.
+
+    Args:
+        name: the parameter's name.
+        pieces: the parameter as the shards hold it, one piece a shard.
+        args: the hyper-parameters.
+        rank: the rank's number, from 0.
+        ranks: the number of ranks.
+
+    Returns:
+        A view of a piece if the part lies within one, a new tensor otherwise.
+    """
+    dim = split_dim(name)
+    if dim is None:
+        return pieces[0]
+    pieces = distinct_pieces(name, pieces, args)
+    total = sum(piece.shape[dim] for piece in pieces)
+    if name.split(".")[-2] in ("wk", "wv") and ranks > args.kv_heads:
+        length, begin = args.head_dim, rank * args.kv_heads // ranks * args.head_dim
+    else:
+        length = -(-total // ranks)  # rounded up: a vocabulary may not divide
+        begin = rank * length
+    end = min(begin + length, total)
+    overlaps, first = [], 0
+    for piece in pieces:
+        low, high = max(begin - first, 0), min(end - first, piece.shape[dim])
+        if low < high:
+            overlaps.append(piece.narrow(dim, low, high - low))
+        first += piece.shape[dim]
+    if end - begin < length:  # rows of the padded vocabulary, whose logits are cut
+        overlaps.append(pieces[0].new_zeros(length - max(end - begin, 0), pieces[0].shape[1]))
+    return overlaps[0] if len(overlaps) == 1 else torch.cat(overlaps, dim)

@@ -1,0 +1,152 @@
+"""Files of named tensors, PyTorch's and safetensors, mapped and checked before they are trusted."""
+
+import pickletools
+import re
+import zipfile
+from pathlib import Path
+
+import torch
+
+from llama.errors import need, printable
+from llama.layers.quantization import Scheme
+
+Tensors = dict[str, torch.Tensor]
+
+# Published files carry these tables, which follow from the hyper-parameters.
+_DERIVED = ("rope.freqs", "rotary_emb.inv_freq")
+# How PyTorch's files began before they were zip archives: a pickled number.
+_OLD_FORMAT = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19"
+
+# What the pickle of a state dictionary names; it has about 100 bytes a tensor.
+_HARMLESS = re.compile(
+    r"collections OrderedDict|torch \w+Storage|torch._utils _rebuild_(tensor_v2|parameter)"
+)
+_MAX_PICKLE_BYTES = 1_000_000
+# A tensor has four to six. Many more, in one another and hashed as a key, overflow the stack.
+_MAX_TUPLES = 20_000
+
+
+class _RefusedError(ValueError):
+    """A file that looks like an attack, or like no weights at all."""
+
+
+def open_tensors(path: Path) -> Tensors:
+    """Map a ``.safetensors`` file or a PyTorch file.
+
+    Raises:
+        ImportError: the package ``safetensors`` is missing.
+        ValueError: the file is damaged or isn't what its name says.
+    """
+    if path.suffix != ".safetensors":
+        return open_shard(path)
+    safetensors = need("safetensors")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (safetensors.SafetensorError, RuntimeError) as error:
+        reason = printable(str(error), 200)
+        raise ValueError(f"{path} is damaged or no safetensors file ({reason})") from error
+
+
+def open_shard(path: Path) -> Tensors:
+    """Map a PyTorch file's tensors, without derived rotary tables; nothing is read before its use.
+
+    Raises:
+        MemoryError: no address space is left to map it.
+        OSError: the file can't be read.
+        ValueError: the file is no checkpoint.
+    """
+    path.open("rb").close()  # raises the OSError of a file that can't be opened
+    try:
+        _check_archive(path)
+        tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except (MemoryError, _RefusedError):
+        raise
+    except Exception as error:
+        if "unable to mmap" in str(error):
+            raise MemoryError(f"{path} can't be mapped: no address space is left") from error
+        raise ValueError(f"{path} {_diagnosis(path, error)}") from error
+    if not isinstance(tensors, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, torch.Tensor)
+        for name, tensor in dict.items(tensors)  # a pickle may give an OrderedDict other items
+    ):
+        raise ValueError(f"{path} is no checkpoint: expected a dictionary of named tensors")
+    return {name: t for name, t in dict.items(tensors) if not name.endswith(_DERIVED)}
+
+
+def _check_archive(path: Path) -> None:
+    """Refuse an archive that would need more memory than its size, or whose pickle names code.
+
+    With ``weights_only`` PyTorch's unpickler runs no code of the file, but it would unpack what is
+    compressed, and make objects as large as a pickle says.
+    """
+    with zipfile.ZipFile(path) as archive:
+        for entry in archive.infolist():
+            if entry.compress_type != zipfile.ZIP_STORED:
+                part = printable(entry.filename)
+                raise _RefusedError(f"{path} is refused: its part {part} is compressed")
+            if not entry.filename.lower().endswith(".pkl"):  # PyTorch's search ignores case too
+                continue
+            if entry.file_size > _MAX_PICKLE_BYTES:
+                raise _RefusedError(f"{path} is refused: its pickle is far too large")
+            tuples = 0
+            for opcode, argument, _ in pickletools.genops(archive.read(entry)):
+                tuples += opcode.name.startswith("TUPLE")
+                if opcode.name in ("GLOBAL", "INST") and not _HARMLESS.fullmatch(str(argument)):
+                    raise _RefusedError(
+                        f"{path} is refused: its pickle names {printable(str(argument))}, which no "
+                        "weights need and which could run any code"
+                    )
+            if tuples > _MAX_TUPLES:
+                raise _RefusedError(f"{path} is refused: its pickle nests too deeply")
+
+
+def _diagnosis(path: Path, error: Exception) -> str:
+    """Return why a file can't be read, judging by its beginning, and what to do."""
+    with open(path, "rb") as file:
+        head = file.read(512)
+    if not head:
+        return "is empty: download it again"
+    if b"<html" in head.lower() or b"<!doctype" in head.lower():
+        return "is a web page, not a checkpoint: download it again, perhaps with a new link"
+    if head.startswith(_OLD_FORMAT):
+        return "is in PyTorch's old format: torch.load it and torch.save it again"
+    if not head.startswith(b"PK"):
+        return "is no checkpoint, which would be a zip archive: download it again"
+    reason = printable((str(error).splitlines() or [type(error).__name__])[0], 200)
+    return f"is damaged or no checkpoint ({reason}): download it again"
+
+
+def check_plain(tensors: Tensors, name: str, scheme: Scheme | None = None) -> None:
+    """Raise ``ValueError`` if tensors aren't plain weights, or are larger than their file.
+
+    Args:
+        tensors: a file's or a directory's tensors under Meta's names.
+        name: the file's name in errors.
+        scheme: the quantisation of the weights, which decides their dtypes.
+    """
+    for key, tensor in tensors.items():
+        plain = tensor.layout == torch.strided and tensor.device.type != "meta"
+        module, _, part = key.rpartition(".")
+        dtype = scheme.dtypes().get(part) if scheme and scheme.applies_to(module) else None
+        if dtype is not None:
+            if not (plain and tensor.dtype == dtype):
+                raise ValueError(
+                    f"{printable(key)} in {name} is {tensor.dtype} ({tensor.layout}, "
+                    f"{tensor.device}), not a plain {dtype} tensor, as params.json says"
+                )
+        elif not (plain and tensor.is_floating_point()):
+            raise ValueError(
+                f"{printable(key)} in {name} is {tensor.dtype} ({tensor.layout}, "
+                f"{tensor.device}), not a plain floating-point tensor"
+            )
+        if tensor.nbytes > tensor.untyped_storage().nbytes():
+            raise ValueError(f"{printable(key)} in {name} repeats numbers that are stored once")
+    # Names may share a storage, as tied weights do; many that do are an attack on the memory.
+    storages = {
+        storage.data_ptr(): storage.nbytes()
+        for storage in (tensor.untyped_storage() for tensor in tensors.values())
+    }
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    if size > 2 * sum(storages.values()):
+        raise ValueError(f"the tensors of {name} repeat numbers that are stored once")

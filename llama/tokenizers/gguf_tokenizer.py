@@ -1,0 +1,289 @@
+"""A GGUF file's tokenizer, converted to the files that Hugging Face's directories have."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from llama.errors import need, printable
+
+# The types of tokens, which are SentencePiece's.
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
+
+# The regular expressions that split text before pairs are merged, by the rule's name. They are
+# those of the models' own tokenizer.json, as llama.cpp (src/llama-vocab.cpp) quotes them.
+_CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
+_SYMBOLS = r" ?[^\s\p{L}\p{N}]+[\r\n]*"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_DIGITS = r"\p{N}"
+_RULES: dict[str, tuple[str, ...]] = {
+    "llama3": (rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}{{1,3}}|{_SYMBOLS}|{_SPACES}",),
+    "tekken": (
+        rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
+        rf"|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}",
+    ),
+    "qwen2": (rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}|{_SYMBOLS}|{_SPACES}",),
+    "seed-coder": (rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|{_SPACES}",),
+    "gpt-2": (_GPT2,),
+    "starcoder": (_DIGITS, _GPT2),
+    "deepseek-coder": (
+        r"[\r\n]",
+        r"\s?\p{L}+",
+        r"\s?\p{P}+",
+        "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+",
+        _DIGITS,
+    ),
+    "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]"),
+}
+# Other names of the rules in ``tokenizer.ggml.pre``.
+_ALIASES = {
+    "llama-bpe": "llama3",
+    "llama-v3": "llama3",
+    "falcon3": "llama3",
+    "smaug-bpe": "llama3",
+    "dbrx": "llama3",
+    "megrez": "qwen2",
+    "smollm": "starcoder",
+    "refact": "starcoder",
+    "minerva-7b": "starcoder",
+}
+# Rules that keep a split text which is a token as it is, whatever the merges would give, and whose
+# texts begin with the beginning-of-sequence token unless the file says otherwise.
+_WHOLE_WORDS = ("llama3", "llama-bpe", "llama-v3", "falcon3", "tekken")
+_NFC = ("qwen2",)  # rules whose own tokenizer normalises text to NFC
+
+# The ends of Llama 3's texts, turns and tool calls; a file names only one of them.
+_ENDS = ("<|end_of_text|>", "<|eot_id|>", "<|eom_id|>")
+
+_ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+
+
+def tokenizer_files(metadata: Mapping[str, Any], source: str = "the file") -> dict[str, bytes]:
+    """Convert the tokenizer to files, by their names in a directory of Hugging Face's.
+
+    Args:
+        metadata: a GGUF file's metadata.
+        source: the file's name in errors.
+
+    Returns:
+        ``tokenizer.model`` or ``tokenizer.json``, ``tokenizer_config.json`` and, if several
+        tokens end a text, ``generation_config.json``; no file if there is no tokenizer.
+
+    Raises:
+        ImportError: a package is missing.
+        ValueError: the tokenizer is of an unknown kind, or malformed.
+    """
+    model = metadata.get("tokenizer.ggml.model", "none")
+    if model in ("none", "no_vocab"):
+        return {}
+    if model not in ("llama", "gpt2"):
+        raise ValueError(
+            f"{source} has a tokenizer of the kind {printable(repr(model))}: known are llama, gpt2"
+        )
+    tokens = _column(metadata, "tokens", source)
+    types = _column(metadata, "token_type", source, len(tokens))
+    special = _special_ids(metadata, model, len(tokens), source)
+    control = {special.get("bos"), special.get("eos")}  # some files have them as plain tokens
+    types = [_CONTROL if i in control else kind for i, kind in enumerate(types)]
+    # SentencePiece writes a space as ▁; llama.cpp writes it out in tokens that were added.
+    names = [token.replace(" ", "▁") for token in tokens] if model == "llama" else tokens
+    ids = {name: i for i, name in enumerate(names)}
+    if len(ids) < len(names) or "" in ids:
+        repeated = next((name for i, name in enumerate(names) if ids[name] != i), "")
+        raise ValueError(f"{source} has the token {printable(repeated)!r} twice, or an empty one")
+    rule = metadata.get("tokenizer.ggml.pre")
+    adds = {
+        role: metadata.get(f"tokenizer.ggml.add_{role}_token", default) is True and role in special
+        for role, default in (("bos", model == "llama" or rule in _WHOLE_WORDS), ("eos", False))
+    }
+    files = {}
+    if model == "llama":
+        scores = _column(metadata, "scores", source, len(tokens))
+        files["tokenizer.model"] = _sentencepiece(metadata, names, scores, types, special, source)
+    else:
+        merges = _merges(metadata, ids, source)
+        data = _byte_level(rule, ids, merges, types, source)
+        around = [[special[role]] if adds[role] else [] for role in ("bos", "eos")]
+        data["post_processor"] = _template(names, *around) if any(around) else None
+        files["tokenizer.json"] = _json(data)
+    config = {f"{role}_token": names[i] for role, i in special.items() if role in _ROLES}
+    config |= {f"add_{role}_token": add for role, add in adds.items()}
+    if isinstance(metadata.get("tokenizer.chat_template"), str):
+        config["chat_template"] = metadata["tokenizer.chat_template"]
+    if model == "llama":
+        config["legacy"] = True
+    files["tokenizer_config.json"] = _json(config)
+    ends = [special[role] for role in ("eos", "eot", "eom") if role in special]
+    ends += [ids[end] for end in _ENDS if end in ids and types[ids[end]] == _CONTROL]
+    if len(set(ends)) > 1:
+        files["generation_config.json"] = _json({"eos_token_id": list(dict.fromkeys(ends))})
+    return files
+
+
+def _json(value: object) -> bytes:
+    return json.dumps(value, ensure_ascii=False).encode()
+
+
+# The types of the columns' entries.
+_ENTRY_TYPES: dict[str, type | tuple[type, ...]] = {
+    "tokens": str,
+    "merges": str,
+    "token_type": int,
+    "scores": (float, int),
+}
+
+
+def _column(
+    metadata: Mapping[str, Any], name: str, source: str, length: int | None = None
+) -> list[Any]:
+    """Return a list of the vocabulary, of ``length`` entries."""
+    column = metadata.get(f"tokenizer.ggml.{name}")
+    if not isinstance(column, list) or not all(
+        isinstance(entry, _ENTRY_TYPES[name]) for entry in column[:1]
+    ):
+        raise ValueError(f"{source} lacks the list tokenizer.ggml.{name}: convert the model again")
+    if length is not None and len(column) != length:
+        raise ValueError(
+            f"{source} has {length} tokens, but tokenizer.ggml.{name} lists {len(column)}"
+        )
+    return column
+
+
+def _special_ids(
+    metadata: Mapping[str, Any], model: str, n_words: int, source: str
+) -> dict[str, int]:
+    """Return the ids of special tokens by role."""
+    defaults = {"bos": 1, "eos": 2, "unk": 0} if model == "llama" else {}
+    special = {}
+    for role in ("bos", "eos", "unk", "pad", "eot", "eom"):
+        key = f"tokenizer.ggml.{_ROLES.get(role, role)}_token_id"
+        value = metadata.get(key, defaults.get(role))
+        if value is None:
+            continue
+        if type(value) is not int or not 0 <= value < n_words:
+            raise ValueError(
+                f"{source} has {key} = {printable(repr(value))}, but tokens 0 to {n_words - 1}"
+            )
+        special[role] = value
+    return special
+
+
+def _sentencepiece(
+    metadata: Mapping[str, Any],
+    names: list[str],
+    scores: list[float],
+    types: list[int],
+    special: Mapping[str, int],
+    source: str,
+) -> bytes:
+    """Return the content of a ``tokenizer.model``."""
+    if types.count(_BYTE) not in (0, 256):
+        raise ValueError(f"{source} has {types.count(_BYTE)} tokens for the 256 bytes")
+    proto = need("sentencepiece.sentencepiece_model_pb2").ModelProto()
+    for i, (name, score, kind) in enumerate(zip(names, scores, types, strict=True)):
+        if i == special["unk"]:
+            kind = _UNKNOWN
+        elif kind == _UNKNOWN:  # a model can have one only
+            kind = _CONTROL
+        if not _NORMAL <= kind <= _BYTE:
+            raise ValueError(f"{source} has the token {printable(name)} of the type {kind}")
+        proto.pieces.add(piece=name, score=score, type=kind)
+    trainer = proto.trainer_spec
+    trainer.model_type = trainer.BPE
+    trainer.vocab_size = len(names)
+    trainer.byte_fallback = _BYTE in types
+    trainer.pad_id = special.get("pad", -1)
+    for role in ("unk", "bos", "eos", "pad"):
+        if role in special:
+            setattr(trainer, f"{role}_id", special[role])
+            setattr(trainer, f"{role}_piece", names[special[role]])
+    normalizer = proto.normalizer_spec
+    normalizer.name = "identity"
+    normalizer.add_dummy_prefix = metadata.get("tokenizer.ggml.add_space_prefix", True) is True
+    trim = metadata.get("tokenizer.ggml.remove_extra_whitespaces", False)
+    normalizer.remove_extra_whitespaces = trim is True
+    data: bytes = proto.SerializeToString()
+    return data
+
+
+def _merges(
+    metadata: Mapping[str, Any], ids: Mapping[str, int], source: str
+) -> list[tuple[str, str]]:
+    """Return the pairs that are merged, in the order of priority."""
+    pairs = []
+    for merge in _column(metadata, "merges", source):
+        left, _, right = merge.partition(" ")
+        if left not in ids or right not in ids or left + right not in ids:
+            raise ValueError(
+                f"{source} merges {printable(merge)!r}, which isn't among its tokens: it is damaged"
+            )
+        pairs.append((left, right))
+    return pairs
+
+
+def _byte_level(
+    rule: object,
+    ids: Mapping[str, int],
+    merges: list[tuple[str, str]],
+    types: list[int],
+    source: str,
+) -> dict[str, Any]:
+    """Return the object of a ``tokenizer.json`` for a byte-level tokenizer."""
+    name = _ALIASES.get(rule, rule) if isinstance(rule, str) else None
+    if name not in _RULES:
+        names = ", ".join(sorted([*_RULES, *_ALIASES]))
+        found = f"tokenizer.ggml.pre = {printable(repr(rule))}" if rule else "no tokenizer.ggml.pre"
+        raise ValueError(f"{source} has {found}: known rules are {names}")
+    splits = [
+        {"type": "Split", "pattern": {"Regex": rx}, "behavior": "Isolated", "invert": False}
+        for rx in _RULES[name]
+    ]
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    byte_level |= {"use_regex": False}
+    added = [
+        {
+            "id": i,
+            "content": token,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": types[i] == _CONTROL,
+        }
+        for token, i in ids.items()
+        if types[i] in (_CONTROL, _USER_DEFINED)
+    ]
+    return {
+        "version": "1.0",
+        "added_tokens": added,
+        "normalizer": {"type": "NFC"} if rule in _NFC else None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*splits, byte_level]},
+        "decoder": byte_level,
+        "model": {
+            "type": "BPE",
+            "ignore_merges": rule in _WHOLE_WORDS,
+            "vocab": ids,
+            "merges": merges,
+        },
+    }
+
+
+def _template(names: list[str], before: list[int], after: list[int]) -> dict[str, Any]:
+    """Return a post-processor that adds tokens before and after a text."""
+
+    def entries(ids: list[int], type_id: int) -> list[dict[str, Any]]:
+        return [{"SpecialToken": {"id": names[i], "type_id": type_id}} for i in ids]
+
+    single = [
+        [*entries(before, i), {"Sequence": {"id": name, "type_id": i}}, *entries(after, i)]
+        for i, name in enumerate("AB")
+    ]
+    tokens = {names[i]: {"id": names[i], "ids": [i], "tokens": [names[i]]} for i in before + after}
+    return {
+        "type": "TemplateProcessing",
+        "single": single[0],
+        "pair": single[0] + single[1],
+        "special_tokens": tokens,
+    }

@@ -1,0 +1,124 @@
+"""``tokenizer.json``, the format of Hugging Face's library ``tokenizers``."""
+
+import copy
+import json
+from collections.abc import Callable
+from typing import Any
+
+from llama.errors import need, printable
+from llama.tokenizer import BaseTokenizer
+
+
+class JsonTokenizer(BaseTokenizer):
+    """A ``tokenizer.json`` with the interface of ``Tokenizer``."""
+
+    def __init__(
+        self,
+        data: dict[str, Any],
+        name: str,
+        is_control: Callable[[str], bool],
+        is_structure: Callable[[str], bool],
+        vocab_size: int | None = None,
+    ):
+        """Make a tokenizer from a parsed ``tokenizer.json``.
+
+        Args:
+            data: the file's object.
+            name: the file's name in errors.
+            is_control: returns whether an added piece is a control piece although it isn't marked
+                as one.
+            is_structure: returns whether another added piece belongs to the structure of prompts:
+                text never becomes it, but it is part of a decoded text.
+            vocab_size: the number of ids that the model has; added pieces beyond are dropped.
+
+        Raises:
+            ImportError: the package ``tokenizers`` is missing.
+            ValueError: the library can't read the data.
+        """
+        data = {**copy.deepcopy(data), "truncation": None, "padding": None}
+        specs = data.get("added_tokens")
+        if isinstance(specs, list):
+            data["added_tokens"] = [spec for spec in specs if not _is_beyond(spec, vocab_size)]
+        added = [spec for spec in data.get("added_tokens") or [] if isinstance(spec, dict)]
+        silent = set()  # control pieces, which have no text
+        for spec in added:
+            text = str(spec.get("content"))
+            if spec.get("special") or is_control(text):
+                silent.add(text)
+            spec["special"] = text in silent or is_structure(text)
+        tokenizers = need("tokenizers")
+        try:
+            self._whole = tokenizers.Tokenizer.from_str(json.dumps(data))
+            self._continued = tokenizers.Tokenizer.from_str(json.dumps(_without_prefix(data)))
+        except Exception as error:  # the library raises no narrower one
+            reason = printable(str(error), 200)
+            raise ValueError(f"{name} is no tokenizer.json: {reason}") from error
+        vocabulary: dict[str, int] = self._whole.get_vocab(with_added_tokens=True)
+        if not vocabulary:
+            raise ValueError(f"{name} has an empty vocabulary")
+        self.n_words = max(vocabulary.values()) + 1
+        self.control_ids = {
+            spec["content"]: vocabulary[spec["content"]]
+            for spec in added
+            if spec["special"] and str(spec.get("content")) in vocabulary
+        }
+        self._silent_ids = {i for text, i in self.control_ids.items() if text in silent}
+        self.bos_id = self.eos_id = self.pad_id = -1
+        self.stop_ids = frozenset()
+        # As with SentencePiece, except that "first" puts a space before the first text only.
+        steps = _steps(data.get("pre_tokenizer"))
+        self.spaced = all(step.get("prepend_scheme") != "first" for step in steps)
+        around: list[int] = self._whole.encode("").ids  # what the post-processor adds to a text
+        self.add_bos = bool(around) and around[0] in self.control_ids.values()
+        if self.add_bos:
+            self.bos_id = around[0]
+        # encode_rendered finds a prompt's control pieces itself: what the library sees is text.
+        self._whole.encode_special_tokens = self._continued.encode_special_tokens = True
+
+    def _to_ids(self, s: str, continued: bool) -> list[int]:
+        model = self._continued if continued else self._whole
+        ids: list[int] = model.encode(s, add_special_tokens=False).ids
+        return ids
+
+    def _to_text(self, ids: list[int], continued: bool) -> str:
+        model = self._continued if continued else self._whole
+        shown = [i for i in ids if i not in self._silent_ids]
+        text: str = model.decode(shown, skip_special_tokens=False)
+        return text
+
+    def token_piece(self, t: int) -> str:
+        """Return the vocabulary's entry for an id, as it is written there."""
+        self._check_id(t)
+        return self._whole.id_to_token(t) or ""
+
+
+def _is_beyond(spec: object, vocab_size: int | None) -> bool:
+    i = spec.get("id") if isinstance(spec, dict) else None
+    return vocab_size is not None and isinstance(i, int) and i >= vocab_size
+
+
+def _steps(part: object) -> list[dict[str, Any]]:
+    """Return the steps of a normalizer, pre-tokenizer or decoder, which may be a sequence."""
+    if not isinstance(part, dict):
+        return []
+    for name in ("normalizers", "pretokenizers", "decoders"):
+        if isinstance(part.get(name), list):
+            return [step for inner in part[name] for step in _steps(inner)]
+    return [part]
+
+
+def _without_prefix(data: dict[str, Any]) -> dict[str, Any]:
+    """Return a tokenizer that adds no space before a text, and removes none in decoding."""
+    data = copy.deepcopy(data)
+    for step in _steps(data.get("normalizer")):
+        if step.get("type") == "Prepend":
+            step["prepend"] = ""
+    for part in ("pre_tokenizer", "decoder"):
+        for step in _steps(data.get(part)):
+            if step.get("type") == "Metaspace":
+                step["prepend_scheme"] = "never"
+            if step.get("type") == "ByteLevel":
+                step["add_prefix_space"] = False
+            if step.get("type") == "Strip":
+                step["start"] = 0
+    return data
