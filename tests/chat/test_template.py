@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from test_tokenizer_json import byte_level, like_llama2
+from json_tokenizers import byte_level, like_llama2
 from transformers import AutoTokenizer
 
 from llama import Llama

@@ -1,0 +1,118 @@
+"""Loading: dtypes, mapped memory, and networks that don't fit."""
+
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from llama import Llama, parallel
+from llama.checkpoint.save import reshard
+
+
+def build(path: Path, **more: object) -> Llama:
+    return Llama.build(path, max_seq_len=64, max_batch_size=2, device="cpu", **more)
+
+
+def test_weights_stay_mapped_and_in_their_dtype(checkpoint_dir) -> None:
+    path = checkpoint_dir(torch.float32)
+    llama = build(path)
+    assert llama.model.output.weight.dtype == torch.float32
+    assert llama.model.layers[0].attention.cache_k.dtype == torch.float32
+    maps = Path("/proc/self/maps")
+    if maps.exists():
+        address = llama.model.output.weight.data_ptr()
+        ranges = [line.split() for line in maps.read_text().splitlines() if str(path) in line]
+        bounds = [[int(x, 16) for x in r[0].split("-")] for r in ranges]
+        assert any(low <= address < high for low, high in bounds)
+
+
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("wanted", [torch.float16, torch.bfloat16, torch.float32])
+def test_dtypes_are_converted(checkpoint_dir, stored: torch.dtype, wanted: torch.dtype) -> None:
+    path = checkpoint_dir(stored)
+    llama = build(path, dtype=wanted)
+    original = torch.load(path / "consolidated.00.pth")
+    for name, parameter in llama.model.named_parameters():
+        assert parameter.dtype == wanted
+        assert torch.equal(parameter, original[name].to(wanted)), name
+    assert llama.model.layers[0].attention.cache_v.dtype == wanted
+    assert len(llama.generate([[1, 2]], 3)[0]) == 1
+
+
+MEMORY = """
+import sys, torch
+from llama import Llama
+def peak():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+before = peak()
+llama = Llama.build(sys.argv[1], max_seq_len=64, device="cpu", dtype=torch.bfloat16)
+needed = sum(p.nbytes for p in llama.model.parameters())
+print((peak() - before) / needed)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+@pytest.mark.parametrize(("stored", "shards"), [(torch.float16, 1), (torch.bfloat16, 2)])
+def test_mapped_pages_are_released_while_loading(
+    checkpoint_dir, stored: torch.dtype, shards: int
+) -> None:
+    path = checkpoint_dir(stored, dim=1024, n_layers=10)
+    if shards > 1:
+        reshard(str(path), str(path.parent / "shards"), model_parallel_size=shards)
+        path = path.parent / "shards"
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY, str(path)], capture_output=True, text=True, check=True
+    )
+    assert float(done.stdout) < 1.35  # without it about 2
+
+
+def test_model_parallel_size_must_be_the_number_of_processes() -> None:
+    with pytest.raises(ValueError, match=r"is 2, but the number of processes is 1"):
+        Llama.build(model_parallel_size=2, device="cpu")
+
+
+class TestMemory:
+    def test_too_long_a_cache_is_told_with_what_would_fit(self) -> None:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        with pytest.raises(MemoryError, match=r"max_batch_size=100000 can be at most \d+"):
+            Llama.build(max_seq_len=10**6, max_batch_size=10**5, device="cpu")
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # KiB
+
+    def test_too_large_weights_suggest_a_smaller_dtype_or_more_processes(self, monkeypatch) -> None:
+        monkeypatch.setattr(parallel, "device_memory", lambda _: 1_000_000)
+        with pytest.raises(MemoryError, match="share them among more GPUs"):
+            Llama.build(device="cpu", dtype=torch.float32)
+        monkeypatch.setattr(parallel, "device_memory", lambda _: 5_000_000)
+        with pytest.raises(MemoryError, match=r"could be torch\.bfloat16"):
+            Llama.build(device="cpu", dtype=torch.float32)
+        with pytest.raises(MemoryError, match=r"can be at most \d+"):
+            Llama.build(device="cpu", dtype=torch.bfloat16)
+
+    def test_what_fits_by_the_message_fits(self, monkeypatch) -> None:
+        monkeypatch.setattr(parallel, "device_memory", lambda _: 20_000_000)
+        with pytest.raises(MemoryError) as error:
+            Llama.build(device="cpu", dtype=torch.bfloat16, max_seq_len=512, max_batch_size=64)
+        most = int(str(error.value).split("at most ")[1])
+        Llama.build(device="cpu", dtype=torch.bfloat16, max_seq_len=most, max_batch_size=1)
+        with pytest.raises(MemoryError):
+            Llama.build(device="cpu", dtype=torch.bfloat16, max_seq_len=most + 9, max_batch_size=1)
+
+    def test_the_machine_has_memory(self) -> None:
+        assert parallel.device_memory(torch.device("cpu")) > 1e9
+
+    def test_limits_of_control_groups_count(self, tmp_path: Path) -> None:
+        assert parallel.memory_limits(tmp_path) == []
+        files = {
+            "proc/self/cgroup": "4:memory:/jobs/1\n0::/user/session\n",
+            "sys/fs/cgroup/memory/jobs/1/memory.limit_in_bytes": "3000\n",
+            "sys/fs/cgroup/user/session/memory.max": "max\n",
+            "sys/fs/cgroup/user/memory.max": "2000\n",
+        }
+        for name, text in files.items():
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text(text)
+        assert sorted(parallel.memory_limits(tmp_path)) == [2000, 3000]
