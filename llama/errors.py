@@ -80,5 +80,5 @@ def need(module: str) -> ModuleType:
         package = _PACKAGES.get(module, module.split(".")[0])
         raise ImportError(
             f"this checkpoint's format needs the package {package}: "
-            "pip install 'llama[formats]' brings it"
+            "install it with pip install 'llama[formats]'"
         ) from error

@@ -7,28 +7,28 @@ from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
 
-# Appended to a serialised model it is merged into it, as protobuf's rules say: the field
+# Appended to a serialised model, it is merged into the model by protobuf's rules: the field
 # normalizer_spec (3) with its field add_dummy_prefix (3) set to false.
 _NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
 
-# Breaks up what reads like a control piece in a message's text: a character that Unicode reserves
-# for such internal use and that no text holds.
+# Separates the characters of a control piece's spelling in a message's text: a character that
+# Unicode reserves for such internal use, and that no text contains.
 _MARK = "\ufdd0"
 
 
 class BaseTokenizer:
-    """What all tokenizers have in common: ids of control pieces, and that text never becomes one.
+    """The base of all tokenizers: control pieces have ids, and text never becomes one of them.
 
     Attributes:
         n_words: the size of the vocabulary.
-        bos_id, eos_id, pad_id: begin and end of a sequence, padding; -1 where there is none.
+        bos_id, eos_id, pad_id: begin and end of a sequence, padding; -1 for none.
         add_bos: whether a text on its own begins with ``bos_id``.
-        stop_ids: the ids that end what a model writes; ``eos_id`` is one.
-        control_ids: the control pieces' spelling and id.
+        stop_ids: the ids that end a generated text; ``eos_id`` is one.
+        control_ids: the control pieces' ids by their spelling.
         prefix_id, middle_id, suffix_id, eot_id: Code Llama's infilling pieces, or None.
         step_id: the end of a turn of Code Llama 70B-Instruct, or None.
-        spaced: whether, in a prompt written out, each text after a control piece begins as a text
-            on its own does (with SentencePiece's space), as Meta's prompts do.
+        spaced: whether each text after a control piece of a rendered prompt begins like a text on
+            its own, with SentencePiece's space, as in Meta's prompts.
     """
 
     n_words: int
@@ -41,15 +41,19 @@ class BaseTokenizer:
     control_ids: dict[str, int]
 
     def _to_ids(self, s: str, continued: bool) -> list[int]:
-        """The ids of a text; one that is ``continued`` has other text before it."""
+        """Return the ids of a text; one that is ``continued`` has other text before it."""
         raise NotImplementedError
 
     def _to_text(self, ids: list[int], continued: bool) -> str:
-        """The text of ids, none of which is a control piece's."""
+        """Return the text of ids; one that is ``continued`` keeps a space at its beginning."""
         raise NotImplementedError
 
     def token_piece(self, t: int) -> str:
-        """The vocabulary's entry for an id, as it is written there."""
+        """Return the vocabulary's entry for an id, as it is written there.
+
+        Raises:
+            ValueError: the id isn't in the vocabulary.
+        """
         raise NotImplementedError
 
     @cached_property
@@ -74,7 +78,10 @@ class BaseTokenizer:
 
     @cached_property
     def _as_text(self) -> dict[int, list[int]]:
-        """For each control id the ordinary pieces that read like it: cut, so that it isn't met."""
+        """The ordinary pieces that spell each control piece, by its id.
+
+        The spelling is encoded in two parts, neither of which is the control piece.
+        """
         spelled = {}
         for piece, control in self.control_ids.items():
             text = piece.replace("▁", " ")
@@ -102,12 +109,12 @@ class BaseTokenizer:
         return [part for i in ids for part in self._as_text.get(i, (i,))]
 
     def encode(self, s: str, bos: bool, eos: bool) -> list[int]:
-        """The token ids of a text; what reads like a control piece in it stays text.
+        """Return the token ids of a text; a control piece's spelling in it stays text.
 
         Args:
             s: the text.
-            bos: whether to put the beginning-of-sequence id in front.
-            eos: whether to put the end-of-sequence id behind.
+            bos: whether to prepend the beginning-of-sequence id.
+            eos: whether to append the end-of-sequence id.
 
         Raises:
             TypeError: ``s`` is not a ``str``.
@@ -117,20 +124,20 @@ class BaseTokenizer:
         return [self.bos_id] * bool(bos) + ids + [self.eos_id] * bool(eos)
 
     def encode_infilling(self, s: str) -> list[int]:
-        """``encode`` without the space that SentencePiece puts in front of a text."""
+        """Encode a text without the space that SentencePiece adds before it."""
         return self._encode(s, continued=True)
 
     def protect(self, text: str) -> str:
-        """A message's text, fit to be put into a prompt for ``encode_rendered``."""
+        """Mark control pieces in a message's text, which then is safe for ``encode_rendered``."""
         text = text.replace(_MARK, "")
-        while self._controls.search(text):  # marked once, what overlaps it may stand out
-            text = self._controls.sub(lambda found: found[0][0] + _MARK + found[0][1:], text)
+        while self._controls.search(text):  # marking one piece can leave one that overlaps it
+            text = self._controls.sub(lambda match: match[0][0] + _MARK + match[0][1:], text)
         return text
 
     def encode_rendered(self, text: str) -> list[int]:
-        """The ids of a prompt written out: control pieces become their ids, all else is text.
+        """Return the ids of a rendered prompt, where control pieces become their ids.
 
-        Only what went through ``protect`` may come from a user.
+        Text from a user has to be protected first (``protect``).
         """
         ids = []
         for part in self._controls.split(text):
@@ -142,15 +149,16 @@ class BaseTokenizer:
         return ids
 
     def decode(self, t: Sequence[int]) -> str:
-        """The text of token ids; control ids have none, incomplete characters become U+FFFD.
+        """Return the text of token ids; control ids have none, partial characters become U+FFFD.
 
         Raises:
+            TypeError: ``t`` is a string, or holds something else than integers.
             ValueError: an id isn't in the vocabulary.
         """
         return self._decode(t, continued=False)
 
     def decode_infilling(self, t: Sequence[int]) -> str:
-        """``decode`` that keeps a space in front of the text."""
+        """Decode token ids and keep a space at the beginning of the text."""
         return self._decode(t, continued=True)
 
     def _decode(self, t: Sequence[int], continued: bool) -> str:
@@ -175,10 +183,11 @@ class Tokenizer(BaseTokenizer):
 
         Args:
             model_path: a ``tokenizer.model``.
-            proto: its contents, where they don't come from a file; the path then is a name.
+            proto: the model's content, if it doesn't come from a file; the path then is its name
+                in errors.
 
         Raises:
-            FileNotFoundError: there is no such file.
+            FileNotFoundError: ``model_path`` doesn't exist.
             ValueError: the file is no SentencePiece model.
         """
         path = Path(model_path)
@@ -192,11 +201,11 @@ class Tokenizer(BaseTokenizer):
             if not proto:
                 raise RuntimeError("empty file")
             self.sp_model = SentencePieceProcessor(model_proto=proto)
-            # Code Llama's infilling reads and writes text without the space that SentencePiece
-            # puts in front of every text.
+            # Code Llama's infilling encodes and decodes text without the space that SentencePiece
+            # adds before every text.
             self._sp_continuation = SentencePieceProcessor(model_proto=proto + _NO_DUMMY_PREFIX)
             pieces = self.sp_model.id_to_piece(list(range(self.sp_model.vocab_size())))
-        # A piece that is no UTF-8 can't be made a str, not even in SentencePiece's complaint.
+        # A piece that is no UTF-8 can't become a str, not even in SentencePiece's own error.
         except (RuntimeError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is not a SentencePiece model") from error
 
@@ -227,7 +236,7 @@ class Tokenizer(BaseTokenizer):
         return text
 
     def token_piece(self, t: int) -> str:
-        """The vocabulary's entry for an id, as it is written there (``▁`` for a space)."""
+        """Return the vocabulary's entry for an id, as it is written there (``▁`` for a space)."""
         self._check_id(t)
         piece: str = self.sp_model.id_to_piece(t)
         return piece

@@ -54,7 +54,7 @@ def like_llama2(scheme: str, source: Tokenizer | None = None) -> dict[str, Any]:
     pieces = [model.id_to_piece(i) for i in range(model.vocab_size())]
     vocab = {piece: i for i, piece in enumerate(pieces)}
     merges = []
-    # What is likelier is merged first, which isn't always the order of the ids.
+    # The most probable piece is merged first, which isn't always the order of the ids.
     for piece, i in sorted(vocab.items(), key=lambda item: -model.get_score(item[1])):
         if not (model.is_control(i) or model.is_byte(i) or model.is_unknown(i)):
             cuts = [(piece[:at], piece[at:]) for at in range(1, len(piece))]

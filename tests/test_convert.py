@@ -27,7 +27,7 @@ LLAMA3 = {
 }
 VARIANTS = {
     "gqa": {"n_kv_heads": 2},
-    "mha, odd vocabulary": {"vocab_size": 801},
+    "mha, 801 pieces": {"vocab_size": 801},
     "wide heads": {"head_dim": 16, "hidden_dim": 100, "n_kv_heads": 2},
     "tied": {"tie_word_embeddings": True},
     "linear": {"rope_scaling": {"rope_type": "linear", "factor": 4.0}, "rope_theta": 5e5},
@@ -114,7 +114,7 @@ def test_large_models_are_split_and_the_index_names_every_tensor(tmp_path, monke
     assert same_files(meta, tmp_path / "back")
 
 
-def test_factors_that_are_llama3s_are_told_so_and_others_refused(tmp_path: Path) -> None:
+def test_llama3s_factors_are_recognised_and_others_refused(tmp_path: Path) -> None:
     published = {**LLAMA3, "original_max_position_embeddings": 8192}
     model = make_model(rope_scaling=published, rope_theta=5e5, head_dim=64)
     factors = rope_factors(model.params).tolist()

@@ -12,6 +12,7 @@ from llama.args import ModelArgs
 from llama.checkpoint.sharding import (
     distinct_pieces,
     full_shapes,
+    input_widths,
     joined_shape,
     parameter_count,
     rank_part,
@@ -171,7 +172,7 @@ def quantized(
             "quantise the original weights"
         )
     source.check(args)
-    widths = {args.dim, args.n_heads * args.head_dim, args.hidden_dim}
+    widths = input_widths(args)
     indivisible = sorted(width for width in widths if width % scheme.block_size(width))
     if indivisible:
         raise ValueError(

@@ -17,6 +17,7 @@ from llama.model import rope_factors
 from llama.tokenizers import load_tokenizer
 
 SHARD_BYTES = 5_000_000_000
+"""The most bytes of weights that one file gets, as in ``transformers``' ``save_pretrained``."""
 
 # Llama 3.1's and 3.2's scaling, which GGUF files have as one factor for each frequency.
 _LLAMA3 = [

@@ -27,9 +27,14 @@ _SPLIT_DIM = {
 }
 
 
+def input_widths(args: ModelArgs) -> set[int]:
+    """Return the input dimensions of the network's linear layers."""
+    return {args.dim, args.n_heads * args.head_dim, args.hidden_dim}
+
+
 def check_model_parallel_size(args: ModelArgs, ranks: int, scheme: Scheme | None = None) -> None:
     """Raise ``ValueError``, listing the possible numbers, if ranks can't divide the network."""
-    widths = {args.dim, args.n_heads * args.head_dim, args.hidden_dim}
+    widths = input_widths(args)
     if type(ranks) is not int:
         raise ValueError(f"model_parallel_size is {ranks!r}: expected a whole number")
 
@@ -39,8 +44,8 @@ def check_model_parallel_size(args: ModelArgs, ranks: int, scheme: Scheme | None
         kv_heads = args.kv_heads
         if scheme and any(width % (n * scheme.block_size(width)) for width in widths):
             return False
-        whole = args.n_heads % n == args.dim % n == args.hidden_dim % n == 0
-        return whole and (kv_heads % n == 0 or n % kv_heads == 0)
+        divides = args.n_heads % n == args.dim % n == args.hidden_dim % n == 0
+        return divides and (kv_heads % n == 0 or n % kv_heads == 0)
 
     if not fits(ranks):
         sizes = ", ".join(str(n) for n in range(1, args.n_heads + 1) if fits(n)) or "none"
@@ -97,6 +102,7 @@ def stored_bytes(args: ModelArgs, dtype: torch.dtype, scheme: Scheme | None = No
 
 
 def _stored_sizes(args: ModelArgs, dtype: torch.dtype, scheme: Scheme | None) -> dict[str, int]:
+    """Return the bytes of each stored tensor by its name."""
     sizes = {}
     for name, shape in full_shapes(args, scheme).items():
         module, part = name.rsplit(".", 1)

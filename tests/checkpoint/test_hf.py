@@ -208,7 +208,7 @@ def test_stale_rotary_tables_are_ignored(tmp_path: Path) -> None:
     assert_same(build(tmp_path), reference)
 
 
-def test_a_stale_output_beside_tied_weights_is_ignored(tmp_path: Path) -> None:
+def test_a_stale_output_next_to_tied_weights_is_ignored(tmp_path: Path) -> None:
     reference = write(tmp_path, tie_word_embeddings=True)
     change_weights(tmp_path, lm_head__weight=torch.randn(768, 64))
     assert_same(build(tmp_path), reference)
@@ -385,7 +385,11 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
     "no dim": (config(hidden_size=0), ValueError, "dim is 0 in .*: expected 1 or more"),
     "no layer": (config(num_hidden_layers=0), ValueError, "n_layers is 0 in .*: expected a whole"),
     "half a head": (config(num_attention_heads=7, head_dim=...), ValueError, "don't give heads of"),
-    "odd groups": (config(num_key_value_heads=3), ValueError, "is no multiple of n_kv_heads 3"),
+    "indivisible groups": (
+        config(num_key_value_heads=3),
+        ValueError,
+        "is no multiple of n_kv_heads 3",
+    ),
     "absurdly large": (config(hidden_size=10**30), ValueError, "larger than any model's"),
     "far too large": (config(hidden_size=10**6), ValueError, "belongs to another model"),
     "small vocabulary": (config(vocab_size=700), ValueError, "has 768 pieces.*vocabulary of 700"),
@@ -441,7 +445,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_what_is_broken_or_foreign_is_told(
+def test_broken_and_unsupported_directories_are_refused(
     name: str, saved: dict[str, Path], tmp_path: Path
 ) -> None:
     harm, kind, message = BROKEN[name]

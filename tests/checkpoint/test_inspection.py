@@ -20,7 +20,7 @@ def build(path: Path, **more: object) -> Llama:
 
 
 class TestInspection:
-    def test_it_tells_what_a_checkpoint_is(self, checkpoint_dir, capsys) -> None:
+    def test_a_checkpoint_is_described(self, checkpoint_dir, capsys) -> None:
         path = checkpoint_dir(torch.float16)
         reshard(str(path), str(path.parent / "two"), model_parallel_size=2)
         inspection.inspect(str(path.parent / "two"), max_seq_len=1000, max_batch_size=10)

@@ -76,7 +76,7 @@ def test_model_parallel_size_must_be_the_number_of_processes() -> None:
 
 
 class TestMemory:
-    def test_too_long_a_cache_is_told_with_what_would_fit(self) -> None:
+    def test_too_long_a_cache_is_refused_with_the_largest_that_fits(self) -> None:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         with pytest.raises(MemoryError, match=r"max_batch_size=100000 can be at most \d+"):
             Llama.build(max_seq_len=10**6, max_batch_size=10**5, device="cpu")

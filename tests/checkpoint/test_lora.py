@@ -460,7 +460,7 @@ def test_rows_and_ties_that_contradict_are_refused(attempt: Callable[..., Checkp
         attempt({}, head | {f"{stem}weight": torch.zeros(50, 32)}, "tied")
 
 
-def test_missing_damaged_and_foreign_files_are_refused(adapter_files: Path, tmp_path: Path) -> None:
+def test_missing_damaged_and_invalid_files_are_refused(adapter_files: Path, tmp_path: Path) -> None:
     base = open_meta(adapter_files / "base")
     directory = tmp_path / "adapter"
     with pytest.raises(FileNotFoundError, match=r"no .*adapter_config.json: give the directory"):
@@ -474,7 +474,7 @@ def test_missing_damaged_and_foreign_files_are_refused(adapter_files: Path, tmp_
     weights.unlink()
     with pytest.raises(FileNotFoundError, match="no adapter weights: expected adapter_model"):
         apply_adapter(base, directory)
-    torch.save({"x": _Foreign()}, directory / "adapter_model.bin")
+    torch.save({"x": _Invalid()}, directory / "adapter_model.bin")
     with pytest.raises(ValueError, match="could run any code"):
         apply_adapter(base, directory)
     torch.save({}, directory / "adapter_model.bin")
@@ -482,7 +482,7 @@ def test_missing_damaged_and_foreign_files_are_refused(adapter_files: Path, tmp_
         apply_adapter(base, directory)
 
 
-class _Foreign:
+class _Invalid:
     def __reduce__(self) -> Any:
         return print, ("should not be run",)
 

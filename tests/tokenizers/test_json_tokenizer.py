@@ -54,7 +54,7 @@ def json_tokenizer(data: dict[str, Any]) -> JsonTokenizer:
 
 
 def files(data: object, **others: object) -> dict[str, bytes]:
-    """The contents of files beside a checkpoint; ``__`` in a name stands for a dot."""
+    """The contents of files next to a checkpoint; ``__`` in a name stands for a dot."""
     named = {name.replace("__", "."): value for name, value in others.items()}
     return {n: json.dumps(v).encode() for n, v in {"tokenizer.json": data, **named}.items()}
 
@@ -132,7 +132,7 @@ def test_characters_of_several_bytes_arrive_whole(kind: str) -> None:
     check()
 
 
-def test_added_pieces_that_the_template_names_are_structure_and_are_heard() -> None:
+def test_added_pieces_that_the_template_names_are_structure_and_are_decoded() -> None:
     data = byte_level()
     config = {"eos_token": TURN, "chat_template": TEMPLATE}
     ours = load_tokenizer(files(data, tokenizer_config__json=config))
@@ -234,7 +234,7 @@ def test_added_pieces_beyond_the_models_vocabulary_are_dropped() -> None:
     assert ours.decode(ids) == f"{THINK}{INDENT}{WORD}"
 
 
-class TestBesideSentencePiece:
+class TestNextToSentencePiece:
     """``tokenizer.model`` with pieces that other files add."""
 
     def test_added_pieces_have_their_ids_in_prompts_and_never_in_texts(self) -> None:
@@ -287,18 +287,18 @@ class TestBesideSentencePiece:
 
     def test_a_named_padding(self) -> None:
         added, config = {"[PAD]": 768}, {"pad_token": "[PAD]"}
-        beside = {"added_tokens__json": added, "tokenizer_config__json": config}
-        assert load_tokenizer(sentencepiece_files(**beside)).pad_id == 768
+        files_next_to_it = {"added_tokens__json": added, "tokenizer_config__json": config}
+        assert load_tokenizer(sentencepiece_files(**files_next_to_it)).pad_id == 768
 
     def test_pieces_beyond_the_models_vocabulary_are_dropped(self) -> None:
         added = {"<a>": 768, "<b>": 769, "<far>": 10**12}
         ours = load_tokenizer(sentencepiece_files(added_tokens__json=added), vocab_size=769)
         assert ours.n_words == 769 and "<a>" in ours.control_ids and "<b>" not in ours.control_ids
 
-    def test_a_gap_is_told(self) -> None:
-        beside = sentencepiece_files(added_tokens__json={"<a>": 770})
+    def test_a_gap_is_refused(self) -> None:
+        files_next_to_it = sentencepiece_files(added_tokens__json={"<a>": 770})
         with pytest.raises(ValueError, match="piece <a> has the id 770, but 768 pieces"):
-            load_tokenizer(beside)
+            load_tokenizer(files_next_to_it)
 
     def test_settings(self) -> None:
         def load(**config: object) -> BaseTokenizer:
@@ -370,14 +370,14 @@ MALFORMED: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("name", MALFORMED)
-def test_malformed_files_are_told(name: str) -> None:
+def test_malformed_files_are_refused(name: str) -> None:
     make, message = MALFORMED[name]
     with pytest.raises(ValueError, match=message) as error:
         load_tokenizer(make())
     assert str(error.value).isprintable() and len(str(error.value)) < 400
 
 
-def test_nothing_at_all_is_told() -> None:
+def test_missing_files_are_named() -> None:
     with pytest.raises(FileNotFoundError, match=r"no tokenizer.model or tokenizer.json in here: "):
         load_tokenizer({}, where="here")
 
