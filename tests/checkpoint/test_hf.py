@@ -385,7 +385,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
     "no dim": (config(hidden_size=0), ValueError, "dim is 0 in .*: expected 1 or more"),
     "no layer": (config(num_hidden_layers=0), ValueError, "n_layers is 0 in .*: expected a whole"),
     "half a head": (config(num_attention_heads=7, head_dim=...), ValueError, "don't give heads of"),
-    "indivisible groups": (
+    "uneven groups": (
         config(num_key_value_heads=3),
         ValueError,
         "is no multiple of n_kv_heads 3",

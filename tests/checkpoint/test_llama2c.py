@@ -153,9 +153,7 @@ def test_the_tokenizer_of_llama_2(llama2_tokenizer: Tokenizer, tmp_path: Path) -
     check_same(Tokenizer("tokenizer.bin", read_tokenizer(path)), llama2_tokenizer)
 
 
-def test_a_tokenizer_next_to_the_model_is_its_own(
-    tiny_tokenizer: Tokenizer, tmp_path: Path
-) -> None:
+def test_a_tokenizer_next_to_the_model_is_used(tiny_tokenizer: Tokenizer, tmp_path: Path) -> None:
     path = write_model(make_model(), tmp_path / "model.bin")
     write_tokenizer(tiny_tokenizer, tmp_path / "tokenizer.bin")
     proto = open_llama2c(path).files["tokenizer.model"]
