@@ -10,7 +10,9 @@ def requirements() -> list[str]:
     return [line for line in lines if line and not line.startswith("#")]
 
 
+PROGRESS = ["tqdm>=4.66"]
 FORMATS = [
+    *PROGRESS,
     "safetensors>=0.4.3",
     "tokenizers>=0.20",
     "jinja2>=3.1.6",
@@ -24,7 +26,7 @@ SERVER = [
     "prometheus-client>=0.20",
     "gradio>=6.31,<7",
 ]
-CHAT = ["prompt_toolkit>=3.0.36"]
+CHAT = ["prompt_toolkit>=3.0.36", *PROGRESS]
 TEST = [
     *FORMATS,
     *SERVER,
@@ -52,7 +54,7 @@ setup(
     license="MIT",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    packages=["llama", "llama.formats", "llama.server"],
+    packages=["llama", "llama.commands", "llama.formats", "llama.server"],
     package_data={"llama": ["py.typed", "tiny/*"]},
     install_requires=requirements(),
     extras_require={
@@ -68,6 +70,6 @@ setup(
             "httpx>=0.27",
         ],
         "test": TEST,
-        "dev": [*TEST, "ruff>=0.14", "mypy>=1.15", "tqdm>=4.66"],
+        "dev": [*TEST, "ruff>=0.14", "mypy>=1.15"],
     },
 )

@@ -19,10 +19,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-import fire
 import torch
 
-from llama import ModelArgs, checkpoint, sharding
+from llama import ModelArgs, checkpoint, cli, sharding
 from llama.formats.to_hf import save_hf
 from llama.generation import TINY
 from llama.weights import Checkpoint, Weights
@@ -146,4 +145,4 @@ def main(
 
 
 if __name__ == "__main__":
-    fire.Fire(main)
+    cli.run(main)

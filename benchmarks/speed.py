@@ -23,12 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import engines
-import fire
 import growth
 import torch
 from plots import draw_growth, draw_peers
 
-from llama import ModelArgs, checkpoint, sharding
+from llama import ModelArgs, checkpoint, cli, sharding
 from llama.convert import convert
 from llama.formats.layout import from_interleaved
 from llama.formats.to_hf import save_hf
@@ -327,4 +326,4 @@ def main(
 
 
 if __name__ == "__main__":
-    fire.Fire(main)
+    cli.run(main)

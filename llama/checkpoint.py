@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from llama import parallel
+from llama.cli import progress, run
 from llama.files import open_meta
 from llama.memory import release
 from llama.model import ModelArgs, Transformer
@@ -270,35 +271,6 @@ class _Reporting(io.FileIO):
         return done
 
 
-def progress_bar(total: int, what: str = "") -> Callable[[int], None]:
-    """A function that shows how much of ``total`` bytes, or of ``what``, is done."""
-    shown = -1
-    what = what or f"{total / 1e9:.2f} GB"
-
-    def show(done: int) -> None:
-        nonlocal shown
-        percent = min(100, 100 * done // total)
-        if percent > shown:
-            shown = percent
-            bar = "#" * (30 * percent // 100)
-            print(f"\r[{bar:<30}] {percent} % of {what}", end="", file=sys.stderr)
-
-    return show
-
-
-def log_progress(total: int, what: str) -> Callable[[int], None]:
-    """A function that tells the log, every few seconds, how much of ``total`` is done."""
-    told = time.monotonic()
-
-    def tell(done: int) -> None:
-        nonlocal told
-        if time.monotonic() > told + 5:
-            told = time.monotonic()
-            logger.info("%s: %d %%", what, 100 * done // total)
-
-    return tell
-
-
 def reshard(in_dir: str, out_dir: str, model_parallel_size: int = 1) -> None:
     """Write a checkpoint again in another number of files.
 
@@ -309,17 +281,17 @@ def reshard(in_dir: str, out_dir: str, model_parallel_size: int = 1) -> None:
     """
     source, target = open_meta(Path(str(in_dir))), Path(str(out_dir))
     args = make_args(source.params, source.source, n_words=vocabulary_size(source))
-    show = progress_bar(stored_bytes(args, source.dtype, source.scheme))
-    save(
-        source.parts,
-        args,
-        target,
-        model_parallel_size,
-        source.files,
-        progress=show,
-        scheme=source.scheme,
-    )
-    print(f"\nwrote {target}", file=sys.stderr)
+    with progress(stored_bytes(args, source.dtype, source.scheme), "writing") as show:
+        save(
+            source.parts,
+            args,
+            target,
+            model_parallel_size,
+            source.files,
+            progress=show,
+            scheme=source.scheme,
+        )
+    print(f"wrote {target}", file=sys.stderr)
 
 
 def vocabulary_size(checkpoint: Checkpoint) -> int:
@@ -329,11 +301,9 @@ def vocabulary_size(checkpoint: Checkpoint) -> int:
 
 
 if __name__ == "__main__":
-    import fire
-
     from llama.inspection import inspect
 
-    try:
-        fire.Fire({"reshard": reshard} if sys.argv[1:2] == ["reshard"] else inspect)
-    except (MemoryError, OSError, ValueError) as error:
-        sys.exit(f"llama.checkpoint: {error}")
+    if sys.argv[1:2] == ["reshard"]:
+        run(reshard, "llama.checkpoint reshard", sys.argv[2:])
+    else:
+        run(inspect, "llama.checkpoint")

@@ -7,6 +7,7 @@ import torch
 
 from llama import checkpoint, parallel
 from llama.chat_formats import FORMATS
+from llama.cli import progress
 from llama.compilation import compile_decoding
 from llama.decoding import checked_list
 from llama.formats import apply_adapter, open_checkpoint
@@ -110,7 +111,7 @@ class Llama(ReadingLlama):
         args = make_args(source.params, source.source, n_words, max_seq_len, max_batch_size)
         if quantize is not None:
             scheme = make_scheme(quantize, group_size, source.scheme)
-            tell = checkpoint.log_progress(quantized_count(args, scheme), "quantising")
+            tell = progress(quantized_count(args, scheme), "quantising", "weights")
             source = quantized(source, args, scheme, tell)
         elif group_size is not None:
             raise ValueError("group_size is for quantize='int4': say so, or leave it out")

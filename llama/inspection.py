@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from llama.checkpoint import vocabulary_size
+from llama.cli import progress
 from llama.files import find_shards, find_tokenizer
 from llama.formats import open_checkpoint
 from llama.formats.text import load_tokenizer
@@ -31,7 +32,8 @@ _SIZES = {
 def inspect(ckpt_dir: str, max_seq_len: int = 512, max_batch_size: int = 8) -> None:
     """Print what a checkpoint is and what memory it needs, then verify all of its files.
 
-    Exits with status 1 if a file is damaged or missing, or can't be read.
+    Exits with status 1 if a file is damaged or missing, or can't be read. ``python -m
+    llama.checkpoint reshard`` writes a checkpoint in another number of files.
 
     Args:
         ckpt_dir: a checkpoint of any format.
@@ -127,10 +129,8 @@ def verify(directory: Path) -> list[str]:
         tokenizer = find_tokenizer(directory)
         problems += _check_list(tokenizer.parent / "tokenizer_checklist.chk")
     for path in find_shards(directory):
-        _progress(path)
         try:
-            with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()
+            damaged = _damaged_entry(path)
         except Exception as error:  # whatever the damage makes of the archive
             problems.append(f"{path} can't be read: {error}")
         else:
@@ -159,13 +159,29 @@ def _check_list(checklist: Path) -> list[str]:
 
 
 def _md5(path: Path) -> str:
-    _progress(path)
     digest = hashlib.md5(usedforsecurity=False)
-    with open(path, "rb") as file:
+    with open(path, "rb") as file, _checking(path) as show:
         while block := file.read(1 << 22):
             digest.update(block)
+            show(file.tell())
     return digest.hexdigest()
 
 
-def _progress(path: Path) -> None:
-    print(f"checking {path.name} ({path.stat().st_size / 1e9:.2f} GB)", file=sys.stderr)
+def _damaged_entry(path: Path) -> str | None:
+    """Return the first entry of a zip archive whose bytes don't have its checksum."""
+    # As ``ZipFile.testzip`` does it, which doesn't tell how far it is.
+    done = 0
+    with zipfile.ZipFile(path) as archive, _checking(path) as show:
+        for entry in archive.infolist():
+            try:
+                with archive.open(entry) as file:
+                    while block := file.read(1 << 22):
+                        done += len(block)
+                        show(done)
+            except zipfile.BadZipFile:
+                return entry.filename
+    return None
+
+
+def _checking(path: Path) -> progress:
+    return progress(path.stat().st_size, f"checking {path.name}")
