@@ -56,6 +56,7 @@ setup(
     python_requires=">=3.10",
     packages=["llama", "llama.commands", "llama.formats", "llama.server"],
     package_data={"llama": ["py.typed", "tiny/*"]},
+    entry_points={"console_scripts": ["llama = llama.cli:main"]},
     install_requires=requirements(),
     extras_require={
         "formats": FORMATS,

@@ -26,6 +26,15 @@ if TYPE_CHECKING:
 # A function, or "module:function" for one that is imported when its command runs.
 Command = Callable[..., object] | str
 
+COMMANDS: dict[str, Command] = {
+    "chat": "llama.commands.chat:main",
+    "complete": "llama.commands.generate:complete",
+    "infill": "llama.commands.generate:infill",
+    "serve": "llama.server.__main__:main",
+    "inspect": "llama.inspection:inspect",
+    "convert": "llama.convert:convert",
+    "perplexity": "llama.perplexity:main",
+}
 DTYPES = ("float32", "bfloat16", "float16")
 HELP = ("-h", "--help")
 WIDTH = 96
@@ -38,6 +47,11 @@ logger = logging.getLogger(__name__)
 
 class UsageError(Exception):
     """A command line that its command doesn't take."""
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run ``python -m llama``, which is the command ``llama`` too."""
+    run_command(COMMANDS, "llama", args)
 
 
 def run_command(
