@@ -261,7 +261,8 @@ def help_text(function: Callable[..., object], name: str) -> str:
 def _default(parameter: inspect.Parameter) -> str:
     """Return how a flag's value is written, and its default where there is something to say."""
     kinds = [kind for kind in _kinds(parameter.annotation) if kind not in (type(None), tuple)]
-    kind = "" if kinds == [bool] else "".join(f"={kind.__name__.upper()}" for kind in kinds[:1])
+    switch = parameter.default is False  # which needs no value
+    kind = f"={kinds[0].__name__.upper()}" if kinds and not switch else ""
     return kind + ("" if parameter.default in (None, "", ()) else f" (default {parameter.default})")
 
 
@@ -336,9 +337,10 @@ class progress:
 
     def __call__(self, done: int) -> None:
         """Show that ``done`` units of the total are done."""
+        done = min(done, self.total)  # a file is a little more than its weights
         if self._bar is not None:
             self._bar.update(done - self._bar.n)
-            if done >= self.total:
+            if done == self.total:
                 self._bar.close()
         elif self._shown and time.monotonic() > self._logged + 5:
             self._logged = time.monotonic()

@@ -239,7 +239,7 @@ def test_help_text() -> None:
     assert cli.help_text(command, "llama read") == (
         "usage: llama read [TEXTS ...] [FLAGS]\n\nRead texts.\n\nAt length.\n\n"
         "arguments:\n  TEXTS\n      what to read, of any length.\n\n"
-        "flags:\n  --page (default True)\n      shown.\n  --key=STR\n      the key."
+        "flags:\n  --page=BOOL (default True)\n      shown.\n  --key=STR\n      the key."
     )
 
 
@@ -303,7 +303,7 @@ def test_progress_in_a_terminal(
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     show = cli.progress(2000, "quantising", "weights")
     show(500)
-    show(2000)  # which ends the bar
+    show(2001)  # which ends the bar
     out = capsys.readouterr().err
     assert out.startswith("\rquantising:") and out.endswith("\n")
     assert "100%" in out and "2.00k/2.00k" in out and "weights/s" in out
