@@ -10,7 +10,9 @@ def requirements() -> list[str]:
     return [line for line in lines if line and not line.startswith("#")]
 
 
+PROGRESS = ["tqdm>=4.66"]
 FORMATS = [
+    *PROGRESS,
     "safetensors>=0.4.3",
     "tokenizers>=0.20",
     "jinja2>=3.1.6",
@@ -24,7 +26,7 @@ SERVER = [
     "prometheus-client>=0.20",
     "gradio>=6.31,<7",
 ]
-CHAT = ["prompt_toolkit>=3.0.36"]
+CHAT = ["prompt_toolkit>=3.0.36", *PROGRESS]
 TEST = [
     *FORMATS,
     *SERVER,
@@ -56,11 +58,13 @@ setup(
         "llama",
         "llama.chat",
         "llama.checkpoint",
+        "llama.commands",
         "llama.layers",
         "llama.server",
         "llama.tokenizers",
     ],
     package_data={"llama": ["py.typed", "tiny/*"]},
+    entry_points={"console_scripts": ["llama = llama.cli:main"]},
     install_requires=requirements(),
     extras_require={
         "formats": FORMATS,
@@ -75,6 +79,6 @@ setup(
             "httpx>=0.27",
         ],
         "test": TEST,
-        "dev": [*TEST, "ruff>=0.14", "mypy>=1.15", "tqdm>=4.66"],
+        "dev": [*TEST, "ruff>=0.14", "mypy>=1.15"],
     },
 )

@@ -215,9 +215,22 @@ def measure(engine: str, path: str, start: float) -> dict[str, float]:
     }
 
 
-if __name__ == "__main__":
+def main(engine: str, path: str, start: float) -> None:
+    """Print what ``measure`` finds, as JSON.
+
+    Args:
+        engine: a name in ``ENGINES``.
+        path: the weights in its format.
+        start: when the process was started, as ``time.time`` gives it.
+    """
     with contextlib.redirect_stdout(sys.stderr):
-        found = measure(sys.argv[1], sys.argv[2], float(sys.argv[3]))
+        found = measure(engine, path, start)
     print(json.dumps(found))
     sys.stdout.flush()
     os._exit(0)  # some engines take long to tidy up
+
+
+if __name__ == "__main__":
+    from llama import cli
+
+    cli.run(main)

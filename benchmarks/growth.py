@@ -14,10 +14,9 @@ import time
 from collections.abc import Callable
 
 import engines
-import fire
 import torch
 
-from llama import Llama
+from llama import Llama, cli
 from llama.checkpoint.sharding import parameter_count, weight_bytes
 from llama.packing import Segment, prefill_passes
 from llama.quantization import scheme_in
@@ -132,4 +131,4 @@ def main(path: str, rounds: int = 5, as_json: bool = False) -> None:
 
 
 if __name__ == "__main__":
-    fire.Fire(main)
+    cli.run(main)

@@ -19,10 +19,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-import fire
 import torch
 
-from llama import ModelArgs
+from llama import ModelArgs, cli
 from llama.checkpoint.base import Checkpoint, Weights
 from llama.checkpoint.save import save
 from llama.checkpoint.save_hf import save_hf
@@ -148,4 +147,4 @@ def main(
 
 
 if __name__ == "__main__":
-    fire.Fire(main)
+    cli.run(main)

@@ -10,10 +10,9 @@ The two take turns on the same greedy prompts; in float32 their answers must be 
 import statistics
 import time
 
-import fire
 import torch
 
-from llama import Llama
+from llama import Llama, cli
 
 CODE = '''class Account:
     """A bank account with an owner and a balance."""
@@ -60,7 +59,7 @@ def main(
 ) -> None:
     """Print a table of how much quicker ``path``'s checkpoint is with prompt lookup."""
     torch.set_num_threads(2)
-    llama = Llama.build(path, max_seq_len=1024, max_batch_size=1, dtype=getattr(torch, dtype))
+    llama = Llama.build(path, max_seq_len=1024, max_batch_size=1, dtype=cli.dtype_of(dtype))
     print("| text | plain tokens/s | with lookup | ratio | of the worst prompt |")
     print("|---|---|---|---|---|")
     for name, prompts in PROMPTS.items():
@@ -92,4 +91,4 @@ def main(
 
 
 if __name__ == "__main__":
-    fire.Fire(main)
+    cli.run(main)

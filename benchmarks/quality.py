@@ -16,14 +16,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import fire
 import speed
 import torch
 
-from llama import Llama, ModelArgs
+from llama import Llama, ModelArgs, cli
 from llama.args import make_args
 from llama.checkpoint import open_checkpoint
-from llama.checkpoint.save import progress_bar
 from llama.checkpoint.sharding import parameter_count, weight_bytes
 from llama.convert import convert
 from llama.generation import TINY
@@ -74,7 +72,7 @@ def of_llama_cpp(path: Path, tokens: list[int], context: int, stride: int) -> Pe
         verbose=False,
     )
     scores: list[float] = []
-    show = progress_bar(len(tokens), f"{len(tokens):,} tokens")
+    show = cli.progress(len(tokens) - 1, "scoring", "tokens")
     for begin in range(0, max(len(tokens) - context, 0) + stride, stride):
         window = tokens[begin : begin + context]
         model.reset()
@@ -119,11 +117,11 @@ def main(
             if not tokens:
                 bos = llama.tokenizer.add_bos
                 tokens = llama.tokenizer.encode(text, bos=bos, eos=False)[:n_tokens]
-            show = progress_bar(len(tokens), f"{len(tokens):,} tokens")
+            show = cli.progress(len(tokens) - 1, "scoring", "tokens")
             args = llama.model.params
             size = weight_bytes(args, torch.bfloat16, 1, scheme_in(llama.model))
             value = perplexity(llama, tokens, context, stride, show)
-            print(f"\n{name}: {value.value:.4f}")
+            print(f"{name}: {value.value:.4f}")
             found[name] = value, 8 * size / parameter_count(args)
             del llama
         if "llama.cpp" in speed.engines.installed():
@@ -136,7 +134,7 @@ def main(
                 write(args, tensors, file)
                 bits = 8 * file.stat().st_size / parameter_count(args)
                 found[name] = of_llama_cpp(file, tokens, context, stride), bits
-                print(f"\n{name}: {found[name][0].value:.4f}")
+                print(f"{name}: {found[name][0].value:.4f}")
     print(f"{len(tokens):,} tokens, context {context}, stride {stride}\n")
     print("| weights | bits a weight | perplexity | of the engine's bfloat16 |")
     print("|---|---|---|---|")
@@ -147,4 +145,4 @@ def main(
 
 
 if __name__ == "__main__":
-    fire.Fire(main)
+    cli.run(main)

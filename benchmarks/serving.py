@@ -26,11 +26,10 @@ from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
-import fire
 import httpx
 import speed
 
-from llama import ModelArgs, Tokenizer
+from llama import ModelArgs, Tokenizer, cli
 from llama.generation import TINY
 
 THREADS = 2
@@ -288,4 +287,4 @@ def main(
 
 
 if __name__ == "__main__":
-    fire.Fire(main)
+    cli.run(main)

@@ -17,10 +17,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import fire
 import torch
 
-from llama import Dialog, Llama, parallel
+from llama import Dialog, Llama, cli, parallel
 from llama.convert import convert
 
 QUESTIONS = [
@@ -98,4 +97,4 @@ def main(gguf: str, count: int = 5, length: int = 128, worker: str | None = None
 
 
 if __name__ == "__main__":
-    fire.Fire(main)
+    cli.run(main)

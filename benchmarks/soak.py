@@ -21,12 +21,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import fire
 import httpx
 import torch
 
-from llama import Llama
-from llama.checkpoint.save import progress_bar
+from llama import Llama, cli
 
 ALLOWED_GROWTH = 32e6  # bytes: what Python and the allocator take without giving it back at once
 MAX_SEQ_LEN = 256
@@ -141,7 +139,7 @@ async def soak(
     """Send the requests; returns how they ended, and raises AssertionError for a wrong answer."""
     rng = random.Random(2)
     ends: Counter[str] = Counter()
-    show = progress_bar(n_requests, f"{n_requests:,} requests")
+    show = cli.progress(n_requests, "asking", "requests")
     numbers = iter(range(n_requests))
     first_quarter = 0
 
@@ -177,7 +175,7 @@ async def soak(
         assert not health["active"] and not health["waiting"], f"rows are still taken: {health}"
     growth = resident(pid) - first_quarter
     print(
-        f"\nresident memory: {first_quarter / 1e6:.0f} MB after a quarter of the requests, "
+        f"resident memory: {first_quarter / 1e6:.0f} MB after a quarter of the requests, "
         f"{growth / 1e6:+.1f} MB at the end"
     )
     assert growth < ALLOWED_GROWTH, "the server's memory grows"
@@ -220,4 +218,4 @@ def main(n_requests: int = 2000, at_once: int = 24) -> None:
 
 if __name__ == "__main__":
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    fire.Fire(main)
+    cli.run(main)

@@ -23,12 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import engines
-import fire
 import growth
 import torch
 from plots import draw_growth, draw_peers
 
-from llama import ModelArgs
+from llama import ModelArgs, cli
 from llama.checkpoint.base import Checkpoint, Weights
 from llama.checkpoint.hf import from_interleaved
 from llama.checkpoint.save import save
@@ -329,4 +328,4 @@ def main(
 
 
 if __name__ == "__main__":
-    fire.Fire(main)
+    cli.run(main)

@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-import fire
+from llama import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 MAP = "import glob, sys, torch\nfor f in glob.glob(sys.argv[1] + '/*.pth'):\n"
@@ -51,4 +51,4 @@ def main(path: str | None = None, repeats: int = 7) -> None:
 
 
 if __name__ == "__main__":
-    fire.Fire(main)
+    cli.run(main)

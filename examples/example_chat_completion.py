@@ -4,9 +4,7 @@ python examples/example_chat_completion.py
 torchrun --nproc_per_node 1 examples/example_chat_completion.py --ckpt_dir llama-2-7b-chat/
 """
 
-import fire
-
-from llama import Dialog, Llama
+from llama import Dialog, Llama, cli
 from llama.generation import TINY
 from llama.parallel import print_once
 
@@ -76,4 +74,4 @@ def main(
 
 
 if __name__ == "__main__":
-    fire.Fire(main)
+    cli.run(main)

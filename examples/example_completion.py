@@ -4,10 +4,9 @@ python examples/example_completion.py
 torchrun --nproc_per_node 1 examples/example_completion.py --ckpt_dir CodeLlama-7b/
 """
 
-import fire
 from example_text_completion import complete
 
-from llama import Llama
+from llama import Llama, cli
 from llama.generation import TINY
 
 PROMPTS = [
@@ -32,4 +31,4 @@ def main(
 
 
 if __name__ == "__main__":
-    fire.Fire(main)
+    cli.run(main)

@@ -4,9 +4,7 @@ python examples/example_infilling.py
 torchrun --nproc_per_node 1 examples/example_infilling.py --ckpt_dir CodeLlama-7b/
 """
 
-import fire
-
-from llama import Llama
+from llama import Llama, cli
 from llama.generation import TINY
 from llama.parallel import print_once
 
@@ -51,4 +49,4 @@ def main(
 
 
 if __name__ == "__main__":
-    fire.Fire(main)
+    cli.run(main)

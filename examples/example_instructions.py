@@ -4,10 +4,9 @@ python examples/example_instructions.py
 torchrun --nproc_per_node 1 examples/example_instructions.py --ckpt_dir CodeLlama-7b-Instruct/
 """
 
-import fire
 from example_chat_completion import answer
 
-from llama import Dialog, Llama
+from llama import Dialog, Llama, cli
 from llama.generation import TINY
 
 INSTRUCTIONS: list[Dialog] = [
@@ -36,4 +35,4 @@ def main(
 
 
 if __name__ == "__main__":
-    fire.Fire(main)
+    cli.run(main)

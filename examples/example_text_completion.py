@@ -4,9 +4,7 @@ python examples/example_text_completion.py
 torchrun --nproc_per_node 1 examples/example_text_completion.py --ckpt_dir llama-2-7b/
 """
 
-import fire
-
-from llama import Llama
+from llama import Llama, cli
 from llama.generation import TINY
 from llama.parallel import print_once
 
@@ -55,4 +53,4 @@ def main(
 
 
 if __name__ == "__main__":
-    fire.Fire(main)
+    cli.run(main)

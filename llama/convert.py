@@ -4,16 +4,13 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from llama.args import make_args
 from llama.checkpoint import apply_adapter, open_checkpoint
 from llama.checkpoint.base import Weights, quantized, vocabulary_size
-from llama.checkpoint.save import progress_bar, save
+from llama.checkpoint.save import save
 from llama.checkpoint.sharding import check_model_parallel_size, quantized_count, stored_bytes
+from llama.cli import dtype_of, progress, run
 from llama.layers.quantization import make_scheme
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def convert(
@@ -45,8 +42,7 @@ def convert(
     """
     if to not in ("meta", "hf"):
         raise ValueError(f"to is {to!r}: expected 'meta' or 'hf'")
-    if dtype is not None and dtype not in _DTYPES:
-        raise ValueError(f"dtype is {dtype!r}: expected {', '.join(_DTYPES)}")
+    torch_dtype = dtype_of(dtype)
     if to == "hf" and model_parallel_size != 1:
         raise ValueError("model_parallel_size is for Meta's layout: leave it out with --to hf")
     if to == "hf" and quantize is not None:
@@ -59,39 +55,35 @@ def convert(
         source = apply_adapter(source, Path(directory))
     args = make_args(source.params, source.source, n_words=vocabulary_size(source))
     kept = source.dtype if source.in_float32 else None
-    wanted = kept if dtype is None else _DTYPES[dtype]
+    wanted = torch_dtype or kept
     if quantize is not None:
         scheme = make_scheme(quantize, group_size, source.scheme)
         check_model_parallel_size(args, model_parallel_size, scheme)
         count = quantized_count(args, scheme)
-        source = quantized(source, args, scheme, progress_bar(count, f"{count:,} weights"))
-        # All of it now, lest each file rounds each weight again.
-        source = replace(source, parts=[Weights.of(dict(source.parts[0]))])
-    show = progress_bar(stored_bytes(args, wanted or source.dtype, source.scheme))
-    if to == "meta":
-        save(
-            source.parts,
-            args,
-            target,
-            model_parallel_size,
-            source.files,
-            wanted,
-            show,
-            source.scheme,
-        )
-    else:
-        if source.scheme is not None:
-            raise ValueError(f"{in_path} is quantised: convert the original weights to hf")
-        from llama.checkpoint.save_hf import save_hf
+        with progress(count, "quantising", "weights") as show:
+            source = quantized(source, args, scheme, show)
+            # All of it now, so that no file rounds a weight again.
+            source = replace(source, parts=[Weights.of(dict(source.parts[0]))])
+    with progress(stored_bytes(args, wanted or source.dtype, source.scheme), "writing") as show:
+        if to == "meta":
+            save(
+                source.parts,
+                args,
+                target,
+                model_parallel_size,
+                source.files,
+                wanted,
+                show,
+                source.scheme,
+            )
+        else:
+            if source.scheme is not None:
+                raise ValueError(f"{in_path} is quantised: convert the original weights to hf")
+            from llama.checkpoint.save_hf import save_hf
 
-        save_hf(source, args, target, wanted, show)
-    print(f"\nwrote {target}", file=sys.stderr)
+            save_hf(source, args, target, wanted, show)
+    print(f"wrote {target}", file=sys.stderr)
 
 
 if __name__ == "__main__":
-    import fire
-
-    try:
-        fire.Fire(convert)
-    except (ImportError, MemoryError, OSError, ValueError) as error:
-        sys.exit(f"llama.convert: {error}")
+    run(convert, "llama.convert")

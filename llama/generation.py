@@ -15,8 +15,8 @@ from llama.chat.prompts import (
 from llama.checkpoint import apply_adapter, open_checkpoint
 from llama.checkpoint.base import quantized, replace_tokenizer, vocabulary_size
 from llama.checkpoint.load import load
-from llama.checkpoint.save import log_progress
 from llama.checkpoint.sharding import quantized_count
+from llama.cli import progress
 from llama.compilation import compile_decoding
 from llama.errors import checked_list
 from llama.guards import Gate, judged
@@ -112,7 +112,7 @@ class Llama(ReadingLlama):
         args = make_args(source.params, source.source, n_words, max_seq_len, max_batch_size)
         if quantize is not None:
             scheme = make_scheme(quantize, group_size, source.scheme)
-            tell = log_progress(quantized_count(args, scheme), "quantising")
+            tell = progress(quantized_count(args, scheme), "quantising", "weights")
             source = quantized(source, args, scheme, tell)
         elif group_size is not None:
             raise ValueError("group_size is for quantize='int4': say so, or leave it out")

@@ -7,9 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
-from llama.checkpoint.save import progress_bar
+from llama.cli import dtype_of, progress, run
 from llama.generation import TINY, Llama
 
 
@@ -97,25 +95,22 @@ def main(
         group_size: how many weights share a scale in int4.
         kv_cache_dtype: int8 for a cache of eight bits.
     """
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if dtype is not None and dtype not in dtypes:
-        raise ValueError(f"dtype is {dtype!r}: expected {', '.join(dtypes)}")
+    torch_dtype = dtype_of(dtype)
     data = sys.stdin.buffer.read() if text_file == "-" else Path(str(text_file)).read_bytes()
     llama = Llama.build(
         str(ckpt_dir),
         max_seq_len=context,
         max_batch_size=max_batch_size,
         device=device,
-        dtype=None if dtype is None else dtypes[dtype],
+        dtype=torch_dtype,
         quantize=quantize,
         group_size=group_size,
         kv_cache_dtype=kv_cache_dtype,
     )
     text = data.decode("utf-8", errors="replace")
     tokens = llama.tokenizer.encode(text, bos=llama.tokenizer.add_bos, eos=False)
-    show = progress_bar(max(1, len(tokens) - 1), f"{len(tokens):,} tokens")
-    found = perplexity(llama, tokens, context, stride, show)
-    print(file=sys.stderr)
+    with progress(len(tokens) - 1, "scoring", "tokens") as show:
+        found = perplexity(llama, tokens, context, stride, show)
     print(
         f"perplexity {found.value:.4f} +- {found.error:.4f} "
         f"({found.n_tokens:,} tokens, context {context}, stride {stride})"
@@ -123,9 +118,4 @@ def main(
 
 
 if __name__ == "__main__":
-    import fire
-
-    try:
-        fire.Fire(main)
-    except (ImportError, MemoryError, OSError, ValueError) as error:
-        sys.exit(f"llama.perplexity: {error}")
+    run(main, "llama.perplexity")

@@ -124,15 +124,6 @@ def test_a_key_for_other_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
                 main(host=host, api_key=key)
 
 
-def test_flags_that_are_not_there_or_not_understood(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before anything is loaded or served."""
-    monkeypatch.setattr(Llama, "build", lambda *_: pytest.fail("loaded"))
-    with pytest.raises(SystemExit, match="no flag --max_queu"):
-        main(max_queu=3)
-    with pytest.raises(SystemExit, match="--log_prompts is 'false': give --log_prompts=True or"):
-        main(log_prompts="false")  # type: ignore[arg-type]
-
-
 @pytest.mark.parametrize("victim", [1, 0])
 def test_two_ranks(tiny: Llama, victim: int) -> None:
     """Two ranks answer as one does; when one of them dies, though no request comes and no launcher

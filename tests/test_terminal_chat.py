@@ -1,6 +1,5 @@
 """The chat in the terminal: what each line does, how an answer is stopped, what is kept."""
 
-import importlib.util
 import io
 import json
 import os
@@ -12,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +19,7 @@ import pytest
 from llama import Llama, Message
 from llama.chat.formats import FORMATS
 from llama.chat.prompts import SPECIAL_TAGS, UNSAFE_ERROR
+from llama.commands import chat as terminal_chat
 
 SCRIPT = Path(__file__).resolve().parent.parent / "examples" / "chat.py"
 COW = Message(role="user", content="What does the cow say?")
@@ -27,29 +27,22 @@ MOO = Message(role="assistant", content="The cow says moo.")
 SPEED = r"\d+ tokens, \d+\.\d\d s to the first, \d+\.\d tokens/s"
 
 
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("terminal_chat", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
-def chat(script: ModuleType, tiny: Llama) -> Any:
-    return script.Chat(tiny, lambda dialog: tiny.chat_completion_stream(dialog, temperature=0))
+def chat(tiny: Llama) -> Any:
+    return terminal_chat.Chat(
+        tiny, lambda dialog: tiny.chat_completion_stream(dialog, temperature=0)
+    )
 
 
 @pytest.fixture
 def type_in(
-    script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., str]:
     """Has a chat read lines to the end, and gives what it printed."""
 
     def run(chat: Any, *lines: str) -> str:
         monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
-        script.talk(chat, "")
+        terminal_chat.talk(chat, "")
         return capsys.readouterr().out
 
     return run
@@ -224,10 +217,10 @@ def test_answers_cannot_steer_the_terminal(chat: Any, type_in: Callable[..., str
 
 
 def test_turns_have_the_destination_of_their_format(
-    script: ModuleType, tiny: Llama, type_in: Callable[..., str]
+    tiny: Llama, type_in: Callable[..., str]
 ) -> None:
     format = FORMATS["turn-based"]
-    chat = script.Chat(
+    chat = terminal_chat.Chat(
         SimpleNamespace(model=tiny.model, tokenizer=tiny.tokenizer, chat=format), None
     )
     answering(chat, "Hello!")
@@ -276,12 +269,12 @@ def test_a_second_ctrl_c_leaves(chat: Any, type_in: Callable[..., str]) -> None:
 
 
 def test_without_prompt_toolkit_it_says_what_would_bring_it(
-    script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "prompt_toolkit", None)
     for name in ("stdin", "stdout"):
         monkeypatch.setattr(getattr(sys, name), "isatty", lambda: True)
-    assert script.line_reader() is input
+    assert terminal_chat.line_reader() is input
     out = capsys.readouterr().out
     assert out.count("pip install -e '.[chat]'") == 1
     assert "\x1b[2m" in out, "notes aren't dim in a terminal"

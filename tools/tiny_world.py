@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import random
 import zlib
 from collections.abc import Callable, Iterable
@@ -1094,11 +1093,9 @@ def compose_task(task: str, rng: random.Random, heldout: bool = False) -> Sample
     return COMPOSERS[task][1](rng, heldout)
 
 
-def main() -> None:
+def main(seed: int = 0) -> None:
     """Print three samples of every task."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seed", type=int, default=0)
-    rng = random.Random(parser.parse_args().seed)
+    rng = random.Random(seed)
     for task in TASKS:
         for _ in range(3):
             sample = compose_task(task, rng)
@@ -1110,4 +1107,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from llama import cli
+
+    cli.run(main)

@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import fire
 import torch
 import torch.nn.functional as F
 from sentencepiece import SentencePieceTrainer
@@ -23,7 +22,7 @@ from tiny_world import TASKS, Sample, compose, compose_task
 from torch import nn
 from tqdm import tqdm
 
-from llama import Llama, ModelArgs, Tokenizer, Transformer
+from llama import Llama, ModelArgs, Tokenizer, Transformer, cli
 from llama.chat.prompts import B_INST, E_INST, dialog_prompt_tokens, infilling_prompt_tokens
 from llama.model import apply_rotary_emb
 from llama.parallel import initialize
@@ -299,4 +298,4 @@ def evaluate(samples: int = 300, seed: int = 2) -> None:
 if __name__ == "__main__":
     from train_code import train_code  # which imports from here
 
-    fire.Fire({"train": train, "evaluate": evaluate, "code": train_code})
+    cli.run_command({"train": train, "evaluate": evaluate, "code": train_code})

@@ -2,13 +2,12 @@
 
 import sys
 
-import fire
-
 from llama.checkpoint.inspection import inspect
 from llama.checkpoint.save import reshard
+from llama.cli import run
 
 if __name__ == "__main__":
-    try:
-        fire.Fire({"reshard": reshard} if sys.argv[1:2] == ["reshard"] else inspect)
-    except (MemoryError, OSError, ValueError) as error:
-        sys.exit(f"llama.checkpoint: {error}")
+    if sys.argv[1:2] == ["reshard"]:
+        run(reshard, "llama.checkpoint reshard", sys.argv[2:])
+    else:
+        run(inspect, "llama.checkpoint")

@@ -14,6 +14,7 @@ from llama.checkpoint import open_checkpoint
 from llama.checkpoint.base import vocabulary_size
 from llama.checkpoint.meta import find_shards, find_tokenizer
 from llama.checkpoint.sharding import cache_bytes, parameter_count, weight_bytes
+from llama.cli import progress
 from llama.tokenizer import BaseTokenizer
 from llama.tokenizers import load_tokenizer
 
@@ -32,7 +33,8 @@ _WEIGHT_FILES = ("consolidated.*.pth", "*.safetensors", "pytorch_model*.bin", "*
 def inspect(ckpt_dir: str, max_seq_len: int = 512, max_batch_size: int = 8) -> None:
     """Print a checkpoint's description and the memory it needs, then verify all of its files.
 
-    Exits with status 1 if a file is damaged or missing, or can't be read.
+    Exits with status 1 if a file is damaged or missing, or can't be read. ``python -m
+    llama.checkpoint reshard`` writes a checkpoint in another number of files.
 
     Args:
         ckpt_dir: a checkpoint of any format.
@@ -127,11 +129,9 @@ def verify(directory: Path) -> list[str]:
         tokenizer = find_tokenizer(directory)
         problems += _check_list(tokenizer.parent / "tokenizer_checklist.chk")
     for path in find_shards(directory):
-        _print_progress(path)
         try:
-            with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()
-        except Exception as error:  # damage can raise any error there
+            damaged = _damaged_entry(path)
+        except Exception as error:  # whatever the damage makes of the archive
             problems.append(f"{path} can't be read: {error}")
         else:
             if damaged:
@@ -159,13 +159,29 @@ def _check_list(checklist: Path) -> list[str]:
 
 
 def _md5(path: Path) -> str:
-    _print_progress(path)
     digest = hashlib.md5(usedforsecurity=False)
-    with open(path, "rb") as file:
+    with open(path, "rb") as file, _checking(path) as show:
         while block := file.read(1 << 22):
             digest.update(block)
+            show(file.tell())
     return digest.hexdigest()
 
 
-def _print_progress(path: Path) -> None:
-    print(f"checking {path.name} ({path.stat().st_size / 1e9:.2f} GB)", file=sys.stderr)
+def _damaged_entry(path: Path) -> str | None:
+    """Return the first entry of a zip archive whose bytes don't have its checksum."""
+    # As ``ZipFile.testzip`` does it, which doesn't tell how far it is.
+    done = 0
+    with zipfile.ZipFile(path) as archive, _checking(path) as show:
+        for entry in archive.infolist():
+            try:
+                with archive.open(entry) as file:
+                    while block := file.read(1 << 22):
+                        done += len(block)
+                        show(done)
+            except zipfile.BadZipFile:
+                return entry.filename
+    return None
+
+
+def _checking(path: Path) -> progress:
+    return progress(path.stat().st_size, f"checking {path.name}")

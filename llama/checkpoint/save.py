@@ -4,11 +4,9 @@ import contextlib
 import dataclasses
 import io
 import json
-import logging
 import os
 import shutil
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,9 +18,8 @@ from llama.args import ModelArgs, make_args
 from llama.checkpoint.base import Checkpoint, Weights, vocabulary_size
 from llama.checkpoint.meta import open_meta
 from llama.checkpoint.sharding import check_model_parallel_size, stored_bytes
+from llama.cli import progress
 from llama.layers.quantization import Scheme
-
-logger = logging.getLogger(__name__)
 
 
 def save(
@@ -188,35 +185,6 @@ class _ProgressFile(io.FileIO):
         return done
 
 
-def progress_bar(total: int, what: str = "") -> Callable[[int], None]:
-    """Return a function that shows on stderr how many of ``total`` bytes, or ``what``, are done."""
-    shown = -1
-    what = what or f"{total / 1e9:.2f} GB"
-
-    def show(done: int) -> None:
-        nonlocal shown
-        percent = min(100, 100 * done // total)
-        if percent > shown:
-            shown = percent
-            bar = "#" * (30 * percent // 100)
-            print(f"\r[{bar:<30}] {percent} % of {what}", end="", file=sys.stderr)
-
-    return show
-
-
-def log_progress(total: int, what: str) -> Callable[[int], None]:
-    """Return a function that logs, at most every five seconds, how much of ``total`` is done."""
-    last = time.monotonic()
-
-    def log(done: int) -> None:
-        nonlocal last
-        if time.monotonic() > last + 5:
-            last = time.monotonic()
-            logger.info("%s: %d %%", what, 100 * done // total)
-
-    return log
-
-
 def reshard(in_dir: str, out_dir: str, model_parallel_size: int = 1) -> None:
     """Write a checkpoint again in another number of files.
 
@@ -227,14 +195,14 @@ def reshard(in_dir: str, out_dir: str, model_parallel_size: int = 1) -> None:
     """
     source, target = open_meta(Path(str(in_dir))), Path(str(out_dir))
     args = make_args(source.params, source.source, n_words=vocabulary_size(source))
-    show = progress_bar(stored_bytes(args, source.dtype, source.scheme))
-    save(
-        source.parts,
-        args,
-        target,
-        model_parallel_size,
-        source.files,
-        progress=show,
-        scheme=source.scheme,
-    )
-    print(f"\nwrote {target}", file=sys.stderr)
+    with progress(stored_bytes(args, source.dtype, source.scheme), "writing") as show:
+        save(
+            source.parts,
+            args,
+            target,
+            model_parallel_size,
+            source.files,
+            progress=show,
+            scheme=source.scheme,
+        )
+    print(f"wrote {target}", file=sys.stderr)

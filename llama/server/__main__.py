@@ -13,12 +13,10 @@ import sys
 import threading
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
-import fire
-import torch
 import uvicorn
 
+from llama.cli import dtype_of, run
 from llama.generation import TINY, Llama
 from llama.llama_guard import LlamaGuard
 from llama.parallel import rank, world_size
@@ -27,12 +25,6 @@ from llama.server.api import make_app
 from llama.server.door import is_loopback
 from llama.server.engine import Engine
 from llama.server.service import Service
-
-_DTYPES: dict[str, Any] = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
 
 logger = logging.getLogger("llama.server")
 
@@ -92,7 +84,6 @@ def main(
     quantize: str | None = None,
     group_size: int | None = None,
     kv_cache_dtype: str | None = None,
-    **unknown: object,
 ) -> None:
     """Serve a model until SIGTERM or Ctrl-C, which let running requests finish.
 
@@ -125,11 +116,6 @@ def main(
         kv_cache_dtype: int8 for a cache of half the size.
     """
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
-    if unknown:
-        sys.exit(f"there is no flag --{next(iter(unknown))}: --help lists those that there are")
-    for name, flag in (("page", page), ("log_prompts", log_prompts), ("compile", compile)):
-        if not isinstance(flag, bool):
-            sys.exit(f"--{name} is {flag!r}: give --{name}=True or --{name}=False")
     api_key = api_key or os.environ.get("LLAMA_API_KEY") or None
     if api_key is None and not is_loopback(host):
         sys.exit(
@@ -142,7 +128,7 @@ def main(
         max_seq_len,
         max_batch_size,
         device=device,
-        dtype=None if dtype is None else _DTYPES.get(dtype, dtype),
+        dtype=dtype_of(dtype),
         adapter=adapter,
         chat_format=chat_format,
         compile=compile,
@@ -202,6 +188,4 @@ def _follow(llama: Llama) -> None:
 
 
 if __name__ == "__main__":
-    # Fire would make numbers of some, and tuples of what has a comma.
-    texts = ("api_key", "model_name", "cors", "host")
-    fire.Fire(fire.decorators.SetParseFn(str, *texts)(main), name="python -m llama.server")
+    run(main, "llama.server")
