@@ -305,6 +305,8 @@ def test_curl(url: str) -> None:
         ("embeddings", {"input": ["a"] * 9000}, 400, "can queue 68"),
         ("completions", {"prompt": [[]] * 20000}, 400, "prompt"),
         ("completions", {"prompt": "a", "stop": [""]}, 400, "stop: expected up to 16 texts"),
+        ("completions", {"prompt": "a", "stop": "a" * 1001}, 400, "of 1 to 1,000 characters"),
+        ("completions", {"prompt": "a", "stop": "a" * 1000, "max_tokens": 1}, 200, ""),
         ("completions", {"prompt": []}, 400, "prompt"),
         ("completions", {"prompt": [9999]}, 400, "outside the vocabulary"),
         ("completions", {"prompt": [[1], []]}, 400, "prompt"),

@@ -47,7 +47,7 @@ class _Writing(_Asked):
     )
     seed: int | None = Field(None, description="Makes the draws repeatable.")
     stop: str | Annotated[list[str], Field(fail_fast=True)] | None = Field(
-        None, description="Texts that end an answer, up to 16."
+        None, description="Texts that end an answer, up to 16, of up to 1,000 characters each."
     )
     stream: bool | None = Field(False, description="Whether to send events as the text is written.")
     stream_options: StreamOptions | None = None
@@ -85,8 +85,8 @@ class _Writing(_Asked):
     @classmethod
     def _check_stop(cls, stop: str | list[str] | None) -> str | list[str] | None:
         texts = [stop] if isinstance(stop, str) else stop or []
-        if len(texts) > 16 or not all(texts):
-            raise ValueError("expected up to 16 texts that are not empty")
+        if len(texts) > 16 or not all(0 < len(text) <= 1000 for text in texts):
+            raise ValueError("expected up to 16 texts of 1 to 1,000 characters each")
         return stop
 
     @model_validator(mode="after")
