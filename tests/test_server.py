@@ -9,6 +9,7 @@ import re
 import shutil
 import struct
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ from servers import idle, post, serve, wait_until
 from llama import Dialog, Llama
 from llama.guards import Verdict
 from llama.prompts import UNSAFE_ERROR
+from llama.server import scores
 from llama.server.door import is_loopback
 from llama.server.service import Service
 
@@ -202,6 +204,35 @@ def test_scores_in_a_stream(client: Any) -> None:
         if chunk.choices[0].logprobs:
             streamed += [token.token for token in chunk.choices[0].logprobs.content]
     assert streamed == tokens[:3], "tokens of a stop text must not be told"
+
+
+def test_many_scores(fresh: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several texts may have so many; and what they come to isn't built by the event loop."""
+    builders: set[str] = set()
+    find = scores.token_text
+
+    def noted(*more: Any) -> str:
+        builders.add(threading.current_thread().name)
+        return find(*more)
+
+    monkeypatch.setattr(scores, "token_text", noted)
+    monkeypatch.setattr("llama.server.service.MAX_SCORES", 5000)
+    prompts = [list(range(5, 105))] * 2
+    body = {"logprobs": 20, "echo": True, "temperature": 0, "max_tokens": 4}
+    with serve(fresh) as (url, _):
+        for path, asked, status in (
+            ("completions", {**body, "prompt": prompts}, 200),
+            ("completions", {**body, "prompt": prompts, "stream": True}, 200),
+            ("completions", {**body, "prompt": prompts, "max_tokens": 40}, 400),
+            ("completions", {**body, "prompt": prompts[:1], "n": 3}, 400),
+            ("completions", {**body, "prompt": prompts[:1], "max_tokens": None}, 200),
+            ("chat/completions", {"messages": COW, "logprobs": True, "top_logprobs": 20}, 200),
+        ):
+            answer = post(f"{url}/v1/{path}", asked)
+            assert answer.status_code == status
+            if status == 400:
+                assert re.search(r"\d,\d+ log-prob.* 5,000 .* ask for fewer", answer.text)
+    assert builders and all(name.startswith("asyncio_") for name in builders), builders
 
 
 def test_infilling(client: Any, tiny: Llama) -> None:

@@ -121,8 +121,13 @@ def _routes(service: Service) -> APIRouter:
         """Answer a dialog."""
         return await tasks.chat(service, asked, request)
 
-    @router.post("/v1/embeddings", responses=_ERRORS, tags=["vectors"])
-    async def embeddings(asked: schemas.EmbeddingRequest, request: Request) -> schemas.Embeddings:
+    @router.post(
+        "/v1/embeddings",
+        response_model=schemas.Embeddings,
+        responses=_ERRORS,
+        tags=["vectors"],
+    )
+    async def embeddings(asked: schemas.EmbeddingRequest, request: Request) -> Response:
         """Vectors of texts, of length 1: the mean of the network's last hidden states."""
         return await tasks.embed(service, asked, request)
 
