@@ -42,7 +42,8 @@ class TextStream:
     """The text of a row's tokens, as far as it is certain.
 
     ``text`` is all of it, without what follows a stop string; ``stopped`` says that one was met;
-    ``n_tokens`` counts the tokens whose text has left wholly through ``push`` and ``flush``.
+    ``n_tokens`` counts the tokens whose text has left wholly through ``push`` and ``flush``;
+    ``starts`` is where each token's text begins, for part of a character where that one does.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class TextStream:
         # on are. Those before _known have given their text already, the others not yet.
         self._start = 0
         self._known = len(self._ids)
+        self.starts: list[int] = []
         self._ends: list[int] = []  # where the text of each token ends
         self._given = 0  # characters that left through push and flush
 
@@ -77,6 +79,7 @@ class TextStream:
     def push(self, token: int) -> str:
         """Take one more token; returns the text that has become certain."""
         self._ids.append(token)
+        self.starts.append(len(self.text))
         self._advance(final=False)
         held = 0 if self.stopped else self._held_back()
         return self._give(len(self.text) - held)

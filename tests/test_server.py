@@ -206,6 +206,57 @@ def test_scores_in_a_stream(client: Any) -> None:
     assert streamed == tokens[:3], "tokens of a stop text must not be told"
 
 
+def test_offsets_are_positions_in_the_answer(
+    url: str, served: tuple[str, Service], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of a character's bytes are the character's, and what follows it isn't put off."""
+    tokenizer = served[1].llama.tokenizer
+    prompt, answer = "The \U0001f600 cow", " is \U0001f600 big \u8a9e ok"
+    ids = tokenizer.encode(prompt, bos=True, eos=False)
+    whole = tokenizer.encode(prompt + answer, bos=True, eos=False)
+    body = {"prompt": whole, "echo": True, "logprobs": 0, "max_tokens": 0}
+    found = post(f"{url}/v1/completions", body).json()["choices"][0]
+    assert found["text"] == prompt + answer
+    scores = found["logprobs"]
+    _check_offsets(found["text"], scores["tokens"][1:], scores["text_offset"][1:])
+
+    def draw(logits: torch.Tensor, owners: list[Any], numbers: list[float]) -> torch.Tensor:
+        rows = [job.row for job in owners]
+        return torch.tensor([whole[len(row.prompt) + len(row.tokens)] for row in rows])
+
+    monkeypatch.setattr("llama.server.engine._draw", draw)
+    for echo in (True, False):
+        for stream in (True, False):
+            settings = {"echo": echo, "max_tokens": len(whole) - len(ids), "stream": stream}
+            asked = {**body, "prompt": ids, **settings}
+            text, tokens, offsets = _told(post(f"{url}/v1/completions", asked).text)
+            assert text == (prompt + answer if echo else answer)
+            _check_offsets(text, tokens[int(echo) :], offsets[int(echo) :])
+
+
+def _told(body: str) -> tuple[str, list[str], list[int]]:
+    """The text of an answer, its tokens and their offsets, from a body or from events."""
+    events = [line.removeprefix("data: ") for line in body.splitlines() if line]
+    text, tokens, offsets = "", list[str](), list[int]()
+    for event in events:
+        if event != "[DONE]":
+            choice = json.loads(event)["choices"][0]
+            text += choice["text"]
+            tokens += choice["logprobs"]["tokens"]
+            offsets += choice["logprobs"]["text_offset"]
+    return text, tokens, offsets
+
+
+def _check_offsets(text: str, tokens: list[str], offsets: list[int]) -> None:
+    assert offsets == sorted(offsets)
+    for i, (token, at) in enumerate(zip(tokens, offsets, strict=True)):
+        if "\ufffd" in token:
+            assert text[at] in "\U0001f600\u8a9e", (i, at)
+        else:
+            spellings = (token, token.removeprefix(" ")) if at == 0 else token
+            assert text[at:].startswith(spellings), (i, at)
+
+
 def test_many_scores(fresh: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
     """Several texts may have so many; and what they come to isn't built by the event loop."""
     builders: set[str] = set()
