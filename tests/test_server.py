@@ -7,6 +7,7 @@ import logging
 import math
 import re
 import shutil
+import socket
 import struct
 import subprocess
 import threading
@@ -464,6 +465,17 @@ def test_bodies_that_are_no_requests(url: str, served: tuple[str, Service]) -> N
         assert answer.status_code == 400
     assert httpx.get(path).status_code == 405
     assert idle(served[1])
+
+
+def test_a_request_of_two_lengths(url: str) -> None:
+    """It is refused, and what comes behind it isn't read as another request."""
+    lengths = "Content-Length: 4\r\nTransfer-Encoding: chunked\r\n"
+    request = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n{lengths}\r\n0\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=10) as client:
+        client.sendall((request + "GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n").encode())
+        answer = b"".join(iter(lambda: client.recv(1000), b"")).decode()
+    assert answer.startswith("HTTP/1.1 400") and "exclude each other" in answer
+    assert answer.count("HTTP/1.1") == 1
 
 
 def test_a_client_that_hangs_up_frees_its_row(fresh: Llama) -> None:

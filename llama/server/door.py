@@ -80,6 +80,13 @@ class Door:
                 "an API key is needed: send it as 'Authorization: Bearer KEY', or as the password",
                 headers={"WWW-Authenticate": 'Basic realm="llama", charset="UTF-8"'},
             )
+        if "transfer-encoding" in headers and "content-length" in headers:
+            # Another server in between may read the other one, and so another request's end.
+            return ApiError(
+                400,
+                "Content-Length and Transfer-Encoding exclude each other: send one",
+                headers={"Connection": "close"},
+            )
         length = headers.get("content-length", "0")
         if not length.isdecimal() or int(length) > self._max_body:
             return ApiError(413, self._too_large())
