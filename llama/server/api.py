@@ -51,7 +51,13 @@ def make_app(
     app.include_router(_routes(service))
     # From the innermost to the outermost.
     app.add_middleware(Failures)
-    app.add_middleware(Door, api_key=api_key, local=local, max_body=max_body)
+    app.add_middleware(
+        Door,
+        api_key=api_key,
+        local=local,
+        max_body=max_body,
+        ends=lambda: service.engine.draining,
+    )
     # Also without origins: the page's library would set rules of its own otherwise.
     app.add_middleware(
         CORSMiddleware,
