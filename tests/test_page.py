@@ -7,7 +7,6 @@ import shutil
 import socket
 import threading
 from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -317,40 +316,6 @@ def test_nothing_is_fetched_for_a_browser(url: str) -> None:
         processing_utils.async_ssrf_protected_download("http://example.com/x", "").send(None)
     made = ComponentMessage(component="html", value="<b>x</b>", constructor_args={}, props={})
     assert only_text(made) == {"type": "text", "text": ""}
-
-
-def test_no_file_of_this_machine_is_read(url: str, tmp_path: Path) -> None:
-    """A message that names one is refused, wherever the name is; the page's folder stays empty."""
-    httpx = pytest.importorskip("httpx", reason="httpx is not installed")
-    secret = tmp_path / "secret"
-    secret.write_text("a secret of the user")
-    file = {"path": str(secret), "meta": {"_type": "gradio.FileData"}}
-    chat = {"fn_index": 0, "session_hash": "s", "data": ["", [], "", 0.6, 0.9, 0]}
-    turn = {"role": "user", "content": [{"type": "file", "file": file}]}
-    messages = [{**chat, "data": [file, [], "", 0.6, 0.9, 0]}]
-    messages += [{**chat, "data": ["", nested, "", 0.6, 0.9, 0]} for nested in ([file], [turn])]
-    messages += [{**chat, "data": ["", [], "", 0.6, 0.9, {"a": [[file]]}]}]
-    messages += [{**chat, "event_data": {"index": 0, "value": file}}, {**chat, "anything": [file]}]
-    messages += [{**chat, "data": [{"path": "/dev/zero", "meta": 3}, [], "", 0.6, 0.9, 0]}]
-    for message in messages:
-        answer = httpx.post(f"{url}gradio_api/queue/join", json=message)
-        assert answer.status_code == 400, message
-        assert answer.json() == {"detail": "the page takes no files"}
-    folder = Path(os.environ["GRADIO_TEMP_DIR"])
-    assert folder.stat().st_mode & 0o777 == 0o700
-    assert not [path for path in folder.rglob("*") if path.is_file()]
-
-
-def test_the_page_s_folder_goes_with_it() -> None:
-    from fastapi import FastAPI
-    from fastapi.testclient import TestClient
-
-    from llama.server.page import mount_page
-
-    with TestClient(mount_page(FastAPI(), FakeTalk())):
-        folder = Path(os.environ["GRADIO_TEMP_DIR"])
-        assert folder.is_dir()
-    assert not folder.exists()
 
 
 def test_a_model_that_cannot_infill_says_so(url: str) -> None:
