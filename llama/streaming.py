@@ -4,11 +4,46 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 
 
+class StopString:
+    """A stop string, searched in a text that grows, in time that is linear in the text.
+
+    Knuth, Morris and Pratt's automaton, whose table grows only as far as the text has matched.
+    """
+
+    def __init__(self, stop: str):
+        self.matched = 0  # characters of the stop string at the text's end
+        self._stop = stop
+        self._borders = [-1, 0]  # longest proper prefix of stop[:i] that is also its suffix
+
+    def find(self, piece: str) -> int | None:
+        """Take the text's next piece; return where a match that ends in it begins, from its start.
+
+        A match that began in earlier pieces has a negative start. None: there is no match.
+        """
+        if not self.matched and self._stop[0] not in piece:
+            return None
+        for i, char in enumerate(piece):
+            self.matched = self._next(self.matched, char)
+            while len(self._borders) <= self.matched:
+                last = self._stop[len(self._borders) - 1]
+                self._borders.append(self._next(self._borders[-1], last))
+            if self.matched == len(self._stop):
+                self.matched = self._borders[self.matched]
+                return i + 1 - len(self._stop)
+        return None
+
+    def _next(self, matched: int, char: str) -> int:
+        while matched >= 0 and self._stop[matched] != char:
+            matched = self._borders[matched]
+        return matched + 1
+
+
 class TextStream:
     """The text of a row's tokens, as far as it is certain.
 
     ``text`` is all of it, without what follows a stop string; ``stopped`` says that one was met;
-    ``n_tokens`` counts the tokens whose text has left wholly through ``push`` and ``flush``.
+    ``n_tokens`` counts the tokens whose text has left wholly through ``push`` and ``flush``;
+    ``starts`` is where each token's text begins, for part of a character where that one does.
     """
 
     def __init__(
@@ -27,12 +62,13 @@ class TextStream:
         self.text = ""
         self.stopped = False
         self._decode = decode
-        self._stop = tuple(stop)
+        self._stop = [StopString(s) for s in stop]
         self._ids = list(context)
         # Decoding all ids anew for each token would take quadratic time: only those from _start
         # on are. Those before _known have given their text already, the others not yet.
         self._start = 0
         self._known = len(self._ids)
+        self.starts: list[int] = []
         self._ends: list[int] = []  # where the text of each token ends
         self._given = 0  # characters that left through push and flush
 
@@ -43,6 +79,7 @@ class TextStream:
     def push(self, token: int) -> str:
         """Take one more token; returns the text that has become certain."""
         self._ids.append(token)
+        self.starts.append(len(self.text))
         self._advance(final=False)
         held = 0 if self.stopped else self._held_back()
         return self._give(len(self.text) - held)
@@ -66,19 +103,15 @@ class TextStream:
 
     def _cut(self, searched: int) -> None:
         """End the text at the first stop string in what came after ``searched`` characters."""
-        found = [self.text.find(s, max(0, searched - len(s) + 1)) for s in self._stop]
-        found = [at for at in found if at >= 0]
+        piece = self.text[searched:]
+        found = [at for stop in self._stop if (at := stop.find(piece)) is not None]
         if found:
             self.stopped = True
-            self.text = self.text[: min(found)]
+            self.text = self.text[: searched + min(found)]
 
     def _held_back(self) -> int:
         """How many characters at the end could be the beginning of a stop string."""
-        for length in range(max(map(len, self._stop), default=1) - 1, 0, -1):
-            tail = self.text[-length:]
-            if len(tail) == length and any(s.startswith(tail) for s in self._stop):
-                return length
-        return 0
+        return max((stop.matched for stop in self._stop), default=0)
 
     def _give(self, end: int) -> str:
         piece = self.text[self._given : end]

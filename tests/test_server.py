@@ -7,8 +7,10 @@ import logging
 import math
 import re
 import shutil
+import socket
 import struct
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +25,7 @@ from servers import idle, post, serve, wait_until
 from llama import Dialog, Llama
 from llama.chat.prompts import UNSAFE_ERROR
 from llama.guards import Verdict
+from llama.server import scores
 from llama.server.door import is_loopback
 from llama.server.service import Service
 
@@ -204,6 +207,86 @@ def test_scores_in_a_stream(client: Any) -> None:
     assert streamed == tokens[:3], "tokens of a stop text must not be told"
 
 
+def test_offsets_are_positions_in_the_answer(
+    url: str, served: tuple[str, Service], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of a character's bytes are the character's, and what follows it isn't put off."""
+    tokenizer = served[1].llama.tokenizer
+    prompt, answer = "The \U0001f600 cow", " is \U0001f600 big \u8a9e ok"
+    ids = tokenizer.encode(prompt, bos=True, eos=False)
+    whole = tokenizer.encode(prompt + answer, bos=True, eos=False)
+    body = {"prompt": whole, "echo": True, "logprobs": 0, "max_tokens": 0}
+    found = post(f"{url}/v1/completions", body).json()["choices"][0]
+    assert found["text"] == prompt + answer
+    scores = found["logprobs"]
+    _check_offsets(found["text"], scores["tokens"][1:], scores["text_offset"][1:])
+
+    def draw(logits: torch.Tensor, owners: list[Any], numbers: list[float]) -> torch.Tensor:
+        rows = [job.row for job in owners]
+        return torch.tensor([whole[len(row.prompt) + len(row.tokens)] for row in rows])
+
+    monkeypatch.setattr("llama.server.engine._draw", draw)
+    for echo in (True, False):
+        for stream in (True, False):
+            settings = {"echo": echo, "max_tokens": len(whole) - len(ids), "stream": stream}
+            asked = {**body, "prompt": ids, **settings}
+            text, tokens, offsets = _told(post(f"{url}/v1/completions", asked).text)
+            assert text == (prompt + answer if echo else answer)
+            _check_offsets(text, tokens[int(echo) :], offsets[int(echo) :])
+
+
+def _told(body: str) -> tuple[str, list[str], list[int]]:
+    """The text of an answer, its tokens and their offsets, from a body or from events."""
+    events = [line.removeprefix("data: ") for line in body.splitlines() if line]
+    text, tokens, offsets = "", list[str](), list[int]()
+    for event in events:
+        if event != "[DONE]":
+            choice = json.loads(event)["choices"][0]
+            text += choice["text"]
+            tokens += choice["logprobs"]["tokens"]
+            offsets += choice["logprobs"]["text_offset"]
+    return text, tokens, offsets
+
+
+def _check_offsets(text: str, tokens: list[str], offsets: list[int]) -> None:
+    assert offsets == sorted(offsets)
+    for i, (token, at) in enumerate(zip(tokens, offsets, strict=True)):
+        if "\ufffd" in token:
+            assert text[at] in "\U0001f600\u8a9e", (i, at)
+        else:
+            spellings = (token, token.removeprefix(" ")) if at == 0 else token
+            assert text[at:].startswith(spellings), (i, at)
+
+
+def test_many_scores(fresh: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several texts may have so many; and what they come to isn't built by the event loop."""
+    builders: set[str] = set()
+    find = scores.token_text
+
+    def noted(*more: Any) -> str:
+        builders.add(threading.current_thread().name)
+        return find(*more)
+
+    monkeypatch.setattr(scores, "token_text", noted)
+    monkeypatch.setattr("llama.server.service.MAX_SCORES", 5000)
+    prompts = [list(range(5, 105))] * 2
+    body = {"logprobs": 20, "echo": True, "temperature": 0, "max_tokens": 4}
+    with serve(fresh) as (url, _):
+        for path, asked, status in (
+            ("completions", {**body, "prompt": prompts}, 200),
+            ("completions", {**body, "prompt": prompts, "stream": True}, 200),
+            ("completions", {**body, "prompt": prompts, "max_tokens": 40}, 400),
+            ("completions", {**body, "prompt": prompts[:1], "n": 3}, 400),
+            ("completions", {**body, "prompt": prompts[:1], "max_tokens": None}, 200),
+            ("chat/completions", {"messages": COW, "logprobs": True, "top_logprobs": 20}, 200),
+        ):
+            answer = post(f"{url}/v1/{path}", asked)
+            assert answer.status_code == status
+            if status == 400:
+                assert re.search(r"\d,\d+ log-prob.* 5,000 .* ask for fewer", answer.text)
+    assert builders and all(name.startswith("asyncio_") for name in builders), builders
+
+
 def test_infilling(client: Any, tiny: Llama) -> None:
     prefix, suffix = "def add(a, b):\n    return ", "\n"
     expected = tiny.text_infilling([prefix], [suffix], 0)[0]["generation"]
@@ -301,10 +384,15 @@ def test_curl(url: str) -> None:
         ("completions", {"prompt": "a", "temperature": "hot"}, 400, "temperature: "),
         ("completions", {"prompt": "a", "n": 100}, 400, "n: "),
         ("completions", {"prompt": ["a"] * 20, "n": 16}, 400, "320 answers are asked for"),
-        ("completions", {"prompt": ["a"] * 9000, "n": 16}, 400, "can queue 68"),
-        ("embeddings", {"input": ["a"] * 9000}, 400, "can queue 68"),
+        ("completions", {"prompt": ["a"] * 2048, "n": 16}, 400, "can queue 68"),
+        ("embeddings", {"input": ["a"] * 2048}, 400, "can queue 68"),
+        ("completions", {"prompt": [[1]] * 9000}, 400, "prompt: expected up to 2,048 prompts"),
+        ("embeddings", {"input": ["a"] * 9000}, 400, "input: expected up to 2,048 prompts"),
         ("completions", {"prompt": [[]] * 20000}, 400, "prompt"),
+        ("completions", {f"a{i}": 1 for i in range(5000)}, 400, "up to 100 fields, found 5,000"),
         ("completions", {"prompt": "a", "stop": [""]}, 400, "stop: expected up to 16 texts"),
+        ("completions", {"prompt": "a", "stop": "a" * 1001}, 400, "of 1 to 1,000 characters"),
+        ("completions", {"prompt": "a", "stop": "a" * 1000, "max_tokens": 1}, 200, ""),
         ("completions", {"prompt": []}, 400, "prompt"),
         ("completions", {"prompt": [9999]}, 400, "outside the vocabulary"),
         ("completions", {"prompt": [[1], []]}, 400, "prompt"),
@@ -377,6 +465,17 @@ def test_bodies_that_are_no_requests(url: str, served: tuple[str, Service]) -> N
         assert answer.status_code == 400
     assert httpx.get(path).status_code == 405
     assert idle(served[1])
+
+
+def test_a_request_of_two_lengths(url: str) -> None:
+    """It is refused, and what comes behind it isn't read as another request."""
+    lengths = "Content-Length: 4\r\nTransfer-Encoding: chunked\r\n"
+    request = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n{lengths}\r\n0\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=10) as client:
+        client.sendall((request + "GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n").encode())
+        answer = b"".join(iter(lambda: client.recv(1000), b"")).decode()
+    assert answer.startswith("HTTP/1.1 400") and "exclude each other" in answer
+    assert answer.count("HTTP/1.1") == 1
 
 
 def test_a_client_that_hangs_up_frees_its_row(fresh: Llama) -> None:

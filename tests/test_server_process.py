@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -102,6 +103,28 @@ def test_a_second_sigterm_ends_at_once() -> None:
         server.wait_for("shutting down: 1 requests are at work")
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(10) == -signal.SIGTERM
+
+
+def test_half_a_body_is_not_waited_for() -> None:
+    """SIGTERM ends at once what hasn't arrived; neither that nor a client that leaves fails."""
+    with running("llama.server") as server, contextlib.ExitStack() as open_sockets:
+        address = ("127.0.0.1", int(server.url.rpartition(":")[2]))
+        head = "Host: localhost\r\nContent-Type: application/json\r\nContent-Length: 99\r\n"
+        halves = []
+        for path in ("v1/completions", "gradio_api/queue/join", "gradio_api/cancel"):
+            for leaves in (True, False):
+                client = open_sockets.enter_context(socket.create_connection(address, timeout=20))
+                client.sendall(f'POST /{path} HTTP/1.1\r\n{head}\r\n{{"prompt"'.encode())
+                if leaves:
+                    client.close()
+                else:
+                    halves.append(client)
+        httpx.get(f"{server.url}/health")
+        server.process.send_signal(signal.SIGTERM)
+        for client in halves:
+            assert client.recv(1000).startswith(b"HTTP/1.1 503")
+        assert server.process.wait(20) == 0, server.output
+        assert not re.search(r"Traceback|ERROR|\b500\b", server.output), server.output
 
 
 def test_the_page_and_the_api_from_one_command() -> None:

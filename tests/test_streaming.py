@@ -1,5 +1,8 @@
 """Text streams: pieces join to the text, no half characters, no stop strings."""
 
+import time
+from collections.abc import Sequence
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -90,3 +93,56 @@ def test_text_before_a_stop_string_is_not_held_longer_than_needed(
     stream = TextStream(t.decode_infilling, ["cow!"])
     pieces = [stream.push(i) for i in t.encode_infilling("the cat")]
     assert "".join(pieces) == "the cat"
+
+
+class NaiveStream(TextStream):
+    """Looks for stop strings in all of the text, and for every beginning of theirs at its end."""
+
+    stop: list[str]
+
+    def _cut(self, searched: int) -> None:
+        found = [at for s in self.stop if (at := self.text.find(s)) >= 0]
+        if found:
+            self.stopped = True
+            self.text = self.text[: min(found)]
+
+    def _held_back(self) -> int:
+        longest = max(map(len, self.stop), default=0)
+        lengths = range(min(len(self.text), longest), 0, -1)
+        return next((n for n in lengths if any(s.startswith(self.text[-n:]) for s in self.stop)), 0)
+
+
+def test_stop_strings_are_found_as_by_comparing_all(tiny_tokenizer: Tokenizer) -> None:
+    """Strings of two characters, and tokens of several, have many matches that almost succeed."""
+    tokens = st.text("ab", min_size=1, max_size=5)
+
+    @settings(max_examples=2000, deadline=None)
+    @given(
+        st.lists(tokens, max_size=30), st.lists(st.text("ab", min_size=1, max_size=12), max_size=4)
+    )
+    def check(words: list[str], stop: list[str]) -> None:
+        def decode(ids: Sequence[int]) -> str:
+            return "".join(words[i] for i in ids)
+
+        stream, naive = TextStream(decode, stop), NaiveStream(decode, stop)
+        naive.stop = stop
+        for i in range(len(words)):
+            assert stream.push(i) == naive.push(i)
+            assert (stream.text, stream.stopped) == (naive.text, naive.stopped)
+            assert stream.n_tokens == naive.n_tokens
+            if stream.stopped:
+                break
+        assert stream.flush() == naive.flush()
+        assert (stream.text, stream.n_tokens) == (naive.text, naive.n_tokens)
+
+    check()
+
+
+def test_a_long_stop_string_takes_no_longer() -> None:
+    """Neither to begin with nor for each token, though all of the text is held back for it."""
+    begin = time.monotonic()
+    for _ in range(10):
+        stream = TextStream(lambda ids: "a" * len(ids), ["a" * 1_000_000] * 16)
+        assert not any(stream.push(i) for i in range(200))
+        assert stream.flush() == "a" * 200
+    assert time.monotonic() - begin < 2

@@ -51,7 +51,13 @@ def make_app(
     app.include_router(_routes(service))
     # From the innermost to the outermost.
     app.add_middleware(Failures)
-    app.add_middleware(Door, api_key=api_key, local=local, max_body=max_body)
+    app.add_middleware(
+        Door,
+        api_key=api_key,
+        local=local,
+        max_body=max_body,
+        ends=lambda: service.engine.draining,
+    )
     # Also without origins: the page's library would set rules of its own otherwise.
     app.add_middleware(
         CORSMiddleware,
@@ -121,8 +127,13 @@ def _routes(service: Service) -> APIRouter:
         """Answer a dialog."""
         return await tasks.chat(service, asked, request)
 
-    @router.post("/v1/embeddings", responses=_ERRORS, tags=["vectors"])
-    async def embeddings(asked: schemas.EmbeddingRequest, request: Request) -> schemas.Embeddings:
+    @router.post(
+        "/v1/embeddings",
+        response_model=schemas.Embeddings,
+        responses=_ERRORS,
+        tags=["vectors"],
+    )
+    async def embeddings(asked: schemas.EmbeddingRequest, request: Request) -> Response:
         """Vectors of texts, of length 1: the mean of the network's last hidden states."""
         return await tasks.embed(service, asked, request)
 

@@ -19,9 +19,10 @@ T = TypeVar("T")
 _DONE = b"data: [DONE]\n\n"
 
 
-def json_response(answer: BaseModel) -> Response:
-    """An answer that is complete."""
-    return Response(answer.model_dump_json(), media_type="application/json")
+async def json_response(build: Callable[[], BaseModel]) -> Response:
+    """An answer that is complete, built in a thread: its scores may be many."""
+    text = await asyncio.to_thread(lambda: build().model_dump_json().encode())
+    return Response(text, media_type="application/json")
 
 
 class EventResponse(StreamingResponse):
@@ -43,19 +44,24 @@ def stream(
     answers: Answers,
     event: Callable[[Piece], BaseModel],
     last: Callable[[], BaseModel] | None,
+    scored: bool,
 ) -> EventResponse:
     """What comes of answers, as events.
 
     Args:
         event: makes a piece an event.
         last: makes an event for the end, if there is to be one.
+        scored: whether events hold scores, which may be many: a thread makes them then.
     """
+
+    def told(piece: Piece) -> bytes:
+        return _data(event(piece))
 
     async def events() -> AsyncGenerator[bytes, None]:
         try:
             async with aclosing(answers.pieces()) as pieces:
                 async for piece in pieces:
-                    yield _data(event(piece))
+                    yield await asyncio.to_thread(told, piece) if scored else told(piece)
             if last is not None:
                 yield _data(last())
         except ApiError as error:  # the status has been sent

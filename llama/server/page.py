@@ -1,19 +1,24 @@
 """The web page: chat, completion and infilling with the served model, from this host alone."""
 
 import asyncio
+import os
+import sys
+import tempfile
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
 from html import escape
+from types import SimpleNamespace
 from typing import Any, Protocol, cast
 
 import gradio as gr
 from fastapi import FastAPI
-from gradio import processing_utils
+from gradio import processing_utils, queueing
 from starlette.middleware import Middleware
 
 from llama.chat.prompts import Message, Role
 from llama.server.errors import log_failure
 from llama.server.own_host import own_host
+from llama.server.page_input import checked_input
 
 INTERVAL = 0.08  # seconds between two views of a growing text, each of which costs milliseconds
 MAX_RUNNING = 1000  # texts that grow at once; Gradio's own limit is 40
@@ -64,6 +69,9 @@ def mount_page(app: FastAPI, talk: Talk) -> FastAPI:
     """
     # What a browser sends may name a file elsewhere, which Gradio would fetch.
     processing_utils.async_ssrf_protected_download = _fetch_nothing
+    # What fails in an event would be printed with its values, which are a user's words.
+    queueing.traceback = SimpleNamespace(print_exc=_log)  # type: ignore[assignment, attr-defined]
+    _own_folder(app)
     page = gr.Blocks(title=talk.name, analytics_enabled=False)
     page.max_threads = MAX_RUNNING
     page.queue(default_concurrency_limit=None, api_open=False)
@@ -94,6 +102,11 @@ def mount_page(app: FastAPI, talk: Talk) -> FastAPI:
                         task_tab(talk.infill, "Fill in", [before, after], [t, p, n])
                     else:
                         gr.Markdown(f"{name} cannot infill: it wasn't trained to fill a gap.")
+
+    def inputs(event: int) -> list[Any] | None:
+        found = page.fns.get(event)
+        return None if found is None or found.fn is None else list(found.inputs)
+
     theme = gr.themes.Default(
         primary_hue="orange",
         neutral_hue="stone",
@@ -112,7 +125,7 @@ def mount_page(app: FastAPI, talk: Talk) -> FastAPI:
         mcp_server=False,
         theme=theme.set(body_background_fill="*neutral_50", block_shadow="none"),
         css=CSS,
-        app_kwargs={"middleware": [Middleware(own_host)]},
+        app_kwargs={"middleware": [Middleware(own_host), Middleware(checked_input, events=inputs)]},
     )
 
 
@@ -248,6 +261,27 @@ async def growing(pieces: AsyncIterator[str]) -> AsyncGenerator[str, None]:
     finally:
         reading.cancel()
         await asyncio.wait([reading])
+
+
+def _own_folder(app: FastAPI) -> None:
+    """Give Gradio a temporary directory that only this user reads, until ``app`` shuts down."""
+    folder = tempfile.TemporaryDirectory(prefix="llama-page-")
+    os.environ["GRADIO_TEMP_DIR"] = folder.name
+    lifespan = app.router.lifespan_context
+
+    @asynccontextmanager
+    async def with_folder(app: FastAPI) -> AsyncIterator[Any]:
+        with folder:
+            async with lifespan(app) as state:
+                yield state
+
+    app.router.lifespan_context = with_folder
+
+
+def _log() -> None:
+    error = sys.exc_info()[1]
+    if error is not None:
+        log_failure(error)
 
 
 async def _fetch_nothing(url: str, cache_dir: str) -> str:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     field_validator,
@@ -14,15 +15,35 @@ from pydantic import (
     model_validator,
 )
 
+MAX_PROMPTS = 2048  # of a request; OpenAI's bound for embeddings
+MAX_FIELDS = 100  # of an object
+
 
 class _Asked(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_size(cls, given: Any) -> Any:
+        # Each unknown field would be complained about, for all of whom the server stands still.
+        if isinstance(given, dict) and len(given) > MAX_FIELDS:
+            raise ValueError(f"expected up to {MAX_FIELDS} fields, found {len(given):,}")
+        return given
+
+
+def _few_prompts(given: Any) -> Any:
+    if isinstance(given, list) and len(given) > MAX_PROMPTS and not isinstance(given[0], int):
+        raise ValueError(f"expected up to {MAX_PROMPTS:,} prompts, found {len(given):,}")
+    return given
 
 
 # A list that is wrong ends at its first fault, not with a complaint about each of a million.
 Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True)]
 Texts = Annotated[list[str], Field(min_length=1, fail_fast=True)]
-Prompt = str | Texts | Ids | Annotated[list[Ids], Field(min_length=1, fail_fast=True)]
+Prompt = Annotated[
+    str | Texts | Ids | Annotated[list[Ids], Field(min_length=1, fail_fast=True)],
+    BeforeValidator(_few_prompts),  # before each of them is looked at
+]
 Null = Annotated[None, Field(description="Only null.")]
 Zero = Annotated[float, Field(ge=0, le=0)]
 
@@ -47,7 +68,7 @@ class _Writing(_Asked):
     )
     seed: int | None = Field(None, description="Makes the draws repeatable.")
     stop: str | Annotated[list[str], Field(fail_fast=True)] | None = Field(
-        None, description="Texts that end an answer, up to 16."
+        None, description="Texts that end an answer, up to 16, of up to 1,000 characters each."
     )
     stream: bool | None = Field(False, description="Whether to send events as the text is written.")
     stream_options: StreamOptions | None = None
@@ -85,8 +106,8 @@ class _Writing(_Asked):
     @classmethod
     def _check_stop(cls, stop: str | list[str] | None) -> str | list[str] | None:
         texts = [stop] if isinstance(stop, str) else stop or []
-        if len(texts) > 16 or not all(texts):
-            raise ValueError("expected up to 16 texts that are not empty")
+        if len(texts) > 16 or not all(0 < len(text) <= 1000 for text in texts):
+            raise ValueError("expected up to 16 texts of 1 to 1,000 characters each")
         return stop
 
     @model_validator(mode="after")
@@ -124,7 +145,7 @@ class TextPart(_Asked):
 
 class ChatMessage(_Asked):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)]
     name: str | None = Field(None, description="Ignored.")
     # What OpenAI's package sends back with an answer that it was given.
     refusal: Null = None

@@ -14,6 +14,7 @@ from llama.server.schemas import (
     TopLogprob,
     Usage,
 )
+from llama.streaming import TextStream
 from llama.tokenizer import BaseTokenizer
 
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
@@ -62,10 +63,7 @@ class Scores:
         self._job = job
         self._echo = echo
         self._given = 0
-        self._offset = 0  # characters
-        prompt = tokenizer.decode(job.row.prompt)
-        # Whether the given text begins a text, and so without its first word's space.
-        self._strips = not prompt or (echo and not prompt.startswith(" "))
+        self._n_echoed = 0  # characters of the prompt
 
     def _next(self, n_tokens: int) -> list[tuple[int, float | None, Alternatives]]:
         """The tokens that haven't been given yet, of ``n_tokens`` in all."""
@@ -81,24 +79,28 @@ class Scores:
         return found
 
     def for_completion(self, n_tokens: int) -> CompletionLogprobs:
-        tokens, scores, tops, offsets = [], [], [], []
+        offsets = self._prompt_starts() if self._echo else []
+        starts = self._job.row.text.starts[self._given : n_tokens]
+        offsets += [self._n_echoed + start for start in starts]
+        tokens, scores, tops = [], [], []
         for token, score, top in self._next(n_tokens):
-            text = token_text(self._tokenizer, token)
-            tokens.append(text)
+            tokens.append(token_text(self._tokenizer, token))
             scores.append(score)
             tops.append(self._by_text(top) or None)
-            offsets.append(self._offset)
-            if token in self._tokenizer.control_ids.values():
-                text = ""
-            elif self._strips:  # the space in front of a text's first word
-                text, self._strips = text.removeprefix(" "), False
-            self._offset += len(text)
         return CompletionLogprobs(
             tokens=tokens,
             token_logprobs=scores,
             top_logprobs=tops if any(tops) else None,
             text_offset=offsets,
         )
+
+    def _prompt_starts(self) -> list[int]:
+        text = TextStream(self._tokenizer.decode)
+        for token in self._job.row.prompt:
+            text.push(token)
+        text.flush()
+        self._n_echoed = len(text.text)
+        return text.starts
 
     def _by_text(self, top: Alternatives) -> dict[str, float]:
         found: dict[str, float] = {}

@@ -21,6 +21,8 @@ from llama.server.errors import ApiError
 from llama.server.jobs import Job, Update
 from llama.server.metrics import Metrics
 
+MAX_SCORES = 400_000  # log-probabilities of a request; each takes some 300 bytes
+
 logger = logging.getLogger(__name__)
 
 
@@ -101,6 +103,8 @@ class Service:
         try:
             repeated = [[prompt for prompt in each for _ in range(n)] for each in prompts]
             rows, request = await self._prepare(build, repeated, settings)
+            if request.logprobs:
+                _check_scores(rows, request.echo, n_top)
             if dialogs is None and (input_guard or output_guard):
                 decode = self.llama.tokenizer.decode
                 dialogs = [as_dialog(decode(row.prompt)) for row in rows[::n]]
@@ -238,6 +242,20 @@ class Service:
             self.ask(self.llama.infilling_rows, [prefix], [suffix], **sampling)
         ):
             yield text
+
+
+def _check_scores(rows: Sequence[Row], echo: bool, n_top: int) -> None:
+    """Raise an ``ApiError`` where several texts have more scores than a request may ask for."""
+    n_tokens = sum(row.limit + (len(row.prompt) if echo else 0) for row in rows)
+    n_scores = n_tokens * (1 + n_top)
+    if len(rows) > 1 and n_scores > MAX_SCORES:
+        raise ApiError(
+            400,
+            f"up to {n_tokens:,} tokens with {n_top} alternatives each are {n_scores:,} "
+            f"log-probabilities, more than the {MAX_SCORES:,} that a request of several texts may "
+            "have: ask for fewer prompts, answers, tokens or alternatives at once",
+            "logprobs",
+        )
 
 
 def _sampling(temperature: float, top_p: float, max_tokens: int | None) -> dict[str, Any]:

@@ -43,14 +43,12 @@ async def complete(
     answer = partial(schemas.Completion, id=name, created=created, model=service.name)
     scored = answers.jobs if score else []
     scores = [Scores(llama.tokenizer, job, bool(asked.echo)) for job in scored]
-    echoed = [""] * len(answers.jobs)
-    if asked.echo:
-        echoed = [llama.tokenizer.decode(job.row.prompt) for job in answers.jobs]
-        for refused in answers.refusals:
-            echoed[refused] = ""
+    echoes = set(range(len(answers.jobs))) - set(answers.refusals) if asked.echo else set()
 
     def choice(i: int, text: str, n_tokens: int, finish: Any) -> schemas.CompletionChoice:
-        text, echoed[i] = echoed[i] + text, ""
+        if i in echoes:
+            echoes.remove(i)
+            text = llama.tokenizer.decode(answers.jobs[i].row.prompt) + text
         logprobs = scores[i].for_completion(n_tokens) if score else None
         return schemas.CompletionChoice(index=i, text=text, logprobs=logprobs, finish_reason=finish)
 
@@ -130,18 +128,22 @@ async def _respond(
     if asked.stream:
         part, chunk = event
         last = (lambda: chunk(choices=[], usage=told())) if asked.wants_usage else None
-        return stream(answers, lambda piece: chunk(choices=[part(*piece)]), last)
+        scored = asked.logprobs is not None and asked.logprobs is not False
+        return stream(answers, lambda piece: chunk(choices=[part(*piece)]), last, scored)
     choice, body = whole
-    choices = [
-        choice(i, text, len(answers.jobs[i].row.tokens), finish)
-        for i, (text, finish) in enumerate(await collect(request, answers))
-    ]
-    return json_response(body(choices=choices, usage=told()))
+    texts = await collect(request, answers)
+
+    def build() -> BaseModel:
+        choices = [
+            choice(i, text, len(answers.jobs[i].row.tokens), finish)
+            for i, (text, finish) in enumerate(texts)
+        ]
+        return body(choices=choices, usage=told())
+
+    return await json_response(build)
 
 
-async def embed(
-    service: Service, asked: schemas.EmbeddingRequest, request: Request
-) -> schemas.Embeddings:
+async def embed(service: Service, asked: schemas.EmbeddingRequest, request: Request) -> Response:
     """Vectors of texts."""
     check_model(service, asked.model)
     width = service.llama.model.params.dim
@@ -151,16 +153,20 @@ async def embed(
     build, prompts = service.llama.text_rows, _prompts(asked.input)
     answers = await unless_gone(request, service.ask(build, prompts, **settings))
     await collect(request, answers)
-    data = []
-    for i, job in enumerate(answers.jobs):
-        assert job.vector is not None
-        vector = (job.vector / job.vector.norm().clamp(min=1e-12)).tolist()
-        if asked.encoding_format == "base64":
-            vector = base64.b64encode(struct.pack(f"<{width}f", *vector)).decode()
-        data.append(schemas.Embedding(index=i, embedding=vector))
-    n_tokens = sum(len(job.row.prompt) for job in answers.jobs)
-    used = schemas.EmbeddingUsage(prompt_tokens=n_tokens, total_tokens=n_tokens)
-    return schemas.Embeddings(model=service.name, data=data, usage=used)
+
+    def body() -> schemas.Embeddings:
+        data = []
+        for i, job in enumerate(answers.jobs):
+            assert job.vector is not None
+            vector = (job.vector / job.vector.norm().clamp(min=1e-12)).tolist()
+            if asked.encoding_format == "base64":
+                vector = base64.b64encode(struct.pack(f"<{width}f", *vector)).decode()
+            data.append(schemas.Embedding(index=i, embedding=vector))
+        n_tokens = sum(len(job.row.prompt) for job in answers.jobs)
+        used = schemas.EmbeddingUsage(prompt_tokens=n_tokens, total_tokens=n_tokens)
+        return schemas.Embeddings(model=service.name, data=data, usage=used)
+
+    return await json_response(body)
 
 
 def check_model(service: Service, model: str | None) -> None:
