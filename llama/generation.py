@@ -1,40 +1,87 @@
 """Generation: prompts in, the model's continuations out, whole or token by token."""
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 
-from llama import parallel
-from llama.args import make_args
-from llama.chat.formats import FORMATS, choose_chat
-from llama.chat.prompts import (
-    Dialog,
-    Message,
-)
-from llama.checkpoint import apply_adapter, open_checkpoint
-from llama.checkpoint.base import quantized, replace_tokenizer, vocabulary_size
-from llama.checkpoint.load import load
-from llama.checkpoint.sharding import quantized_count
-from llama.cli import progress
-from llama.compilation import compile_decoding
+from llama.chat.formats import FORMATS, ChatFormat, choose_chat
+from llama.chat.prompts import UNSAFE_ERROR, Dialog, Message, has_tags
+from llama.checkpoint.pretrained import TINY as TINY
+from llama.checkpoint.pretrained import LoadConfig, load_model
+from llama.engine.engine import Engine
+from llama.engine.graphs import compile_decoding
+from llama.engine.lock import CacheLock
+from llama.engine.sequence import Event, Output, StreamPiece
+from llama.engine.sequence import Sequence as EngineSequence
+from llama.engine.tasks import Tasks
 from llama.errors import checked_list
-from llama.guards import Gate, judged
-from llama.layers.quantization import make_scheme
-from llama.predictions import (
-    ChatPrediction,
-    CompletionPrediction,
-    InfillingPrediction,
-)
-from llama.reading import ReadingLlama
-from llama.tokenizers import load_tokenizer
+from llama.guards import InputGuard, OutputGuard, StreamGuard, checked_verdict, guarded, refusal
+from llama.model import Transformer
+from llama.sampling import SamplingOptions, SamplingParams
+from llama.tokenizer import BaseTokenizer
 
-TINY = Path(__file__).parent / "tiny"
-"""The checkpoint that comes with the package."""
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
-class Llama(ReadingLlama):
-    """A model and its tokenizer. Calls from several threads wait for each other."""
+class _Scores(TypedDict, total=False):
+    tokens: list[str]
+    logprobs: list[float]
+
+
+class CompletionPrediction(_Scores):
+    """A completion; with ``logprobs`` also its tokens and their log-probabilities."""
+
+    generation: str
+
+
+class ChatPrediction(_Scores):
+    """An answer; with ``logprobs`` also its tokens and their log-probabilities."""
+
+    generation: Message
+
+
+class InfillingPrediction(_Scores):
+    """A middle and the whole; with ``logprobs`` also its tokens and their log-probabilities."""
+
+    generation: str
+    full_text: str
+
+
+class Classification(TypedDict):
+    """The most probable label, its probability, and the logits of all labels in order."""
+
+    label: str
+    score: float
+    logits: list[float]
+
+
+class Llama:
+    """A model, its tokenizer and its chat format. Calls from several threads wait for each other.
+
+    Attributes:
+        tasks: makes sequences of prompts, which ``engine`` runs.
+        input_guard, output_guard: judge the dialogs that are to be answered, and the answers
+            (``llama.guards``); None lets all pass.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: BaseTokenizer,
+        seed: int = 1,
+        chat: ChatFormat | None = None,
+    ):
+        self.model = model
+        self.tokenizer = tokenizer
+        self.chat = chat or choose_chat(None, {}, tokenizer)
+        self.tasks = Tasks(model.params, tokenizer, self.chat, seed)
+        self.engine = Engine(model, tokenizer)
+        self.input_guard: InputGuard | None = None
+        self.output_guard: OutputGuard | None = None
+        self._lock = CacheLock()
 
     @staticmethod
     def build(
@@ -62,7 +109,7 @@ class Llama(ReadingLlama):
             tokenizer_path: a ``tokenizer.model`` or ``tokenizer.json``, where the checkpoint
                 doesn't bring its own.
             max_seq_len: positions in the cache: prompt and generated tokens together.
-            max_batch_size: rows in the cache; more prompts are worked off in turn.
+            max_batch_size: slots in the cache; more prompts wait for a free one.
             model_parallel_size: where given, must equal the number of processes.
             seed: what later calls draw their seeds from; the same in all processes.
             device: where to run; CUDA, else Apple's MPS, else the CPU by default.
@@ -70,13 +117,13 @@ class Llama(ReadingLlama):
             adapter: a directory with a LoRA adapter to merge in, or several in order.
             chat_format: how dialogs are written, one of ``llama.chat.formats.FORMATS``; by default
                 as the checkpoint's own template says, else as Meta's models were trained.
-            compile: whether to compile decoding steps (CUDA and CPU), which needs Triton or a C++
-                compiler and takes a while; the log tells how long.
+            compile: compile decoding steps (CUDA and CPU), which needs Triton or a C++ compiler
+                and takes a while; the log says how long.
             quantize: "int8" or "int4": weights of 8 or about 4.5 bits. A checkpoint that
-                ``llama.convert`` has quantised needs no saying so, and loads quicker.
+                ``llama.convert`` has quantised is recognised, and loads faster.
             group_size: how many weights share a scale in int4: 32, 64 (by default), 128 or 256.
             kv_cache_dtype: "int8" halves the cache's memory, and makes steps after a long text
-                slower; by default it is as exact as ``dtype``.
+                slower; by default it is ``dtype``.
 
         Raises:
             FileNotFoundError: the directory, a weight file or the tokenizer is missing.
@@ -85,43 +132,25 @@ class Llama(ReadingLlama):
             RuntimeError: PyTorch can't compile here.
             ValueError: a file is malformed, or files, processes and arguments don't fit together.
         """
-        if not isinstance(ckpt_dir, str | Path):
-            raise TypeError(f"ckpt_dir is {ckpt_dir!r}: give a path")
-        ckpt_dir = Path(ckpt_dir)
-        if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
-            raise TypeError(
-                f"dtype is {dtype!r}: give torch.float32, torch.bfloat16 or torch.float16"
-            )
-        torch_device = parallel.detect_device(device)
-        ranks = parallel.initialize(torch_device)
-        if model_parallel_size not in (None, ranks):
-            raise ValueError(
-                f"model_parallel_size is {model_parallel_size!r}, but the number of processes is "
-                f"{ranks}: leave it out, or start with "
-                f"torchrun --nproc_per_node {model_parallel_size}"
-            )
-        source = open_checkpoint(ckpt_dir)
-        for directory in [adapter] if isinstance(adapter, str | Path) else adapter:
-            source = apply_adapter(source, Path(directory))
-        if tokenizer_path is not None:
-            source = replace_tokenizer(source, Path(tokenizer_path))
-        vocabulary = vocabulary_size(source)
-        tokenizer = load_tokenizer(source.files, vocabulary, ckpt_dir)
-        chat = choose_chat(chat_format, source.files, tokenizer)
-        n_words = tokenizer.n_words
-        args = make_args(source.params, source.source, n_words, max_seq_len, max_batch_size)
-        if quantize is not None:
-            scheme = make_scheme(quantize, group_size, source.scheme)
-            tell = progress(quantized_count(args, scheme), "quantising", "weights")
-            source = quantized(source, args, scheme, tell)
-        elif group_size is not None:
-            raise ValueError("group_size is for quantize='int4': say so, or leave it out")
-        if kv_cache_dtype not in (None, "int8"):
-            raise ValueError(f"kv_cache_dtype is {kv_cache_dtype!r}: expected None or 'int8'")
-        model = load(source, args, torch_device, dtype, kv_cache_dtype == "int8")
+        config = LoadConfig(
+            ckpt_dir,
+            tokenizer_path,
+            max_seq_len,
+            max_batch_size,
+            model_parallel_size,
+            device,
+            dtype,
+            [adapter] if isinstance(adapter, str | Path) else adapter,
+            chat_format,
+            quantize,
+            group_size,
+            kv_cache_dtype,
+        )
+        model, tokenizer, chat = load_model(config)
+        llama = Llama(model, tokenizer, seed, chat)
         if compile:
-            compile_decoding(model)
-        return Llama(model, tokenizer, seed, chat)
+            llama.engine.decode = compile_decoding(llama.model)
+        return llama
 
     def generate(
         self,
@@ -132,29 +161,17 @@ class Llama(ReadingLlama):
         logprobs: bool = False,
         echo: bool = False,
         stop_token: int | None = None,
-        *,
-        stop: Sequence[str] = (),
-        seed: int | None = None,
-        prompt_lookup_num_tokens: int = 0,
+        **options: "Unpack[SamplingOptions]",
     ) -> tuple[list[list[int]], list[list[float]] | None]:
         """Continue prompts of token ids.
 
         Args:
             prompt_tokens: the prompts, of any lengths from 1 to ``max_seq_len``.
-            max_gen_len: new tokens at most; the cache may allow a row fewer.
-            temperature: 0 takes the likeliest token each time.
-            top_p: probability mass that tokens are drawn from.
-            logprobs: whether to give the tokens' log-probabilities (untempered).
-            echo: whether to give the prompt too; its first token has the log-probability 0.0.
-            stop_token: an id that ends a row, besides the end of sequence.
-            stop: strings that end a row, looked for in the text of its new tokens.
-            seed: makes the draws repeatable; row i then draws alike in any company.
-            prompt_lookup_num_tokens: how many tokens are guessed at most from what a row's text
-                says already, and checked in one pass: quicker where text repeats itself, and in
-                float32 with the same result. 10 suits edits of code; 0 guesses none.
+            max_gen_len, temperature, top_p, logprobs, echo, options: see ``SamplingParams``.
+            stop_token: an id that ends a sequence, besides the end of sequence.
 
         Returns:
-            The rows' tokens, without what ended them, and their log-probabilities or None.
+            The sequences' tokens, without what ended them, and their log-probabilities or None.
 
         Raises:
             TypeError, ValueError: an argument is wrong, or a prompt doesn't fit.
@@ -162,15 +179,16 @@ class Llama(ReadingLlama):
         """
         if not isinstance(stop_token, int | None):
             raise TypeError(f"stop_token is {stop_token!r}: give one token id")
-        request = self._request(temperature, top_p, logprobs, echo, [stop_token], bool(stop))
-        rows = self._rows(
-            prompt_tokens, max_gen_len, seed, self.tokenizer.decode, stop, prompt_lookup_num_tokens
+        stops = () if stop_token is None else (stop_token,)
+        params = SamplingParams(
+            temperature, top_p, max_gen_len, logprobs, echo, stop_token_ids=stops, **options
         )
-        self._run_all(rows, request)
-        tokens = [row.prompt * request.echo + row.tokens for row in rows]
+        sequences = self.tasks.generate(prompt_tokens, params, "text" if params.stop else "ids")
+        self._run(sequences)
+        tokens = [s.prompt * params.echo + s.tokens for s in sequences]
         if not logprobs:
             return tokens, None
-        return tokens, [row.prompt_logprobs * request.echo + row.logprobs for row in rows]
+        return tokens, [s.prompt_logprobs * params.echo + s.logprobs for s in sequences]
 
     def text_completion(
         self,
@@ -180,34 +198,21 @@ class Llama(ReadingLlama):
         max_gen_len: int | None = None,
         logprobs: bool = False,
         echo: bool = False,
-        *,
-        stop: Sequence[str] = (),
-        seed: int | None = None,
-        prompt_lookup_num_tokens: int = 0,
+        **options: "Unpack[SamplingOptions]",
     ) -> list[CompletionPrediction]:
-        """Continue texts. Arguments as in ``generate``; None generates to the cache's end.
+        """Continue texts. Arguments and errors as in ``generate``.
 
         Returns:
             For each prompt ``{"generation": text}``, with ``logprobs`` also ``tokens`` (pieces)
             and ``logprobs``.
         """
-        rows, request = self.text_rows(
-            prompts,
-            temperature,
-            top_p,
-            max_gen_len,
-            logprobs,
-            echo,
-            stop,
-            seed,
-            prompt_lookup_num_tokens,
-        )
-        self._run_all(rows, request)
+        params = SamplingParams(temperature, top_p, max_gen_len, logprobs, echo, **options)
+        sequences = self.tasks.text(prompts, params)
+        self._run(sequences)
         predictions = []
-        for row in rows:
-            text = self.tokenizer.decode(row.prompt) * request.echo + row.text.text
-            prediction = CompletionPrediction(generation=text)
-            predictions.append(self._with_scores(prediction, row, request))
+        for sequence in sequences:
+            text = self.tokenizer.decode(sequence.prompt) * params.echo + sequence.text
+            predictions.append(self._scored(CompletionPrediction(generation=text), sequence))
         return predictions
 
     def chat_completion(
@@ -217,12 +222,9 @@ class Llama(ReadingLlama):
         top_p: float = 0.9,
         max_gen_len: int | None = None,
         logprobs: bool = False,
-        *,
-        stop: Sequence[str] = (),
-        seed: int | None = None,
-        prompt_lookup_num_tokens: int = 0,
+        **options: "Unpack[SamplingOptions]",
     ) -> list[ChatPrediction]:
-        """Answer dialogs. Arguments as in ``text_completion``.
+        """Answer dialogs. Arguments as in ``generate``.
 
         Returns:
             For each dialog ``{"generation": {"role": "assistant", "content": text}}``, with
@@ -234,21 +236,19 @@ class Llama(ReadingLlama):
             ValueError: a dialog is not well formed (``llama.chat.prompts.check_dialog``), or as in
                 ``generate``.
         """
+        params = SamplingParams(temperature, top_p, max_gen_len, logprobs, **options)
         dialogs = list(checked_list(dialogs, "dialogs"))
-        rows, request = self.chat_rows(
-            dialogs, temperature, top_p, max_gen_len, logprobs, stop, seed, prompt_lookup_num_tokens
-        )
+        sequences = self.tasks.chat(dialogs, params)
         refusals = [self._refusal(dialog) for dialog in dialogs]
-        run = [row for row, refused in zip(rows, refusals, strict=True) if refused is None]
-        self._run_all(run, request)
+        asked = zip(sequences, refusals, strict=True)
+        self._run([sequence for sequence, refused in asked if refused is None])
         predictions = []
-        for dialog, row, refused in zip(dialogs, rows, refusals, strict=True):
-            text = self._judge(dialog, row) if refused is None else refused
+        for dialog, sequence, refused in zip(dialogs, sequences, refusals, strict=True):
+            text = self._judged(dialog, sequence) if refused is None else refused
             answer = Message(role="assistant", content=text)
             if self.chat is FORMATS["turn-based"]:
                 answer["destination"] = "user"
-            prediction = ChatPrediction(generation=answer)
-            predictions.append(self._with_scores(prediction, row, request))
+            predictions.append(self._scored(ChatPrediction(generation=answer), sequence))
         return predictions
 
     def text_infilling(
@@ -260,13 +260,10 @@ class Llama(ReadingLlama):
         max_gen_len: int | None = None,
         logprobs: bool = False,
         suffix_first: bool = False,
-        *,
-        stop: Sequence[str] = (),
-        seed: int | None = None,
-        prompt_lookup_num_tokens: int = 0,
+        **options: "Unpack[SamplingOptions]",
     ) -> list[InfillingPrediction]:
-        """Fill in what is missing between prefixes and suffixes. Arguments as in
-        ``text_completion``; ``suffix_first`` puts the suffix in front in the prompt.
+        """Fill in what is missing between prefixes and suffixes. Arguments as in ``generate``;
+        ``suffix_first`` puts the suffix in front in the prompt.
 
         Returns:
             For each pair ``{"generation": middle, "full_text": prefix + middle + suffix}``, with
@@ -275,24 +272,14 @@ class Llama(ReadingLlama):
         Raises:
             ValueError: the model wasn't trained for infilling, or as in ``generate``.
         """
-        rows, request = self.infilling_rows(
-            prefixes,
-            suffixes,
-            temperature,
-            top_p,
-            max_gen_len,
-            logprobs,
-            suffix_first,
-            stop,
-            seed,
-            prompt_lookup_num_tokens,
-        )
-        self._run_all(rows, request)
+        params = SamplingParams(temperature, top_p, max_gen_len, logprobs, **options)
+        sequences = self.tasks.infilling(prefixes, suffixes, params, suffix_first)
+        self._run(sequences)
         predictions = []
-        for row, prefix, suffix in zip(rows, prefixes, suffixes, strict=True):
-            middle = row.text.text
-            prediction = InfillingPrediction(generation=middle, full_text=prefix + middle + suffix)
-            predictions.append(self._with_scores(prediction, row, request))
+        for sequence, prefix, suffix in zip(sequences, prefixes, suffixes, strict=True):
+            middle, whole = sequence.text, prefix + sequence.text + suffix
+            prediction = InfillingPrediction(generation=middle, full_text=whole)
+            predictions.append(self._scored(prediction, sequence))
         return predictions
 
     def text_completion_stream(
@@ -301,26 +288,15 @@ class Llama(ReadingLlama):
         temperature: float = 0.6,
         top_p: float = 0.9,
         max_gen_len: int | None = None,
-        *,
-        stop: Sequence[str] = (),
-        seed: int | None = None,
-        prompt_lookup_num_tokens: int = 0,
-    ) -> Generator[str, None, None]:
-        """``text_completion`` of one prompt, piece by piece: joined, they are the same text.
+        **options: "Unpack[SamplingOptions]",
+    ) -> Generator[StreamPiece, None, None]:
+        """Yield the text of ``text_completion`` piece by piece; joined, they are the same text.
 
         Until it is exhausted or closed, other threads wait; another call of the same thread takes
         the model over, and the iterator then raises RuntimeError.
         """
-        rows, request = self.text_rows(
-            [prompt],
-            temperature,
-            top_p,
-            max_gen_len,
-            stop=stop,
-            seed=seed,
-            prompt_lookup_num_tokens=prompt_lookup_num_tokens,
-        )
-        return self._stream(rows, request)
+        params = SamplingParams(temperature, top_p, max_gen_len, **options)
+        return self._stream(self.tasks.text([prompt], params))
 
     def chat_completion_stream(
         self,
@@ -328,30 +304,20 @@ class Llama(ReadingLlama):
         temperature: float = 0.6,
         top_p: float = 0.9,
         max_gen_len: int | None = None,
-        *,
-        stop: Sequence[str] = (),
-        seed: int | None = None,
-        prompt_lookup_num_tokens: int = 0,
-    ) -> Generator[str, None, None]:
-        """``chat_completion`` of one dialog, piece by piece, as in ``text_completion_stream``:
-        joined, they are the answer's content. With an ``output_guard``, text is held back until it
-        has been judged."""
-        rows, request = self.chat_rows(
-            [dialog],
-            temperature,
-            top_p,
-            max_gen_len,
-            stop=stop,
-            seed=seed,
-            prompt_lookup_num_tokens=prompt_lookup_num_tokens,
-        )
+        **options: "Unpack[SamplingOptions]",
+    ) -> Generator[StreamPiece, None, None]:
+        """Yield the content of ``chat_completion``'s answer to one dialog, as
+        ``text_completion_stream`` does. With an ``output_guard``, text is held back until it has
+        been judged."""
+        params = SamplingParams(temperature, top_p, max_gen_len, **options)
+        sequences = self.tasks.chat([dialog], params)
         refused = self._refusal(dialog)
         if refused is not None:
-            return (text for text in [refused])
-        pieces = self._stream(rows, request)
+            return (piece for piece in [StreamPiece(refused, finish_reason="stop")])
+        pieces = self._stream(sequences)
         if self.output_guard is None:
             return pieces
-        return judged(pieces, Gate(dialog, self.output_guard))
+        return guarded(pieces, StreamGuard(dialog, self.output_guard))
 
     def text_infilling_stream(
         self,
@@ -361,22 +327,109 @@ class Llama(ReadingLlama):
         top_p: float = 0.9,
         max_gen_len: int | None = None,
         suffix_first: bool = False,
-        *,
-        stop: Sequence[str] = (),
-        seed: int | None = None,
-        prompt_lookup_num_tokens: int = 0,
-    ) -> Generator[str, None, None]:
-        """``text_infilling`` of one pair, piece by piece, as in ``text_completion_stream``: joined,
-        they are the middle."""
-        rows, request = self.infilling_rows(
-            [prefix],
-            [suffix],
-            temperature,
-            top_p,
-            max_gen_len,
-            suffix_first=suffix_first,
-            stop=stop,
-            seed=seed,
-            prompt_lookup_num_tokens=prompt_lookup_num_tokens,
-        )
-        return self._stream(rows, request)
+        **options: "Unpack[SamplingOptions]",
+    ) -> Generator[StreamPiece, None, None]:
+        """Yield ``text_infilling``'s middle of one pair, as ``text_completion_stream`` does."""
+        params = SamplingParams(temperature, top_p, max_gen_len, **options)
+        return self._stream(self.tasks.infilling([prefix], [suffix], params, suffix_first))
+
+    def embed(self, texts: Sequence[str], pooling: str = "mean") -> torch.Tensor:
+        """Return vectors of texts: the network's last hidden states.
+
+        Args:
+            texts: of any number and lengths up to ``max_seq_len`` tokens.
+            pooling: ``"mean"`` over a text's tokens, or the ``"last"`` one's.
+
+        Returns:
+            float32, shape (len(texts), dim); not normalised.
+
+        Raises:
+            TypeError, ValueError: an argument is wrong, or a text doesn't fit.
+            RuntimeError: as in ``generate``.
+        """
+        if pooling not in ("mean", "last"):
+            raise ValueError(f"pooling is {pooling!r}: expected 'mean' or 'last'")
+        return self._read(texts, pooling).reshape(-1, self.model.params.dim)  # type: ignore[arg-type]
+
+    def classify(self, texts: Sequence[str]) -> list[Classification]:
+        """Return the classes of texts, for checkpoints with a classifier's head.
+
+        Returns:
+            For each text ``{"label": name, "score": probability, "logits": one for each label}``;
+            a single label's probability is that against its absence.
+
+        Raises:
+            ValueError: the checkpoint has no labels, or as in ``embed``.
+        """
+        labels = self.model.params.labels
+        if labels is None:
+            raise ValueError("this checkpoint writes text: classifying needs one with labels")
+        found = []
+        for logits in self._read(texts, "logits"):
+            probabilities = logits.sigmoid() if len(labels) == 1 else logits.softmax(-1)
+            label, score = labels[int(logits.argmax())], float(probabilities.max())
+            found.append(Classification(label=label, score=score, logits=logits.tolist()))
+        return found
+
+    def reset_cache(self) -> None:
+        """Forget the prompts of earlier calls, which later ones otherwise reuse."""
+        self.engine.forget()
+
+    def _events(self, sequences: Sequence[EngineSequence]) -> Iterator[Event]:
+        """Run sequences, which may be taken over by a later call where this one yields."""
+        with self._lock.exclusive() as check_ownership:
+            self.engine.cancel_all()  # of a stream that this call takes over from
+            self.engine.submit(sequences)
+            try:
+                while self.engine.n_running or self.engine.n_waiting:
+                    for event in self.engine.step():
+                        yield event
+                        check_ownership()
+            finally:
+                for sequence in sequences:
+                    self.engine.cancel(sequence)
+
+    def _run(self, sequences: Sequence[EngineSequence]) -> None:
+        for _ in self._events(sequences):
+            pass
+
+    def _stream(self, sequences: Sequence[EngineSequence]) -> Generator[StreamPiece, None, None]:
+        n_before = 0
+        for sequence, text in self._events(sequences):
+            n = sequence.n_decoded
+            if text or sequence.finish_reason is not None:
+                tokens, logprobs = sequence.tokens[n_before:n], sequence.logprobs[n_before:n]
+                yield StreamPiece(text, tokens, logprobs, sequence.finish_reason)
+                n_before = n
+
+    def _read(self, texts: Sequence[str], output: Output) -> torch.Tensor:
+        sequences = self.tasks.read(texts, output)
+        self._run(sequences)
+        pooled = [sequence.pooled for sequence in sequences if sequence.pooled is not None]
+        return torch.stack(pooled) if pooled else torch.zeros(0)
+
+    def _refusal(self, dialog: Dialog) -> str | None:
+        """Return what is said against a dialog, instead of an answer."""
+        if has_tags(dialog, self.chat.tags):
+            return UNSAFE_ERROR
+        if self.input_guard is not None:
+            verdict = checked_verdict(self.input_guard(dialog))
+            return None if verdict.allowed else refusal(verdict)
+        return None
+
+    def _judged(self, dialog: Dialog, sequence: EngineSequence) -> str:
+        """Return the answer to a dialog, or what a guard says against it, without its tokens."""
+        if self.output_guard is not None:
+            verdict = checked_verdict(self.output_guard(dialog, sequence.text))
+            if not verdict.allowed:
+                sequence.tokens, sequence.logprobs = [], []
+                return refusal(verdict)
+        return sequence.text
+
+    def _scored(self, prediction: Any, sequence: EngineSequence) -> Any:
+        params = sequence.params
+        if params.logprobs:
+            ids = sequence.prompt * params.echo + sequence.tokens
+            prediction["tokens"] = [self.tokenizer.token_piece(t) for t in ids]
+            prediction["logprobs"] = sequence.prompt_logprobs * params.echo + sequence.logprobs
+        return prediction

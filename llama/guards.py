@@ -1,4 +1,4 @@
-"""Guards: what judges a dialog and its answer, and what holds a stream back until it is judged."""
+"""Guards: they judge a dialog and its answer, and hold a stream back until it is judged."""
 
 import re
 from collections.abc import Callable, Generator
@@ -6,11 +6,12 @@ from contextlib import closing
 from dataclasses import dataclass
 
 from llama.chat.prompts import Dialog
+from llama.engine.sequence import FinishReason, StreamPiece
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a guard says.
+    """A guard's judgement.
 
     Attributes:
         allowed: whether the text may pass.
@@ -31,14 +32,14 @@ OutputGuard = Callable[[Dialog, str], Verdict]
 
 
 def checked_verdict(verdict: object) -> Verdict:
-    """What a guard returned, unless it is no ``Verdict``: nothing passes by mistake."""
+    """Return a guard's verdict; raise ``TypeError`` for anything else, so that nothing passes."""
     if not isinstance(verdict, Verdict):
         raise TypeError(f"the guard returned {verdict!r}: expected a llama.guards.Verdict")
     return verdict
 
 
 def refusal(verdict: Verdict) -> str:
-    """The answer to a request that was refused."""
+    """Return the answer to a request that was refused."""
     reason = verdict.reason.strip().rstrip(".") or "no reason was given"
     categories = f" ({', '.join(verdict.categories)})" if verdict.categories else ""
     return f"Refused by a content guard: {reason}{categories}."
@@ -48,7 +49,7 @@ def refusal(verdict: Verdict) -> str:
 _CUTS = (re.compile(r"(?s).*(?:[.!?…][\"'”’)\]]*\s|[。！？\n])"), re.compile(r"(?s).*\s"))
 
 
-class Gate:
+class StreamGuard:
     """Holds back a streamed answer until a guard has allowed it, one piece after another.
 
     ``released`` is the text that was given out: the guard allowed the answer as far as that.
@@ -78,7 +79,7 @@ class Gate:
         self._held = ""
 
     def is_due(self, piece: str) -> bool:
-        """Whether ``push`` of a piece will ask the guard."""
+        """Return whether ``push`` of a piece will ask the guard."""
         return len(self._held) + len(piece) >= self._every
 
     def push(self, piece: str) -> str:
@@ -114,19 +115,29 @@ class Gate:
         return piece
 
 
-def judged(pieces: Generator[str, None, None], gate: Gate) -> Generator[str, None, None]:
-    """An answer's pieces as they pass a gate.
+def guarded(
+    pieces: Generator[StreamPiece, None, None], guard: StreamGuard
+) -> Generator[StreamPiece, None, None]:
+    """Yield an answer's pieces as a guard lets them pass.
 
     After a refusal ``pieces`` is closed, and the last piece says what happened.
     """
+    end: FinishReason | None = None
+    token_ids: list[int] = []
+    logprobs: list[float] = []
     with closing(pieces):
         for piece in pieces:
-            if text := gate.push(piece):
-                yield text
-            if gate.refused:
+            token_ids, logprobs = token_ids + piece.token_ids, logprobs + piece.logprobs
+            end = piece.finish_reason
+            if text := guard.push(piece):
+                yield StreamPiece(text, token_ids, logprobs)
+                token_ids, logprobs = [], []
+            if guard.refused:
                 break
     # The model that writes is free by now: neither the guard nor the reader keeps it waiting.
-    if text := gate.finish():
-        yield text
-    if gate.refused:
-        yield "\n\n" * bool(gate.released) + refusal(gate.refused)
+    text = guard.finish()
+    if guard.refused:
+        token_ids, logprobs, end = [], [], "stop"
+        text += "\n\n" * bool(guard.released) + refusal(guard.refused)
+    if text or end is not None:
+        yield StreamPiece(text, token_ids, logprobs, end)

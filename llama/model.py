@@ -1,22 +1,31 @@
-"""The Llama network: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
+"""The Llama network: RMSNorm, rotary embedding, grouped-query attention, SwiGLU.
 
-A forward pass works on *packed* tokens: the new tokens of all rows of a batch, one row after
-another, without padding. Everything but attention treats each token on its own; attention reads
-the row's part of the key/value cache.
+A forward pass processes a *ragged batch*: the new tokens of several sequences, one sequence after
+another, without padding. All but attention treats each token on its own; attention reads the
+sequence's slot of the key/value cache.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from llama import cache
 from llama.args import ModelArgs as ModelArgs
-from llama.linear import ColumnParallelLinear, ParallelEmbedding, RowParallelLinear, project
-from llama.packing import Packed, Segment, Span, check_segments, pack
+from llama.layers.attention import ragged_attention
+from llama.layers.batch import RaggedBatch, Segment, check_segments
+from llama.layers.kv_cache import KVCache
+from llama.layers.linear import (
+    ColumnParallelLinear,
+    ParallelEmbedding,
+    ParallelLinear,
+    RowParallelLinear,
+    fused_linear,
+    pack,
+)
+from llama.layers.quantization import Scheme
 from llama.parallel import world_size
 
 
@@ -33,7 +42,7 @@ class RMSNorm(nn.Module):
 
 
 def rope_factors(args: ModelArgs) -> torch.Tensor:
-    """What each rotary frequency is divided by, so that a network reads longer texts.
+    """Return what each rotary frequency is divided by, so that a network reads longer texts.
 
     ``rope_scaling`` is None, or has a ``rope_type`` and that type's parameters:
 
@@ -52,14 +61,16 @@ def rope_factors(args: ModelArgs) -> torch.Tensor:
     factor = torch.full((args.head_dim // 2,), float(scaling["factor"]), device="cpu")
     if scaling["rope_type"] == "linear":
         return factor
-    turns = scaling["original_max_position_embeddings"] * rope_freqs(args) / (2 * math.pi)
+    rotations = scaling["original_max_position_embeddings"] * rope_freqs(args) / (2 * math.pi)
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    kept = ((turns - low) / (high - low)).clamp(0, 1)  # how much of the frequency stays unscaled
+    kept = ((rotations - low) / (high - low)).clamp(0, 1)  # part that stays unscaled
     return 1 / ((1 - kept) / factor + kept)
 
 
 def rope_freqs(args: ModelArgs) -> torch.Tensor:
-    """Pair ``i`` of a head turns by ``rope_theta ** (-2 i / head_dim)`` from token to token.
+    """Return the angles by which the pairs of a head rotate from token to token.
+
+    Pair ``i`` rotates by ``rope_theta ** (-2 i / head_dim)``.
 
     Returns:
         float32, shape (head_dim / 2,), before any scaling.
@@ -69,7 +80,7 @@ def rope_freqs(args: ModelArgs) -> torch.Tensor:
 
 
 def precompute_freqs_cis(args: ModelArgs, device: torch.device) -> torch.Tensor:
-    """The rotary angles' cosines and sines for every position (RoFormer, section 3.2.2).
+    """Return the rotary angles' cosines and sines for every position (RoFormer, section 3.2.2).
 
     Returns:
         float32, shape (max_seq_len, 2, head_dim): for each element of a head the factor of
@@ -92,6 +103,9 @@ def apply_rotary_emb(x: torch.Tensor, freqs_cis: torch.Tensor) -> torch.Tensor:
     Args:
         x: shape (n_tokens, n_heads, head_dim).
         freqs_cis: float32, shape (n_tokens, 2, head_dim).
+
+    Returns:
+        The shape and dtype of ``x``.
     """
     cos, sin = freqs_cis.unsqueeze(1).unbind(2)  # (n_tokens, 1, head_dim) each
     x32 = x.float()
@@ -102,10 +116,7 @@ def apply_rotary_emb(x: torch.Tensor, freqs_cis: torch.Tensor) -> torch.Tensor:
 class Attention(nn.Module):
     """Grouped-query self-attention over a preallocated key/value cache."""
 
-    cache_k: torch.Tensor
-    cache_v: torch.Tensor
-    cache_k_scales: torch.Tensor
-    cache_v_scales: torch.Tensor
+    cache: KVCache
 
     def __init__(self, args: ModelArgs):
         super().__init__()
@@ -120,55 +131,17 @@ class Attention(nn.Module):
         self.wv = ColumnParallelLinear(args.dim, n_kv_heads * self.head_dim)
         self.wo = RowParallelLinear(args.n_heads * self.head_dim, args.dim)
 
-    def allocate_cache(
-        self, args: ModelArgs, device: torch.device, dtype: torch.dtype, in_int8: bool
-    ) -> None:
-        # Each head's keys lie side by side, as attention reads them.
-        shape = (args.max_batch_size, self.n_local_kv_heads, args.max_seq_len, self.head_dim)
-        for name in ("cache_k", "cache_v"):
-            entries, scales = cache.allocate(shape, dtype, device, in_int8)
-            self.register_buffer(name, entries, persistent=False)
-            self.register_buffer(f"{name}_scales", scales, persistent=False)
-
-    def forward(self, x: torch.Tensor, freqs_cis: torch.Tensor, packed: Packed) -> torch.Tensor:
-        xq, xk, xv = project(x, self.wq, self.wk, self.wv)
-        xq = xq.unflatten(-1, (-1, self.head_dim))  # (n_tokens, n_heads, head_dim)
-        xk = xk.unflatten(-1, (-1, self.head_dim))  # (n_tokens, n_kv_heads, head_dim)
-        xv = xv.unflatten(-1, (-1, self.head_dim))  # (n_tokens, n_kv_heads, head_dim)
-        turned = apply_rotary_emb(torch.cat((xq, xk), dim=1), freqs_cis)
-        xq, xk = turned.split((self.n_local_heads, self.n_local_kv_heads), dim=1)
-        n_tokens = len(packed.rows)  # without padding
-        cache.store(self.cache_k, self.cache_k_scales, xk[:n_tokens], packed)
-        cache.store(self.cache_v, self.cache_v_scales, xv[:n_tokens], packed)
-        attended = torch.zeros_like(xq)
-        for span in packed.spans:
-            attended[span.tokens] = self.attend(xq[span.tokens], span)
-        return self.wo(attended.flatten(1))  # (n_tokens, dim)
-
-    def attend(self, xq: torch.Tensor, span: Span) -> torch.Tensor:
-        """Attention of a span's queries, (n, n_heads, head_dim), to its rows' cached keys."""
-        # Shape (n_rows, n_kv_heads, filled, head_dim):
-        keys = cache.read(self.cache_k, self.cache_k_scales, span)
-        values = cache.read(self.cache_v, self.cache_v_scales, span)
-        # Query heads share them in groups; two layouts of the queries say so without copying a key.
-        n_rep = self.n_local_heads // self.n_local_kv_heads
-        xq = xq.unflatten(1, (-1, n_rep))  # (n, n_kv_heads, n_rep, head_dim)
-        if xq.device.type == "mps":  # strided keys gave wrong sums there (pytorch issue 163597)
-            keys, values = keys.contiguous(), values.contiguous()
-        if xq.shape[0] == keys.shape[0]:  # one token a row: the group stands as its positions
-            if n_rep == 1 and xq.device.type == "cpu":
-                xq = xq.expand(-1, -1, 2, -1)  # PyTorch multiplies a matrix faster than a vector
-            out = F.scaled_dot_product_attention(xq, keys, values, attn_mask=span.mask)
-            out = out[:, :, :n_rep]
-        else:  # many tokens of one row: the group stands as a batch that looks at one row
-            out = F.scaled_dot_product_attention(
-                xq.permute(2, 1, 0, 3),  # (n_rep, n_kv_heads, n, head_dim)
-                keys.expand(n_rep, -1, -1, -1),
-                values.expand(n_rep, -1, -1, -1),
-                attn_mask=span.mask,
-                is_causal=span.mask is None,
-            ).permute(2, 1, 0, 3)
-        return out.flatten(1, 2)  # (n, n_heads, head_dim)
+    def forward(self, x: torch.Tensor, freqs_cis: torch.Tensor, batch: RaggedBatch) -> torch.Tensor:
+        xq, xk, xv = fused_linear(x, self.wq, self.wk, self.wv)
+        xq = xq.unflatten(-1, (-1, self.head_dim))  # (n_tokens, n_local_heads, head_dim)
+        xk = xk.unflatten(-1, (-1, self.head_dim))  # (n_tokens, n_local_kv_heads, head_dim)
+        xv = xv.unflatten(-1, (-1, self.head_dim))  # (n_tokens, n_local_kv_heads, head_dim)
+        rotated = apply_rotary_emb(torch.cat((xq, xk), dim=1), freqs_cis)
+        xq, xk = rotated.split((self.n_local_heads, self.n_local_kv_heads), dim=1)
+        n_tokens = len(batch.slots)  # without padding
+        self.cache.update(xk[:n_tokens], xv[:n_tokens], batch)
+        out = ragged_attention(xq, self.cache, batch)
+        return self.wo(out.flatten(1))  # (n_tokens, dim)
 
 
 class FeedForward(nn.Module):
@@ -181,7 +154,7 @@ class FeedForward(nn.Module):
         self.w3 = ColumnParallelLinear(dim, hidden_dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate, up = project(x, self.w1, self.w3)
+        gate, up = fused_linear(x, self.w1, self.w3)
         return self.w2(F.silu(gate) * up)
 
 
@@ -195,8 +168,8 @@ class TransformerBlock(nn.Module):
         self.attention_norm = RMSNorm(args.dim, args.norm_eps)
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
 
-    def forward(self, x: torch.Tensor, freqs_cis: torch.Tensor, packed: Packed) -> torch.Tensor:
-        x = x + self.attention(self.attention_norm(x), freqs_cis, packed)
+    def forward(self, x: torch.Tensor, freqs_cis: torch.Tensor, batch: RaggedBatch) -> torch.Tensor:
+        x = x + self.attention(self.attention_norm(x), freqs_cis, batch)
         return x + self.feed_forward(self.ffn_norm(x))
 
 
@@ -204,8 +177,9 @@ class Transformer(nn.Module):
     """A Llama with its key/value cache. Parameters are left unset for a checkpoint to fill."""
 
     freqs_cis: torch.Tensor
+    scheme: Scheme | None = None  # how the weights are quantised
     n_passes = 0  # forward passes so far, each of which changed the cache
-    compiled: "Callable[[Transformer, torch.Tensor, Sequence[Segment]], torch.Tensor] | None" = None
+    min_tokens = 1  # which a pass is padded to, as the kernels are fastest
 
     def __init__(self, params: ModelArgs):
         super().__init__()
@@ -216,29 +190,71 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(TransformerBlock(params) for _ in range(params.n_layers))
         self.norm = RMSNorm(params.dim, params.norm_eps)
         self.output = ColumnParallelLinear(params.dim, padded_outputs, gather_output=True)
-        self.output.shared = params.tie_word_embeddings
+        self.output.is_shared = params.tie_word_embeddings
         self.allocate_buffers(torch.get_default_device(), torch.get_default_dtype())
 
     def allocate_buffers(
-        self, device: torch.device, dtype: torch.dtype, cache_in_int8: bool = False
+        self, device: torch.device, dtype: torch.dtype, int8_cache: bool = False
     ) -> None:
         """Make the rotary table and an empty key/value cache on ``device``.
 
-        Of ``max_batch_size * max_seq_len`` positions a layer; those written to take up memory.
+        The cache has ``max_batch_size * max_seq_len`` positions a layer; those that are written
+        take up memory.
         """
-        table = precompute_freqs_cis(self.params, device)
+        params = self.params
+        table = precompute_freqs_cis(params, device)
         self.register_buffer("freqs_cis", table, persistent=False)
-        for block in self.layers:
-            block.attention.allocate_cache(self.params, device, dtype, cache_in_int8)  # type: ignore[operator, union-attr]
+        for block in self._blocks():
+            n_kv_heads = block.attention.n_local_kv_heads
+            shape = (params.max_batch_size, n_kv_heads, params.max_seq_len, params.head_dim)
+            block.attention.cache = KVCache(shape, dtype, device, int8_cache)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "compiled": None}  # which is bound to this network's layers
+    def quantize(self, scheme: Scheme, dtype: torch.dtype) -> None:
+        """Store the weights that a scheme applies to quantised, for a checkpoint to fill."""
+        self.scheme = scheme
+        for name, module in self.named_modules():
+            if isinstance(module, ParallelLinear | ParallelEmbedding) and scheme.applies_to(name):
+                module.quantize(scheme, dtype)
+
+    def linear_groups(self) -> Iterator[tuple[ParallelLinear, ...]]:
+        """Yield the linear layers, those together that multiply the same input."""
+        for block in self._blocks():
+            attention, feed_forward = block.attention, block.feed_forward
+            yield attention.wq, attention.wk, attention.wv
+            yield (attention.wo,)
+            yield feed_forward.w1, feed_forward.w3
+            yield (feed_forward.w2,)
+        yield (self.output,)
+
+    def pack(self) -> None:
+        """Give the linear layers the fastest kernels, which take over their weights."""
+        for layers in self.linear_groups():
+            self.pack_group(layers)
+
+    def pack_group(self, layers: tuple[ParallelLinear, ...]) -> bool:
+        """``pack`` one of ``linear_groups``; returns whether a kernel took over its weights."""
+        kernel = pack(layers, self.freqs_cis.device)
+        if kernel is not None:
+            self.min_tokens = max(self.min_tokens, kernel.min_tokens)
+        return kernel is not None
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Load weights as ``nn.Module`` does; a model that was packed is packed again."""
+        was_packed = any(layer.kernel for layers in self.linear_groups() for layer in layers)
+        result = super().load_state_dict(*args, **kwargs)
+        if was_packed:
+            self.pack()
+        return result
+
+    def copy_cache(self, source: int, target: int, n_tokens: int) -> None:
+        """Copy the first positions of one slot of the cache to another."""
+        for block in self._blocks():
+            block.attention.cache.copy(source, target, n_tokens)
 
     def clear_cache(self) -> None:
-        """Forget everything: not a number, once in the cache, would spread to later calls."""
-        for name, buffer in self.named_buffers():
-            if ".cache_" in name:
-                buffer.zero_()
+        """Set the whole cache to zero."""
+        for block in self._blocks():
+            block.attention.cache.clear()
 
     @torch.inference_mode()
     def forward(
@@ -247,13 +263,13 @@ class Transformer(nn.Module):
         start_pos: int | Sequence[int] | torch.Tensor = 0,
         positions: Sequence[int] | torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Logits of new tokens; the cache holds what came before and takes up what is new.
+        """Return the logits of new tokens; the cache holds the earlier ones and is updated.
 
         Args:
-            tokens: token ids, shape (bsz, seqlen); row i of the batch is row i of the cache.
-            start_pos: how many tokens of each row the cache already holds: one number for all
-                rows, or one for each.
-            positions: which of the ``seqlen`` positions to give logits for; None for all.
+            tokens: token ids, shape (bsz, seqlen); sequence i has slot i of the cache.
+            start_pos: how many tokens of each sequence the cache already holds: one number for
+                all, or one for each.
+            positions: which of the ``seqlen`` positions to return logits for; None for all.
 
         Returns:
             float32, shape (bsz, seqlen or len(positions), n_outputs).
@@ -274,7 +290,8 @@ class Transformer(nn.Module):
             starts = [int(start) for start in start_pos]
         if len(starts) != bsz:
             raise ValueError(
-                f"{len(starts)} start positions for {bsz} rows: give one number or one for each row"
+                f"{len(starts)} start positions for {bsz} sequences: give one number, or one for "
+                "each"
             )
         select = None
         if positions is not None:
@@ -282,25 +299,25 @@ class Transformer(nn.Module):
             wrong = [p for p in chosen if not -seqlen <= p < seqlen]
             if wrong:
                 raise ValueError(f"position {wrong[0]} of {seqlen} new tokens")
-            flat = [row * seqlen + p % seqlen for row in range(bsz) for p in chosen]
+            flat = [i * seqlen + p % seqlen for i in range(bsz) for p in chosen]
             select = torch.tensor(flat, device=tokens.device, dtype=torch.long)
-        segments = [Segment(row, start, seqlen) for row, start in enumerate(starts)]
-        logits = self.forward_packed(tokens.flatten(), segments, select)
+        segments = [Segment(slot, start, seqlen) for slot, start in enumerate(starts)]
+        logits = self.forward_ragged(tokens.flatten(), segments, select)
         return logits.unflatten(0, (bsz, seqlen if positions is None else len(positions)))
 
     @torch.inference_mode()
-    def forward_packed(
+    def forward_ragged(
         self,
         tokens: torch.Tensor,
         segments: Sequence[Segment],
         select: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """As ``forward``, for rows that bring different numbers of tokens.
+        """Return logits as ``forward`` does, for sequences with different numbers of tokens.
 
         Args:
             tokens: token ids of all segments one after another, shape (n_tokens,).
-            segments: where they go; rows in ascending order, each at most once.
-            select: indices into ``tokens`` of those to give logits for; None for all.
+            segments: where they go; slots in ascending order, each at most once.
+            select: indices into ``tokens`` of those to return logits for; None for all.
 
         Returns:
             float32, shape (n_tokens or len(select), n_outputs).
@@ -308,9 +325,6 @@ class Transformer(nn.Module):
         Raises:
             ValueError: the tokens don't fit the cache.
         """
-        if self.compiled is not None and select is None and all(s.length == 1 for s in segments):
-            self._begin_pass(tokens, segments)
-            return self.compiled(self, tokens, segments)
         return self.logits(self.hidden_states(tokens, segments, select))
 
     @torch.inference_mode()
@@ -320,28 +334,39 @@ class Transformer(nn.Module):
         segments: Sequence[Segment],
         select: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """What ``forward_packed`` makes logits of: shape (n_tokens or len(select), dim)."""
-        self._begin_pass(tokens, segments)
-        h = self.pass_layers(tokens, pack(segments, tokens.device), self.layers)
+        """Return what the logits are made of, (n_tokens or len(select), dim); arguments and
+        errors as in ``forward_ragged``."""
+        self.begin_pass(tokens, segments)
+        batch = RaggedBatch.of(segments, tokens.device)
+        h = self.forward_layers(tokens, batch, self.layers)
         normed: torch.Tensor = self.norm(h if select is None else h[select])
         return normed
 
-    def pass_layers(
-        self, tokens: torch.Tensor, packed: Packed, layers: Iterable[Callable[..., torch.Tensor]]
-    ) -> torch.Tensor:
-        """From token ids through all layers, shape (n_tokens,) to (n_tokens, dim)."""
-        extra = (0, self.layers[0].attention.wo.padding(len(tokens)))  # type: ignore[operator, union-attr]
-        freqs_cis = self.freqs_cis[F.pad(packed.positions, extra)]
-        h = self.tok_embeddings(F.pad(tokens, extra))  # (n_tokens, dim)
-        for layer in layers:
-            h = layer(h, freqs_cis, packed)
-        return h[: len(tokens)]
-
-    def logits(self, normed: torch.Tensor) -> torch.Tensor:
-        """Shape (n_tokens, dim) to (n_tokens, n_outputs), in float32."""
-        return self.output(normed)[:, : self.params.n_outputs].float()
-
-    def _begin_pass(self, tokens: torch.Tensor, segments: Sequence[Segment]) -> None:
+    def begin_pass(self, tokens: torch.Tensor, segments: Sequence[Segment]) -> None:
+        """Check that tokens fit the cache, which is about to change."""
         params = self.params
         check_segments(segments, tokens, params.max_batch_size, params.max_seq_len)
         self.n_passes += 1
+
+    def forward_layers(
+        self,
+        tokens: torch.Tensor,
+        batch: RaggedBatch,
+        layers: Iterable[Callable[..., torch.Tensor]],
+    ) -> torch.Tensor:
+        """Return the last layer's output of token ids: (n_tokens,) to (n_tokens, dim)."""
+        padding = (0, max(0, self.min_tokens - len(tokens)))
+        freqs_cis = self.freqs_cis[F.pad(batch.positions, padding)]
+        h = self.tok_embeddings(F.pad(tokens, padding))  # (n_tokens, dim)
+        for layer in layers:
+            h = layer(h, freqs_cis, batch)
+        return h[: len(tokens)]
+
+    def logits(self, normed: torch.Tensor) -> torch.Tensor:
+        """Return the float32 logits of normed hidden states: (n, dim) to (n, n_outputs)."""
+        return self.output(normed)[:, : self.params.n_outputs].float()
+
+    def _blocks(self) -> Iterator[TransformerBlock]:
+        for block in self.layers:
+            assert isinstance(block, TransformerBlock)
+            yield block

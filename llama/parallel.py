@@ -119,6 +119,9 @@ def memory_limits(root: Path) -> list[int]:
     return limits
 
 
+_cpu_group: dist.ProcessGroup | None = None  # of all ranks, for messages between CPUs
+
+
 def initialize(device: torch.device | None = None) -> int:
     """Join the other processes and share the network among all of them.
 
@@ -151,13 +154,17 @@ def initialize(device: torch.device | None = None) -> int:
             store = dist.HashStore()  # type: ignore[attr-defined]
             dist.init_process_group(backend, store=store, rank=0, world_size=1)
         atexit.register(_leave)
+    global _cpu_group
     if not model_parallel_is_initialized():
         with contextlib.redirect_stdout(io.StringIO()):  # fairscale announces its groups
             initialize_model_parallel(dist.get_world_size())
         # A rank may wait for work as long as it likes: that others have died is the launcher's to
         # notice, not a timeout's. fairscale's groups take no timeout when they are made.
-        set_timeout = dist.distributed_c10d._set_pg_timeout
-        set_timeout(timedelta(days=365), get_model_parallel_group())
+        _cpu_group = get_model_parallel_group()
+        if backend != "gloo" and dist.get_world_size() > 1:
+            _cpu_group = dist.new_group(backend="gloo")
+        for group in (get_model_parallel_group(), _cpu_group):
+            dist.distributed_c10d._set_pg_timeout(timedelta(days=365), group)
     if dist.get_world_size() > 1 and dist.get_backend() != backend:
         raise ValueError(
             f"the processes are connected by {dist.get_backend()}, but {device} needs {backend}: "
@@ -179,6 +186,7 @@ def _leave() -> None:
 
 def world_size() -> int:
     """The number of processes that share the network."""
+    global _cpu_group
     if not model_parallel_is_initialized():
         raise RuntimeError(
             "no process group yet: use Llama.build, or call llama.parallel.initialize() before "
@@ -204,7 +212,28 @@ def print_once(*values: object, end: str = "\n") -> None:
 
 
 def broadcast(tensor: torch.Tensor) -> torch.Tensor:
-    """Rank 0's values of ``tensor``, on every rank, in place."""
+    """Copy rank 0's values of ``tensor`` to every rank, in place."""
     if world_size() > 1:
         dist.broadcast(tensor, src=0, group=get_model_parallel_group())
     return tensor
+
+
+_FRAME = 1 << 12  # bytes of a message that is sent at once
+
+
+def broadcast_bytes(message: bytes = b"") -> bytes:
+    """Send rank 0's message to every rank through CPUs: in one piece, if it is short.
+
+    Raises:
+        RuntimeError: a rank is gone.
+    """
+    frame = torch.zeros(_FRAME, dtype=torch.uint8, device="cpu")
+    data = torch.frombuffer(bytearray(len(message).to_bytes(8, "big") + message), dtype=torch.uint8)
+    frame[: min(len(data), _FRAME)] = data[:_FRAME]
+    dist.broadcast(frame, src=0, group=_cpu_group)
+    size = int.from_bytes(bytes(frame[:8].tolist()), "big")
+    rest = torch.zeros(max(0, size + 8 - _FRAME), dtype=torch.uint8, device="cpu")
+    if len(rest):
+        rest[: max(0, len(data) - _FRAME)] = data[_FRAME:]
+        dist.broadcast(rest, src=0, group=_cpu_group)
+    return bytes(torch.cat((frame, rest))[8 : 8 + size].tolist())

@@ -12,6 +12,7 @@ from fastapi import FastAPI
 
 from llama import Llama
 from llama.server.api import make_app
+from llama.server.config import ServerConfig
 from llama.server.service import Service
 
 
@@ -32,21 +33,17 @@ def wait_until(condition: Callable[[], bool], seconds: float = 30) -> None:
 def serve(
     llama: Llama,
     *,
-    api_key: str | None = None,
-    max_body: int = 100_000,
-    cors: tuple[str, ...] = (),
     mount: Callable[[FastAPI, Service], FastAPI] | None = None,
-    max_queue: int = 64,
-    timeout: float = 600.0,
-    log_prompts: bool = False,
+    **flags: object,
 ) -> Iterator[tuple[str, Service]]:
     """The address of a running server, and what it serves. Its engine runs in a thread."""
-    service = Service(llama, "tiny", max_queue, timeout, log_prompts=log_prompts)
-    app = make_app(service, cors, api_key, True, max_body)
+    defaults = {"model_name": "tiny", "max_body": 100_000, "prompt_lookup_num_tokens": 0}
+    service = Service(llama, ServerConfig(**defaults | flags))  # type: ignore[arg-type]
+    app = make_app(service)
     if mount is not None:
         app = mount(app, service)
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
-    threads = [threading.Thread(target=run) for run in (server.run, service.engine.run)]
+    threads = [threading.Thread(target=run) for run in (server.run, service.loop.run)]
     for thread in threads:
         thread.start()
     try:
@@ -54,7 +51,7 @@ def serve(
         port = server.servers[0].sockets[0].getsockname()[1]
         yield f"http://127.0.0.1:{port}", service
     finally:
-        service.engine.drain()
+        service.loop.drain()
         server.should_exit = True
         for thread in threads:
             thread.join(30)
@@ -62,7 +59,7 @@ def serve(
 
 
 def idle(service: Service) -> bool:
-    return not service.engine.n_active and not service.engine.n_waiting
+    return not service.loop.n_active and not service.loop.n_waiting
 
 
 def post(url: str, body: object, **more: object) -> httpx.Response:

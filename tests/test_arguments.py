@@ -80,7 +80,7 @@ TABLE: dict[str, tuple[Callable[[Llama], Any], type[Exception], str]] = {
     "model: starts": (
         lambda m: m.model(torch.ones(2, 3, dtype=torch.long), [0]),
         ValueError,
-        "1 start positions for 2 rows",
+        "1 start positions for 2 sequences",
     ),
     "model: shape": (
         lambda m: m.model(torch.ones(3, dtype=torch.long)),

@@ -9,12 +9,13 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from llama import Llama, decoding
+from llama import Llama
 from llama.args import make_args
 from llama.chat.formats import FORMATS
 from llama.checkpoint import apply_adapter, open_checkpoint
 from llama.checkpoint.sharding import full_shapes, split_dim
 from llama.convert import convert
+from llama.engine import engine
 from llama.generation import TINY
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
@@ -125,7 +126,7 @@ def test_a_formats_stop_strings_end_an_answer_whole_and_streamed(monkeypatch) ->
     ids = llama.tokenizer.encode("It says moo.\n### Human: And", bos=False, eos=False)
     for stream in (False, True):
         script = iter(ids)
-        monkeypatch.setattr(decoding, "next_tokens", lambda *_, s=script: torch.tensor([next(s)]))
+        monkeypatch.setattr(engine, "sample", lambda *_, s=script: torch.tensor([next(s)]))
         if stream:
             assert "".join(llama.chat_completion_stream(DIALOG)) == "It says moo."
         else:

@@ -7,10 +7,11 @@ import pytest
 import torch
 from conftest import make_model
 
-from llama import Dialog, Llama, Tokenizer, decoding, packing
+from llama import Dialog, Llama, Tokenizer
 from llama.chat.prompts import UNSAFE_ERROR
+from llama.engine import engine
 from llama.generation import TINY
-from llama.model import pack
+from llama.layers.batch import RaggedBatch
 
 STORY = "Once upon a time, there was a little girl named Mia."
 PROMPTS = [STORY, "Sam", "One sunny morning, Tom went to the park. He took", "", "The cow"]
@@ -57,8 +58,8 @@ class TestRaggedBatches:
     ) -> None:
         prompts = [encode(tiny, p) for p in (STORY * 8, "Sam", STORY * 5)]
         whole = tiny.generate(prompts, 40, temperature=0, logprobs=True, echo=True)
-        monkeypatch.setattr(packing, "PREFILL_CHUNK", 13)
-        monkeypatch.setattr(packing, "PREFILL_TOKENS", 30)
+        monkeypatch.setattr(engine, "PREFILL_CHUNK", 13)
+        monkeypatch.setattr(engine, "PREFILL_TOKENS", 30)
         pieces = tiny.generate(prompts, 40, temperature=0, logprobs=True, echo=True)
         assert pieces[0] == whole[0]
         for ours, theirs in zip(pieces[1], whole[1], strict=True):
@@ -69,17 +70,17 @@ def test_long_prompts_go_in_pieces_and_their_logits_are_not_made(
     checkpoint_dir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     llama = Llama.build(checkpoint_dir(), max_seq_len=1200, device="cpu", dtype=torch.float32)
-    forward, passes = llama.model.forward_packed, []
+    forward, passes = llama.model.hidden_states, []
 
     def watched(tokens: torch.Tensor, segments: list, select: torch.Tensor | None) -> torch.Tensor:
-        masks = [span.mask for span in pack(segments, tokens.device).spans]
+        masks = [span.mask for span in RaggedBatch.of(segments, tokens.device).spans]
         assert all(mask is None or mask.shape[0] <= 512 for mask in masks)
         logits = forward(tokens, segments, select)
         passes.append((len(tokens), len(logits)))
         return logits
 
-    monkeypatch.setattr(llama.model, "forward_packed", watched)
-    llama.generate([[1] * 1100] * 5, 1)
+    monkeypatch.setattr(llama.model, "hidden_states", watched)
+    llama.generate([[i] + [1] * 1099 for i in range(5)], 1)
     assert sum(tokens for tokens, _ in passes) == 5 * 1100
     assert max(tokens for tokens, _ in passes) <= 2048
     assert sum(logits for _, logits in passes) == 5
@@ -186,9 +187,7 @@ class TestStop:
         eot, eos = tiny.tokenizer.eot_id, tiny.tokenizer.eos_id
         for end in (eot, eos):
             script = iter([ids[3], ids[4], end, ids[5]])
-            monkeypatch.setattr(
-                decoding, "next_tokens", lambda *_, s=script: torch.tensor([next(s)])
-            )
+            monkeypatch.setattr(engine, "sample", lambda *_, s=script: torch.tensor([next(s)]))
             result = tiny.text_infilling(["a"], ["b"], logprobs=True)[0]
             assert len(result["tokens"]) == 2
 
@@ -200,9 +199,7 @@ class TestStop:
         hello = codellama_70b_tokenizer.encode("Hello there", False, False)
         for end in (codellama_70b_tokenizer.step_id, codellama_70b_tokenizer.eos_id):
             script = iter([*hello, end, 7])
-            monkeypatch.setattr(
-                decoding, "next_tokens", lambda *_, s=script: torch.tensor([next(s)])
-            )
+            monkeypatch.setattr(engine, "sample", lambda *_, s=script: torch.tensor([next(s)]))
             answer = llama.chat_completion([ask("Hi")])[0]["generation"]
             assert answer == {
                 "role": "assistant",
@@ -276,7 +273,7 @@ class TestStreams:
         self, tiny: Llama, error: type[BaseException], monkeypatch
     ) -> None:
         expected = tiny.text_completion(PROMPTS, 0, max_gen_len=30)
-        forward, calls = tiny.model.forward_packed, iter(range(100))
+        forward, calls = tiny.model.hidden_states, iter(range(100))
 
         def interrupted(*args: object) -> torch.Tensor:
             if next(calls) == 5:
@@ -284,7 +281,7 @@ class TestStreams:
             return forward(*args)
 
         with monkeypatch.context() as patch:
-            patch.setattr(tiny.model, "forward_packed", interrupted)
+            patch.setattr(tiny.model, "hidden_states", interrupted)
             with pytest.raises(error):
                 tiny.text_completion(PROMPTS, 0, max_gen_len=30)
         assert tiny.text_completion(PROMPTS, 0, max_gen_len=30) == expected

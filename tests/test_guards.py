@@ -12,9 +12,12 @@ from conftest import passed_tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama import Dialog, Llama, Tokenizer, decoding
+from llama import Dialog, Llama, Tokenizer
+from llama.engine import engine
+from llama.engine.sequence import StreamPiece
 from llama.generation import TINY
-from llama.guards import Gate, Verdict, judged, refusal
+from llama.guards import StreamGuard, Verdict, refusal
+from llama.guards import guarded as guarded_stream
 from llama.llama_guard import LlamaGuard
 
 # What https://huggingface.co/meta-llama/LlamaGuard-7b's chat template makes of ASKED and ANSWERED.
@@ -162,7 +165,7 @@ def test_the_prompts_tokens_are_llama_2s(llama2_tokenizer: Tokenizer) -> None:
         [{**says("Speak of kites."), "destination": "Go on."}],
     ],
 )
-def test_what_the_answering_model_reads_beside_the_content_is_judged(
+def test_what_the_answering_model_reads_beside_the_content_is_guarded(
     dialog: Dialog, tiny_tokenizer: Tokenizer
 ) -> None:
     model = Scripted(tiny_tokenizer)
@@ -320,7 +323,7 @@ def test_a_llama_judges_through_its_network(monkeypatch: pytest.MonkeyPatch) -> 
         ("unsafe\nO4", Verdict(False, ("O4",), "Guns and Illegal Weapons")),
     ):
         script = iter([*llama.tokenizer.encode(answer, False, False), llama.tokenizer.eos_id])
-        monkeypatch.setattr(decoding, "next_tokens", lambda *_, s=script: torch.tensor([next(s)]))
+        monkeypatch.setattr(engine, "sample", lambda *_, s=script: torch.tensor([next(s)]))
         assert guard.output_guard(ANSWERED, "No idea.") == expected
         assert next(script, None) is None  # read to its end, not further
 
@@ -351,9 +354,9 @@ class Watch:
         return BAD if self.word in answer else SAFE
 
 
-def stream(pieces: Sequence[str], log: list[str]) -> Generator[str, None, None]:
+def stream(pieces: Sequence[str], log: list[str]) -> Generator[StreamPiece, None, None]:
     try:
-        yield from pieces
+        yield from map(StreamPiece, pieces)
         log.append("exhausted")
     finally:
         log.append("closed")
@@ -370,19 +373,19 @@ def split(text: str, cuts: list[int]) -> list[str]:
 
 @settings(deadline=None)
 @given(TEXTS, CUTS, st.integers(1, 30))
-def test_an_allowed_answer_passes_whole_once_it_was_judged(
+def test_an_allowed_answer_passes_whole_once_it_was_guarded(
     text: str, cuts: list[int], every: int
 ) -> None:
     watch = Watch()
-    gate = Gate(ASKED, watch, every)
+    guard = StreamGuard(ASKED, watch, every)
     for piece in split(text, cuts):
-        gate.push(piece)
-        assert gate.released in ("", *watch.asked[-1:])
-        assert len(watch.asked) <= len(gate.released) // ((every + 1) // 2)
-    gate.finish()
-    assert gate.released == text
+        guard.push(piece)
+        assert guard.released in ("", *watch.asked[-1:])
+        assert len(watch.asked) <= len(guard.released) // ((every + 1) // 2)
+    guard.finish()
+    assert guard.released == text
     assert watch.asked[-1:] == [text] * bool(text)
-    assert gate.refused is None
+    assert guard.refused is None
 
 
 @settings(deadline=None)
@@ -391,20 +394,22 @@ def test_nothing_of_a_refused_piece_or_of_what_follows_it_gets_out(
     before: str, after: str, cuts: list[int], every: int
 ) -> None:
     watch, log = Watch(), []
-    gate = Gate(ASKED, watch, every)
-    shown = list(judged(stream(split(before + "BAD" + after, cuts), log), gate))
-    assert gate.refused == BAD
-    assert shown[-1] == "\n\n" * bool(gate.released) + refusal(BAD)
-    assert "".join(shown[:-1]) == gate.released == "".join(watch.asked[-2:-1])
-    assert (before + "BA").startswith(gate.released)
+    guard = StreamGuard(ASKED, watch, every)
+    shown = list(guarded_stream(stream(split(before + "BAD" + after, cuts), log), guard))
+    assert guard.refused == BAD
+    assert shown[-1] == "\n\n" * bool(guard.released) + refusal(BAD)
+    assert "".join(shown[:-1]) == guard.released == "".join(watch.asked[-2:-1])
+    assert (before + "BA").startswith(guard.released)
     assert "BAD" in watch.asked[-1]  # the guard isn't asked again after it refused
-    assert gate.push("fine. ") == gate.finish() == ""
+    assert guard.push("fine. ") == guard.finish() == ""
     assert log[-1] == "closed"
 
 
 def test_a_refusal_closes_the_source_before_it_is_shown() -> None:
     log: list[str] = []
-    answer = judged(stream(["Good. ", "BAD. ", "More. "], log), Gate(ASKED, Watch(), 5))
+    answer = guarded_stream(
+        stream(["Good. ", "BAD. ", "More. "], log), StreamGuard(ASKED, Watch(), 5)
+    )
     assert next(answer) == "Good. "
     assert log == []
     assert next(answer) == "\n\n" + refusal(BAD)
@@ -418,21 +423,21 @@ def test_a_refusal_of_the_first_piece_or_of_the_rest_is_the_last_thing_shown() -
         (["Good. ", "BAD"], ["Good. ", "\n\n" + refusal(BAD)]),
     ):
         log: list[str] = []
-        assert list(judged(stream(pieces, log), Gate(ASKED, Watch(), 5))) == shown
+        assert list(guarded_stream(stream(pieces, log), StreamGuard(ASKED, Watch(), 5))) == shown
         assert log == ["exhausted", "closed"]
 
 
 def test_closing_a_judged_stream_closes_its_source() -> None:
     log: list[str] = []
-    answer = judged(stream(["Good. "] * 3, log), Gate(ASKED, Watch(), 5))
+    answer = guarded_stream(stream(["Good. "] * 3, log), StreamGuard(ASKED, Watch(), 5))
     next(answer)
     answer.close()
     assert log == ["closed"]
 
 
-def test_an_empty_answer_is_not_judged() -> None:
+def test_an_empty_answer_is_not_guarded() -> None:
     watch = Watch()
-    assert list(judged(stream(["", ""], []), Gate(ASKED, watch))) == []
+    assert list(guarded_stream(stream(["", ""], []), StreamGuard(ASKED, watch))) == []
     assert watch.asked == []
 
 
@@ -450,7 +455,7 @@ def test_an_empty_answer_is_not_judged() -> None:
     ],
 )
 def test_an_answer_is_judged_at_an_end_of_sentence_line_or_word(text: str, first: str) -> None:
-    assert Gate(ASKED, Watch(), 9).push(text) == first
+    assert StreamGuard(ASKED, Watch(), 9).push(text) == first
 
 
 def test_a_guard_that_fails_lets_nothing_out_and_closes_the_source() -> None:
@@ -460,29 +465,29 @@ def test_a_guard_that_fails_lets_nothing_out_and_closes_the_source() -> None:
         return SAFE
 
     log: list[str] = []
-    gate = Gate(ASKED, broken, 4)
-    answer = judged(stream(["One. ", "And two. ", "Three. "], log), gate)
-    assert next(answer) == gate.released == "One. "
+    guard = StreamGuard(ASKED, broken, 4)
+    answer = guarded_stream(stream(["One. ", "And two. ", "Three. "], log), guard)
+    assert next(answer) == guard.released == "One. "
     with pytest.raises(OSError, match="no guard"):
         next(answer)
     assert log == ["closed"]
-    assert gate.released == "One. "
+    assert guard.released == "One. "
     with pytest.raises(OSError, match="no guard"):
-        gate.finish()
+        guard.finish()
 
 
 @pytest.mark.parametrize("verdict", [True, None, "safe", (True, (), "")])
 def test_a_guard_that_returns_no_verdict_is_an_error_that_says_so(verdict: Any) -> None:
-    gate = Gate(ASKED, lambda *_: verdict, 4)
+    guard = StreamGuard(ASKED, lambda *_: verdict, 4)
     expected = f"returned {re.escape(repr(verdict))}: expected a llama.guards.Verdict"
     with pytest.raises(TypeError, match=expected):
-        gate.push("One. Two. ")
-    assert gate.released == ""
+        guard.push("One. Two. ")
+    assert guard.released == ""
 
 
 def test_a_gate_needs_a_character_at_least() -> None:
     with pytest.raises(ValueError, match="every is 0"):
-        Gate(ASKED, Watch(), 0)
+        StreamGuard(ASKED, Watch(), 0)
 
 
 @pytest.mark.parametrize(

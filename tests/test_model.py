@@ -6,7 +6,7 @@ from conftest import make_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llama import ModelArgs, Transformer, parallel
-from llama.packing import Segment
+from llama.layers.batch import Segment
 
 VARIANTS = {
     "mha": {},
@@ -84,7 +84,7 @@ def test_greedy_ids_of_a_ragged_batch_equal_transformers(variant: str) -> None:
     reference = as_transformers(model)
     generator = torch.Generator().manual_seed(2)
     prompts = [torch.randint(0, 96, (n,), generator=generator) for n in (3, 40, 1, 17)]
-    packed = model.forward_packed(
+    packed = model.forward_ragged(
         torch.cat(prompts), [Segment(i, 0, len(p)) for i, p in enumerate(prompts)]
     )
     ends = torch.tensor([len(p) for p in prompts]).cumsum(0) - 1
@@ -120,7 +120,7 @@ def test_rows_at_their_own_positions_give_what_they_give_alone() -> None:
     whole = model(tokens, 0)
     starts = [5, 20, 11]
     for row, start in enumerate(starts):  # fill the cache to different lengths
-        model.forward_packed(tokens[row, :start], [Segment(row, 0, start)])
+        model.forward_ragged(tokens[row, :start], [Segment(row, 0, start)])
     new = torch.stack([tokens[row, start : start + 4] for row, start in enumerate(starts)])
     several = model(new, torch.tensor(starts))
     for row, start in enumerate(starts):
@@ -153,8 +153,8 @@ def test_attention_reads_the_filled_part_of_the_cache_only() -> None:
     tokens = torch.randint(0, 96, (2, 12))
     expected = model(tokens, 0)
     for layer in model.layers:
-        layer.attention.cache_k.fill_(float("nan"))
-        layer.attention.cache_v.fill_(float("nan"))
+        layer.attention.cache.k.fill_(float("nan"))
+        layer.attention.cache.v.fill_(float("nan"))
     pieces = [model(tokens[:, :7], 0), model(tokens[:, 7:11], 7), model(tokens[:, 11:], 11)]
     torch.testing.assert_close(torch.cat(pieces, 1), expected, atol=2e-5, rtol=0)
 
@@ -165,7 +165,7 @@ def test_attention_reads_the_filled_part_of_the_cache_only() -> None:
         ([], 0, "segments"),
         ([Segment(0, 0, 3)], 4, "segments of 3"),
         ([Segment(4, 0, 1)], 1, "max_batch_size of 4"),
-        ([Segment(1, 0, 1), Segment(0, 0, 1)], 2, "rows ascend"),
+        ([Segment(1, 0, 1), Segment(0, 0, 1)], 2, "slots ascend"),
         ([Segment(0, 127, 2)], 2, "max_seq_len of 128"),
         ([Segment(0, -1, 2)], 2, "max_seq_len of 128"),
     ],
@@ -174,7 +174,7 @@ def test_tokens_that_do_not_fit_the_cache_are_refused(
     segments: list[Segment], n_tokens: int, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        make_model().forward_packed(torch.zeros(n_tokens, dtype=torch.long), segments)
+        make_model().forward_ragged(torch.zeros(n_tokens, dtype=torch.long), segments)
 
 
 LLAMA = {"norm_eps": 1e-6, "vocab_size": 32000}

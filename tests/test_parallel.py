@@ -231,12 +231,12 @@ if harmed and kind == "loading":
     meta.open_shard = read
 llama = Llama.build(device="cpu")
 if harmed and kind == "memory":
-    forward, calls = llama.model.forward_packed, iter(range(10**9))
+    forward, calls = llama.model.hidden_states, iter(range(10**9))
     def harm(*arguments):
         if next(calls) == 20:
             raise MemoryError("out of memory on this rank only")
         return forward(*arguments)
-    llama.model.forward_packed = harm
+    llama.model.hidden_states = harm
 while True:
     llama.generate([[1, 20, 300]], 100, temperature=0)
 """

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from llama.args import ModelArgs
+from llama.checkpoint.memory import release, trim
 from llama.checkpoint.sharding import (
     distinct_pieces,
     full_shapes,
@@ -18,7 +19,6 @@ from llama.checkpoint.sharding import (
     rank_part,
 )
 from llama.errors import listed, printable
-from llama.layers.memory import release, trim
 from llama.layers.quantization import Scheme, StoredWeight
 
 Shape = tuple[int, ...]

@@ -8,11 +8,11 @@ import torch
 from llama import parallel
 from llama.args import ModelArgs
 from llama.checkpoint.base import Checkpoint
+from llama.checkpoint.memory import release, shares_memory, trim
 from llama.checkpoint.sharding import cache_bytes, check_model_parallel_size, weight_bytes
-from llama.layers.memory import release, shares_memory
+from llama.cli import progress
 from llama.layers.quantization import Int4, Scheme
 from llama.model import Transformer
-from llama.quantization import pack_all, swap
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +22,7 @@ def load(
     args: ModelArgs,
     device: torch.device,
     dtype: torch.dtype | None,
-    cache_in_int8: bool = False,
+    int8_cache: bool = False,
 ) -> Transformer:
     """Build the network and fill this rank's part of it from any number of parts.
 
@@ -34,7 +34,7 @@ def load(
         device: the device of weights and cache.
         dtype: the dtype of weights and cache; None chooses by checkpoint and device
             (``choose_dtype``).
-        cache_in_int8: store the cache in eight bits instead.
+        int8_cache: store the cache in eight bits instead.
 
     Raises:
         MemoryError: weights and cache need more memory than the machine has.
@@ -49,15 +49,14 @@ def load(
     if dtype is None:
         fast_bf16 = parallel.has_fast_bf16(device)
         dtype = parallel.choose_dtype(checkpoint.dtype, device.type, fast_bf16)
-    check_memory(args, dtype, device, ranks, scheme, cache_in_int8)
+    check_memory(args, dtype, device, ranks, scheme, int8_cache)
     with torch.device("meta"):
         model = Transformer(args)
         if scheme:
-            swap(model, scheme, dtype)
-    _fill(model, checkpoint, args, device, dtype)
-    if scheme:
-        pack_all(model)
-    model.allocate_buffers(device, dtype, cache_in_int8)
+            model.quantize(scheme, dtype)
+    still_mapped = _fill(model, checkpoint, args, device, dtype)
+    model.allocate_buffers(device, dtype, int8_cache)
+    _pack(model, still_mapped)
     logger.info("loaded %s in %.2f seconds", checkpoint.names[0], time.monotonic() - start)
     return model
 
@@ -68,12 +67,16 @@ def _fill(
     args: ModelArgs,
     device: torch.device,
     dtype: torch.dtype,
-) -> None:
-    """Replace a model's meta tensors with this rank's part of the weights."""
+) -> set[int]:
+    """Replace a model's meta tensors with this rank's part of the weights.
+
+    Returns:
+        The addresses of those that lie in mapped files.
+    """
     rank, ranks = parallel.rank(), parallel.world_size()
     scheme = checkpoint.scheme
     tensors: dict[str, torch.Tensor] = {}
-    still_mapped = []
+    still_mapped = set()
     for name in model.state_dict():
         module = name.rpartition(".")[0]
         if module == "output" and args.tie_word_embeddings and ranks == 1:
@@ -85,7 +88,7 @@ def _fill(
         mapped = checkpoint.mapped(name)
         # A tensor that needs no change stays mapped: it is read when it is used, never copied.
         if any(shares_memory(part, tensor) for tensor in mapped):
-            still_mapped.append(name)
+            still_mapped.add(part.data_ptr())
         else:
             if part.untyped_storage().nbytes() > part.nbytes:
                 part = part.clone()  # of a tensor that was made whole, keep this rank's part only
@@ -93,8 +96,20 @@ def _fill(
         tensors[name] = part
     model.load_state_dict(tensors, assign=True)
     model.requires_grad_(False)
-    for name in still_mapped:
-        model.get_parameter(name).is_mapped = True  # type: ignore[attr-defined]
+    return still_mapped
+
+
+def _pack(model: Transformer, still_mapped: set[int]) -> None:
+    """Give the weights to their kernels, and release what was mapped or made on the way."""
+    groups = list(model.linear_groups())
+    with progress(len(groups), "packing weights", "groups") as show:
+        for n, layers in enumerate(groups):
+            weights = [weight for layer in layers for weight in layer.parameters()]
+            if model.pack_group(layers):
+                release(weight for weight in weights if weight.data_ptr() in still_mapped)
+                del weights
+                trim()  # the gaps that plain weights leave are too small for what comes next
+            show(n + 1)
 
 
 def check_memory(
@@ -103,7 +118,7 @@ def check_memory(
     device: torch.device,
     ranks: int,
     scheme: Scheme | None = None,
-    cache_in_int8: bool = False,
+    int8_cache: bool = False,
 ) -> None:
     """Raise ``MemoryError``, saying what to change, if weights and cache can't fit the device.
 
@@ -113,12 +128,12 @@ def check_memory(
         device: the device that one rank's part has to fit; on a CPU, those of all local ranks.
         ranks: the number of ranks that share the network.
         scheme: the quantisation of the weights.
-        cache_in_int8: whether the cache has eight bits.
+        int8_cache: whether the cache has eight bits.
     """
     available = parallel.device_memory(device)
     local_ranks = parallel.local_ranks() if device.type == "cpu" else 1  # which share this memory
     weights = weight_bytes(args, dtype, ranks, scheme) * local_ranks
-    cache = cache_bytes(args, dtype, ranks, cache_in_int8) * local_ranks
+    cache = cache_bytes(args, dtype, ranks, int8_cache) * local_ranks
     if available is None or weights + cache <= available:
         return
     left = (available - weights) * args.max_seq_len * args.max_batch_size // cache

@@ -7,7 +7,7 @@ from typing import TypeVar
 import torch
 
 from llama.args import ModelArgs
-from llama.cache import bytes_per_head
+from llama.layers.kv_cache import bytes_per_head
 from llama.layers.quantization import Scheme
 
 T = TypeVar("T")

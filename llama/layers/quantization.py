@@ -15,6 +15,7 @@ from math import gcd
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from llama.errors import short
 
@@ -154,6 +155,19 @@ class Int4:
     def unpack(packed: torch.Tensor) -> torch.Tensor:
         """Return the codes, from 0 to 15, of which each byte holds two."""
         return torch.stack((packed & 15, packed >> 4), dim=2).flatten(1)
+
+    @staticmethod
+    def padded(
+        stored: Mapping[str, torch.Tensor], multiple: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Fill ``out_features`` up to a multiple with zeros, as operators want it.
+
+        Returns:
+            The codes, and scales and zeros in one tensor, (n_groups, out_features, 2).
+        """
+        extra = (0, 0, 0, -len(stored["weight"]) % multiple)
+        weight, scales, zeros = (F.pad(stored[n], extra) for n in ("weight", "scales", "zeros"))
+        return weight, torch.stack((scales, zeros), dim=2).transpose(0, 1).contiguous()
 
 
 Scheme = Int8 | Int4

@@ -1,4 +1,4 @@
-"""Answers on their way from the engine: what is told of them, as guards let it pass."""
+"""The answers of a request as they come from the engine and pass the guards."""
 
 import asyncio
 import functools
@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
-from llama.guards import Gate, refusal
+from llama.guards import StreamGuard, refusal
 from llama.server.errors import ApiError, log_failure
 from llama.server.jobs import Job, Update
 from llama.server.schemas import FinishReason
@@ -20,21 +20,22 @@ class Piece(NamedTuple):
 
     number: int  # which of them
     text: str
-    n_tokens: int  # of this text so far, as scores may be told
+    n_tokens: int  # of this text so far, whose scores may be shown
     finish: FinishReason
 
 
-class Judge:
-    """Asks guards, one after another in a thread of its own. What goes wrong lets nothing pass."""
+class GuardExecutor:
+    """Runs guards, one after another in a thread of its own. A failure lets nothing pass."""
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, "guard")
 
-    async def ask(self, deadline: float, work: Callable[..., T], *args: Any) -> T:
-        """What ``work``, which asks a guard, gives until ``deadline`` (by ``time.monotonic()``).
+    async def run(self, deadline: float, work: Callable[..., T], *args: Any) -> T:
+        """Return the result of ``work``, which calls a guard, if it comes before ``deadline``
+        (by ``time.monotonic()``).
 
         Raises:
-            ApiError: it gives nothing in time, or fails.
+            ApiError: there is none in time, or it fails.
         """
         asked = asyncio.get_running_loop().run_in_executor(self._thread, work, *args)
         try:
@@ -51,32 +52,32 @@ def late() -> ApiError:
 
 
 class Answers:
-    """The texts of one request on their way.
+    """The texts of one request as they grow.
 
     Args:
-        refusals: what is said instead of an answer, by number; their jobs are never run.
-        gates: one for each job, where a guard judges the answers, which ``judge`` asks.
-        deadline: when these judgements must be there.
+        refusals: the texts of answers that are refused, by number; their jobs are never run.
+        guards: one for each job, where a guard judges the answers, run by ``executor``.
+        deadline: of these judgements.
     """
 
     def __init__(
         self,
         jobs: list[Job],
-        news: "asyncio.Queue[tuple[int, Update]]",
+        updates: "asyncio.Queue[tuple[int, Update]]",
         refusals: dict[int, str],
-        gates: list[Gate],
-        judge: Judge,
+        guards: list[StreamGuard],
+        executor: GuardExecutor,
         deadline: float,
     ):
         self.jobs = jobs
         self.refusals = refusals
-        self._news = news
+        self._updates = updates
         self._deadline = deadline
-        self._gates = gates
-        self._judge = judge
+        self._guards = guards
+        self._executor = executor
 
     async def pieces(self) -> AsyncGenerator[Piece, None]:
-        """What is new, as it comes.
+        """Yield new text as it comes.
 
         Raises:
             ApiError: the request took too long, or the network or a guard failed.
@@ -86,14 +87,14 @@ class Answers:
             for number, text in self.refusals.items():
                 yield Piece(number, text, 0, "content_filter")
             while open_jobs:
-                number, update = await self._news.get()
+                number, update = await self._updates.get()
                 if number not in open_jobs:
                     continue  # refused meanwhile
-                if update.finish == "timeout":
+                if update.finish_reason == "timeout":
                     raise late()
-                if update.finish in ("error", "cancelled"):
+                if update.finish_reason in ("error", "cancelled"):
                     raise ApiError(500, "the server failed: its log says why")
-                piece = await self._judged(number, update)
+                piece = await self._guarded(number, update)
                 if piece.finish is not None:
                     open_jobs.remove(number)
                 if piece.text or piece.finish:
@@ -101,23 +102,23 @@ class Answers:
         finally:
             self.close()
 
-    async def _judged(self, number: int, update: Update) -> Piece:
-        finish: FinishReason = update.finish  # type: ignore[assignment]
-        if not self._gates:
+    async def _guarded(self, number: int, update: Update) -> Piece:
+        finish: FinishReason = update.finish_reason  # type: ignore[assignment]
+        if not self._guards:
             return Piece(number, update.text, update.n_tokens, finish)
-        gate = self._gates[number]
-        asks = gate.is_due(update.text)
-        ask = functools.partial(self._judge.ask, self._deadline)
-        text = await ask(gate.push, update.text) if asks else gate.push(update.text)
-        if finish is not None and gate.refused is None:
-            text += await ask(gate.finish)
-        if gate.refused is not None:
+        guard = self._guards[number]
+        run = functools.partial(self._executor.run, self._deadline)
+        is_due = guard.is_due(update.text)
+        text = await run(guard.push, update.text) if is_due else guard.push(update.text)
+        if finish is not None and guard.refused is None:
+            text += await run(guard.finish)
+        if guard.refused is not None:
             self.jobs[number].cancelled = True
-            text += ("\n\n" if gate.released else "") + refusal(gate.refused)
+            text += ("\n\n" if guard.released else "") + refusal(guard.refused)
             finish = "content_filter"
         return Piece(number, text, update.n_tokens, finish)
 
     def close(self) -> None:
-        """Free the rows. Whoever asked for answers must call it, or exhaust or close ``pieces``."""
+        """Free the slots. Callers must call it, or exhaust or close ``pieces``."""
         for job in self.jobs:
             job.cancelled = True

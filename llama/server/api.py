@@ -1,6 +1,5 @@
 """OpenAI's API: https://platform.openai.com/docs/api-reference."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request, Response
@@ -10,7 +9,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llama.server import schemas, tasks
-from llama.server.door import Door
+from llama.server.access import AccessControl
 from llama.server.errors import Failures, add_error_handlers
 from llama.server.service import Service
 
@@ -30,19 +29,9 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def make_app(
-    service: Service,
-    cors: Sequence[str] = (),
-    api_key: str | None = None,
-    local: bool = True,
-    max_body: int = 1_000_000,
-) -> FastAPI:
-    """The API of a served model.
-
-    Args:
-        cors: origins whose web pages may call it.
-        api_key, local, max_body: who may come in, as for ``Door``.
-    """
+def make_app(service: Service) -> FastAPI:
+    """Return the API of a served model."""
+    config = service.config
     # FastAPI's own page at /docs would ask other hosts for its looks.
     app = FastAPIOffline(
         title="llama", summary="Text, chat and infilling by a Llama", redoc_url=None
@@ -52,20 +41,20 @@ def make_app(
     # From the innermost to the outermost.
     app.add_middleware(Failures)
     app.add_middleware(
-        Door,
-        api_key=api_key,
-        local=local,
-        max_body=max_body,
-        ends=lambda: service.engine.draining,
+        AccessControl,
+        api_key=config.api_key,
+        local=config.is_local,
+        max_body=config.max_body,
+        ends=lambda: service.loop.draining,
     )
     # Also without origins: the page's library would set rules of its own otherwise.
     app.add_middleware(
         CORSMiddleware,
-        allow_origins=list(cors),
+        allow_origins=config.origins,
         allow_methods=["*"],
         allow_headers=["*"],
         expose_headers=["Retry-After"],
-        allow_private_network=bool(cors),
+        allow_private_network=bool(config.origins),
     )
     app.add_middleware(_Counted, service=service)
     return app
@@ -140,12 +129,12 @@ def _routes(service: Service) -> APIRouter:
     @router.get("/health", responses={503: {"model": schemas.Health}}, tags=["server"])
     async def health(response: Response) -> schemas.Health:
         """Whether the server takes requests. Needs no key."""
-        engine = service.engine
-        response.status_code = 503 if engine.draining else 200
+        loop = service.loop
+        response.status_code = 503 if loop.draining else 200
         return schemas.Health(
-            status="draining" if engine.draining else "ok",
-            active=engine.n_active,
-            waiting=engine.n_waiting,
+            status="draining" if loop.draining else "ok",
+            active=loop.n_active,
+            waiting=loop.n_waiting,
         )
 
     @router.get(

@@ -6,7 +6,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from llama.server.engine import Engine
+from llama.server.loop import EngineLoop
 
 _SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
 
@@ -14,11 +14,11 @@ _SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
 class _EngineCollector(Collector):
     """The engine's own counts, read when they are asked for."""
 
-    def __init__(self, engine: Engine):
-        self._engine = engine
+    def __init__(self, loop: EngineLoop):
+        self._loop = loop
 
     def collect(self) -> Iterator[Metric]:
-        engine, counts = self._engine, self._engine.counts
+        loop, counts = self._loop, self._loop.counts
         totals = {
             "llama_prompt_tokens": ("Tokens of prompts that were read", counts.prompt_tokens),
             "llama_cached_tokens": ("Tokens that the cache held already", counts.reused_tokens),
@@ -27,16 +27,16 @@ class _EngineCollector(Collector):
         }
         for name, (text, value) in totals.items():
             yield CounterMetricFamily(name, text, value)
-        yield GaugeMetricFamily("llama_requests_active", "Rows at work", engine.n_active)
-        yield GaugeMetricFamily("llama_requests_waiting", "Rows in the queue", engine.n_waiting)
+        yield GaugeMetricFamily("llama_requests_active", "Running sequences", loop.n_active)
+        yield GaugeMetricFamily("llama_requests_waiting", "Waiting sequences", loop.n_waiting)
 
 
 class Metrics:
     """The server's metrics, of this process alone."""
 
-    def __init__(self, engine: Engine):
+    def __init__(self, loop: EngineLoop):
         self._registry = CollectorRegistry()
-        self._registry.register(_EngineCollector(engine))
+        self._registry.register(_EngineCollector(loop))
         self.requests = Counter(
             "llama_requests",
             "Requests answered",

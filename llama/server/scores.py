@@ -1,11 +1,13 @@
-"""What OpenAI's answers say of tokens: their log-probabilities, and how many there are."""
+"""Log-probabilities and usage, in OpenAI's form."""
 
 import re
 import time
 import uuid
 from collections.abc import Sequence
 
-from llama.server.jobs import Alternatives, Job
+from llama.engine.detokenizer import Detokenizer
+from llama.engine.sequence import Alternatives
+from llama.server.jobs import Job
 from llama.server.schemas import (
     ChatLogprobs,
     CompletionLogprobs,
@@ -14,36 +16,36 @@ from llama.server.schemas import (
     TopLogprob,
     Usage,
 )
-from llama.streaming import TextStream
 from llama.tokenizer import BaseTokenizer
 
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 def new_id(kind: str) -> tuple[str, int]:
-    """An answer's id, and the time in seconds."""
+    """Return an answer's id, and the time in seconds."""
     return f"{kind}-{uuid.uuid4().hex}", int(time.time())
 
 
 def usage(jobs: Sequence[Job], n: int = 1) -> Usage:
-    """What a request's rows took, ``n`` of which answer each prompt."""
-    n_prompt = sum(len(job.row.prompt) for job in jobs[::n])
-    n_written = sum(len(job.row.tokens) for job in jobs)
+    """Return the tokens of a request's jobs, ``n`` of which answer each prompt."""
+    n_prompt = sum(len(job.sequence.prompt) for job in jobs[::n])
+    n_written = sum(len(job.sequence.tokens) for job in jobs)
+    n_cached = sum(job.sequence.n_reused for job in jobs[::n])
     return Usage(
         prompt_tokens=n_prompt,
         completion_tokens=n_written,
         total_tokens=n_prompt + n_written,
-        prompt_tokens_details=PromptDetails(cached_tokens=sum(job.n_reused for job in jobs[::n])),
+        prompt_tokens_details=PromptDetails(cached_tokens=n_cached),
     )
 
 
 def token_text(tokenizer: BaseTokenizer, token: int) -> str:
-    """What a token stands for in the middle of a text."""
+    """Return a token's text in the middle of a text."""
     return tokenizer.decode_infilling([token]) or tokenizer.token_piece(token)
 
 
 def token_bytes(tokenizer: BaseTokenizer, token: int) -> list[int] | None:
-    """The bytes that a token stands for; None where they are part of a character, unknown."""
+    """Return a token's bytes; None where they are part of a character, and unknown."""
     found = _BYTE.fullmatch(tokenizer.token_piece(token))
     if found:
         return [int(found[1], 16)]
@@ -52,7 +54,7 @@ def token_bytes(tokenizer: BaseTokenizer, token: int) -> list[int] | None:
 
 
 class Scores:
-    """The log-probabilities of a row's tokens, given out as its text is.
+    """The log-probabilities of a sequence's tokens, returned as its text is.
 
     Args:
         echo: whether the prompt's come first.
@@ -60,27 +62,30 @@ class Scores:
 
     def __init__(self, tokenizer: BaseTokenizer, job: Job, echo: bool = False):
         self._tokenizer = tokenizer
-        self._job = job
+        self._sequence = job.sequence
         self._echo = echo
         self._given = 0
         self._n_echoed = 0  # characters of the prompt
 
     def _next(self, n_tokens: int) -> list[tuple[int, float | None, Alternatives]]:
-        """The tokens that haven't been given yet, of ``n_tokens`` in all."""
-        job, row = self._job, self._job.row
+        """Return the tokens that haven't been returned yet, of ``n_tokens`` in all."""
+        sequence = self._sequence
         found: list[tuple[int, float | None, Alternatives]] = []
         if self._echo:
             self._echo = False
-            scores = [None, *row.prompt_logprobs[1:]]  # nothing foresees the first token
-            found += zip(row.prompt, scores, job.prompt_top, strict=True)
-        written = range(self._given, n_tokens)
-        found += [(row.tokens[i], row.logprobs[i], job.top[i] if job.top else []) for i in written]
+            scores = [None, *sequence.prompt_logprobs[1:]]  # nothing predicts the first token
+            tops = sequence.prompt_top_logprobs
+            found += zip(sequence.prompt, scores, tops, strict=True)
+        for i in range(self._given, n_tokens):
+            top = sequence.top_logprobs[i] if sequence.top_logprobs else []
+            found.append((sequence.tokens[i], sequence.logprobs[i], top))
         self._given = max(self._given, n_tokens)
         return found
 
     def for_completion(self, n_tokens: int) -> CompletionLogprobs:
         offsets = self._prompt_starts() if self._echo else []
-        starts = self._job.row.text.starts[self._given : n_tokens]
+        assert self._sequence.detokenizer is not None
+        starts = self._sequence.detokenizer.starts[self._given : n_tokens]
         offsets += [self._n_echoed + start for start in starts]
         tokens, scores, tops = [], [], []
         for token, score, top in self._next(n_tokens):
@@ -95,8 +100,8 @@ class Scores:
         )
 
     def _prompt_starts(self) -> list[int]:
-        text = TextStream(self._tokenizer.decode)
-        for token in self._job.row.prompt:
+        text = Detokenizer(self._tokenizer.decode)
+        for token in self._sequence.prompt:
             text.push(token)
         text.flush()
         self._n_echoed = len(text.text)
@@ -108,15 +113,15 @@ class Scores:
             text = token_text(self._tokenizer, token)
             if "\ufffd" in text:  # part of a character
                 text = self._tokenizer.token_piece(token)
-            found.setdefault(text, score)  # of two that read alike, the likelier
+            found.setdefault(text, score)  # of two that read alike, the more probable
         return found
 
     def for_chat(self, n_tokens: int) -> ChatLogprobs:
         content = []
         for token, score, top in self._next(n_tokens):
-            likeliest = [self._named(t, value) for t, value in top]
+            most_probable = [self._named(t, value) for t, value in top]
             named = self._named(token, score or 0.0)
-            content.append(TokenLogprob(**dict(named), top_logprobs=likeliest))
+            content.append(TokenLogprob(**dict(named), top_logprobs=most_probable))
         return ChatLogprobs(content=content)
 
     def _named(self, token: int, score: float) -> TopLogprob:

@@ -1,151 +1,127 @@
-"""Between the web and the engine: requests become jobs, and what these are told becomes answers."""
+"""Between the web and the engine: requests become jobs, whose updates become answers."""
 
 import asyncio
 import contextlib
 import logging
 import math
-import re
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from functools import partial
-from typing import Any
 
 from llama.chat.formats import FORMATS
 from llama.chat.prompts import UNSAFE_ERROR, Dialog, Message
-from llama.decoding import Request, Row
+from llama.engine.sequence import Sequence as EngineSequence
+from llama.errors import PromptTooLong
 from llama.generation import Llama
-from llama.guards import Gate, InputGuard, checked_verdict, refusal
-from llama.server.answers import Answers, Judge
-from llama.server.engine import Busy, Draining, Engine
+from llama.guards import InputGuard, StreamGuard, checked_verdict, refusal
+from llama.sampling import SamplingParams
+from llama.server.answers import Answers, GuardExecutor
+from llama.server.config import ServerConfig
 from llama.server.errors import ApiError
 from llama.server.jobs import Job, Update
+from llama.server.loop import Draining, EngineLoop, QueueFull
 from llama.server.metrics import Metrics
 
 MAX_SCORES = 400_000  # log-probabilities of a request; each takes some 300 bytes
 
 logger = logging.getLogger(__name__)
 
+Updates = asyncio.Queue[tuple[int, Update]]
+
 
 class Service:
-    """A served model.
+    """A served model."""
 
-    Args:
-        name: the model's id.
-        max_queue: how many texts may wait for a row of the cache.
-        timeout: seconds that a request may take, at most.
-        prompt_lookup_num_tokens: as in ``Llama.generate``.
-        log_prompts: whether the log may hold prompts.
-    """
-
-    def __init__(
-        self,
-        llama: Llama,
-        name: str,
-        max_queue: int = 64,
-        timeout: float = 600.0,
-        prompt_lookup_num_tokens: int = 0,
-        log_prompts: bool = False,
-    ):
+    def __init__(self, llama: Llama, config: ServerConfig):
         self.llama = llama
-        self.name = name
+        self.config = config
+        self.name = config.name
         self.created = int(time.time())
-        self.engine = Engine(llama, max_queue)
-        self.metrics = Metrics(self.engine)
+        self.loop = EngineLoop(llama.engine, config.max_queue)
+        self.metrics = Metrics(self.loop)
         self.max_tokens = llama.model.params.max_seq_len
         self.infills = llama.tokenizer.prefix_id is not None
         names = [name for name, format in FORMATS.items() if format is llama.chat]
         self.chat_format = names[0] if names else "the checkpoint's own template"
-        self._judge = Judge()
-        self._capacity = max_queue + llama.model.params.max_batch_size
-        self._timeout = timeout
-        self._n_lookup = prompt_lookup_num_tokens
-        self._log_prompts = log_prompts
-        self._n_preparing = 0  # rows that are on their way to the queue
-        self._mean_seconds = 1.0  # of late answers, roughly
+        self._guards = GuardExecutor()
+        self._capacity = config.max_queue + llama.model.params.max_batch_size
+        self._n_preparing = 0  # sequences that are on their way to the queue
+        self._mean_seconds = 1.0  # of recent answers, roughly
 
     async def ask(
         self,
-        build: Callable[..., tuple[list[Row], Request]],
-        *prompts: Sequence[Any],
+        make: Callable[[], list[EngineSequence]],
+        n_sequences: int,
         n: int = 1,
         dialogs: Sequence[Dialog] | None = None,
-        n_top: int = 0,
         timeout: float | None = None,
-        embed: bool = False,
-        **settings: Any,
     ) -> Answers:
-        """Answers to prompts, ``n`` to each, which guards have been asked about.
+        """Return answers to prompts, once the input guard has allowed them.
 
         Args:
-            build: one of ``Llama``'s ways to make rows, which takes ``prompts`` and ``settings``.
+            make: makes the sequences, ``n`` of each prompt; called in a thread, as a long text
+                takes a while to be tokenised.
+            n_sequences: how many they will be.
             dialogs: the prompts as guards read them; by default their texts as a user's.
-            n_top: how many of the likeliest tokens to keep at each place.
             timeout: seconds, if fewer than the server allows.
-            embed: whether only the prompts' vectors are wanted, which guards don't judge.
 
         Raises:
             ApiError: an argument is wrong, a prompt too long, the queue full, or the server about
                 to end.
         """
         begin = time.monotonic()
-        deadline = begin + min(self._timeout, timeout or math.inf)
+        deadline = begin + min(self.config.timeout, timeout or math.inf)
         input_guard, output_guard = self.llama.input_guard, self.llama.output_guard
-        if embed:
-            input_guard = output_guard = None
-        count = len(prompts[0]) * n
-        if count > self._capacity:
+        if n_sequences > self._capacity:
             raise ApiError(
-                400, f"{count} answers are asked for, and the server can queue {self._capacity}"
+                400,
+                f"{n_sequences} answers are asked for, and the server can queue {self._capacity}",
             )
-        if self._n_preparing + self.engine.n_waiting + count > self._capacity:
-            raise self._busy()
-        self._n_preparing += count
+        if self._n_preparing + self.loop.n_waiting + n_sequences > self._capacity:
+            raise self._queue_full()
+        self._n_preparing += n_sequences
         try:
-            repeated = [[prompt for prompt in each for _ in range(n)] for each in prompts]
-            rows, request = await self._prepare(build, repeated, settings)
-            if request.logprobs:
-                _check_scores(rows, request.echo, n_top)
-            if dialogs is None and (input_guard or output_guard):
+            sequences = await self._prepare(make, is_chat=dialogs is not None)
+            if any(sequence.is_read_only for sequence in sequences):
+                input_guard = output_guard = None  # which judge what is written
+            elif dialogs is None and (input_guard or output_guard):
                 decode = self.llama.tokenizer.decode
-                dialogs = [as_dialog(decode(row.prompt)) for row in rows[::n]]
+                dialogs = [as_dialog(decode(sequence.prompt)) for sequence in sequences[::n]]
             refusals: dict[int, str] = {}
             for i, dialog in enumerate(dialogs or ()):
-                against = await self._refusal(input_guard, dialog, deadline)
-                if against is not None:
-                    refusals |= dict.fromkeys(range(i * n, (i + 1) * n), against)
+                refused = await self._refusal(input_guard, dialog, deadline)
+                if refused is not None:
+                    refusals |= dict.fromkeys(range(i * n, (i + 1) * n), refused)
         finally:
-            self._n_preparing -= count
-        gates = []
+            self._n_preparing -= n_sequences
+        guards = []
         if output_guard is not None and dialogs is not None:
-            gates = [Gate(dialogs[i // n], output_guard) for i in range(count)]
-        jobs, news = self._submit(rows, request, refusals, begin, deadline, n_top, embed)
-        return Answers(jobs, news, refusals, gates, self._judge, deadline)
+            guards = [StreamGuard(dialogs[i // n], output_guard) for i in range(n_sequences)]
+        jobs, updates = self._submit(sequences, refusals, begin, deadline)
+        return Answers(jobs, updates, refusals, guards, self._guards, deadline)
 
     async def _prepare(
-        self,
-        build: Callable[..., tuple[list[Row], Request]],
-        prompts: Sequence[Sequence[Any]],
-        settings: dict[str, Any],
-    ) -> tuple[list[Row], Request]:
+        self, make: Callable[[], list[EngineSequence]], is_chat: bool
+    ) -> list[EngineSequence]:
         try:
-            # A long text takes a while to be cut into tokens.
-            rows, request = await asyncio.to_thread(
-                build, *prompts, **{"prompt_lookup_num_tokens": self._n_lookup, **settings}
-            )
+            sequences = await asyncio.to_thread(make)
+        except PromptTooLong as error:
+            raise self._too_long(error.n_tokens) from error
         except (ValueError, TypeError) as error:
-            found = re.match(r"prompt \d+ has (\d+) tokens, more than max_seq_len", str(error))
-            raise self._too_long(found[1]) if found else ApiError(400, str(error)) from error
-        for row in rows:
-            if not row.prompt:
-                chat = build == self.llama.chat_rows
-                raise ApiError(400, UNSAFE_ERROR if chat else "a prompt has no tokens")
-            if max(row.prompt) >= request.n_words:
-                raise ApiError(400, f"token ids end with {request.n_words - 1}")
-            if len(row.prompt) >= self.max_tokens and settings["max_gen_len"] != 0:
-                raise self._too_long(len(row.prompt))
-        return rows, request
+            raise ApiError(400, str(error)) from error
+        n_words = self.llama.tokenizer.n_words
+        for sequence in sequences:
+            if not sequence.prompt:
+                raise ApiError(400, UNSAFE_ERROR if is_chat else "a prompt has no tokens")
+            if max(sequence.prompt) >= n_words:
+                raise ApiError(400, f"token ids end with {n_words - 1}")
+            leaves_room = len(sequence.prompt) < self.max_tokens or sequence.is_read_only
+            if not leaves_room and sequence.params.max_gen_len != 0:
+                raise self._too_long(len(sequence.prompt))
+        _check_scores(sequences)
+        return sequences
 
-    def _too_long(self, n_tokens: int | str) -> ApiError:
+    def _too_long(self, n_tokens: int) -> ApiError:
         return ApiError(
             400,
             f"the prompt has {n_tokens} tokens, which leaves no room for an answer in the "
@@ -154,7 +130,7 @@ class Service:
             code="context_length_exceeded",
         )
 
-    def _busy(self) -> ApiError:
+    def _queue_full(self) -> ApiError:
         seconds = min(60, max(1, round(self._mean_seconds)))
         return ApiError(
             429, "the queue is full: try again later", headers={"Retry-After": str(seconds)}
@@ -163,103 +139,102 @@ class Service:
     async def _refusal(
         self, guard: InputGuard | None, dialog: Dialog, deadline: float
     ) -> str | None:
-        """What the input guard has to say against a dialog, if it has."""
+        """Return what the input guard says against a dialog, if anything."""
         if guard is None:
             return None
-        verdict = await self._judge.ask(deadline, lambda: checked_verdict(guard(dialog)))
+        verdict = await self._guards.run(deadline, lambda: checked_verdict(guard(dialog)))
         return None if verdict.allowed else refusal(verdict)
 
     def _submit(
         self,
-        rows: Sequence[Row],
-        request: Request,
+        sequences: Sequence[EngineSequence],
         refusals: dict[int, str],
         begin: float,
         deadline: float,
-        n_top: int,
-        embed: bool,
-    ) -> tuple[list[Job], "asyncio.Queue[tuple[int, Update]]"]:
-        """Queue the rows that aren't refused; returns a job for each, and where they tell news."""
-        news: asyncio.Queue[tuple[int, Update]] = asyncio.Queue()
+    ) -> tuple[list[Job], Updates]:
+        """Queue the sequences that aren't refused; returns a job for each, and their updates."""
+        updates: Updates = asyncio.Queue()
         loop = asyncio.get_running_loop()
-        waits = True  # for a first token, which vectors have none of
+        waits = True  # for a first token, which a text that is only read has none of
 
-        def tell(number: int, update: Update) -> None:
+        def notify(number: int, update: Update) -> None:
             nonlocal waits
             seconds = time.monotonic() - begin
             if waits and update.n_tokens:
                 waits = False
                 self.metrics.first_token.observe(seconds)
-            if update.finish in ("stop", "length") and not embed:
+            if update.finish_reason in ("stop", "length") and not sequences[number].is_read_only:
                 self.metrics.duration.observe(seconds)
                 self._mean_seconds += 0.1 * (seconds - self._mean_seconds)
             with contextlib.suppress(RuntimeError):  # the loop has ended, and nobody listens
-                loop.call_soon_threadsafe(news.put_nowait, (number, update))
+                loop.call_soon_threadsafe(updates.put_nowait, (number, update))
 
-        jobs = [
-            Job(row, request, partial(tell, i), n_top, embed, deadline)
-            for i, row in enumerate(rows)
-        ]
-        if self._log_prompts:
-            for row in rows:
-                logger.info("prompt: %r", self.llama.tokenizer.decode(row.prompt))
+        jobs = [Job(sequence, partial(notify, i), deadline) for i, sequence in enumerate(sequences)]
+        if self.config.log_prompts:
+            for sequence in sequences:
+                logger.info("prompt: %r", self.llama.tokenizer.decode(sequence.prompt))
         try:
-            self.engine.submit([job for i, job in enumerate(jobs) if i not in refusals])
-        except Busy as error:
-            raise self._busy() from error
+            self.loop.submit([job for i, job in enumerate(jobs) if i not in refusals])
+        except QueueFull as error:
+            raise self._queue_full() from error
         except Draining as error:
             raise ApiError(503, str(error), headers={"Retry-After": "10"}) from error
-        return jobs, news
+        return jobs, updates
+
+    def params(self, temperature: float, top_p: float, max_tokens: int | None) -> SamplingParams:
+        """Return sampling parameters with the server's own prompt lookup."""
+        n_lookup = self.config.prompt_lookup_num_tokens
+        return SamplingParams(temperature, top_p, max_tokens, prompt_lookup_num_tokens=n_lookup)
 
     async def chat(
         self, dialog: list[Message], temperature: float, top_p: float, max_tokens: int | None
     ) -> AsyncGenerator[str, None]:
-        """The answer to a dialog, piece by piece, for the page.
+        """Yield the answer to a dialog, piece by piece, for the page.
 
         Raises:
-            ValueError: what is wrong, in words for the user.
+            ValueError: an argument is wrong, or the request failed, in words for the user.
         """
-        sampling = _sampling(temperature, top_p, max_tokens)
-        asked = self.ask(self.llama.chat_rows, [dialog], dialogs=[dialog], **sampling)
+        tasks, params = self.llama.tasks, partial(self.params, temperature, top_p, max_tokens)
+        asked = self.ask(lambda: tasks.chat([dialog], params()), 1, dialogs=[dialog])
         async for text in _texts(asked):
             yield text
 
     async def complete(
         self, prompt: str, temperature: float, top_p: float, max_tokens: int | None
     ) -> AsyncGenerator[str, None]:
-        """As ``chat``, of a text's continuation."""
-        sampling = _sampling(temperature, top_p, max_tokens)
-        asked = self.ask(self.llama.text_rows, [prompt], in_context=True, **sampling)
+        """Yield a text's continuation, as ``chat`` does."""
+        tasks, params = self.llama.tasks, partial(self.params, temperature, top_p, max_tokens)
+        asked = self.ask(lambda: tasks.text([prompt], params(), in_context=True), 1)
         async for text in _texts(asked):
             yield text
 
     async def infill(
         self, prefix: str, suffix: str, temperature: float, top_p: float, max_tokens: int | None
     ) -> AsyncGenerator[str, None]:
-        """As ``chat``, of what is missing between two texts."""
-        sampling = _sampling(temperature, top_p, max_tokens)
-        async for text in _texts(
-            self.ask(self.llama.infilling_rows, [prefix], [suffix], **sampling)
-        ):
+        """Yield what is missing between two texts, as ``chat`` does."""
+        tasks, params = self.llama.tasks, partial(self.params, temperature, top_p, max_tokens)
+        asked = self.ask(lambda: tasks.infilling([prefix], [suffix], params()), 1)
+        async for text in _texts(asked):
             yield text
 
 
-def _check_scores(rows: Sequence[Row], echo: bool, n_top: int) -> None:
+def _check_scores(sequences: Sequence[EngineSequence]) -> None:
     """Raise an ``ApiError`` where several texts have more scores than a request may ask for."""
-    n_tokens = sum(row.limit + (len(row.prompt) if echo else 0) for row in rows)
-    n_scores = n_tokens * (1 + n_top)
-    if len(rows) > 1 and n_scores > MAX_SCORES:
+    scored = [sequence for sequence in sequences if sequence.params.logprobs]
+    if len(scored) < 2:
+        return
+    params = scored[0].params
+    n_tokens = sum(s.max_new_tokens + (len(s.prompt) if params.echo else 0) for s in scored)
+    n_scores = n_tokens * (1 + params.top_logprobs)
+    if n_scores > MAX_SCORES:
         raise ApiError(
             400,
-            f"up to {n_tokens:,} tokens with {n_top} alternatives each are {n_scores:,} "
-            f"log-probabilities, more than the {MAX_SCORES:,} that a request of several texts may "
-            "have: ask for fewer prompts, answers, tokens or alternatives at once",
+            f"up to {n_tokens:,} tokens with {params.top_logprobs} alternatives each are "
+            f"{n_scores:,} log-probabilities, more than the {MAX_SCORES:,} that a request of "
+            "several texts may have: ask for fewer prompts, answers, tokens or alternatives at "
+            "once",
             "logprobs",
         )
-
-
-def _sampling(temperature: float, top_p: float, max_tokens: int | None) -> dict[str, Any]:
-    return {"temperature": temperature, "top_p": top_p, "max_gen_len": max_tokens}
 
 
 async def _texts(asked: Awaitable[Answers]) -> AsyncGenerator[str, None]:
@@ -272,5 +247,5 @@ async def _texts(asked: Awaitable[Answers]) -> AsyncGenerator[str, None]:
 
 
 def as_dialog(prompt: str) -> Dialog:
-    """A plain text as guards read it: what a user says."""
+    """Return a plain text as guards read it: a user's message."""
     return [Message(role="user", content=prompt)]

@@ -1,8 +1,9 @@
-"""What the API's requests for texts and vectors come to."""
+"""The API's requests for texts and vectors, answered."""
 
 import base64
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -10,6 +11,8 @@ from fastapi import Request, Response
 from pydantic import BaseModel
 
 from llama.chat.prompts import Message
+from llama.engine.sequence import Sequence
+from llama.sampling import SamplingParams
 from llama.server import schemas
 from llama.server.answers import Answers
 from llama.server.errors import ApiError
@@ -25,30 +28,32 @@ async def complete(
     check_model(service, asked.model)
     score = asked.logprobs is not None
     _check_scores(service, score)
-    llama, prompts, n = service.llama, _prompts(asked.prompt), asked.n or 1
-    settings: dict[str, Any] = {
-        "max_gen_len": asked.max_tokens,
-        "logprobs": score,
-        **asked.sampling,
-    }
-    how: dict[str, Any] = {"n": n, "n_top": asked.logprobs or 0, "timeout": asked.timeout}
-    if asked.suffix is None:
-        settings |= {"echo": bool(asked.echo), "in_context": True}
-        work = service.ask(llama.text_rows, prompts, **how, **settings)
-    else:
-        suffixes = [asked.suffix]
-        work = service.ask(llama.infilling_rows, prompts, suffixes, **how, **settings)
+    tokenizer, tasks = service.llama.tokenizer, service.llama.tasks
+    prompts, n, suffix = _prompts(asked.prompt), asked.n or 1, asked.suffix
+    repeated = [prompt for prompt in prompts for _ in range(n)]
+
+    def make() -> list[Sequence]:
+        params = _params(service, asked, asked.max_tokens)
+        if suffix is not None:
+            params = replace(params, logprobs=score, top_logprobs=asked.logprobs or 0)
+            return tasks.infilling(repeated, [suffix] * len(repeated), params)
+        params = replace(
+            params, logprobs=score, top_logprobs=asked.logprobs or 0, echo=bool(asked.echo)
+        )
+        return tasks.text(repeated, params, in_context=True)
+
+    work = service.ask(make, len(repeated), n, timeout=asked.timeout)
     answers = await unless_gone(request, work)
     name, created = new_id("cmpl")
     answer = partial(schemas.Completion, id=name, created=created, model=service.name)
     scored = answers.jobs if score else []
-    scores = [Scores(llama.tokenizer, job, bool(asked.echo)) for job in scored]
+    scores = [Scores(tokenizer, job, bool(asked.echo)) for job in scored]
     echoes = set(range(len(answers.jobs))) - set(answers.refusals) if asked.echo else set()
 
     def choice(i: int, text: str, n_tokens: int, finish: Any) -> schemas.CompletionChoice:
         if i in echoes:
             echoes.remove(i)
-            text = llama.tokenizer.decode(answers.jobs[i].row.prompt) + text
+            text = tokenizer.decode(answers.jobs[i].sequence.prompt) + text
         logprobs = scores[i].for_completion(n_tokens) if score else None
         return schemas.CompletionChoice(index=i, text=text, logprobs=logprobs, finish_reason=finish)
 
@@ -58,46 +63,43 @@ async def complete(
 async def chat(service: Service, asked: schemas.ChatRequest, request: Request) -> Response:
     """Answer a dialog."""
     check_model(service, asked.model)
-    _check_scores(service, bool(asked.logprobs))
+    score = bool(asked.logprobs)
+    _check_scores(service, score)
     dialog = [
         Message(role="system" if m.role == "developer" else m.role, content=m.text)
         for m in asked.messages
     ]
     llama, n = service.llama, asked.n or 1
-    work = service.ask(
-        llama.chat_rows,
-        [dialog],
-        n=n,
-        dialogs=[dialog],
-        n_top=asked.top_logprobs or 0,
-        timeout=asked.timeout,
-        max_gen_len=asked.max_completion_tokens or asked.max_tokens,
-        logprobs=bool(asked.logprobs),
-        **asked.sampling,
-    )
+
+    def make() -> list[Sequence]:
+        params = _params(service, asked, asked.max_completion_tokens or asked.max_tokens)
+        params = replace(params, logprobs=score, top_logprobs=asked.top_logprobs or 0)
+        return llama.tasks.chat([dialog] * n, params)
+
+    work = service.ask(make, n, n, dialogs=[dialog], timeout=asked.timeout)
     answers = await unless_gone(request, work)
-    scores = [Scores(llama.tokenizer, job) for job in answers.jobs if asked.logprobs]
+    scores = [Scores(llama.tokenizer, job) for job in answers.jobs if score]
     name, created = new_id("chatcmpl")
     whole = partial(schemas.ChatCompletion, id=name, created=created, model=service.name)
     chunk = partial(schemas.ChatChunk, id=name, created=created, model=service.name)
     begun: set[int] = set()
 
-    def told(i: int, n_tokens: int) -> schemas.ChatLogprobs | None:
-        return scores[i].for_chat(n_tokens) if asked.logprobs else None
+    def logprobs(i: int, n_tokens: int) -> schemas.ChatLogprobs | None:
+        return scores[i].for_chat(n_tokens) if score else None
 
     def choice(i: int, text: str, n_tokens: int, finish: Any) -> schemas.ChatChoice:
         message = schemas.ChatAnswer(content=text)
-        logprobs = told(i, n_tokens)
-        return schemas.ChatChoice(index=i, message=message, logprobs=logprobs, finish_reason=finish)
+        return schemas.ChatChoice(
+            index=i, message=message, logprobs=logprobs(i, n_tokens), finish_reason=finish
+        )
 
     def part(i: int, text: str, n_tokens: int, finish: Any) -> schemas.ChatChunkChoice:
         delta = schemas.ChatDelta(content=text)
         if i not in begun:
             delta.role = "assistant"
             begun.add(i)
-        logprobs = told(i, n_tokens)
         return schemas.ChatChunkChoice(
-            index=i, delta=delta, logprobs=logprobs, finish_reason=finish
+            index=i, delta=delta, logprobs=logprobs(i, n_tokens), finish_reason=finish
         )
 
     return await _respond(request, asked, answers, n, (choice, whole), (part, chunk))
@@ -114,20 +116,18 @@ async def _respond(
     whole: Form,
     event: Form,
 ) -> Response:
-    """Answers as they are asked for.
+    """Return answers whole or as events, as they are asked for.
 
     Args:
-        whole: what makes a choice of (number, text, how many tokens, why it ends), and what makes
-            a body of choices and usage.
+        whole: makes a choice of (number, text, number of tokens, finish reason), and a body of
+            choices and usage.
         event: the same for an event, of which each has one choice.
     """
 
-    def told() -> schemas.Usage:
-        return usage(answers.jobs, n)
-
     if asked.stream:
         part, chunk = event
-        last = (lambda: chunk(choices=[], usage=told())) if asked.wants_usage else None
+        counted = partial(chunk, choices=[])
+        last = (lambda: counted(usage=usage(answers.jobs, n))) if asked.wants_usage else None
         scored = asked.logprobs is not None and asked.logprobs is not False
         return stream(answers, lambda piece: chunk(choices=[part(*piece)]), last, scored)
     choice, body = whole
@@ -135,34 +135,35 @@ async def _respond(
 
     def build() -> BaseModel:
         choices = [
-            choice(i, text, len(answers.jobs[i].row.tokens), finish)
+            choice(i, text, len(answers.jobs[i].sequence.tokens), finish)
             for i, (text, finish) in enumerate(texts)
         ]
-        return body(choices=choices, usage=told())
+        return body(choices=choices, usage=usage(answers.jobs, n))
 
     return await json_response(build)
 
 
 async def embed(service: Service, asked: schemas.EmbeddingRequest, request: Request) -> Response:
-    """Vectors of texts."""
+    """Return vectors of texts."""
     check_model(service, asked.model)
     width = service.llama.model.params.dim
     if asked.dimensions not in (None, width):
         raise ApiError(400, f"the model's vectors have {width} numbers: leave it out", "dimensions")
-    settings: dict[str, Any] = {"max_gen_len": 0, "prompt_lookup_num_tokens": 0, "embed": True}
-    build, prompts = service.llama.text_rows, _prompts(asked.input)
-    answers = await unless_gone(request, service.ask(build, prompts, **settings))
+    texts = _prompts(asked.input)
+    work = service.ask(lambda: service.llama.tasks.read(texts, "mean"), len(texts))
+    answers = await unless_gone(request, work)
     await collect(request, answers)
 
     def body() -> schemas.Embeddings:
         data = []
         for i, job in enumerate(answers.jobs):
-            assert job.vector is not None
-            vector = (job.vector / job.vector.norm().clamp(min=1e-12)).tolist()
+            pooled = job.sequence.pooled
+            assert pooled is not None
+            vector = (pooled / pooled.norm().clamp(min=1e-12)).tolist()
             if asked.encoding_format == "base64":
                 vector = base64.b64encode(struct.pack(f"<{width}f", *vector)).decode()
             data.append(schemas.Embedding(index=i, embedding=vector))
-        n_tokens = sum(len(job.row.prompt) for job in answers.jobs)
+        n_tokens = sum(len(job.sequence.prompt) for job in answers.jobs)
         used = schemas.EmbeddingUsage(prompt_tokens=n_tokens, total_tokens=n_tokens)
         return schemas.Embeddings(model=service.name, data=data, usage=used)
 
@@ -180,8 +181,17 @@ def check_model(service: Service, model: str | None) -> None:
         )
 
 
+def _params(
+    service: Service, asked: schemas.CompletionRequest | schemas.ChatRequest, max_tokens: int | None
+) -> SamplingParams:
+    n_lookup = service.config.prompt_lookup_num_tokens
+    return SamplingParams(
+        max_gen_len=max_tokens, prompt_lookup_num_tokens=n_lookup, **asked.sampling
+    )
+
+
 def _prompts(given: Any) -> list[Any]:
-    """A list of prompts, from the four ways to give them."""
+    """Return a list of prompts, of the four ways to give them."""
     if isinstance(given, str) or isinstance(given[0], int):
         return [given]
     return list(given)

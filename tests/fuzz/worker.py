@@ -24,7 +24,7 @@ import torch
 
 import llama
 from llama import Llama
-from llama.decoding import NotFinite
+from llama.errors import NotFinite
 
 MEMORY = 6 << 30  # address space that one mutation may add
 RESIDENT = 1 << 30  # memory that it may fill: the files have a few megabytes

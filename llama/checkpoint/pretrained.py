@@ -1,0 +1,87 @@
+"""A checkpoint of any format as a model with its tokenizer and chat format."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from llama import parallel
+from llama.args import make_args
+from llama.chat.formats import ChatFormat, choose_chat
+from llama.checkpoint import apply_adapter, open_checkpoint
+from llama.checkpoint.base import quantized, replace_tokenizer, vocabulary_size
+from llama.checkpoint.load import load
+from llama.checkpoint.sharding import quantized_count
+from llama.cli import progress
+from llama.layers.quantization import make_scheme
+from llama.model import Transformer
+from llama.tokenizer import BaseTokenizer
+from llama.tokenizers import load_tokenizer
+
+TINY = Path(__file__).parents[1] / "tiny"
+"""The checkpoint that comes with the package."""
+
+
+@dataclass(frozen=True)
+class LoadConfig:
+    """What to load and how; see ``Llama.build``."""
+
+    ckpt_dir: str | Path = TINY
+    tokenizer_path: str | Path | None = None
+    max_seq_len: int = 512
+    max_batch_size: int = 8
+    model_parallel_size: int | None = None
+    device: str | torch.device | None = None
+    dtype: torch.dtype | None = None
+    adapters: Sequence[str | Path] = ()
+    chat_format: str | None = None
+    quantize: str | None = None
+    group_size: int | None = None
+    kv_cache_dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.ckpt_dir, str | Path):
+            raise TypeError(f"ckpt_dir is {self.ckpt_dir!r}: give a path")
+        if self.dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
+            raise TypeError(
+                f"dtype is {self.dtype!r}: give torch.float32, torch.bfloat16 or torch.float16"
+            )
+        if self.quantize is None and self.group_size is not None:
+            raise ValueError("group_size is for quantize='int4': say so, or leave it out")
+        if self.kv_cache_dtype not in (None, "int8"):
+            raise ValueError(f"kv_cache_dtype is {self.kv_cache_dtype!r}: expected None or 'int8'")
+
+
+def load_model(config: LoadConfig) -> tuple[Transformer, BaseTokenizer, ChatFormat]:
+    """Load a checkpoint, this rank's part of it.
+
+    Raises:
+        As ``Llama.build``.
+    """
+    device = parallel.detect_device(config.device)
+    n_ranks = parallel.initialize(device)
+    if config.model_parallel_size not in (None, n_ranks):
+        raise ValueError(
+            f"model_parallel_size is {config.model_parallel_size!r}, but the number of processes "
+            f"is {n_ranks}: leave it out, or start with "
+            f"torchrun --nproc_per_node {config.model_parallel_size}"
+        )
+    ckpt_dir = Path(config.ckpt_dir)
+    source = open_checkpoint(ckpt_dir)
+    for adapter in config.adapters:
+        source = apply_adapter(source, Path(adapter))
+    if config.tokenizer_path is not None:
+        source = replace_tokenizer(source, Path(config.tokenizer_path))
+    tokenizer = load_tokenizer(source.files, vocabulary_size(source), ckpt_dir)
+    chat = choose_chat(config.chat_format, source.files, tokenizer)
+    n_words = tokenizer.n_words
+    args = make_args(
+        source.params, source.source, n_words, config.max_seq_len, config.max_batch_size
+    )
+    if config.quantize is not None:
+        scheme = make_scheme(config.quantize, config.group_size, source.scheme)
+        show = progress(quantized_count(args, scheme), "quantising", "weights")
+        source = quantized(source, args, scheme, show)
+    int8_cache = config.kv_cache_dtype == "int8"
+    return load(source, args, device, config.dtype, int8_cache), tokenizer, chat

@@ -1,0 +1,119 @@
+"""Text that grows token by token: never half a character, never part of a stop string."""
+
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+
+
+class StopString:
+    """A stop string, searched in a text that grows, in time that is linear in the text.
+
+    Knuth, Morris and Pratt's automaton, whose table grows only as far as the text has matched.
+    """
+
+    def __init__(self, stop: str):
+        self.matched = 0  # characters of the stop string at the text's end
+        self._stop = stop
+        self._borders = [-1, 0]  # longest proper prefix of stop[:i] that is also its suffix
+
+    def find(self, piece: str) -> int | None:
+        """Take the text's next piece; return where a match that ends in it begins, from its start.
+
+        A match that began in earlier pieces has a negative start. None: there is no match.
+        """
+        if not self.matched and self._stop[0] not in piece:
+            return None
+        for i, char in enumerate(piece):
+            self.matched = self._next(self.matched, char)
+            while len(self._borders) <= self.matched:
+                last = self._stop[len(self._borders) - 1]
+                self._borders.append(self._next(self._borders[-1], last))
+            if self.matched == len(self._stop):
+                self.matched = self._borders[self.matched]
+                return i + 1 - len(self._stop)
+        return None
+
+    def _next(self, matched: int, char: str) -> int:
+        while matched >= 0 and self._stop[matched] != char:
+            matched = self._borders[matched]
+        return matched + 1
+
+
+class Detokenizer:
+    """The text of a row's tokens, as far as it is certain.
+
+    ``text`` is all of it, without what follows a stop string; ``stopped`` says that one was met;
+    ``n_tokens`` counts the tokens whose text has left wholly through ``push`` and ``flush``;
+    ``starts`` is where each token's text begins, for part of a character where that one does.
+    """
+
+    def __init__(
+        self,
+        decode: Callable[[Sequence[int]], str],
+        stop: Sequence[str] = (),
+        context: Sequence[int] = (),
+    ):
+        """Begin a text.
+
+        Args:
+            decode: the tokenizer's way from ids to text.
+            stop: strings that end the text; they don't become part of it.
+            context: ids before the first token, which decide how its text begins.
+        """
+        self.text = ""
+        self.stopped = False
+        self._decode = decode
+        self._stop = [StopString(s) for s in stop]
+        self._ids = list(context)
+        # Decoding all ids anew for each token would take quadratic time: only those from _start
+        # on are. Those before _known have given their text already, the others not yet.
+        self._start = 0
+        self._known = len(self._ids)
+        self.starts: list[int] = []
+        self._ends: list[int] = []  # where the text of each token ends
+        self._given = 0  # characters that left through push and flush
+
+    @property
+    def n_tokens(self) -> int:
+        return bisect_right(self._ends, self._given)
+
+    def push(self, token: int) -> str:
+        """Take one more token; returns the text that has become certain."""
+        self._ids.append(token)
+        self.starts.append(len(self.text))
+        self._advance(final=False)
+        held = 0 if self.stopped else self._held_back()
+        return self._give(len(self.text) - held)
+
+    def flush(self) -> str:
+        """End the text; returns what was held back."""
+        if not self.stopped:
+            self._advance(final=True)
+        return self._give(len(self.text))
+
+    def _advance(self, final: bool) -> None:
+        before = self._decode(self._ids[self._start : self._known])
+        after = self._decode(self._ids[self._start :])
+        # U+FFFD at the end may be the beginning of a character whose other bytes are to come.
+        if final or (len(after) > len(before) and not after.endswith("\ufffd")):
+            searched = len(self.text)
+            self.text += after[len(before) :]
+            self._ends += [len(self.text)] * (len(self._ids) - self._known)
+            self._start, self._known = self._known, len(self._ids)
+            self._cut(searched)
+
+    def _cut(self, searched: int) -> None:
+        """End the text at the first stop string in what came after ``searched`` characters."""
+        piece = self.text[searched:]
+        found = [at for stop in self._stop if (at := stop.find(piece)) is not None]
+        if found:
+            self.stopped = True
+            self.text = self.text[: searched + min(found)]
+
+    def _held_back(self) -> int:
+        """How many characters at the end could be the beginning of a stop string."""
+        return max((stop.matched for stop in self._stop), default=0)
+
+    def _give(self, end: int) -> str:
+        piece = self.text[self._given : end]
+        self._given = max(self._given, end)
+        return piece

@@ -1,0 +1,64 @@
+"""What the cache's slots still hold: a prompt that begins alike is prefilled from there on."""
+
+from collections.abc import Sequence
+
+_WORTH_COPYING = 2  # tokens that another slot holds; all hold the first one
+
+
+class PrefixCache:
+    """The tokens whose keys and values each slot holds, and which slots are free."""
+
+    def __init__(self, n_slots: int):
+        self.free = set(range(n_slots))
+        self._held: list[list[int]] = [[] for _ in range(n_slots)]
+        self._last_use = [0] * n_slots
+        self._clock = 0
+
+    def clear(self) -> None:
+        """Forget what the slots hold."""
+        self._held = [[] for _ in self._held]
+
+    def longest(self, prompt: Sequence[int]) -> int:
+        """Return how many of a prompt's tokens, all but the last at most, some slot holds."""
+        return max(common_prefix(prompt, held, len(prompt) - 1) for held in self._held)
+
+    def take(self, prompt: Sequence[int], limit: int) -> tuple[int, int, tuple[int, int] | None]:
+        """Take a free slot for a prompt: one that holds its beginning, else the least recent.
+
+        Args:
+            limit: how many of the prompt's tokens may be reused.
+
+        Returns:
+            The slot, how many of the prompt's tokens it holds or will, and (source, number of
+            tokens) of a copy that brings them from another slot.
+        """
+        common = [common_prefix(prompt, held, limit) for held in self._held]
+        best = max(range(len(common)), key=lambda slot: (common[slot], slot in self.free))
+        continues = best in self.free and 2 * common[best] > len(self._held[best])
+        slot = best if continues else min(self.free, key=lambda slot: self._last_use[slot])
+        copy = None
+        if common[best] >= common[slot] + _WORTH_COPYING:
+            copy = best, common[best]
+            common[slot] = common[best]
+        self.free.remove(slot)
+        self._held[slot] = list(prompt[: common[slot]])
+        return slot, common[slot], copy
+
+    def write(self, slot: int, start: int, tokens: Sequence[int]) -> None:
+        """Note that a pass writes tokens to a slot from position ``start`` on.
+
+        A rejected draft stays there too, until it is written over.
+        """
+        self._held[slot][start:] = tokens
+
+    def release(self, slot: int) -> None:
+        """Free a slot, which keeps what it holds."""
+        self._clock += 1
+        self._last_use[slot] = self._clock
+        self.free.add(slot)
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int], limit: int) -> int:
+    """Return how many of the first ``limit`` tokens are equal."""
+    limit = min(limit, len(b))
+    return next((i for i in range(limit) if a[i] != b[i]), limit)

@@ -1,0 +1,212 @@
+"""A sequence on its way through the engine: its prompt, what to generate, and what came of it."""
+
+import random
+from collections.abc import Callable, Iterable
+from collections.abc import Sequence as List
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import torch
+
+from llama.args import ModelArgs
+from llama.engine.detokenizer import Detokenizer
+from llama.engine.prompt_lookup import PromptLookup
+from llama.errors import PromptTooLong, checked_list
+from llama.sampling import SamplingParams
+
+FinishReason = Literal["stop", "length", "cancelled", "timeout", "error"]
+Output = Literal["text", "infilling", "ids", "mean", "last", "logits"]
+Alternatives = list[tuple[int, float]]  # token ids and log-probabilities, most probable first
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One prompt and its continuation.
+
+    Args:
+        prompt: token ids.
+        params: what to generate.
+        seed: decides its draws, so that they don't depend on other sequences.
+        max_new_tokens: at most, as far as the cache has room.
+        output: the tokens, decoded as a text or what is missing between two, or the ids alone;
+            or, of a prompt that is only read, the mean or last of its hidden states (dim,), or
+            the last token's logits (n_outputs,).
+        in_context: whether the text continues the prompt's, or begins a text.
+    """
+
+    prompt: list[int]
+    params: SamplingParams = field(default_factory=SamplingParams)
+    seed: str = ""
+    max_new_tokens: int = 0
+    output: Output = "text"
+    in_context: bool = False
+
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    top_logprobs: list[Alternatives] = field(default_factory=list)
+    prompt_logprobs: list[float] = field(default_factory=list)
+    prompt_top_logprobs: list[Alternatives] = field(default_factory=list)
+    pooled: torch.Tensor | None = None  # what ``output`` asks for, of a prompt that is read
+    finish_reason: FinishReason | None = None
+    slot: int | None = None  # of the cache
+    n_cached: int = 0  # tokens of the prompt in the cache
+    n_reused: int = 0  # of which the cache held so many before
+    detokenizer: Detokenizer | None = None
+    _lookup: PromptLookup | None = None
+    _rng: random.Random | None = None
+    _draws: list[float] = field(default_factory=list)
+
+    def begin(self, decode: Callable[[List[int]], str] | None) -> None:
+        """Get ready to generate; ``decode`` turns token ids to text, where text is wanted."""
+        if decode is not None:
+            context = self.prompt if self.in_context else ()
+            self.detokenizer = Detokenizer(decode, self.params.stop, context)
+        if self.params.prompt_lookup_num_tokens:
+            self._lookup = PromptLookup(self.prompt, self.params.prompt_lookup_num_tokens)
+        self._rng = random.Random(self.seed)
+
+    @property
+    def is_read_only(self) -> bool:
+        """Whether nothing is generated after the prompt."""
+        return self.output in ("mean", "last", "logits")
+
+    @property
+    def is_prefilling(self) -> bool:
+        """Whether some of the prompt isn't in the cache yet."""
+        return self.n_cached < len(self.prompt)
+
+    @property
+    def text(self) -> str:
+        """The text so far, without the stop string that ended it."""
+        return self.detokenizer.text if self.detokenizer else ""
+
+    @property
+    def n_decoded(self) -> int:
+        """How many tokens' text has been returned in full by now."""
+        if self.finish_reason is not None or self.detokenizer is None:
+            return len(self.tokens)
+        return self.detokenizer.n_tokens
+
+    def uniform(self, ahead: int) -> float:
+        """Return the number in [0, 1) that draws the token ``ahead`` of the next one."""
+        assert self._rng is not None
+        number = len(self.tokens) + ahead
+        while len(self._draws) <= number:
+            self._draws.append(self._rng.random())
+        return self._draws[number]
+
+    def draft(self, limit: int | None = None) -> list[int]:
+        """Propose at most ``limit`` tokens after the next one, one less than there is room for."""
+        if self._lookup is None:
+            return []
+        room = self.max_new_tokens - len(self.tokens) - 1
+        return self._lookup.draft(room if limit is None else min(room, limit))
+
+    def append(self, draft: List[int], chosen: List[tuple[int, float]]) -> str:
+        """Append tokens: as many as the draft has right, and one more.
+
+        Args:
+            chosen: the next token, then for each token of the draft the one after it, all with
+                their log-probabilities.
+
+        Returns:
+            The text that has become certain.
+        """
+        text, n_accepted = "", 0
+        for (token, logprob), expected in zip(chosen, [*draft, None], strict=True):
+            text += self._append(token, logprob)
+            if self.finish_reason is not None or token != expected:
+                break
+            n_accepted += 1
+        if self._lookup is not None:
+            self._lookup.learn(len(draft), n_accepted)
+        return text
+
+    def _append(self, token: int, logprob: float) -> str:
+        if token in self.params.stop_token_ids:
+            return self.finish("stop")
+        self.tokens.append(token)
+        self.logprobs.append(logprob)
+        if self._lookup is not None:
+            self._lookup.push(token)
+        text = self.detokenizer.push(token) if self.detokenizer else ""
+        if self.detokenizer and self.detokenizer.stopped:
+            return text + self.finish("stop")
+        if len(self.tokens) >= self.max_new_tokens:
+            return text + self.finish("length")
+        return text
+
+    def finish(self, reason: FinishReason) -> str:
+        """End the sequence; returns the text that was held back."""
+        text = ""
+        if self.detokenizer is not None and reason in ("stop", "length"):
+            text = self.detokenizer.flush()
+            if self.detokenizer.stopped:
+                reason, kept = "stop", self.detokenizer.n_tokens
+                self.tokens, self.logprobs = self.tokens[:kept], self.logprobs[:kept]
+        self.finish_reason = reason
+        return text
+
+
+class Event(NamedTuple):
+    """What a step brought for a sequence: new text, and whether it has ended."""
+
+    sequence: Sequence
+    text: str = ""
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        return self.sequence.finish_reason
+
+
+class StreamPiece(str):
+    """New text of a stream, with the tokens whose text is complete by now.
+
+    Attributes:
+        token_ids, logprobs: of these tokens; log-probabilities are 0.0 unless asked for.
+        finish_reason: why the stream ends here; None where it goes on.
+    """
+
+    token_ids: list[int]
+    logprobs: list[float]
+    finish_reason: FinishReason | None
+
+    def __new__(
+        cls,
+        text: str = "",
+        token_ids: Iterable[int] = (),
+        logprobs: Iterable[float] = (),
+        finish_reason: FinishReason | None = None,
+    ) -> "StreamPiece":
+        piece = super().__new__(cls, text)
+        piece.token_ids, piece.logprobs = list(token_ids), list(logprobs)
+        piece.finish_reason = finish_reason
+        return piece
+
+
+def checked_prompts(args: ModelArgs, prompts: Iterable[List[int]]) -> list[list[int]]:
+    """Return prompts as lists of token ids.
+
+    Raises:
+        TypeError: a prompt isn't a list of ints.
+        PromptTooLong: a prompt has more than ``max_seq_len`` tokens.
+        ValueError: a prompt is empty, or holds an id outside the vocabulary.
+    """
+    checked = []
+    for i, prompt in enumerate(checked_list(prompts, "prompt_tokens")):
+        if isinstance(prompt, str | bytes) or not isinstance(prompt, List):
+            raise TypeError(f"prompt {i} is {prompt!r}: give a list of token ids for each prompt")
+        ids = list(prompt)
+        invalid = [t for t in ids if not isinstance(t, int)]
+        if invalid:
+            raise TypeError(f"prompt {i} holds {invalid[0]!r}: give token ids, which are int")
+        if len(ids) > args.max_seq_len:
+            raise PromptTooLong(i, len(ids), args.max_seq_len)
+        outside = [t for t in ids if not 0 <= t < args.vocab_size]
+        if outside:
+            raise ValueError(
+                f"prompt {i} holds the token id {outside[0]}, outside the vocabulary of "
+                f"{args.vocab_size}"
+            )
+        checked.append(ids)
+    return checked

@@ -1,0 +1,120 @@
+"""Text completion, chat and infilling as sequences for the engine."""
+
+import random
+from collections.abc import Sequence as List
+from dataclasses import replace
+from typing import Any
+
+from llama.args import ModelArgs
+from llama.chat.formats import ChatFormat
+from llama.chat.prompts import Dialog, has_tags, infilling_prompt_tokens
+from llama.engine.sequence import Output, Sequence, checked_prompts
+from llama.errors import checked_list
+from llama.sampling import SamplingParams
+from llama.tokenizer import BaseTokenizer
+
+
+class Tasks:
+    """Makes sequences of prompts, for a model of ``args``.
+
+    Args:
+        chat: how dialogs are written.
+        seed: what calls without a seed of their own draw theirs from.
+    """
+
+    def __init__(self, args: ModelArgs, tokenizer: BaseTokenizer, chat: ChatFormat, seed: int):
+        self.args = args
+        self.tokenizer = tokenizer
+        self.chat_format = chat
+        self._seeds = random.Random(seed)
+
+    def generate(
+        self,
+        prompts: List[List[int]],
+        params: SamplingParams,
+        output: Output = "text",
+        in_context: bool = False,
+    ) -> list[Sequence]:
+        """Continue prompts of token ids.
+
+        Raises:
+            TypeError, ValueError: a prompt doesn't fit, or the model generates nothing.
+        """
+        if self.args.labels is not None:
+            raise ValueError("this checkpoint classifies and writes no text: use classify")
+        params = _with_stop_ids(params, self.tokenizer.stop_ids)
+        seed = self._seeds.getrandbits(63) if params.seed is None else params.seed
+        sequences = []
+        for i, ids in enumerate(checked_prompts(self.args, prompts)):
+            limit = self.args.max_seq_len - len(ids)
+            if params.max_gen_len is not None:
+                limit = min(limit, params.max_gen_len)
+            sequences.append(Sequence(ids, params, f"{seed} {i}", limit, output, in_context))
+        return sequences
+
+    def text(
+        self, prompts: List[str | list[int]], params: SamplingParams, in_context: bool = False
+    ) -> list[Sequence]:
+        """Continue texts, or prompts of token ids.
+
+        ``in_context`` keeps a space at the beginning of the continuation, which then fits its
+        prompt.
+        """
+        ids = [
+            prompt if _is_token_ids(prompt) else self._encode(prompt)
+            for prompt in checked_list(prompts, "prompts")
+        ]
+        return self.generate(ids, params, in_context=in_context or params.echo)
+
+    def chat(self, dialogs: List[Dialog], params: SamplingParams) -> list[Sequence]:
+        """Answer dialogs; one that holds the format's own tags gets an empty prompt."""
+        tokenizer, chat = self.tokenizer, self.chat_format
+        controls = [tokenizer.step_id, *(tokenizer.control_ids.get(text) for text in chat.stop)]
+        params = replace(params, stop=(*params.stop, *chat.stop))
+        params = _with_stop_ids(params, [i for i in controls if i is not None])
+        ids = []
+        for dialog in checked_list(dialogs, "dialogs"):
+            prompt = chat.prompt(tokenizer, dialog)
+            ids.append([] if has_tags(dialog, chat.tags) else prompt)
+        return self.generate(ids, params)
+
+    def infilling(
+        self,
+        prefixes: List[str],
+        suffixes: List[str],
+        params: SamplingParams,
+        suffix_first: bool = False,
+    ) -> list[Sequence]:
+        """Fill in what is missing between prefixes and suffixes."""
+        prefixes = checked_list(prefixes, "prefixes")
+        suffixes = checked_list(suffixes, "suffixes")
+        if len(prefixes) != len(suffixes):
+            raise ValueError(f"{len(prefixes)} prefixes but {len(suffixes)} suffixes: give pairs")
+        pairs = zip(prefixes, suffixes, strict=True)
+        ids = [infilling_prompt_tokens(self.tokenizer, *pair, suffix_first) for pair in pairs]
+        if self.tokenizer.eot_id is not None:
+            params = _with_stop_ids(params, [self.tokenizer.eot_id])
+        return self.generate(ids, params, "infilling")
+
+    def read(self, texts: List[str | list[int]], output: Output) -> list[Sequence]:
+        """Read texts for what ``output`` names."""
+        prompts = [
+            text if _is_token_ids(text) else self._encode(text)
+            for text in checked_list(texts, "texts")
+        ]
+        checked = checked_prompts(self.args, prompts)
+        return [Sequence(prompt, output=output) for prompt in checked]
+
+    def _encode(self, text: str) -> list[int]:
+        tokenizer = self.tokenizer
+        ids = tokenizer.encode(text, bos=tokenizer.add_bos, eos=False)
+        # An empty prompt needs something to continue, also where texts have no beginning.
+        return ids or [tokenizer.bos_id] * (tokenizer.bos_id >= 0)
+
+
+def _is_token_ids(prompt: Any) -> bool:
+    return isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], int)
+
+
+def _with_stop_ids(params: SamplingParams, ids: Any) -> SamplingParams:
+    return replace(params, stop_token_ids=frozenset({*params.stop_token_ids, *ids}))

@@ -1,0 +1,49 @@
+"""Kernels for every device: quantised weights that are widened where they are multiplied."""
+
+import torch
+import torch.nn.functional as F
+
+from llama.layers import quantization
+from llama.layers.kernels.base import Kernel
+from llama.layers.quantization import StoredWeight, hadamard, rotate
+
+
+class Int8(Kernel):
+    """Widened before they are multiplied; with one token, while they are.
+
+    The latter by PyTorch's operator, or by what the compiler makes of a sum of products.
+    """
+
+    def __init__(self, stored: StoredWeight, block_size: int, dtype: torch.dtype):
+        super().__init__(stored)
+        self._stored = stored
+        self._matrix = hadamard(block_size, stored["weight"].device, dtype)
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        weight, scale = self._stored["weight"], self._stored["scale"][:, 0]
+        x = rotate(x, self._matrix)
+        if len(x) == 1 and torch.compiler.is_compiling():
+            return ((weight * x.float()).sum(dim=1) * scale)[None].to(x.dtype)
+        if len(x) == 1 and x.device.type in ("cpu", "mps"):
+            return torch._weight_int8pack_mm(x, weight, scale.to(x.dtype))
+        if x.dtype == torch.float16:  # whole numbers would soon leave its range
+            return F.linear(x, (weight * scale[:, None]).to(x.dtype))
+        return F.linear(x, weight.to(x.dtype)) * scale.to(x.dtype)
+
+    def stored(self) -> StoredWeight:
+        return self._stored
+
+
+class Int4(Kernel):
+    """Widened whole for each product."""
+
+    def __init__(self, stored: StoredWeight, scheme: quantization.Int4):
+        super().__init__(stored)
+        self._stored = stored
+        self._scheme = scheme
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self._scheme.dequantize(self._stored, 1).to(x.dtype))
+
+    def stored(self) -> StoredWeight:
+        return self._stored

@@ -1,0 +1,72 @@
+"""The key/value cache of one layer, in the network's dtype or in eight bits."""
+
+import torch
+from torch import nn
+
+from llama.layers.batch import RaggedBatch, Span
+
+
+class KVCache(nn.Module):
+    """Keys and values that a layer has computed, one slot for each sequence.
+
+    Allocated once; a slot's memory is touched only as far as it is written. With ``int8`` each
+    head's key or value at a position has a scale of its own.
+
+    Args:
+        shape: (max_batch_size, n_kv_heads, max_seq_len, head_dim); attention reads each head's
+            positions next to each other.
+        dtype: of the keys and values that go in and come out.
+    """
+
+    k: torch.Tensor
+    v: torch.Tensor
+    k_scale: torch.Tensor
+    v_scale: torch.Tensor
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int, int],
+        dtype: torch.dtype,
+        device: torch.device,
+        int8: bool = False,
+    ):
+        super().__init__()
+        self.int8 = int8
+        scales = (*shape[:3], int(int8))  # no element where nothing is scaled
+        for name in ("k", "v"):
+            entries = torch.zeros(shape, dtype=torch.int8 if int8 else dtype, device=device)
+            self.register_buffer(name, entries, persistent=False)
+            scale = torch.zeros(scales, dtype=dtype, device=device)
+            self.register_buffer(f"{name}_scale", scale, persistent=False)
+
+    def update(self, xk: torch.Tensor, xv: torch.Tensor, batch: RaggedBatch) -> None:
+        """Write the keys and values of new tokens, each (n_tokens, n_kv_heads, head_dim)."""
+        for entries, scales, x in ((self.k, self.k_scale, xk), (self.v, self.v_scale, xv)):
+            if self.int8:
+                scale = x.abs().amax(dim=-1, keepdim=True) / 127
+                scale = torch.where(scale > 0, scale, 1)
+                scales[batch.slots, :, batch.positions] = scale
+                x = (x / scale).round().clamp(-127, 127).to(torch.int8)
+            entries[batch.slots, :, batch.positions] = x
+
+    def read(self, span: Span) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the keys and values of a span, each (n_slots, n_kv_heads, kv_len, head_dim)."""
+        filled = (span.slots, slice(None), slice(span.kv_len))
+        if not self.int8:
+            return self.k[filled], self.v[filled]
+        return self.k[filled] * self.k_scale[filled], self.v[filled] * self.v_scale[filled]
+
+    def copy(self, source: int, target: int, n_tokens: int) -> None:
+        """Copy the first ``n_tokens`` positions of one slot to another."""
+        for buffer in self.buffers():
+            buffer[target, :, :n_tokens] = buffer[source, :, :n_tokens]
+
+    def clear(self) -> None:
+        """Set everything to zero: a NaN in the cache would spread to later sequences."""
+        for buffer in self.buffers():
+            buffer.zero_()
+
+
+def bytes_per_head(head_dim: int, dtype: torch.dtype, int8: bool) -> int:
+    """Return the size of one head's key or value at one position."""
+    return head_dim + dtype.itemsize if int8 else head_dim * dtype.itemsize

@@ -1,0 +1,219 @@
+"""Linear layers and embeddings divided among ranks: fairscale's, with kernels of our own.
+
+fairscale fills each new weight, through a full-size master copy when there are several ranks. A
+checkpoint fills these: a weight is made in this rank's size, on the default device (``meta``
+included), and its memory isn't touched.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from fairscale.nn.model_parallel import layers as fairscale_layers
+from fairscale.nn.model_parallel.mappings import (
+    gather_from_model_parallel_region,
+    reduce_from_model_parallel_region,
+)
+from torch import nn
+
+from llama.layers.kernels import Kernel, choose_kernel
+from llama.layers.quantization import Scheme, StoredWeight
+from llama.parallel import world_size
+
+
+def _split(features: int, name: str) -> int:
+    ranks = world_size()
+    if features % ranks:
+        raise ValueError(f"{name} of {features} can't be divided among {ranks} ranks")
+    return features // ranks
+
+
+class _Stored(nn.Module):
+    """A weight in the form in which a checkpoint stores it: as it is, or quantised."""
+
+    scheme: Scheme | None = None
+    weight: nn.Parameter
+
+    def _allocate(self, out_features: int, in_features: int) -> None:
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.dtype = self.weight.dtype  # of the inputs
+
+    def quantize(self, scheme: Scheme, dtype: torch.dtype) -> None:
+        """Store the weight quantised, for a checkpoint to fill; inputs are of ``dtype``."""
+        self.scheme, self.dtype = scheme, dtype
+        dtypes = scheme.dtypes()
+        for name, shape in scheme.shapes(*self.weight.shape).items():
+            part = torch.empty(shape, dtype=dtypes[name], device=self.weight.device)
+            setattr(self, name, nn.Parameter(part, requires_grad=False))
+
+
+class ParallelLinear(_Stored):
+    """``x @ weight.T``: a stored weight and, once it is chosen, the kernel that holds it."""
+
+    kernel: Kernel | None = None  # None: the stored weight is multiplied as it is
+    is_shared = False  # whether the weight is another module's too, which needs it as it is
+    rows = slice(0)  # of the kernel's weights
+
+    def __init__(self, in_features: int, out_features: int, shape: tuple[int, int]):
+        nn.Module.__init__(self)
+        self.in_features = in_features
+        self.out_features = out_features
+        self._allocate(*shape)
+
+    @property
+    def block_size(self) -> int:
+        return self.scheme.block_size(self.in_features) if self.scheme else 1
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """Return this rank's part of the outputs, (n_tokens, in_features) to (n_tokens, …)."""
+        if self.kernel is not None:
+            return self.kernel(x)[:, self.rows]
+        if self.scheme is None:
+            return F.linear(x, self.weight)
+        return F.linear(x, self.plain_weight().to(x.dtype))
+
+    def stored(self) -> StoredWeight:
+        """Return the weight as a checkpoint stores it."""
+        if self.kernel is None:
+            return {name: part.detach() for name, part in self.named_parameters()}
+        return {name: part[self.rows].clone() for name, part in self.kernel.stored().items()}
+
+    def plain_weight(self) -> torch.Tensor:
+        """Return the weight that is stored, (out_features, in_features); float32 if quantised."""
+        if self.scheme is None:
+            return self.stored()["weight"]
+        return self.scheme.dequantize(self.stored(), self.block_size)
+
+    # Whoever saves, loads or copies a layer sees the stored weight.
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        if self.kernel is None:
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+        else:
+            for name, part in self.stored().items():
+                destination[prefix + name] = part
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        for name, part in self.__getstate__()["_parameters"].items():
+            setattr(self, name, part)
+        self.kernel = None
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        if self.kernel is not None:
+            parameters = {
+                name: nn.Parameter(part, requires_grad=False)
+                for name, part in self.stored().items()
+            }
+            state |= {"_parameters": parameters, "kernel": None}
+        return state
+
+
+def fused_linear(x: torch.Tensor, *layers: ParallelLinear) -> Sequence[torch.Tensor]:
+    """Multiply the same ``x`` by several layers' weights, in one product where a kernel has them.
+
+    Args:
+        x: shape (n_tokens, in_features).
+
+    Returns:
+        For each layer this rank's part, shape (n_tokens, out_features).
+    """
+    kernel = layers[0].kernel
+    if kernel is None or any(layer.kernel is not kernel for layer in layers):
+        return [layer.product(x) for layer in layers]
+    out = kernel(x)
+    return [out[:, layer.rows] for layer in layers]
+
+
+def pack(layers: Sequence[ParallelLinear], device: torch.device) -> Kernel | None:
+    """Choose the kernel of layers that multiply the same input, and give it their weights.
+
+    Returns:
+        The kernel; None where the stored weights are multiplied as they are.
+    """
+    first = layers[0]
+    if any(weight.requires_grad for layer in layers for weight in layer.parameters()):
+        return None  # which are trained
+    if first.scheme is None and first.is_shared:
+        return None  # a packed copy would be a second one
+    dtype = first.dtype if first.scheme else first.weight.dtype
+    in_features = first.in_features
+    if isinstance(first, RowParallelLinear):
+        in_features = _split(in_features, "an input width")
+    make = choose_kernel(first.scheme, device, dtype, in_features, first.block_size)
+    if make is None:
+        return None
+    own = [layer.stored() for layer in layers]
+    joined = own[0]
+    if len(layers) > 1:
+        joined = {name: torch.cat([stored[name] for stored in own]) for name in joined}
+    kernel = make(joined)
+    row = 0
+    for layer, stored in zip(layers, own, strict=True):
+        layer.kernel = kernel
+        layer.rows = slice(row, row + len(stored["weight"]))
+        row = layer.rows.stop
+        for name, part in stored.items():
+            setattr(layer, name, nn.Parameter(part.new_empty(0), requires_grad=False))
+    return kernel
+
+
+class ColumnParallelLinear(ParallelLinear, fairscale_layers.ColumnParallelLinear):
+    """``x @ weight.T``, each rank computing its part of the outputs.
+
+    ``gather_output`` joins the parts on every rank.
+    """
+
+    def __init__(self, in_features: int, out_features: int, *, gather_output: bool = False):
+        shape = (_split(out_features, "an output width"), in_features)
+        ParallelLinear.__init__(self, in_features, out_features, shape)
+        self.gather_output = gather_output
+        self.bias = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = self.product(x)
+        is_part = self.gather_output and out.shape[-1] != self.out_features
+        return gather_from_model_parallel_region(out) if is_part else out
+
+
+class RowParallelLinear(ParallelLinear, fairscale_layers.RowParallelLinear):
+    """``x @ weight.T`` of inputs that lie split over the ranks; the ranks' sums are added."""
+
+    def __init__(self, in_features: int, out_features: int):
+        shape = (out_features, _split(in_features, "an input width"))
+        ParallelLinear.__init__(self, in_features, out_features, shape)
+        self.input_is_parallel = True
+        self.bias = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = self.product(x)
+        is_part = x.shape[-1] != self.in_features
+        return reduce_from_model_parallel_region(out) if is_part else out
+
+
+class ParallelEmbedding(_Stored, fairscale_layers.ParallelEmbedding):
+    """The token embedding; each rank keeps its part of every row."""
+
+    def __init__(self, num_embeddings: int, embedding_dim: int):
+        nn.Module.__init__(self)
+        self.num_embeddings = num_embeddings
+        self.embedding_dim = embedding_dim
+        self.padding_idx = None
+        self.max_norm = None
+        self.norm_type = 2.0
+        self.scale_grad_by_freq = False
+        self.sparse = False
+        self._allocate(num_embeddings, _split(embedding_dim, "the embedding width"))
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        if self.scheme is None:
+            return super().forward(tokens)
+        stored = {name: part[tokens] for name, part in self.named_parameters()}
+        block_size = self.scheme.block_size(self.embedding_dim)
+        out = self.scheme.dequantize(stored, block_size).to(self.dtype)
+        is_part = out.shape[1] != self.embedding_dim
+        return gather_from_model_parallel_region(out) if is_part else out

@@ -1,0 +1,95 @@
+"""The flags of the server."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from llama.checkpoint.pretrained import TINY
+from llama.server.access import is_loopback
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """Serve a model until SIGTERM or Ctrl-C, which let running requests finish.
+
+    Args:
+        ckpt_dir: a checkpoint of any format; the embedded one by default.
+        tokenizer_path: its tokenizer, where it doesn't bring its own.
+        host: the address to listen on. Any but this machine's own needs a key.
+        port: 0 for any that is free.
+        api_key: the key that clients must send; the environment variable LLAMA_API_KEY hides it
+            better.
+        model_name: the model's id for clients; the checkpoint's own name by default.
+        max_seq_len: tokens of a prompt and its answer together, at most.
+        max_batch_size: requests that run at once; others wait.
+        max_queue: requests that may wait; others are told to come back later.
+        timeout: seconds that a request may take, at most.
+        max_body: bytes of a request, at most.
+        cors: origins whose web pages may call the API, such as https://example.com, with commas
+            between several.
+        page: serve a page to talk to at /.
+        log_prompts: let the log hold prompts.
+        guard_dir: a checkpoint of Llama Guard, which then judges all prompts and answers.
+        prompt_lookup_num_tokens: draft tokens at most that are proposed from a text itself, while
+            few sequences are being decoded.
+        device: cpu, cuda or mps; the fastest available by default.
+        dtype: float32, bfloat16 or float16; by default what suits checkpoint and device.
+        adapter: a LoRA adapter's directory, or several.
+        chat_format: how dialogs are written; by default as the checkpoint says.
+        compile: compile decoding steps.
+        quantize: int8 or int4, for quantised weights.
+        group_size: how many weights share a scale in int4.
+        kv_cache_dtype: int8 for a cache of half the size.
+    """
+
+    ckpt_dir: str = str(TINY)
+    tokenizer_path: str | None = None
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key: str | None = None
+    model_name: str | None = None
+    max_seq_len: int = 2048
+    max_batch_size: int = 8
+    max_queue: int = 64
+    timeout: float = 600.0
+    max_body: int = 1_000_000
+    cors: str = ""
+    page: bool = True
+    log_prompts: bool = False
+    guard_dir: str | None = None
+    prompt_lookup_num_tokens: int = 10
+    device: str | None = None
+    dtype: str | None = None
+    adapter: str | tuple[str, ...] = ()
+    chat_format: str | None = None
+    compile: bool = False
+    quantize: str | None = None
+    group_size: int | None = None
+    kv_cache_dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        key = self.api_key or os.environ.get("LLAMA_API_KEY") or None
+        object.__setattr__(self, "api_key", key)
+        if key is None and not is_loopback(self.host):
+            raise ValueError(
+                f"{self.host} can be reached by others: set the environment variable "
+                "LLAMA_API_KEY to a key that clients must send, or leave --host out to serve this "
+                "machine alone"
+            )
+
+    @property
+    def name(self) -> str:
+        """The model's id."""
+        path = Path(self.ckpt_dir).resolve()
+        return self.model_name or (path.stem if path.is_file() else path.name)
+
+    @property
+    def origins(self) -> list[str]:
+        """The origins in ``cors``."""
+        return [text.strip().rstrip("/") for text in self.cors.split(",") if text.strip()]
+
+    @property
+    def is_local(self) -> bool:
+        """Whether only requests that name this machine are answered: a key needs no such check,
+        also where a proxy calls this machine by another name."""
+        return is_loopback(self.host) and self.api_key is None

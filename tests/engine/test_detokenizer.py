@@ -1,0 +1,148 @@
+"""Text streams: pieces join to the text, no half characters, no stop strings."""
+
+import time
+from collections.abc import Sequence
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llama import Tokenizer
+from llama.engine.detokenizer import Detokenizer
+
+
+def run(stream: Detokenizer, ids: list[int]) -> list[str]:
+    pieces = []
+    for token in ids:
+        pieces.append(stream.push(token))
+        if stream.stopped:
+            break
+    return [*pieces, stream.flush()]
+
+
+def test_pieces_join_to_the_decoded_text_for_any_ids(tiny_tokenizer: Tokenizer) -> None:
+    t = tiny_tokenizer
+
+    @settings(max_examples=300, deadline=None)
+    @given(st.lists(st.integers(0, t.n_words - 1), max_size=40), st.booleans())
+    def check(ids: list[int], infilling: bool) -> None:
+        decode = t.decode_infilling if infilling else t.decode
+        stream = Detokenizer(decode)
+        pieces = run(stream, ids)
+        assert "".join(pieces) == decode(ids) == stream.text
+        assert stream.n_tokens == len(ids)
+
+    check()
+
+
+def test_pieces_in_context_continue_the_context(tiny_tokenizer: Tokenizer) -> None:
+    t = tiny_tokenizer
+    ids = t.encode("Tom has a kite.", bos=True, eos=False)
+    for cut in range(1, len(ids)):
+        pieces = run(Detokenizer(t.decode, context=ids[:cut]), ids[cut:])
+        assert t.decode(ids[:cut]) + "".join(pieces) == "Tom has a kite."
+
+
+def test_characters_of_several_bytes_arrive_whole(tiny_tokenizer: Tokenizer) -> None:
+    text = "a€😀語é b"
+    pieces = run(Detokenizer(tiny_tokenizer.decode), tiny_tokenizer.encode(text, False, False))
+    assert "".join(pieces) == text
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_an_incomplete_character_at_the_end_is_shown_as_such(tiny_tokenizer: Tokenizer) -> None:
+    ids = tiny_tokenizer.encode("a€", False, False)[:-1]
+    assert "".join(run(Detokenizer(tiny_tokenizer.decode), ids)) == tiny_tokenizer.decode(ids)
+    assert tiny_tokenizer.decode(ids).endswith("\ufffd")
+
+
+def test_nothing_of_a_stop_string_leaks(tiny_tokenizer: Tokenizer) -> None:
+    t = tiny_tokenizer
+    words = st.sampled_from(["a", "b", "ab", "aab", " ", "€", "\n", "c"])
+
+    @settings(max_examples=300, deadline=None)
+    @given(
+        st.lists(words, max_size=20).map("".join),
+        st.lists(st.lists(words, min_size=1, max_size=4).map("".join), min_size=1, max_size=3),
+    )
+    def check(text: str, stop: list[str]) -> None:
+        ids = t.encode_infilling(text)
+        stream = Detokenizer(t.decode_infilling, stop)
+        released = ""
+        for token in ids:
+            released += stream.push(token)
+            assert not any(s in released for s in stop)
+            if stream.stopped:
+                break
+        released += stream.flush()
+        # The first token that completes a stop string ends the text.
+        grown = (t.decode_infilling(ids[:n]) for n in range(len(ids) + 1))
+        ended = next((g for g in grown if any(s in g for s in stop)), None)
+        at = len(text) if ended is None else min(ended.find(s) for s in stop if s in ended)
+        assert released == stream.text == text[:at]
+        assert stream.stopped == (ended is not None)
+        kept = t.decode_infilling(ids[: stream.n_tokens])
+        assert text[:at].startswith(kept)
+
+    check()
+
+
+def test_text_before_a_stop_string_is_not_held_longer_than_needed(
+    tiny_tokenizer: Tokenizer,
+) -> None:
+    t = tiny_tokenizer
+    stream = Detokenizer(t.decode_infilling, ["cow!"])
+    pieces = [stream.push(i) for i in t.encode_infilling("the cat")]
+    assert "".join(pieces) == "the cat"
+
+
+class NaiveStream(Detokenizer):
+    """Looks for stop strings in all of the text, and for every beginning of theirs at its end."""
+
+    stop: list[str]
+
+    def _cut(self, searched: int) -> None:
+        found = [at for s in self.stop if (at := self.text.find(s)) >= 0]
+        if found:
+            self.stopped = True
+            self.text = self.text[: min(found)]
+
+    def _held_back(self) -> int:
+        longest = max(map(len, self.stop), default=0)
+        lengths = range(min(len(self.text), longest), 0, -1)
+        return next((n for n in lengths if any(s.startswith(self.text[-n:]) for s in self.stop)), 0)
+
+
+def test_stop_strings_are_found_as_by_comparing_all(tiny_tokenizer: Tokenizer) -> None:
+    """Strings of two characters, and tokens of several, have many matches that almost succeed."""
+    tokens = st.text("ab", min_size=1, max_size=5)
+
+    @settings(max_examples=2000, deadline=None)
+    @given(
+        st.lists(tokens, max_size=30), st.lists(st.text("ab", min_size=1, max_size=12), max_size=4)
+    )
+    def check(words: list[str], stop: list[str]) -> None:
+        def decode(ids: Sequence[int]) -> str:
+            return "".join(words[i] for i in ids)
+
+        stream, naive = Detokenizer(decode, stop), NaiveStream(decode, stop)
+        naive.stop = stop
+        for i in range(len(words)):
+            assert stream.push(i) == naive.push(i)
+            assert (stream.text, stream.stopped) == (naive.text, naive.stopped)
+            assert stream.n_tokens == naive.n_tokens
+            if stream.stopped:
+                break
+        assert stream.flush() == naive.flush()
+        assert (stream.text, stream.n_tokens) == (naive.text, naive.n_tokens)
+
+    check()
+
+
+def test_a_long_stop_string_takes_no_longer() -> None:
+    """Neither to begin with nor for each token, though all of the text is held back for it."""
+    begin = time.monotonic()
+    for _ in range(10):
+        stream = Detokenizer(lambda ids: "a" * len(ids), ["a" * 1_000_000] * 16)
+        assert not any(stream.push(i) for i in range(200))
+        assert stream.flush() == "a" * 200
+    assert time.monotonic() - begin < 2

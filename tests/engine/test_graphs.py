@@ -1,0 +1,118 @@
+"""Compiled decoding steps: the same tokens, and no compiling between them."""
+
+import logging
+import shutil
+import weakref
+
+import pytest
+import torch
+from conftest import make_model
+from test_engine import check_sequences_come_and_go
+
+from llama import Llama
+from llama.engine import graphs
+from llama.layers.batch import Segment
+from llama.layers.kernels import cpu
+from llama.layers.linear import ParallelLinear
+
+PROMPTS = [[1, 300, 301], [1, *range(400, 430)], [1, 9], [1, *range(500, 505)], [1, 2, 3]]
+
+
+@pytest.fixture(scope="module")
+def compiled() -> Llama:
+    if not any(map(shutil.which, ("g++", "clang++"))):
+        pytest.skip("there is no C++ compiler")
+    log = logging.getLogger("llama.engine.graphs")
+    heard: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: heard.append(record.getMessage())  # type: ignore[method-assign]
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    llama = Llama.build(dtype=torch.float32, device="cpu", max_batch_size=4, compile=True)
+    log.removeHandler(handler)
+    assert any("compiled decoding in" in line for line in heard)
+    return llama
+
+
+def test_the_tokens_are_those_of_the_network_as_it_is(compiled: Llama, tiny: Llama) -> None:
+    for seed, temperature in ((0, 0.0), (1, 0.8)):
+        found = compiled.generate(PROMPTS, 24, temperature, seed=seed, logprobs=True)
+        plain = tiny.generate(PROMPTS[:4], 24, temperature, seed=seed, logprobs=True)
+        assert found[0][:4] == plain[0]
+        assert found[1] is not None and plain[1] is not None
+        for ours, theirs in zip(found[1], plain[1], strict=False):
+            assert ours == pytest.approx(theirs, abs=1e-4)
+
+
+def test_steps_compile_nothing_more(compiled: Llama) -> None:
+    with torch.compiler.set_stance("fail_on_recompile"):
+        compiled.generate([p[::-1] for p in PROMPTS], 40, temperature=0)
+        compiled.generate([[1, 77]], 60, temperature=0)
+        with pytest.raises(RuntimeError):  # the stance would tell
+            torch.compile(lambda x: x + 1)(torch.ones(2))
+
+
+def test_the_server_takes_compiled_steps(compiled: Llama) -> None:
+    """Which write into rows that bring no token: none of these may lose anything by it."""
+    check_sequences_come_and_go(compiled)
+
+
+def test_slots_without_a_new_token_keep_their_cache(compiled: Llama) -> None:
+    """Slots 1 and 3 of four go on while 0 and 2 wait, then those two."""
+    model, steps = compiled.model, compiled.engine.decode
+    assert steps is not None
+    tokens = torch.tensor([[1, 5, 9], [1, 6, 9], [1, 7, 9], [1, 8, 9]])
+    found = []
+    for decode in (model.forward_ragged, steps):
+        model.forward(tokens)
+        for slots, ids in (([1, 3], [20, 21]), ([0, 2], [22, 23])):
+            found.append(decode(torch.tensor(ids), [Segment(slot, 3, 1) for slot in slots]))
+    for plain, ours in zip(found[:2], found[2:], strict=True):
+        torch.testing.assert_close(ours, plain, atol=1e-4, rtol=1e-4)
+
+
+def test_packed_weights_are_read_by_compiled_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu.OneDnn, "is_fastest_for", lambda dtype: True)
+    llama = Llama.build(dtype=torch.float32, device="cpu", max_batch_size=1, compile=True)
+    model, steps = llama.model, llama.engine.decode
+    assert steps is not None
+    assert all(layer.kernel for layer in model.modules() if isinstance(layer, ParallelLinear))
+    found = []
+    for decode in (model.forward_ragged, steps):
+        model.forward(torch.tensor([PROMPTS[1]]))
+        found.append(decode(torch.tensor([7]), [Segment(0, 31, 1)]))
+    torch.testing.assert_close(found[1], found[0], atol=1e-3, rtol=1e-3)
+    assert not torch.equal(found[1], torch.zeros_like(found[1]))
+
+
+@pytest.mark.parametrize("plain_kernels", [False, True])
+def test_quantised_layers_are_compiled(plain_kernels: bool, checkpoint_dir, monkeypatch) -> None:
+    if plain_kernels:  # the way of devices without one of their own
+        monkeypatch.setattr(cpu, "HAS_FBGEMM", False)
+    path = checkpoint_dir(n_layers=1)
+    how = {"dtype": torch.float32, "device": "cpu", "max_batch_size": 1, "quantize": "int8"}
+    plain, found = Llama.build(path, **how), Llama.build(path, **how, compile=True)
+    expected, _ = plain.generate(PROMPTS[:1], 12, temperature=0)
+    assert found.generate(PROMPTS[:1], 12, temperature=0)[0] == expected
+
+
+def test_compiled_models_are_freed_at_once() -> None:
+    model = make_model(max_batch_size=1)
+    steps = graphs.CompiledSteps(model)
+    gone = weakref.ref(model)
+    del model, steps
+    assert gone() is None
+
+
+def test_a_machine_without_a_compiler_is_told_so(monkeypatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(RuntimeError, match=r"C\+\+ compiler.*install one.*or leave compile out"):
+        Llama.build(device="cpu", compile=True)
+
+
+def test_other_devices_are_told_what_is_missing(monkeypatch) -> None:
+    with pytest.raises(RuntimeError, match="MPS"):
+        graphs.check_compiler(torch.device("mps"))
+    monkeypatch.setattr("torch.utils._triton.has_triton", lambda: False)
+    with pytest.raises(RuntimeError, match="needs Triton"):
+        graphs.check_compiler(torch.device("cuda"))
