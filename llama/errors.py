@@ -80,5 +80,5 @@ def need(module: str) -> ModuleType:
         package = _PACKAGES.get(module, module.split(".")[0])
         raise ImportError(
             f"this checkpoint's format needs the package {package}: "
-            "install it with pip install 'llama[formats]'"
+            "pip install 'llama[formats]' installs it"
         ) from error
