@@ -310,6 +310,9 @@ def dtype_of(name: str | None) -> "torch.dtype | None":
     return dtype
 
 
+DELAY = 0.5  # seconds before a bar is drawn: what takes less needs none
+
+
 class progress:
     """Show how much of a total is done, in a terminal by tqdm's bar, else in the log.
 
@@ -333,7 +336,9 @@ class progress:
                 from tqdm import tqdm
 
                 unit = unit if unit == "B" else f" {unit}"
-                self._bar = tqdm(total=total, desc=description, unit=unit, unit_scale=True)
+                self._bar = tqdm(
+                    total=total, desc=description, unit=unit, unit_scale=True, delay=DELAY
+                )
 
     def __call__(self, done: int) -> None:
         """Show that ``done`` units of the total are done."""

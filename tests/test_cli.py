@@ -301,6 +301,7 @@ def test_progress_in_a_terminal(
 ) -> None:
     pytest.importorskip("tqdm")
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr(cli, "DELAY", 0)
     show = cli.progress(2000, "quantising", "weights")
     show(500)
     show(2001)  # which ends the bar
