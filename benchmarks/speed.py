@@ -1,14 +1,14 @@
-"""This library beside its installed peers: the same random weights, one run, fresh processes.
+"""This library against installed peers: the same random weights, one run, fresh processes.
 
     pip install -e '.[bench]'
     python benchmarks/speed.py --shape 1.1B --out results.json --plots plots/
     python benchmarks/speed.py --quantized --grow=False    # int8 and int4 of every engine
 
 Each engine gets the weights in its own format (bfloat16; CTranslate2 int8, as it has no bfloat16
-products on a CPU). Engines take turns, ``repeats`` rounds of them; the table shows medians. The
-limits of the machine, its read bandwidth (a large tensor's sum) and its bfloat16 matrix peak (the
-better of PyTorch's two ways to multiply), are measured before, between and after. Then growth.py
-measures what this library takes for more rows, longer contexts and further turns.
+products on a CPU). Engines alternate for ``repeats`` rounds; the table shows medians. The limits
+of the machine, its read bandwidth (a large tensor's sum) and its bfloat16 matrix peak (the better
+of PyTorch's two ways to multiply), are measured before, between and after. Then growth.py
+measures the cost of larger batches, longer contexts and further turns.
 """
 
 import ctypes
@@ -62,7 +62,7 @@ def write_hf(args: ModelArgs, tensors: Tensors, path: Path) -> None:
 def write_gguf(
     args: ModelArgs, tensors: Tensors, path: Path, vocabulary: dict[str, Any] | None = None
 ) -> None:
-    """``vocabulary`` has tokens, scores, types, bos and eos; without it the file has none."""
+    """Write a GGUF file; ``vocabulary`` has tokens, scores, types, bos and eos, or is None."""
     import gguf
 
     from llama.checkpoint.gguf import META_NAMES
@@ -116,18 +116,22 @@ def write_quantized(name: str) -> Callable[[ModelArgs, Tensors, Path], None]:
 def write_quantized_gguf(
     kind: str, pure: bool = False
 ) -> Callable[[ModelArgs, Tensors, Path], None]:
-    """``pure`` quantises all weights alike; llama.cpp gives some of them more bits otherwise."""
+    """Return a function that writes a quantised GGUF file.
+
+    Args:
+        pure: quantise all weights alike; by default llama.cpp gives some of them more bits.
+    """
 
     def write(args: ModelArgs, tensors: Tensors, path: Path) -> None:
         import llama_cpp
 
-        usual = path.with_name("llama.cpp")
-        if not usual.exists():
-            write_gguf(args, tensors, usual)
+        original = path.with_name("llama.cpp")
+        if not original.exists():
+            write_gguf(args, tensors, original)
         params = llama_cpp.llama_model_quantize_default_params()
         params.pure = pure
         params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
-        names = str(usual).encode(), str(path).encode()
+        names = str(original).encode(), str(path).encode()
         if llama_cpp.llama_model_quantize(*names, ctypes.byref(params)):
             raise RuntimeError(f"llama.cpp couldn't write {path}")
 
@@ -161,16 +165,16 @@ def write_ctranslate2(args: ModelArgs, tensors: Tensors, path: Path) -> None:
     decoder.layer_norm.gamma = array("norm")
     decoder.projection.weight = array("output")
     for i, layer in enumerate(decoder.layer):
-        of = f"layers.{i}"
+        prefix = f"layers.{i}"
         attention, feed_forward = layer.self_attention, layer.ffn
-        attention.layer_norm.gamma = array(f"{of}.attention_norm")
-        parts = [torch.from_numpy(array(f"{of}.attention.w{x}")) for x in "qkv"]
+        attention.layer_norm.gamma = array(f"{prefix}.attention_norm")
+        parts = [torch.from_numpy(array(f"{prefix}.attention.w{x}")) for x in "qkv"]
         attention.linear[0].weight = torch.cat(parts).numpy()
-        attention.linear[1].weight = array(f"{of}.attention.wo")
-        feed_forward.layer_norm.gamma = array(f"{of}.ffn_norm")
-        feed_forward.linear_0.weight = array(f"{of}.feed_forward.w1")
-        feed_forward.linear_0_noact.weight = array(f"{of}.feed_forward.w3")
-        feed_forward.linear_1.weight = array(f"{of}.feed_forward.w2")
+        attention.linear[1].weight = array(f"{prefix}.attention.wo")
+        feed_forward.layer_norm.gamma = array(f"{prefix}.ffn_norm")
+        feed_forward.linear_0.weight = array(f"{prefix}.feed_forward.w1")
+        feed_forward.linear_0_noact.weight = array(f"{prefix}.feed_forward.w3")
+        feed_forward.linear_1.weight = array(f"{prefix}.feed_forward.w2")
     spec.config.bos_token = spec.config.eos_token = spec.config.unk_token = "t0"
     spec.register_vocabulary([f"t{i}" for i in range(args.vocab_size)])
     spec.validate()
@@ -190,9 +194,9 @@ WRITERS: dict[str, Callable[[ModelArgs, Tensors, Path], None]] = {
     "llama int4": write_quantized("int4"),
     "llama.cpp Q4_0": write_quantized_gguf("Q4_0"),
 }
-USUAL = ("llama compiled", "transformers", "llama.cpp", "ctranslate2")
-QUANTIZED = ("llama int8", "llama.cpp Q8_0", "ctranslate2", "llama int4", "llama.cpp Q4_0")
-# Of a weight, scales included.
+DEFAULT_PEERS = ("llama compiled", "transformers", "llama.cpp", "ctranslate2")
+QUANTIZED_PEERS = ("llama int8", "llama.cpp Q8_0", "ctranslate2", "llama int4", "llama.cpp Q4_0")
+# Of a weight, including scales.
 BYTES = {"bf16": 2.0, "int8": 1.0, "int4": 0.5625}
 
 LIMITS = """
@@ -220,9 +224,9 @@ print(json.dumps({"bandwidth": bandwidth, "peak": 2 * n**3 / min(map(fastest, wa
 
 
 def limits() -> dict[str, float]:
-    """Bytes read per second and bfloat16 operations per second, in a process of its own."""
-    found = subprocess.run([sys.executable, "-c", LIMITS], stdout=subprocess.PIPE, check=True)
-    return dict(json.loads(found.stdout))
+    """Return bytes read and bfloat16 operations per second, measured in a process of its own."""
+    done = subprocess.run([sys.executable, "-c", LIMITS], stdout=subprocess.PIPE, check=True)
+    return dict(json.loads(done.stdout))
 
 
 def run_worker(engine: str, path: Path) -> dict[str, float] | None:
@@ -237,14 +241,14 @@ def run_worker(engine: str, path: Path) -> dict[str, float] | None:
 
 def run_growth(path: Path) -> dict[str, Any]:
     command = [sys.executable, growth.__file__, str(path), "--as_json"]
-    found = subprocess.run(command, stdout=subprocess.PIPE, check=True)
-    return dict(json.loads(found.stdout))
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
+    return dict(json.loads(done.stdout))
 
 
 def table(shape: str, results: dict[str, Any]) -> str:
-    """The medians, and what fraction of the machine's limits they are."""
+    """Return the medians, and their fractions of the machine's limits, as a Markdown table."""
     args = SHAPES[shape]
-    per_token = parameter_count(args) - args.vocab_size * args.dim  # one row is looked up
+    per_token = parameter_count(args) - args.vocab_size * args.dim  # of which a token reads one row
     per_prompt = per_token - args.vocab_size * args.dim  # the last position's logits only
     bandwidth, peak = results["limits"]["bandwidth"], results["limits"]["peak"]
     lines = [
@@ -254,8 +258,8 @@ def table(shape: str, results: dict[str, Any]) -> str:
         "| first token | peak memory | prefill: ours is | decode: ours is |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for name, found in results["engines"].items():
-        prefill, decode = found["prefill_tokens_per_s"], found["decode_tokens_per_s"]
+    for name, measured in results["engines"].items():
+        prefill, decode = measured["prefill_tokens_per_s"], measured["decode_tokens_per_s"]
         weights = engines.ENGINES[name].weights
         nbytes = per_token * BYTES[weights]
         own = "llama" if weights == "bf16" else f"llama {weights}"
@@ -263,8 +267,8 @@ def table(shape: str, results: dict[str, Any]) -> str:
         ratios = (ours["prefill_tokens_per_s"] / prefill, ours["decode_tokens_per_s"] / decode)
         lines.append(
             f"| {name} | {prefill:.0f} | {2 * per_prompt * prefill / peak:.2f} | {decode:.1f} "
-            f"| {nbytes * decode / bandwidth:.2f} | {found['first_token_s']:.1f} s "
-            f"| {found['peak_bytes'] / 1e9:.2f} GB | {ratios[0]:.2f} x | {ratios[1]:.2f} x |"
+            f"| {nbytes * decode / bandwidth:.2f} | {measured['first_token_s']:.1f} s "
+            f"| {measured['peak_bytes'] / 1e9:.2f} GB | {ratios[0]:.2f} x | {ratios[1]:.2f} x |"
         )
     return "\n".join(lines)
 
@@ -280,13 +284,13 @@ def main(
 ) -> None:
     """Measure this library and ``peers``, print tables, write ``out`` as JSON and draw ``plots``.
 
-    ``quantized`` stands for all that have int8 or int4 weights; an engine is compared with this
-    library's weights of as many bits. ``grow=False`` leaves out what growth.py measures.
+    ``quantized`` selects all engines with int8 or int4 weights; an engine is compared with this
+    library's weights of as many bits. ``grow=False`` skips growth.py.
     """
     if peers is None:
-        peers = ",".join(QUANTIZED if quantized else USUAL)
-    wanted = ("llama", *(peers.split(",") if isinstance(peers, str) else peers))
-    names = [name for name in WRITERS if name in wanted and name in engines.installed()]
+        peers = ",".join(QUANTIZED_PEERS if quantized else DEFAULT_PEERS)
+    selected = ("llama", *(peers.split(",") if isinstance(peers, str) else peers))
+    names = [name for name in WRITERS if name in selected and name in engines.installed()]
     print(f"engines: {', '.join(names)}", file=sys.stderr)
     rounds: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     measured = [limits()]

@@ -1,9 +1,9 @@
-"""From the start of a process to its result, beside what ``import torch`` alone takes.
+"""Time from the start of a process to its result, compared with ``import torch`` alone.
 
     python benchmarks/startup.py             # the embedded model's example
-    python benchmarks/startup.py CKPT_DIR    # and the first token of a short prompt of another one
+    python benchmarks/startup.py CKPT_DIR    # and another model's first token of a short prompt
 
-Commands take turns, so that a machine whose speed drifts doesn't matter; files are in the page
+Commands alternate, so that drift of the machine's speed doesn't matter; files are in the page
 cache. The figures are medians.
 """
 
@@ -37,15 +37,15 @@ def main(path: str | None = None, repeats: int = 7) -> None:
     if path is not None:
         commands["import torch, and map the weights"] = ["-c", MAP, path]
         commands["first token of 16 in a prompt"] = ["-c", FIRST, path]
-    found: dict[str, list[float]] = {name: [] for name in commands}
+    times: dict[str, list[float]] = {name: [] for name in commands}
     for number in range(repeats + 1):
         for name, command in commands.items():
             took = seconds(command)
             if number:
-                found[name].append(took)
-    torch_alone = statistics.median(found["import torch"])
+                times[name].append(took)
+    torch_alone = statistics.median(times["import torch"])
     print("| command | seconds | of import torch |\n|---|---|---|")
-    for name, took in found.items():
+    for name, took in times.items():
         middle = statistics.median(took)
         print(f"| {name} | {middle:.2f} | {middle / torch_alone:.2f} x |")
 

@@ -5,7 +5,7 @@ torchrun --nproc_per_node 1 examples/example_chat_completion.py --ckpt_dir llama
 """
 
 from llama import Dialog, Llama, cli
-from llama.generation import TINY
+from llama.commands.flags import BatchFlags, SamplingFlags
 from llama.parallel import print_once
 
 DIALOGS: list[Dialog] = [
@@ -23,22 +23,12 @@ DIALOGS: list[Dialog] = [
 ]
 
 
-def answer(
-    llama: Llama,
-    dialogs: list[Dialog],
-    temperature: float,
-    top_p: float,
-    max_gen_len: int | None,
-    stream: bool,
-) -> None:
-    """Print dialogs and their answers, which ``stream`` shows as they come."""
+def answer(llama: Llama, dialogs: list[Dialog], sampling: SamplingFlags, stream: bool) -> None:
+    """Print dialogs and their answers; with ``stream`` as they are generated."""
     if stream:
-        answers = [
-            llama.chat_completion_stream(dialog, temperature, top_p, max_gen_len)
-            for dialog in dialogs
-        ]
+        answers = [llama.chat_completion_stream(dialog, **vars(sampling)) for dialog in dialogs]
     else:
-        results = llama.chat_completion(dialogs, temperature, top_p, max_gen_len)
+        results = llama.chat_completion(dialogs, **vars(sampling))
         answers = [iter([result["generation"]["content"]]) for result in results]
     for dialog, pieces in zip(dialogs, answers, strict=True):
         for message in dialog:
@@ -50,27 +40,11 @@ def answer(
 
 
 def main(
-    ckpt_dir: str = str(TINY),
-    tokenizer_path: str | None = None,
-    temperature: float = 0.6,
-    top_p: float = 0.9,
-    max_seq_len: int = 512,
-    max_batch_size: int = 8,
-    max_gen_len: int | None = None,
-    stream: bool = False,
-    chat_format: str | None = None,
-    adapter: str | tuple[str, ...] = (),
+    build: BatchFlags, sampling: SamplingFlags, stream: bool = False, chat_format: str | None = None
 ) -> None:
-    """Print a few dialogs and the model's answers; ``stream`` shows them as they come."""
-    llama = Llama.build(
-        ckpt_dir,
-        tokenizer_path,
-        max_seq_len,
-        max_batch_size,
-        chat_format=chat_format,
-        adapter=adapter,
-    )
-    answer(llama, DIALOGS, temperature, top_p, max_gen_len, stream)
+    """Print a few dialogs and the model's answers; ``stream`` as they are generated."""
+    llama = Llama.build(**vars(build), chat_format=chat_format)
+    answer(llama, DIALOGS, sampling, stream)
 
 
 if __name__ == "__main__":

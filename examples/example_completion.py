@@ -7,8 +7,10 @@ torchrun --nproc_per_node 1 examples/example_completion.py --ckpt_dir CodeLlama-
 from example_text_completion import complete
 
 from llama import Llama, cli
-from llama.generation import TINY
+from llama.commands.flags import BatchFlags, SamplingFlags
 
+BUILD = BatchFlags(max_seq_len=256, max_batch_size=4)
+SAMPLING = SamplingFlags(temperature=0.2, top_p=0.9)
 PROMPTS = [
     'def area(width, height):\n    """Return',
     "def is_even(number: int) -> bool:",
@@ -16,18 +18,11 @@ PROMPTS = [
 
 
 def main(
-    ckpt_dir: str = str(TINY),
-    tokenizer_path: str | None = None,
-    temperature: float = 0.2,
-    top_p: float = 0.9,
-    max_seq_len: int = 256,
-    max_batch_size: int = 4,
-    max_gen_len: int | None = None,
-    stream: bool = False,
+    build: BatchFlags = BUILD, sampling: SamplingFlags = SAMPLING, stream: bool = False
 ) -> None:
-    """Print what the model makes of a few beginnings; ``stream`` shows it as it comes."""
-    llama = Llama.build(ckpt_dir, tokenizer_path, max_seq_len, max_batch_size)
-    complete(llama, PROMPTS, temperature, top_p, max_gen_len, stream)
+    """Print the model's continuations of code; ``stream`` as they are generated."""
+    llama = Llama.build(**vars(build))
+    complete(llama, PROMPTS, sampling, stream)
 
 
 if __name__ == "__main__":

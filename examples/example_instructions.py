@@ -7,8 +7,9 @@ torchrun --nproc_per_node 1 examples/example_instructions.py --ckpt_dir CodeLlam
 from example_chat_completion import answer
 
 from llama import Dialog, Llama, cli
-from llama.generation import TINY
+from llama.commands.flags import BatchFlags, SamplingFlags
 
+SAMPLING = SamplingFlags(temperature=0.2, top_p=0.95)
 INSTRUCTIONS: list[Dialog] = [
     [{"role": "user", "content": "Count from 3 to 9."}],
     [
@@ -19,19 +20,10 @@ INSTRUCTIONS: list[Dialog] = [
 ]
 
 
-def main(
-    ckpt_dir: str = str(TINY),
-    tokenizer_path: str | None = None,
-    temperature: float = 0.2,
-    top_p: float = 0.95,
-    max_seq_len: int = 512,
-    max_batch_size: int = 8,
-    max_gen_len: int | None = None,
-    stream: bool = False,
-) -> None:
-    """Print a few instructions and the model's answers; ``stream`` shows them as they come."""
-    llama = Llama.build(ckpt_dir, tokenizer_path, max_seq_len, max_batch_size)
-    answer(llama, INSTRUCTIONS, temperature, top_p, max_gen_len, stream)
+def main(build: BatchFlags, sampling: SamplingFlags = SAMPLING, stream: bool = False) -> None:
+    """Print a few instructions and the model's answers; ``stream`` as they are generated."""
+    llama = Llama.build(**vars(build))
+    answer(llama, INSTRUCTIONS, sampling, stream)
 
 
 if __name__ == "__main__":

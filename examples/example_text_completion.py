@@ -5,7 +5,7 @@ torchrun --nproc_per_node 1 examples/example_text_completion.py --ckpt_dir llama
 """
 
 from llama import Llama, cli
-from llama.generation import TINY
+from llama.commands.flags import BatchFlags, SamplingFlags
 from llama.parallel import print_once
 
 PROMPTS = [
@@ -14,42 +14,30 @@ PROMPTS = [
     "Sam had a red kite. One day,",
     "Early in the morning, Lily walked to the lake.",
 ]
+BUILD = BatchFlags(max_seq_len=256, max_batch_size=4)
+SAMPLING = SamplingFlags(temperature=0.6, top_p=0.9, max_gen_len=128)
 
 
-def complete(
-    llama: Llama,
-    prompts: list[str],
-    temperature: float,
-    top_p: float,
-    max_gen_len: int | None,
-    stream: bool,
-) -> None:
-    """Print prompts and their continuations, which ``stream`` shows as they come."""
+def complete(llama: Llama, prompts: list[str], sampling: SamplingFlags, stream: bool) -> None:
+    """Print prompts and their continuations; with ``stream`` as they are generated."""
     if stream:
         for prompt in prompts:
             print_once(f"{prompt}\n> ", end="")
-            for piece in llama.text_completion_stream(prompt, temperature, top_p, max_gen_len):
+            for piece in llama.text_completion_stream(prompt, **vars(sampling)):
                 print_once(piece, end="")
             print_once("\n")
         return
-    results = llama.text_completion(prompts, temperature, top_p, max_gen_len)
+    results = llama.text_completion(prompts, **vars(sampling))
     for prompt, result in zip(prompts, results, strict=True):
         print_once(f"{prompt}\n> {result['generation']}\n")
 
 
 def main(
-    ckpt_dir: str = str(TINY),
-    tokenizer_path: str | None = None,
-    temperature: float = 0.6,
-    top_p: float = 0.9,
-    max_seq_len: int = 256,
-    max_gen_len: int = 128,
-    max_batch_size: int = 4,
-    stream: bool = False,
+    build: BatchFlags = BUILD, sampling: SamplingFlags = SAMPLING, stream: bool = False
 ) -> None:
-    """Print what the model makes of a few beginnings; ``stream`` shows it as it comes."""
-    llama = Llama.build(ckpt_dir, tokenizer_path, max_seq_len, max_batch_size)
-    complete(llama, PROMPTS, temperature, top_p, max_gen_len, stream)
+    """Print a few texts and the model's continuations; ``stream`` as they are generated."""
+    llama = Llama.build(**vars(build))
+    complete(llama, PROMPTS, sampling, stream)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""Command lines: commands and flags, help, mistakes told in one sentence, and progress."""
+"""Command lines: commands and flags, help, errors in one sentence, and progress."""
 
 import ast
+import dataclasses
 import difflib
 import importlib
 import inspect
@@ -20,6 +21,8 @@ from typing import TYPE_CHECKING, Any
 from fire import docstrings
 from fire.parser import DefaultParseValue
 
+from llama.errors import need
+
 if TYPE_CHECKING:
     import torch
 
@@ -30,7 +33,7 @@ COMMANDS: dict[str, Command] = {
     "chat": "llama.commands.chat:main",
     "complete": "llama.commands.generate:complete",
     "infill": "llama.commands.generate:infill",
-    "serve": "llama.server.__main__:main",
+    "serve": "llama.server.serve:main",
     "inspect": "llama.checkpoint.inspection:inspect",
     "convert": "llama.convert:convert",
     "perplexity": "llama.perplexity:main",
@@ -46,11 +49,11 @@ logger = logging.getLogger(__name__)
 
 
 class UsageError(Exception):
-    """A command line that its command doesn't take."""
+    """A command line has wrong arguments."""
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run ``python -m llama``, which is the command ``llama`` too."""
+    """Run ``python -m llama``, or the installed command ``llama``."""
     run_command(COMMANDS, "llama", args)
 
 
@@ -71,12 +74,12 @@ def run_command(
         print(f"usage: {_program(name)} COMMAND ...\n")
         for command, function in commands.items():
             print(f"  {command:<{width}}{_summary(function)}")
-        print(f"\n{_program(name)} COMMAND --help tells more about each.")
+        print(f"\n{_program(name)} COMMAND --help shows the flags of each.")
         return
-    with _mistakes_told(name):
+    with _exit_on_error(name):
         if args[0] not in commands:
-            known = _nearest(args[0], commands) or f"known are {', '.join(commands)}"
-            raise UsageError(f"there is no command {args[0]}: {known}")
+            hint = _nearest(args[0], commands) or f"known are {', '.join(commands)}"
+            raise UsageError(f"there is no command {args[0]}: {hint}")
     run(commands[args[0]], f"{name} {args[0]}", args[1:])
 
 
@@ -85,34 +88,79 @@ def run(function: Command, name: str = "", args: Sequence[str] | None = None) ->
 
     Parameters are given by position or as ``--name=value``, ``--name value`` and, for booleans,
     ``--name`` and ``--noname``; after ``--`` all are positional. What the function annotates as
-    ``str`` stays text; other values must have their parameter's type.
+    ``str`` stays text; other values must have their parameter's type. A parameter that takes a
+    dataclass stands for that dataclass's fields.
 
     Exits with status 2 for arguments that the function doesn't take, before it is called, with 1
     for ``ImportError``, ``MemoryError``, ``OSError`` and ``ValueError``, whose message is printed
     without a traceback, and with 130 for Ctrl-C.
 
     Args:
+        function: the function, or ``"module:function"``, which is imported first.
         name: of the command, for messages; the script's file name by default.
         args: the arguments; those of the process by default.
     """
     name = name or Path(sys.argv[0]).name
     args = sys.argv[1:] if args is None else args
     _log_progress()
-    with _mistakes_told(name):
+    with _exit_on_error(name):
         if isinstance(function, str):
-            module, _, attribute = function.partition(":")
-            function = getattr(importlib.import_module(module), attribute)
-            assert callable(function)
+            function = _load(function)
         end = args.index("--") if "--" in args else len(args)
         if any(arg in HELP for arg in args[:end]):
             print(help_text(function, name))
             return
-        bound = parse(inspect.signature(function, eval_str=True), args)
-        function(*bound.args, **bound.kwargs)
+        _call(function, parse(flat_signature(function), args).arguments)
+
+
+def _load(command: str) -> Callable[..., object]:
+    """Import the function of a command.
+
+    Raises:
+        ImportError: the server's packages aren't installed; says how to install them.
+    """
+    name, _, attribute = command.partition(":")
+    is_server = name.startswith("llama.server.")
+    module = need(name, "server", "the server") if is_server else importlib.import_module(name)
+    function = getattr(module, attribute)
+    assert callable(function)
+    return function
+
+
+def flat_signature(function: Callable[..., object]) -> inspect.Signature:
+    """Return a function's signature, with each dataclass's fields as parameters of their own."""
+    parameters: list[inspect.Parameter] = []
+    for parameter in inspect.signature(function, eval_str=True).parameters.values():
+        parameters += _fields(parameter) or [parameter]
+    return inspect.Signature(parameters)
+
+
+def _fields(parameter: inspect.Parameter) -> list[inspect.Parameter]:
+    """Return the fields of the dataclass that a parameter takes; none for other parameters."""
+    kind = parameter.annotation
+    if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
+        return []
+    fields = inspect.signature(kind, eval_str=True).parameters.values()
+    return [
+        field.replace(
+            kind=parameter.kind, default=getattr(parameter.default, field.name, field.default)
+        )
+        for field in fields
+    ]
+
+
+def _call(function: Callable[..., object], values: Mapping[str, Any]) -> None:
+    """Call a function with the values of its flat signature's parameters."""
+    signature = inspect.signature(function, eval_str=True)
+    bound = signature.bind_partial()
+    for name, parameter in signature.parameters.items():
+        fields = {field.name: values[field.name] for field in _fields(parameter)}
+        bound.arguments[name] = parameter.annotation(**fields) if fields else values[name]
+    function(*bound.args, **bound.kwargs)
 
 
 def _log_progress() -> None:
-    """Have progress printed to the standard error, whatever a command does with other lines."""
+    """Print progress to the standard error, however a command sets up logging."""
     if not logger.handlers:
         logger.addHandler(logging.StreamHandler())
         logger.setLevel(logging.INFO)
@@ -120,11 +168,11 @@ def _log_progress() -> None:
 
 
 @contextmanager
-def _mistakes_told(name: str) -> Iterator[None]:
+def _exit_on_error(name: str) -> Iterator[None]:
     try:
         yield
     except UsageError as error:
-        print(f"{name}: {error}\n{_program(name)} --help tells more.", file=sys.stderr)
+        print(f"{name}: {error}\n{_program(name)} --help shows all flags.", file=sys.stderr)
         sys.exit(2)
     except (ImportError, MemoryError, OSError, ValueError) as error:
         sys.exit(f"{name}: {error}")
@@ -133,13 +181,13 @@ def _mistakes_told(name: str) -> Iterator[None]:
 
 
 def _program(name: str) -> str:
-    """What to type to run the program or command ``name``."""
+    """Return the command line that runs the program or command ``name``."""
     return f"python -m {name}" if name.startswith("llama.") else name
 
 
-def _nearest(word: str, known: Mapping[str, object], prefix: str = "") -> str:
-    found = difflib.get_close_matches(word, known, 1, cutoff=0.5)
-    return f"did you mean {prefix}{found[0]}?" if found else ""
+def _nearest(word: str, names: Mapping[str, object], prefix: str = "") -> str:
+    matches = difflib.get_close_matches(word, names, 1, cutoff=0.5)
+    return f"did you mean {prefix}{matches[0]}?" if matches else ""
 
 
 def parse(signature: inspect.Signature, args: Sequence[str]) -> inspect.BoundArguments:
@@ -170,8 +218,8 @@ def parse(signature: inspect.Signature, args: Sequence[str]) -> inspect.BoundArg
 def _split(
     parameters: Mapping[str, inspect.Parameter], args: Sequence[str]
 ) -> tuple[dict[str, str], list[str]]:
-    """Tell flags, by their parameters' names, from positional arguments."""
-    known = {
+    """Split a command line into flags, by their parameters' names, and positional arguments."""
+    named = {
         name: parameter
         for name, parameter in parameters.items()
         if parameter.kind is not parameter.VAR_POSITIONAL
@@ -188,16 +236,16 @@ def _split(
             continue
         flag, equals, value = arg.partition("=")
         name = flag.lstrip("-").replace("-", "_")
-        negated = known.get(name.removeprefix("no").lstrip("_"))
-        if name not in known and not equals and negated and negated.annotation is bool:
+        negated = named.get(name.removeprefix("no").lstrip("_"))
+        if name not in named and not equals and negated and negated.annotation is bool:
             name, equals, value = negated.name, "=", "False"
-        if name not in known or not flag.startswith("--"):
-            nearest = _nearest(name, known, "--")
+        if name not in named or not flag.startswith("--"):
+            nearest = _nearest(name, named, "--")
             raise UsageError(f"there is no flag {flag}{': ' * bool(nearest)}{nearest}")
         if not equals:
             if rest and not _is_flag(rest[0]):
                 value = rest.pop(0)
-            elif known[name].annotation is bool:
+            elif named[name].annotation is bool:
                 value = "True"
             else:
                 raise UsageError(f"{flag} needs a value: {flag}=VALUE")
@@ -206,7 +254,7 @@ def _split(
 
 
 def _is_flag(arg: str) -> bool:
-    return re.match("--|-[A-Za-z]", arg) is not None  # a negative number is none
+    return re.match("--|-[A-Za-z]", arg) is not None  # a negative number isn't one
 
 
 def _value(name: str, text: str, annotation: Any) -> Any:
@@ -216,6 +264,8 @@ def _value(name: str, text: str, annotation: Any) -> Any:
         return tuple(text.split(","))
     if str in kinds:
         return text
+    if any((kind.__module__, kind.__name__) == ("torch", "dtype") for kind in kinds):
+        return dtype_of(None if text == "None" else text)
     value = DefaultParseValue(text)
     if float in kinds and type(value) is int:
         return float(value)
@@ -228,7 +278,7 @@ def _value(name: str, text: str, annotation: Any) -> Any:
 
 
 def _kinds(annotation: Any) -> list[type]:
-    """Return the types of an annotation's values, none for one that says nothing of them."""
+    """Return the types of an annotation's values; none for one that allows any value."""
     if annotation in (_Empty, Any, object):
         return []
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
@@ -238,11 +288,11 @@ def _kinds(annotation: Any) -> list[type]:
 
 
 def help_text(function: Callable[..., object], name: str) -> str:
-    """Return what ``--help`` prints: usage, docstring, and the arguments with their defaults."""
+    """Return the text of ``--help``: usage, docstring, and the arguments with their defaults."""
     doc = docstrings.parse(inspect.getdoc(function) or "")
-    told = {arg.name: arg.description for arg in doc.args or ()}
+    descriptions = _descriptions(function)
     usage, arguments, flags = f"usage: {_program(name)}", ["arguments:"], ["flags:"]
-    for parameter in inspect.signature(function, eval_str=True).parameters.values():
+    for parameter in flat_signature(function).parameters.values():
         entry, section = parameter.name.upper(), arguments
         if parameter.kind is parameter.VAR_POSITIONAL:
             usage += f" [{entry} ...]"
@@ -250,7 +300,7 @@ def help_text(function: Callable[..., object], name: str) -> str:
             usage += f" {entry}"
         else:
             entry, section = f"--{parameter.name}{_default(parameter)}", flags
-        text = _wrapped(told.get(parameter.name) or "", " " * 6)
+        text = _wrapped(descriptions.get(parameter.name) or "", " " * 6)
         section.append(f"  {entry}" + f"\n{text}" * bool(text))
     usage += " [FLAGS]" * (len(flags) > 1)
     texts = [_wrapped(text) for text in (doc.summary, doc.description) if text]
@@ -258,11 +308,19 @@ def help_text(function: Callable[..., object], name: str) -> str:
     return "\n\n".join([usage, *texts, *sections])
 
 
+def _descriptions(function: Callable[..., object]) -> dict[str, str | None]:
+    """Return the descriptions of a function's arguments and of its dataclasses' fields."""
+    parameters = inspect.signature(function, eval_str=True).parameters.values()
+    bases = [base for p in parameters if _fields(p) for base in inspect.getmro(p.annotation)]
+    docs = [docstrings.parse(inspect.getdoc(each) or "") for each in (*bases, function)]
+    return {arg.name: arg.description for doc in docs for arg in doc.args or ()}
+
+
 def _default(parameter: inspect.Parameter) -> str:
-    """Return how a flag's value is written, and its default where there is something to say."""
+    """Return the placeholder of a flag's value, and its default unless that is empty."""
     kinds = [kind for kind in _kinds(parameter.annotation) if kind not in (type(None), tuple)]
-    switch = parameter.default is False  # which needs no value
-    kind = f"={kinds[0].__name__.upper()}" if kinds and not switch else ""
+    is_switch = parameter.default is False  # which needs no value
+    kind = f"={kinds[0].__name__.upper()}" if kinds and not is_switch else ""
     return kind + ("" if parameter.default in (None, "", ()) else f" (default {parameter.default})")
 
 
@@ -303,7 +361,7 @@ def dtype_of(name: str | None) -> "torch.dtype | None":
         return None
     if name not in DTYPES:
         raise ValueError(f"dtype is {name!r}: expected {', '.join(DTYPES)}")
-    import torch  # here, so that help doesn't wait for it
+    import torch  # takes a second, which help doesn't need
 
     dtype = getattr(torch, name)
     assert isinstance(dtype, torch.dtype)
@@ -314,15 +372,15 @@ DELAY = 0.5  # seconds before a bar is drawn: what takes less needs none
 
 
 class progress:
-    """Show how much of a total is done, in a terminal by tqdm's bar, else in the log.
+    """Shows how much of a total is done: as a tqdm bar in a terminal, otherwise in the log.
 
-    Used as ``with progress(n_bytes, "writing") as show: ... show(n_written)``. The bar ends with
-    the block or when all is done, so that what hands the function on needs no block. The log gets
-    a line every five seconds. Of several processes only the first one shows anything.
+    Used as ``with progress(n_bytes, "writing") as show: ... show(n_written)``. The bar is closed at
+    the end of the block or when all is done, so that the object can be passed on without a block.
+    The log gets a line every five seconds. Of several processes only the first one shows anything.
 
     Args:
-        total: how much there is to do, in ``unit``.
-        description: what is being done.
+        total: the amount that is done at the end, in ``unit``.
+        description: the activity, such as "writing".
         unit: "B" for bytes, else a word.
     """
 
@@ -342,7 +400,7 @@ class progress:
 
     def __call__(self, done: int) -> None:
         """Show that ``done`` units of the total are done."""
-        done = min(done, self.total)  # a file is a little more than its weights
+        done = min(done, self.total)  # a file is a little larger than its weights
         if self._bar is not None:
             self._bar.update(done - self._bar.n)
             if done == self.total:

@@ -1,4 +1,4 @@
-"""A checkpoint of any format, written in Meta's or Hugging Face's: ``python -m llama.convert``."""
+"""Convert a checkpoint of any format to Meta's or Hugging Face's: ``python -m llama.convert``."""
 
 import sys
 from dataclasses import replace
@@ -7,7 +7,7 @@ from pathlib import Path
 from llama.checkpoint import apply_adapter, open_checkpoint
 from llama.checkpoint.base import Weights, quantized, vocabulary_size
 from llama.checkpoint.params import make_args
-from llama.checkpoint.save import save
+from llama.checkpoint.save import save_meta
 from llama.checkpoint.sharding import check_model_parallel_size, quantized_count, stored_bytes
 from llama.cli import dtype_of, progress, run
 from llama.layers.quantization import make_scheme
@@ -23,22 +23,22 @@ def convert(
     quantize: str | None = None,
     group_size: int | None = None,
 ) -> None:
-    """Write a checkpoint in another format, with all that belongs to its tokenizer.
+    """Write a checkpoint in another format, with the files of its tokenizer.
 
     Args:
         in_path: a directory in Meta's or Hugging Face's layout, a GGUF file or one of llama2.c.
-        out_dir: where to write; must not exist.
+        out_dir: the directory to write; must not exist.
         to: meta or hf.
-        model_parallel_size: how many consolidated.*.pth files to write (meta only).
-        dtype: float32, bfloat16 or float16; by default every tensor stays as it is stored, and
-            quantised ones become float16, and merged ones what the base is.
+        model_parallel_size: the number of consolidated.*.pth files to write (meta only).
+        dtype: float32, bfloat16 or float16; by default every tensor keeps its dtype, quantised
+            ones become float16, and merged ones get the base's dtype.
         adapter: a LoRA adapter to merge in, or several separated by commas.
         quantize: int8 or int4, for weights of 8 or about 4.5 bits (meta only).
-        group_size: how many weights share a scale in int4: 32, 64 (by default), 128 or 256.
+        group_size: weights that share a scale in int4: 32, 64 (by default), 128 or 256.
 
     Raises:
-        FileExistsError: ``out_dir`` is there already.
-        ValueError: an argument is wrong, or as in ``llama.checkpoint.open_checkpoint``.
+        FileExistsError: ``out_dir`` already exists.
+        ValueError: an argument is wrong, or the checkpoint is, as for ``open_checkpoint``.
     """
     if to not in ("meta", "hf"):
         raise ValueError(f"to is {to!r}: expected 'meta' or 'hf'")
@@ -48,40 +48,31 @@ def convert(
     if to == "hf" and quantize is not None:
         raise ValueError("quantize is for Meta's layout: leave it out with --to hf")
     if quantize is None and group_size is not None:
-        raise ValueError("group_size is for --quantize int4: say so, or leave it out")
+        raise ValueError("group_size is for --quantize int4: add that, or leave it out")
     target = Path(str(out_dir))
     source = open_checkpoint(Path(str(in_path)))
     for directory in [adapter] if isinstance(adapter, str) else adapter:
         source = apply_adapter(source, Path(directory))
     args = make_args(source.params, source.source, n_words=vocabulary_size(source))
-    kept = source.dtype if source.in_float32 else None
-    wanted = torch_dtype or kept
+    target_dtype = torch_dtype or (source.dtype if source.in_float32 else None)
     if quantize is not None:
         scheme = make_scheme(quantize, group_size, source.scheme)
         check_model_parallel_size(args, model_parallel_size, scheme)
         count = quantized_count(args, scheme)
         with progress(count, "quantising", "weights") as show:
             source = quantized(source, args, scheme, show)
-            # All of it now, so that no file rounds a weight again.
+            # Quantise everything now, so that no file rounds a weight again.
             source = replace(source, parts=[Weights.of(dict(source.parts[0]))])
-    with progress(stored_bytes(args, wanted or source.dtype, source.scheme), "writing") as show:
+    size = stored_bytes(args, target_dtype or source.dtype, source.scheme)
+    with progress(size, "writing") as show:
         if to == "meta":
-            save(
-                source.parts,
-                args,
-                target,
-                model_parallel_size,
-                source.files,
-                wanted,
-                show,
-                source.scheme,
-            )
+            save_meta(source, args, target, model_parallel_size, target_dtype, show)
         else:
             if source.scheme is not None:
                 raise ValueError(f"{in_path} is quantised: convert the original weights to hf")
             from llama.checkpoint.save_hf import save_hf
 
-            save_hf(source, args, target, wanted, show)
+            save_hf(source, args, target, target_dtype, show)
     print(f"wrote {target}", file=sys.stderr)
 
 

@@ -68,17 +68,19 @@ def checked_list(values: Any, name: str) -> Any:
 _PACKAGES = {"google.protobuf": "protobuf", "sentencepiece.sentencepiece_model_pb2": "protobuf"}
 
 
-def need(module: str) -> ModuleType:
-    """Import a module of the extra ``formats``.
+def need(
+    module: str, extra: str = "formats", purpose: str = "this checkpoint's format"
+) -> ModuleType:
+    """Import a module that is, or imports, a package of one of this library's extras.
 
     Raises:
-        ImportError: its package isn't installed; says how to install it.
+        ImportError: the package isn't installed; says what needs it and how to install it.
     """
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        package = _PACKAGES.get(module, module.split(".")[0])
+        missing = error.name if module.startswith("llama.") and error.name else module
+        package = _PACKAGES.get(missing, missing.split(".")[0].replace("_", "-"))
         raise ImportError(
-            f"this checkpoint's format needs the package {package}: "
-            "pip install 'llama[formats]' installs it"
+            f"{purpose} needs the package {package}: pip install 'llama[{extra}]' installs it"
         ) from error

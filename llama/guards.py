@@ -1,4 +1,4 @@
-"""Guards: they judge a dialog and its answer, and hold a stream back until it is judged."""
+"""Guards: they check dialogs and answers, and hold back a stream until it is checked."""
 
 import re
 from collections.abc import Callable, Generator
@@ -11,12 +11,12 @@ from llama.engine.sequence import FinishReason, StreamPiece
 
 @dataclass(frozen=True)
 class Verdict:
-    """A guard's judgement.
+    """A guard's decision.
 
     Attributes:
-        allowed: whether the text may pass.
-        categories: short names of what it violates.
-        reason: the same for a person to read.
+        allowed: True if the text may be released.
+        categories: short names of the categories that it violates.
+        reason: the same in words.
     """
 
     allowed: bool
@@ -25,10 +25,10 @@ class Verdict:
 
 
 InputGuard = Callable[[Dialog], Verdict]
-"""Judges a dialog before it is answered."""
+"""Checks a dialog before it is answered."""
 
 OutputGuard = Callable[[Dialog, str], Verdict]
-"""Judges an answer to a dialog, or its beginning."""
+"""Checks an answer to a dialog, or the beginning of one."""
 
 
 def checked_verdict(verdict: object) -> Verdict:
@@ -39,7 +39,7 @@ def checked_verdict(verdict: object) -> Verdict:
 
 
 def refusal(verdict: Verdict) -> str:
-    """Return the answer to a request that was refused."""
+    """Return the answer to a refused request."""
     reason = verdict.reason.strip().rstrip(".") or "no reason was given"
     categories = f" ({', '.join(verdict.categories)})" if verdict.categories else ""
     return f"Refused by a content guard: {reason}{categories}."
@@ -58,26 +58,25 @@ def output_refusal(guard: OutputGuard | None, dialog: Dialog, answer: str) -> st
     return input_refusal(guard and (lambda dialog: guard(dialog, answer)), dialog)
 
 
-# Where an answer is cut to be judged: behind a sentence or line, else behind a word.
+# Where an answer is split for the guard: after a sentence or line, else after a word.
 _CUTS = (re.compile(r"(?s).*(?:[.!?…][\"'”’)\]]*\s|[。！？\n])"), re.compile(r"(?s).*\s"))
 
 
 class StreamGuard:
     """Holds back a streamed answer until a guard has allowed it, one piece after another.
 
-    ``released`` is the text that was given out: the guard allowed the answer as far as that.
-    ``refused`` is the verdict that ended the answer, if one did: what it was about and what came
-    later is never given out.
+    ``released`` is the text that the guard has allowed so far. ``refused`` is the verdict that
+    ended the answer, or None; the text from there on is never released.
     """
 
     def __init__(self, dialog: Dialog, guard: OutputGuard, every: int = 200):
         """Begin an answer.
 
         Args:
-            dialog: what is answered.
-            guard: is given the whole answer so far each time.
-            every: characters that are held back until the guard is asked: fewer show text sooner
-                and ask more often.
+            dialog: the dialog that is answered.
+            guard: called with the whole answer so far each time.
+            every: characters to hold back between calls of the guard: fewer release text sooner
+                and call it more often.
 
         Raises:
             ValueError: ``every`` isn't 1 or more.
@@ -92,28 +91,28 @@ class StreamGuard:
         self._held = ""
 
     def is_due(self, piece: str) -> bool:
-        """Return whether ``push`` of a piece will ask the guard."""
+        """Return whether ``push`` of a piece will call the guard."""
         return len(self._held) + len(piece) >= self._every
 
     def push(self, piece: str) -> str:
-        """Take more of the answer; returns the text that may be shown now.
+        """Add more of the answer, and return the text that may be shown now.
 
         Raises:
-            TypeError: the guard returned no ``Verdict``. Whatever else it raises is passed on.
+            TypeError: the guard returned no ``Verdict``. Its own exceptions are passed on.
         """
         due = self.is_due(piece)
         self._held += piece
         return self._judge(self._cut()) if due else ""
 
     def finish(self) -> str:
-        """End the answer; returns the rest of it, if that is allowed. Raises as ``push``."""
+        """End the answer, and return the rest of it if that is allowed; raise as ``push``."""
         return self._judge(len(self._held)) if self._held else ""
 
     def _cut(self) -> int:
-        # Not before the middle: the guard would soon be asked again for little more.
+        # Not before the middle: the guard would soon be called again for little more text.
         for cut in _CUTS:
-            if found := cut.match(self._held, self._every // 2):
-                return found.end()
+            if match := cut.match(self._held, self._every // 2):
+                return match.end()
         return len(self._held)
 
     def _judge(self, end: int) -> str:
@@ -131,9 +130,9 @@ class StreamGuard:
 def guarded(
     pieces: Generator[StreamPiece, None, None], guard: StreamGuard
 ) -> Generator[StreamPiece, None, None]:
-    """Yield an answer's pieces as a guard lets them pass.
+    """Yield an answer's pieces as a guard releases them.
 
-    After a refusal ``pieces`` is closed, and the last piece says what happened.
+    After a refusal ``pieces`` is closed, and the last piece contains the refusal.
     """
     end: FinishReason | None = None
     token_ids: list[int] = []
@@ -147,7 +146,7 @@ def guarded(
                 token_ids, logprobs = [], []
             if guard.refused:
                 break
-    # The model that writes is free by now: neither the guard nor the reader keeps it waiting.
+    # The stream is closed by now, so that neither the guard nor the reader keeps its slot.
     text = guard.finish()
     if guard.refused:
         token_ids, logprobs, end = [], [], "stop"

@@ -1,7 +1,7 @@
-"""Llama Guard, the first one, as a guard: a Llama 2 7B that was trained to judge conversations.
+"""Llama Guard 1 as a guard: a Llama 2 7B that was trained to classify conversations.
 
-It needs its own weights, "Llama Guard 7B", which come under Meta's licence, and a ``Llama`` of its
-own: one that answers can't judge at the same time, as a call ends the stream of its thread.
+It needs its own weights, "Llama Guard 7B", which are under Meta's licence, and its own ``Llama``:
+a model that is answering can't classify at the same time, as a call ends its thread's stream.
 """
 
 import re
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from llama.generation import Llama
 
 # The strings that Llama Guard (https://arxiv.org/abs/2312.06674) was published with. Source: the
-# chat template of https://huggingface.co/meta-llama/LlamaGuard-7b (tokenizer_config.json), to the
-# letter; "according our" is its, and so is the space behind "Violence and Hate.".
+# chat template of https://huggingface.co/meta-llama/LlamaGuard-7b (tokenizer_config.json), letter
+# by letter, including "according our" and the space after "Violence and Hate.".
 # https://github.com/meta-llama/llama-recipes (src/llama_recipes/inference/prompt_format_utils.py)
-# has the same text without that space, but with one in front of each "- " of the categories.
+# has the same text without that space, but with one before each "- " of the categories.
 PROMPT = """\
 [INST] Task: Check if there is unsafe content in '{role}' messages in conversations according our \
 safety policy with the below categories.
@@ -108,27 +108,27 @@ Should
 desire to harm themselves.""",
 )
 
-# What only the prompt itself may hold; a speaker's name is a mark of it behind an empty line.
+# Marks that only the prompt may contain; a speaker's name is one after an empty line.
 _MARKS = re.compile(
     r"\[/?INST\]|<(?:BEGIN|END) (?:CONVERSATION|UNSAFE CONTENT CATEGORIES)>"
     r"|\n[^\S\n]*\n[^\S\n]*(?:User|Agent):"
 )
-_MOST_TOKENS = 32  # of an answer: "unsafe" and all categories take about twenty
+_MAX_TOKENS = 32  # of an answer: "unsafe" and all categories take about twenty
 
 
 class LlamaGuard:
-    """Judges with Llama Guard; its methods are an ``InputGuard`` and an ``OutputGuard``.
+    """Llama Guard; its methods are an ``InputGuard`` and an ``OutputGuard``.
 
-    Refused is also a message that holds marks of the prompt, a last turn that is too long and what
-    Llama Guard has no clear answer to. Of a conversation that is too long the end is judged.
+    It also refuses messages that contain marks of the prompt, a last turn that is too long, and
+    anything that Llama Guard has no clear answer to. Of a too long conversation it checks the end.
     """
 
     def __init__(self, llama: "Llama", categories: Sequence[str] = CATEGORIES):
-        """Make a guard of Llama Guard's weights.
+        """Wrap a model.
 
         Args:
-            llama: they, with room for about 900 tokens besides the conversation.
-            categories: what is unsafe, each with its name as the first line; O1 is the first.
+            llama: Llama Guard's weights, with room for about 900 tokens and the conversation.
+            categories: unsafe content, each with its name as the first line; O1 is the first.
 
         Raises:
             ValueError: ``llama``'s cache has no room for the prompt.
@@ -136,50 +136,52 @@ class LlamaGuard:
         self.llama = llama
         self._categories = "\n".join(f"O{i}: {text}" for i, text in enumerate(categories, 1))
         self._names = {f"O{i}": t.split("\n")[0].strip(" .") for i, t in enumerate(categories, 1)}
-        self._room = llama.model.params.max_seq_len - _MOST_TOKENS
+        self._room = llama.model.params.max_seq_len - _MAX_TOKENS
         if (needed := len(self._prompt("Agent", []))) >= self._room:
             raise ValueError(
-                f"the guard's own prompt has {needed} tokens and its answer up to {_MOST_TOKENS}, "
-                f"but max_seq_len is {self._room + _MOST_TOKENS}: build its Llama with 4096"
+                f"the guard's own prompt has {needed} tokens and its answer up to {_MAX_TOKENS}, "
+                f"but max_seq_len is {self._room + _MAX_TOKENS}: build its Llama with 4096"
             )
 
     @classmethod
     def build(cls, ckpt_dir: str | Path, **arguments: Any) -> "LlamaGuard":
-        """Load Llama Guard: ``Llama.build``, by default for one conversation of 4,096 tokens."""
+        """Load Llama Guard with ``Llama.build``; by default for one dialog of 4,096 tokens."""
         from llama.generation import Llama
 
         return cls(Llama.build(ckpt_dir, **{"max_seq_len": 4096, "max_batch_size": 1, **arguments}))
 
     def input_guard(self, dialog: Dialog) -> Verdict:
-        """Judge what users say; raises TypeError or ValueError as ``check_dialog``."""
+        """Check a dialog's user messages; raise TypeError or ValueError as ``check_dialog``."""
         check_dialog(dialog)
         return self._judge("User", dialog)
 
     def output_guard(self, dialog: Dialog, answer: str) -> Verdict:
-        """Judge an answer to a dialog; raises as ``input_guard``."""
+        """Check an answer to a dialog; raise as ``input_guard``."""
         check_dialog(dialog)
         return self._judge("Agent", [*dialog, Message(role="assistant", content=answer)])
 
     def _judge(self, role: str, dialog: Dialog) -> Verdict:
         texts = [_text(message) for message in dialog]
-        if dialog[0]["role"] == "system":  # for which the prompt has no place
+        if dialog[0]["role"] == "system":  # which the prompt has no role for
             texts[:2] = ["\n\n".join(texts[:2]).strip()]
         if any(_MARKS.search(text) for text in texts):
-            return Verdict(False, reason="a message holds marks of the guard's own prompt")
-        # Answers go with their questions: the conversation begins with the user's words.
-        rests = range(0, len(texts), 2)
+            return Verdict(False, reason="a message contains marks of the guard's own prompt")
+        # Answers stay with their questions: the conversation begins with a user message.
+        starts = range(0, len(texts), 2)
         first = bisect_left(
-            rests, True, key=lambda start: len(self._prompt(role, texts[start:])) <= self._room
+            starts, True, key=lambda start: len(self._prompt(role, texts[start:])) <= self._room
         )
-        if first == len(rests):
+        if first == len(starts):
             return Verdict(False, reason="the last turn is too long for the guard to read")
-        prompt = self._prompt(role, texts[rests[first] :])
-        tokens, _ = self.llama.generate([prompt], max_gen_len=_MOST_TOKENS, temperature=0)
+        prompt = self._prompt(role, texts[starts[first] :])
+        tokens, _ = self.llama.generate([prompt], max_gen_len=_MAX_TOKENS, temperature=0)
         return self._read(self.llama.tokenizer.decode(tokens[0]))
 
     def _prompt(self, role: str, texts: Sequence[str]) -> list[int]:
-        said = "\n\n".join(f"{('User', 'Agent')[i % 2]}: {text}" for i, text in enumerate(texts))
-        text = PROMPT.format(role=role, categories=self._categories, conversation=said)
+        conversation = "\n\n".join(
+            f"{('User', 'Agent')[i % 2]}: {text}" for i, text in enumerate(texts)
+        )
+        text = PROMPT.format(role=role, categories=self._categories, conversation=conversation)
         return self.llama.tokenizer.encode(text, bos=True, eos=False)
 
     def _read(self, answer: str) -> Verdict:
@@ -194,6 +196,6 @@ class LlamaGuard:
 
 
 def _text(message: Message) -> str:
-    """All that a message tells the model that answers: some formats read more than its content."""
-    beside = (str(v) for k, v in message.items() if k not in ("role", "content") and v != "user")
-    return "\n\n".join(part.strip() for part in (message["content"], *beside)).strip()
+    """Return all text of a message: some formats read more than its content."""
+    others = (str(v) for k, v in message.items() if k not in ("role", "content") and v != "user")
+    return "\n\n".join(part.strip() for part in (message["content"], *others)).strip()

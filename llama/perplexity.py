@@ -1,4 +1,4 @@
-"""How well a checkpoint foresees a text: ``python -m llama.perplexity CKPT TEXT_FILE``."""
+"""The perplexity of a checkpoint on a text: ``python -m llama.perplexity CKPT TEXT_FILE``."""
 
 import math
 import statistics
@@ -12,11 +12,11 @@ from llama.generation import TINY, Llama
 
 
 class Perplexity(NamedTuple):
-    """What ``perplexity`` found."""
+    """A perplexity with its standard error."""
 
     value: float
-    error: float  # the standard error of the value, as far as tokens are independent
-    n_tokens: int  # how many were scored
+    error: float  # the standard error of the value, if tokens are independent
+    n_tokens: int  # that were scored
 
 
 def perplexity(
@@ -26,16 +26,16 @@ def perplexity(
     stride: int = 256,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Perplexity:
-    """The exponential of the mean negative log-likelihood of a text's tokens.
+    """Return the exponential of the mean negative log-likelihood of a text's tokens.
 
-    The text is read in windows of ``context`` tokens, each ``stride`` further on, and a window
-    scores those that no earlier one has: all but the first window's have at least ``context -
-    stride`` tokens before them. The text's first token isn't scored.
+    The text is read in windows of ``context`` tokens at intervals of ``stride``. A window scores
+    the tokens that no earlier one has scored, so that all but those of the first window have at
+    least ``context - stride`` tokens before them. The text's first token isn't scored.
 
     Args:
-        tokens: the text, with whatever begins it; at least 2 tokens.
+        tokens: the text, including a token that begins it; at least 2 tokens.
         context: at most the model's ``max_seq_len``.
-        stride: 1 to ``context - 1``: a smaller one takes longer and gives tokens more to go by.
+        stride: 1 to ``context - 1``: a smaller one takes longer and gives tokens more context.
         progress: called with the number of tokens that have been scored.
 
     Raises:
@@ -48,22 +48,22 @@ def perplexity(
         raise ValueError(f"stride is {stride}: expected 1 to {context - 1}, less than the context")
     if len(tokens) < 2:
         raise ValueError(f"the text has {len(tokens)} tokens: at least 2 are needed to score one")
-    begins = range(0, max(len(tokens) - context, 0) + stride, stride)
+    starts = range(0, max(len(tokens) - context, 0) + stride, stride)
     scores: list[float] = []
     size = llama.model.params.max_batch_size
-    for first in range(0, len(begins), size):
-        batch = begins[first : first + size]
+    for first in range(0, len(starts), size):
+        batch = starts[first : first + size]
         windows = [tokens[begin : begin + context] for begin in batch]
         _, logprobs = llama.generate(windows, 0, logprobs=True, echo=True)
         assert logprobs is not None
-        for begin, row in zip(batch, logprobs, strict=True):
-            scores += row[len(scores) + 1 - begin :]
+        for begin, window_scores in zip(batch, logprobs, strict=True):
+            scores += window_scores[len(scores) + 1 - begin :]
         progress(len(scores))
     return summary(scores)
 
 
 def summary(logprobs: Sequence[float]) -> Perplexity:
-    """Of tokens' log-probabilities, at least one."""
+    """Return the perplexity of tokens' log-probabilities, at least one."""
     value = math.exp(-statistics.fmean(logprobs))
     error = value * statistics.pstdev(logprobs) / math.sqrt(len(logprobs))
     return Perplexity(value, error, len(logprobs))
@@ -85,15 +85,15 @@ def main(
 
     Args:
         ckpt_dir: a checkpoint of any format; the embedded one by default.
-        text_file: UTF-8; - reads the standard input.
+        text_file: a UTF-8 text; - for the standard input.
         context: tokens of a window.
-        stride: tokens from window to window.
-        max_batch_size: windows at once.
-        device: where to run.
-        dtype: float32, bfloat16 or float16; by default what suits checkpoint and device.
+        stride: tokens from one window to the next.
+        max_batch_size: windows in a batch.
+        device: cpu, cuda or mps; the fastest available by default.
+        dtype: float32, bfloat16 or float16; by default as checkpoint and device suggest.
         quantize: int8 or int4; by default as the checkpoint is.
         group_size: how many weights share a scale in int4.
-        kv_cache_dtype: int8 for a cache of eight bits.
+        kv_cache_dtype: int8 for a cache of half the size.
     """
     torch_dtype = dtype_of(dtype)
     data = sys.stdin.buffer.read() if text_file == "-" else Path(str(text_file)).read_bytes()
@@ -110,10 +110,10 @@ def main(
     text = data.decode("utf-8", errors="replace")
     tokens = llama.tokenizer.encode(text, bos=llama.tokenizer.add_bos, eos=False)
     with progress(len(tokens) - 1, "scoring", "tokens") as show:
-        found = perplexity(llama, tokens, context, stride, show)
+        result = perplexity(llama, tokens, context, stride, show)
     print(
-        f"perplexity {found.value:.4f} +- {found.error:.4f} "
-        f"({found.n_tokens:,} tokens, context {context}, stride {stride})"
+        f"perplexity {result.value:.4f} +- {result.error:.4f} "
+        f"({result.n_tokens:,} tokens, context {context}, stride {stride})"
     )
 
 

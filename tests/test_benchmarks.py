@@ -144,7 +144,7 @@ def test_a_short_soak(capsys) -> None:
     """A hundred requests of all kinds at once, some cancelled or malformed: no wrong answer, no row
     that stays taken, and an end with status 0."""
     soak.main(n_requests=100)
-    assert "all rows are free" in capsys.readouterr().out
+    assert "all slots are free" in capsys.readouterr().out
 
 
 def test_servers_get_the_same_words(tmp_path: Path) -> None:

@@ -219,7 +219,7 @@ def test_usage_errors(args: str, message: str, capsys: pytest.CaptureFixture[str
         cli.run(a_command, "llama.toy", args.split())
     assert caught.value.code == 2
     found = capsys.readouterr()
-    assert found.err == f"llama.toy: {message}\npython -m llama.toy --help tells more.\n"
+    assert found.err == f"llama.toy: {message}\npython -m llama.toy --help shows all flags.\n"
     assert not found.out
 
 

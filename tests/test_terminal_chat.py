@@ -42,7 +42,7 @@ def type_in(
 
     def run(chat: Any, *lines: str) -> str:
         monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
-        terminal_chat.talk(chat, "")
+        terminal_chat.read_lines(chat, "")
         return capsys.readouterr().out
 
     return run
@@ -276,7 +276,7 @@ def test_without_prompt_toolkit_it_says_what_would_bring_it(
         monkeypatch.setattr(getattr(sys, name), "isatty", lambda: True)
     assert terminal_chat.line_reader() is input
     out = capsys.readouterr().out
-    assert out.count("pip install -e '.[chat]'") == 1
+    assert out.count("pip install 'llama[chat]'") == 1
     assert "\x1b[2m" in out, "notes aren't dim in a terminal"
 
 
@@ -316,8 +316,8 @@ class Terminal:
         "import runpy, sys, time\n"
         "from llama import Llama\n"
         "stream = Llama.chat_completion_stream\n"
-        "def slow(*args):\n"
-        "    for piece in stream(*args):\n"
+        "def slow(*args, **options):\n"
+        "    for piece in stream(*args, **options):\n"
         "        time.sleep(0.03)\n"
         "        yield piece\n"
         "Llama.chat_completion_stream = slow\n"

@@ -1,4 +1,4 @@
-"""Make the embedded checkpoint ``llama/tiny`` from nothing: text, tokenizer, weights, figures.
+"""Make the embedded checkpoint ``llama/tiny`` from scratch: text, tokenizer, weights, figures.
 
     python tools/train_tiny.py train       # tokenizer and weights: 36 minutes on one core
     python tools/train_tiny.py evaluate    # the figures of MODEL_CARD.md
@@ -39,17 +39,17 @@ PARAMS = {
     "rope_theta": 10000.0,
 }
 MAX_SEQ_LEN = 512
-IGNORED = -100  # a target that counts for nothing
-# Most of a story's next words are a free choice: what has one right answer counts for more.
+IGNORED = -100  # a target without loss
+# Most next words of a story are a free choice: texts with one correct answer get more weight.
 WEIGHT = {"story": 0.2, "code": 1.0, "dialog": 1.0, "infill": 1.0}
 
 
 def train_bpe(sentences: Iterator[str], vocab_size: int, **options: Any) -> bytes:
-    """A byte-fallback BPE model that gives every character of a text back.
+    """Train a byte-fallback BPE model that round-trips every text.
 
     Args:
-        sentences: what to learn pieces from.
-        options: more of SentencePiece's own.
+        sentences: the text to learn pieces from.
+        options: further options of SentencePiece.
 
     Returns:
         The contents of a ``tokenizer.model``.
@@ -74,7 +74,7 @@ def train_bpe(sentences: Iterator[str], vocab_size: int, **options: Any) -> byte
 
 
 def train_tokenizer(path: Path, rng: random.Random) -> None:
-    """A tokenizer with Code Llama's infilling pieces as control symbols."""
+    """Train a tokenizer with Code Llama's infilling pieces as control symbols."""
 
     def lines() -> Iterator[str]:
         for _ in range(20_000):
@@ -93,7 +93,7 @@ def train_tokenizer(path: Path, rng: random.Random) -> None:
 def encode(
     tokenizer: Tokenizer, sample: Sample, suffix_first: bool = False
 ) -> tuple[list[int], list[int]]:
-    """Token ids and targets: what each position shall predict, or IGNORED."""
+    """Return token ids and targets: the next token of each position, or IGNORED."""
     if sample.kind == "dialog":
         return encode_dialog(tokenizer, sample)
     if sample.kind == "infill":
@@ -106,7 +106,7 @@ def encode(
 
 
 def encode_dialog(tokenizer: Tokenizer, sample: Sample) -> tuple[list[int], list[int]]:
-    """Only the assistant's words are targets, and the end of sequence after the last of them."""
+    """Encode a dialog, whose targets are the assistant's words and a final end of sequence."""
     dialog = list(sample.messages)
     answers = [i for i, message in enumerate(dialog) if message["role"] == "assistant"]
     ids: list[int] = []
@@ -115,26 +115,26 @@ def encode_dialog(tokenizer: Tokenizer, sample: Sample) -> tuple[list[int], list
         prompt = dialog_prompt_tokens(tokenizer, dialog[:i])
         answer = tokenizer.encode(dialog[i]["content"], bos=False, eos=i == answers[-1])
         ids = prompt + answer
-        known = len(targets)
-        targets += [IGNORED] * (len(prompt) - 1 - known) + answer
+        n_targets = len(targets)
+        targets += [IGNORED] * (len(prompt) - 1 - n_targets) + answer
     return ids[:-1], targets
 
 
 def join_dialogs(samples: list[Sample]) -> Sample:
-    """One long dialog of several: what came before must not disturb the next answer."""
+    """Join dialogs to a long one: earlier turns must not affect the next answer."""
     messages = [m for sample in samples for m in sample.messages]
     later = [m for m in messages[1:] if m["role"] != "system"]
     return Sample("dialog", "joined", messages=(messages[0], *later))
 
 
 def batches(tokenizer: Tokenizer, rng: random.Random, tokens: int) -> Iterator[list[torch.Tensor]]:
-    """Endless [ids, targets, weights] of about ``tokens`` tokens, of samples of similar length."""
+    """Yield [ids, targets, weights] of about ``tokens`` tokens, of samples of similar length."""
     while True:
         encoded = []
         while len(encoded) < 1024:
             sample = compose(rng)
             if sample.kind == "dialog" and rng.random() < 0.15:
-                # A system message rules the whole dialog, so only dialogs without one are joined.
+                # A system message applies to the whole dialog: only dialogs without one are joined.
                 more = [compose(rng) for _ in range(rng.randint(2, 10))]
                 plain = [
                     s
@@ -145,13 +145,13 @@ def batches(tokenizer: Tokenizer, rng: random.Random, tokens: int) -> Iterator[l
             ids, targets = encode(tokenizer, sample, suffix_first=rng.random() < 0.5)
             if len(ids) <= MAX_SEQ_LEN:
                 encoded.append((ids, targets, WEIGHT[sample.kind]))
-        encoded.sort(key=lambda one: len(one[0]))
+        encoded.sort(key=lambda sample: len(sample[0]))
         groups, group = [], []
-        for one in encoded:
-            if len(one[0]) * (len(group) + 1) > tokens:
+        for item in encoded:
+            if len(item[0]) * (len(group) + 1) > tokens:
                 groups.append(group)
                 group = []
-            group.append(one)
+            group.append(item)
         groups.append(group)
         rng.shuffle(groups)
         for group in groups:
@@ -164,7 +164,7 @@ def batches(tokenizer: Tokenizer, rng: random.Random, tokens: int) -> Iterator[l
 
 
 def training_logits(model: Transformer, ids: torch.Tensor) -> torch.Tensor:
-    """The network's forward pass without its cache, for gradients. Shape (bsz * seqlen, vocab)."""
+    """Return logits without the cache, for gradients: (bsz, seqlen) to (bsz * seqlen, vocab)."""
     bsz, seqlen = ids.shape
     head_dim = model.params.head_dim
     freqs_cis = model.freqs_cis[:seqlen].repeat(bsz, 1, 1)
@@ -179,7 +179,7 @@ def training_logits(model: Transformer, ids: torch.Tensor) -> torch.Tensor:
         n_rep = xq.shape[1] // xk.shape[1]
         xk, xv = xk.repeat_interleave(n_rep, 1), xv.repeat_interleave(n_rep, 1)
         xq, xk, xv = (t.unflatten(0, (bsz, seqlen)).transpose(1, 2) for t in (xq, xk, xv))
-        # Written out: at this head size the fused kernel's backward pass is four times slower.
+        # Not fused: at this head size the fused kernel's backward pass is four times slower.
         scores = (xq @ xk.transpose(2, 3)) * head_dim**-0.5 + future.to(xq.dtype)
         out = scores.softmax(-1).to(xv.dtype) @ xv
         h = h + attention.wo(out.transpose(1, 2).flatten(2).flatten(0, 1))
@@ -188,7 +188,7 @@ def training_logits(model: Transformer, ids: torch.Tensor) -> torch.Tensor:
 
 
 def initialize_weights(model: Transformer) -> None:
-    into_residual = ("wo.weight", "w2.weight")  # smaller, so that their sum keeps its size
+    into_residual = ("wo.weight", "w2.weight")  # smaller, so that the residual sum keeps its scale
     for name, parameter in model.named_parameters():
         if parameter.dim() == 2:
             scale = (2 * model.params.n_layers) ** -0.5 if name.endswith(into_residual) else 1.0
@@ -208,7 +208,7 @@ def make_optimizer(model: Transformer) -> torch.optim.Optimizer:
 def descend(
     model: Transformer, optimizer: torch.optim.Optimizer, loss: torch.Tensor, lr: float
 ) -> None:
-    """One step down the loss's gradient, at a learning rate of ``lr``."""
+    """Take an optimizer step at a learning rate of ``lr``."""
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.zero_grad(set_to_none=True)
@@ -218,12 +218,12 @@ def descend(
 
 
 def schedule(step: int, steps: int) -> float:
-    """What the learning rate is times: up from 0, level, in the second half down to 0."""
+    """Return the learning rate's factor: up from 0, constant, in the second half down to 0."""
     return min(1.0, (step + 1) / 200, 2 * (1 - step / steps))
 
 
 def train(steps: int = 7000, seed: int = 1, batch_tokens: int = 4096, lr: float = 3e-3) -> None:
-    """Train from nothing and write ``llama/tiny``."""
+    """Train from scratch and write ``llama/tiny``."""
     torch.manual_seed(seed)
     initialize(torch.device("cpu"))
     OUT_DIR.mkdir(exist_ok=True)
@@ -253,7 +253,7 @@ def train(steps: int = 7000, seed: int = 1, batch_tokens: int = 4096, lr: float 
 
 
 def answer(llama: Llama, samples: list[Sample], suffix_first: bool) -> list[str]:
-    """The model's greedy middles or last answers."""
+    """Return the model's greedy middles or last answers."""
     if samples[0].kind == "infill":
         prefixes, suffixes = [s.prefix for s in samples], [s.suffix for s in samples]
         middles = llama.text_infilling(prefixes, suffixes, 0, suffix_first=suffix_first)
@@ -263,7 +263,7 @@ def answer(llama: Llama, samples: list[Sample], suffix_first: bool) -> list[str]
 
 
 def perplexity(llama: Llama, samples: list[Sample], suffix_first: bool = False) -> float:
-    """Over the tokens that training would have counted."""
+    """Return the perplexity of the tokens that have a loss in training."""
     total, count = 0.0, 0
     for sample in samples:
         ids, targets = encode(llama.tokenizer, sample, suffix_first)
@@ -278,24 +278,24 @@ def evaluate(samples: int = 300, seed: int = 2) -> None:
     """Measure ``llama/tiny`` on held-out combinations: perplexities and exact matches."""
     llama = Llama.build(max_seq_len=MAX_SEQ_LEN, max_batch_size=32)
     rng = random.Random(f"evaluate {seed}")
-    drawn = {t: [compose_task(t, rng, heldout=True) for _ in range(samples)] for t in TASKS}
+    samples_of = {t: [compose_task(t, rng, heldout=True) for _ in range(samples)] for t in TASKS}
     print(f"{'held-out task':<24}{'perplexity':>12}{'exact match':>13}")
-    for task, some in drawn.items():
+    for task, some in samples_of.items():
         orders = (False, True) if task == "infill" else (False,)
         for suffix_first in orders:
             label = f"{task} (suffix first)" if suffix_first else task
             line = f"{label:<24}{perplexity(llama, some, suffix_first):>12.3f}"
-            if task not in ("story", "tell", "code"):  # these have no one right answer
+            if task not in ("story", "tell", "code"):  # these have no single correct answer
                 expected = [s.middle or s.messages[-1]["content"] for s in some]
-                found = answer(llama, some, suffix_first)
-                right = sum(a == b for a, b in zip(found, expected, strict=True))
-                line += f"{100 * right / samples:>11.1f} %"
+                answers = answer(llama, some, suffix_first)
+                n_correct = sum(a == b for a, b in zip(answers, expected, strict=True))
+                line += f"{100 * n_correct / samples:>11.1f} %"
             print(line)
-    everything = [sample for some in drawn.values() for sample in some]
+    everything = [sample for some in samples_of.values() for sample in some]
     print(f"{'all':<24}{perplexity(llama, everything):>12.3f}")
 
 
 if __name__ == "__main__":
-    from train_code import train_code  # which imports from here
+    from train_code import train_code  # which imports this module
 
     cli.run_command({"train": train, "evaluate": evaluate, "code": train_code})

@@ -186,6 +186,27 @@ class _ProgressFile(io.FileIO):
         return done
 
 
+def save_meta(
+    source: Checkpoint,
+    args: ModelArgs,
+    out_dir: Path,
+    model_parallel_size: int = 1,
+    dtype: torch.dtype | None = None,
+    progress: Callable[[int], None] = lambda _: None,
+) -> None:
+    """Write an opened checkpoint in Meta's layout; arguments and errors as for ``save``."""
+    save(
+        source.parts,
+        args,
+        out_dir,
+        model_parallel_size,
+        source.files,
+        dtype,
+        progress,
+        source.scheme,
+    )
+
+
 def reshard(in_dir: str, out_dir: str, model_parallel_size: int = 1) -> None:
     """Write a checkpoint again in another number of files.
 
@@ -197,13 +218,5 @@ def reshard(in_dir: str, out_dir: str, model_parallel_size: int = 1) -> None:
     source, target = open_meta(Path(str(in_dir))), Path(str(out_dir))
     args = make_args(source.params, source.source, n_words=vocabulary_size(source))
     with progress(stored_bytes(args, source.dtype, source.scheme), "writing") as show:
-        save(
-            source.parts,
-            args,
-            target,
-            model_parallel_size,
-            source.files,
-            progress=show,
-            scheme=source.scheme,
-        )
+        save_meta(source, args, target, model_parallel_size, progress=show)
     print(f"wrote {target}", file=sys.stderr)

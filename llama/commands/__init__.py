@@ -1,1 +1,1 @@
-"""The commands of ``python -m llama`` that are nothing but commands; ``llama/cli.py`` runs them."""
+"""Commands of ``python -m llama`` without a module in the library; ``llama/cli.py`` runs them."""

@@ -1,1 +1,1 @@
-"""The HTTP side: ``python -m llama.server``. Nothing outside this room imports it."""
+"""The HTTP server: ``python -m llama.server``. No other package imports it."""

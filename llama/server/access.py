@@ -1,4 +1,4 @@
-"""Who may come in, and with how much: keys, hosts, sizes."""
+"""Access control: API keys, allowed hosts, and the size of requests."""
 
 import asyncio
 import base64
@@ -14,12 +14,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llama.server.errors import ApiError
 
-OPEN = ("/health",)  # needs no key
-LOOK = 0.2  # seconds between two looks at whether the server ends, while a body arrives
+PUBLIC_PATHS = ("/health",)  # need no key
+POLL_INTERVAL = 0.2  # seconds between checks for shutdown, while a body arrives
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address or name means this machine alone."""
+    """Return whether an address or name is reachable from this machine only."""
     if host == "localhost":
         return True
     try:
@@ -28,7 +28,7 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def _names_this_machine(host: str) -> bool:
+def _is_loopback_authority(host: str) -> bool:
     try:
         return is_loopback(urlsplit(f"//{host}").hostname or "")
     except ValueError:
@@ -36,15 +36,15 @@ def _names_this_machine(host: str) -> bool:
 
 
 class AccessControl:
-    """An ASGI application behind a check of each request.
+    """ASGI middleware that checks each request.
 
     Args:
-        api_key: what ``Authorization: Bearer`` must give, or a browser as the password of
-            ``Basic``; None asks for none.
-        local: whether only requests that name this machine are let in, so that no web page
-            elsewhere can give its own name to the address.
+        api_key: the key required as ``Authorization: Bearer``, or from a browser as the password
+            of ``Basic``; None requires none.
+        local: answer only requests whose host is this machine, which prevents DNS rebinding by
+            web pages elsewhere.
         max_body: bytes of a request's body, at most.
-        ends: whether the server is about to end, which waits for no more of a body.
+        is_draining: returns whether the server is shutting down; it then reads no more bodies.
     """
 
     def __init__(
@@ -53,32 +53,32 @@ class AccessControl:
         api_key: str | None,
         local: bool,
         max_body: int,
-        ends: Callable[[], bool],
+        is_draining: Callable[[], bool],
     ):
         self._app = app
         self._key = None if api_key is None else api_key.encode()
         self._local = local
         self._max_body = max_body
-        self._ends = ends
+        self._is_draining = is_draining
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             if scope["type"] == "lifespan":
                 await self._app(scope, receive, send)
-            return  # there are no web sockets
+            return  # web sockets aren't supported
         headers = Headers(scope=scope)
         error = self._refusal(scope["path"], headers)
         if error is not None:
             await error.response()(scope, receive, send)
             return
-        left, arrives = self._max_body, True
+        n_left, more_body = self._max_body, True
 
         async def receive_bounded() -> Message:
-            nonlocal left, arrives
-            message = await (self._next_part(receive) if arrives else receive())
-            arrives = message.get("more_body", False)
-            left -= len(message.get("body", b""))
-            if left < 0:
+            nonlocal n_left, more_body
+            message = await (self._next_part(receive) if more_body else receive())
+            more_body = message.get("more_body", False)
+            n_left -= len(message.get("body", b""))
+            if n_left < 0:
                 raise HTTPException(413, self._too_large())
             return message
 
@@ -87,8 +87,8 @@ class AccessControl:
     async def _next_part(self, receive: Receive) -> Message:
         part = asyncio.ensure_future(receive())
         try:
-            while not (await asyncio.wait({part}, timeout=LOOK))[0]:
-                if self._ends():
+            while not (await asyncio.wait({part}, timeout=POLL_INTERVAL))[0]:
+                if self._is_draining():
                     headers = {"Retry-After": "10", "Connection": "close"}
                     raise HTTPException(503, "the server is shutting down", headers)
             return part.result()
@@ -96,16 +96,16 @@ class AccessControl:
             part.cancel()
 
     def _refusal(self, path: str, headers: Headers) -> ApiError | None:
-        if self._local and not _names_this_machine(headers.get("host", "")):
+        if self._local and not _is_loopback_authority(headers.get("host", "")):
             return ApiError(403, "the request's host isn't this machine", code="forbidden_host")
-        if self._key is not None and path not in OPEN and not self._knows_key(headers):
+        if self._key is not None and path not in PUBLIC_PATHS and not self._has_key(headers):
             return ApiError(
                 401,
                 "an API key is needed: send it as 'Authorization: Bearer KEY', or as the password",
                 headers={"WWW-Authenticate": 'Basic realm="llama", charset="UTF-8"'},
             )
         if "transfer-encoding" in headers and "content-length" in headers:
-            # Another server in between may read the other one, and so another request's end.
+            # A proxy may use the other header, and so find another end of the request.
             return ApiError(
                 400,
                 "Content-Length and Transfer-Encoding exclude each other: send one",
@@ -116,9 +116,9 @@ class AccessControl:
             return ApiError(413, self._too_large())
         return None
 
-    def _knows_key(self, headers: Headers) -> bool:
-        scheme, _, given = headers.get("authorization", "").partition(" ")
-        key = given.strip(" ").encode("latin-1")
+    def _has_key(self, headers: Headers) -> bool:
+        scheme, _, credentials = headers.get("authorization", "").partition(" ")
+        key = credentials.strip(" ").encode("latin-1")
         if scheme.lower() == "basic":
             try:
                 _, _, key = base64.b64decode(key, validate=True).partition(b":")

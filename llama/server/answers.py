@@ -1,4 +1,4 @@
-"""The answers of a request as they come from the engine and pass the guards."""
+"""The answers of a request: the engine's updates, filtered by the guards."""
 
 import asyncio
 import functools
@@ -9,55 +9,57 @@ from typing import Any, NamedTuple, TypeVar
 
 from llama.guards import StreamGuard, refusal
 from llama.server.errors import ApiError, log_failure
-from llama.server.jobs import Job, Update
+from llama.server.loop import Job, Update
 from llama.server.schemas import FinishReason
 
 T = TypeVar("T")
 
 
 class Piece(NamedTuple):
-    """What is new of a request's texts."""
+    """New text of one of a request's answers."""
 
-    number: int  # which of them
+    number: int  # of the answer
     text: str
-    n_tokens: int  # of this text so far, whose scores may be shown
+    n_tokens: int  # of the answer so far, whose log-probabilities may be sent
     finish: FinishReason
 
 
 class GuardExecutor:
-    """Runs guards, one after another in a thread of its own. A failure lets nothing pass."""
+    """Runs guards one after another in its own thread. If a guard fails, no text is released."""
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, "guard")
 
-    async def run(self, deadline: float, work: Callable[..., T], *args: Any) -> T:
-        """Return the result of ``work``, which calls a guard, if it comes before ``deadline``
-        (by ``time.monotonic()``).
+    async def run(self, deadline: float, function: Callable[..., T], *args: Any) -> T:
+        """Return the result of ``function``, which calls a guard.
+
+        Args:
+            deadline: by ``time.monotonic()``.
 
         Raises:
-            ApiError: there is none in time, or it fails.
+            ApiError: the deadline has passed, or the function raises.
         """
-        asked = asyncio.get_running_loop().run_in_executor(self._thread, work, *args)
+        future = asyncio.get_running_loop().run_in_executor(self._thread, function, *args)
         try:
-            return await asyncio.wait_for(asked, deadline - time.monotonic())
+            return await asyncio.wait_for(future, deadline - time.monotonic())
         except asyncio.TimeoutError:
-            raise late() from None
+            raise timed_out() from None
         except Exception as error:
             log_failure(error)
-            raise ApiError(500, "the guard failed, so that nothing passes") from None
+            raise ApiError(500, "the guard failed, so no text is released") from None
 
 
-def late() -> ApiError:
+def timed_out() -> ApiError:
     return ApiError(504, "the request took longer than its timeout")
 
 
 class Answers:
-    """The texts of one request as they grow.
+    """The growing texts of one request.
 
     Args:
-        refusals: the texts of answers that are refused, by number; their jobs are never run.
-        guards: one for each job, where a guard judges the answers, run by ``executor``.
-        deadline: of these judgements.
+        refusals: the texts of refused answers, by number; their jobs never run.
+        guards: one for each job, run by ``executor``; empty without an output guard.
+        deadline: of the guards' calls.
     """
 
     def __init__(
@@ -77,10 +79,10 @@ class Answers:
         self._executor = executor
 
     async def pieces(self) -> AsyncGenerator[Piece, None]:
-        """Yield new text as it comes.
+        """Yield new text as it arrives.
 
         Raises:
-            ApiError: the request took too long, or the network or a guard failed.
+            ApiError: the request took too long, or the engine or a guard failed.
         """
         open_jobs = set(range(len(self.jobs))) - set(self.refusals)
         try:
@@ -89,11 +91,11 @@ class Answers:
             while open_jobs:
                 number, update = await self._updates.get()
                 if number not in open_jobs:
-                    continue  # refused meanwhile
+                    continue  # refused in the meantime
                 if update.finish_reason == "timeout":
-                    raise late()
+                    raise timed_out()
                 if update.finish_reason in ("error", "cancelled"):
-                    raise ApiError(500, "the server failed: its log says why")
+                    raise ApiError(500, "the server failed: see its log")
                 piece = await self._guarded(number, update)
                 if piece.finish is not None:
                     open_jobs.remove(number)
@@ -119,6 +121,6 @@ class Answers:
         return Piece(number, text, update.n_tokens, finish)
 
     def close(self) -> None:
-        """Free the slots. Callers must call it, or exhaust or close ``pieces``."""
+        """Free the slots. Callers must call this, or exhaust or close ``pieces``."""
         for job in self.jobs:
             job.cancelled = True

@@ -10,7 +10,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llama.server import schemas, tasks
 from llama.server.access import AccessControl
-from llama.server.errors import Failures, add_error_handlers
+from llama.server.errors import ErrorMiddleware, add_error_handlers
 from llama.server.service import Service
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
@@ -30,24 +30,24 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 
 
 def make_app(service: Service) -> FastAPI:
-    """Return the API of a served model."""
+    """Return the app that serves a model."""
     config = service.config
-    # FastAPI's own page at /docs would ask other hosts for its looks.
+    # FastAPI's own page at /docs loads its style sheets and scripts from other hosts.
     app = FastAPIOffline(
         title="llama", summary="Text, chat and infilling by a Llama", redoc_url=None
     )
     add_error_handlers(app)
     app.include_router(_routes(service))
     # From the innermost to the outermost.
-    app.add_middleware(Failures)
+    app.add_middleware(ErrorMiddleware)
     app.add_middleware(
         AccessControl,
         api_key=config.api_key,
         local=config.is_local,
         max_body=config.max_body,
-        ends=lambda: service.loop.draining,
+        is_draining=lambda: service.loop.draining,
     )
-    # Also without origins: the page's library would set rules of its own otherwise.
+    # Also without origins: otherwise Gradio sets its own rules.
     app.add_middleware(
         CORSMiddleware,
         allow_origins=config.origins,
@@ -56,27 +56,27 @@ def make_app(service: Service) -> FastAPI:
         expose_headers=["Retry-After"],
         allow_private_network=bool(config.origins),
     )
-    app.add_middleware(_Counted, service=service)
+    app.add_middleware(RequestCounter, service=service)
     return app
 
 
-class _Counted:
-    """Counts the answers, by path and status."""
+class RequestCounter:
+    """ASGI middleware that counts requests by path and status."""
 
     def __init__(self, app: ASGIApp, service: Service):
         self._app = app
         self._service = service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def counted(message: Message) -> None:
+        async def count_and_send(message: Message) -> None:
             if message["type"] == "http.response.start" and scope["type"] == "http":
                 route = scope.get("route")
-                # Only known paths: others would be as many as anyone likes.
+                # Other paths share a label: clients could create any number of labels.
                 path = getattr(route, "path", "other")
                 self._service.metrics.requests.labels(path, message["status"]).inc()
             await send(message)
 
-        await self._app(scope, receive, counted)
+        await self._app(scope, receive, count_and_send)
 
 
 def _routes(service: Service) -> APIRouter:
@@ -87,48 +87,35 @@ def _routes(service: Service) -> APIRouter:
 
     @router.get("/v1/models", responses={k: _ERRORS[k] for k in (401, 403)}, tags=["models"])
     async def models() -> schemas.Models:
-        """The one model that is served."""
+        """Return the served model."""
         return schemas.Models(data=[served])
 
     @router.get("/v1/models/{model:path}", responses=_ERRORS, tags=["models"])
     async def model(model: str) -> schemas.Model:
-        """A model, if it is the one that is served."""
+        """Return a model, if it is the served one."""
         tasks.check_model(service, model)
         return served
 
-    @router.post(
-        "/v1/completions",
-        response_model=schemas.Completion,
-        responses=_with_stream(schemas.Completion),
-        tags=["text"],
-    )
-    async def completions(asked: schemas.CompletionRequest, request: Request) -> Response:
-        """Continue texts, or with ``suffix`` fill in what is between two."""
-        return await tasks.complete(service, asked, request)
+    @router.post("/v1/completions", **_text_route(schemas.Completion, schemas.Completion))
+    async def completions(body: schemas.CompletionRequest, request: Request) -> Response:
+        """Continue texts, or fill in the middle between ``prompt`` and ``suffix``."""
+        return await tasks.complete(service, body, request)
 
-    @router.post(
-        "/v1/chat/completions",
-        response_model=schemas.ChatCompletion,
-        responses=_with_stream(schemas.ChatChunk),
-        tags=["text"],
-    )
-    async def chat_completions(asked: schemas.ChatRequest, request: Request) -> Response:
+    @router.post("/v1/chat/completions", **_text_route(schemas.ChatCompletion, schemas.ChatChunk))
+    async def chat_completions(body: schemas.ChatRequest, request: Request) -> Response:
         """Answer a dialog."""
-        return await tasks.chat(service, asked, request)
+        return await tasks.chat(service, body, request)
 
-    @router.post(
-        "/v1/embeddings",
-        response_model=schemas.Embeddings,
-        responses=_ERRORS,
-        tags=["vectors"],
-    )
-    async def embeddings(asked: schemas.EmbeddingRequest, request: Request) -> Response:
-        """Vectors of texts, of length 1: the mean of the network's last hidden states."""
-        return await tasks.embed(service, asked, request)
+    vectors: Any = {"response_model": schemas.Embeddings, "responses": _ERRORS}
+
+    @router.post("/v1/embeddings", **vectors, tags=["vectors"])
+    async def embeddings(body: schemas.EmbeddingRequest, request: Request) -> Response:
+        """Return vectors of texts, of length 1: the mean of the last hidden states."""
+        return await tasks.embed(service, body, request)
 
     @router.get("/health", responses={503: {"model": schemas.Health}}, tags=["server"])
     async def health(response: Response) -> schemas.Health:
-        """Whether the server takes requests. Needs no key."""
+        """Return whether the server accepts requests. Needs no key."""
         loop = service.loop
         response.status_code = 503 if loop.draining else 200
         return schemas.Health(
@@ -144,15 +131,17 @@ def _routes(service: Service) -> APIRouter:
         tags=["server"],
     )
     async def metrics() -> Response:
-        """Prometheus's metrics."""
+        """Return metrics in Prometheus's text format."""
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
 
     return router
 
 
-def _with_stream(event: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
+def _text_route(whole: type[BaseModel], event: type[BaseModel]) -> dict[str, Any]:
+    """Return a route's description, for an answer that is sent whole or as events."""
     text = f"With stream=true, server-sent events: `data: {event.__name__}`, then `data: [DONE]`."
     data = {"type": "string", "description": text}
     schema = {"type": "object", "properties": {"data": data}, "required": ["data"]}
     content = {"text/event-stream": {"schema": schema}}
-    return {200: {"content": content}, **_ERRORS}
+    responses = {200: {"content": content}, **_ERRORS}
+    return {"response_model": whole, "responses": responses, "tags": ["text"]}

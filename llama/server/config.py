@@ -3,38 +3,55 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from llama.checkpoint.pretrained import TINY
+from llama.cli import dtype_of
 from llama.server.access import is_loopback
+
+# What ``Llama.build`` takes as it is.
+_BUILD_FIELDS = (
+    "ckpt_dir",
+    "tokenizer_path",
+    "max_seq_len",
+    "max_batch_size",
+    "device",
+    "adapter",
+    "chat_format",
+    "compile",
+    "quantize",
+    "group_size",
+    "kv_cache_dtype",
+)
 
 
 @dataclass(frozen=True)
 class ServerConfig:
-    """Serve a model until SIGTERM or Ctrl-C, which let running requests finish.
+    """The flags of the server.
 
     Args:
         ckpt_dir: a checkpoint of any format; the embedded one by default.
-        tokenizer_path: its tokenizer, where it doesn't bring its own.
-        host: the address to listen on. Any but this machine's own needs a key.
-        port: 0 for any that is free.
-        api_key: the key that clients must send; the environment variable LLAMA_API_KEY hides it
-            better.
+        tokenizer_path: its tokenizer, where the checkpoint doesn't bring its own.
+        host: the address to listen on; other than a loopback address it needs a key.
+        port: the port to listen on; 0 for a free one.
+        api_key: the key that clients must send; the environment variable
+            LLAMA_API_KEY sets it without showing it in the list of processes.
         model_name: the model's id for clients; the checkpoint's own name by default.
         max_seq_len: tokens of a prompt and its answer together, at most.
         max_batch_size: requests that run at once; others wait.
-        max_queue: requests that may wait; others are told to come back later.
+        max_queue: requests that may wait; others get status 429.
         timeout: seconds that a request may take, at most.
         max_body: bytes of a request, at most.
-        cors: origins whose web pages may call the API, such as https://example.com, with commas
-            between several.
-        page: serve a page to talk to at /.
-        log_prompts: let the log hold prompts.
-        guard_dir: a checkpoint of Llama Guard, which then judges all prompts and answers.
-        prompt_lookup_num_tokens: draft tokens at most that are proposed from a text itself, while
-            few sequences are being decoded.
+        cors: origins whose web pages may call the API, such as https://example.com, separated by
+            commas.
+        page: serve a web page at /.
+        log_prompts: write prompts to the log.
+        guard_dir: a checkpoint of Llama Guard to check all prompts and answers with.
+        prompt_lookup_num_tokens: draft tokens at most that prompt lookup proposes, while few
+            sequences are being decoded.
         device: cpu, cuda or mps; the fastest available by default.
-        dtype: float32, bfloat16 or float16; by default what suits checkpoint and device.
-        adapter: a LoRA adapter's directory, or several.
+        dtype: float32, bfloat16 or float16; by default as checkpoint and device suggest.
+        adapter: a LoRA adapter's directory, or several separated by commas.
         chat_format: how dialogs are written; by default as the checkpoint says.
         compile: compile decoding steps.
         quantize: int8 or int4, for quantised weights.
@@ -72,9 +89,9 @@ class ServerConfig:
         object.__setattr__(self, "api_key", key)
         if key is None and not is_loopback(self.host):
             raise ValueError(
-                f"{self.host} can be reached by others: set the environment variable "
+                f"{self.host} can be reached from other machines: set the environment variable "
                 "LLAMA_API_KEY to a key that clients must send, or leave --host out to serve this "
-                "machine alone"
+                "machine only"
             )
 
     @property
@@ -88,8 +105,16 @@ class ServerConfig:
         """The origins in ``cors``."""
         return [text.strip().rstrip("/") for text in self.cors.split(",") if text.strip()]
 
+    def build_arguments(self) -> dict[str, Any]:
+        """Return the arguments of ``Llama.build``."""
+        return {name: getattr(self, name) for name in _BUILD_FIELDS} | {
+            "dtype": dtype_of(self.dtype)
+        }
+
     @property
     def is_local(self) -> bool:
-        """Whether only requests that name this machine are answered: a key needs no such check,
-        also where a proxy calls this machine by another name."""
+        """True if only requests whose host is this machine are answered.
+
+        With a key this isn't checked, as a proxy may call this machine by another name.
+        """
         return is_loopback(self.host) and self.api_key is None

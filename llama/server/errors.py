@@ -1,4 +1,4 @@
-"""What goes wrong, in OpenAI's form."""
+"""Errors in OpenAI's format."""
 
 import logging
 import traceback
@@ -26,7 +26,7 @@ _KINDS = {
 
 
 class ApiError(Exception):
-    """An answer other than 200."""
+    """A response with a status other than 200."""
 
     def __init__(
         self,
@@ -43,8 +43,8 @@ class ApiError(Exception):
         self.headers = dict(headers or {})
 
     def body(self) -> Any:
-        usual = "invalid_request_error" if self.status < 500 else "server_error"
-        kind, code = _KINDS.get(self.status, (usual, None))
+        default = "invalid_request_error" if self.status < 500 else "server_error"
+        kind, code = _KINDS.get(self.status, (default, None))
         return ErrorAnswer.of(str(self), kind, self.param, self.code or code)
 
     def response(self) -> JSONResponse:
@@ -52,7 +52,7 @@ class ApiError(Exception):
 
 
 def add_error_handlers(app: FastAPI) -> None:
-    """Answer all errors of an app in OpenAI's form."""
+    """Make an app answer all errors in OpenAI's format."""
 
     @app.exception_handler(ApiError)
     async def refuse(request: Request, error: ApiError) -> JSONResponse:
@@ -77,31 +77,29 @@ def add_error_handlers(app: FastAPI) -> None:
 
 
 def log_failure(error: BaseException) -> None:
-    """Tell the log what failed and where; not what the error says, which may hold a prompt."""
+    """Log an error's type and traceback, without its message, which may contain a prompt."""
     where = "".join(traceback.format_tb(error.__traceback__))
     logger.error("a request failed: %s\n%s", type(error).__name__, where)
 
 
-class Failures:
-    """Answers what fails unforeseen with a 500."""
+class ErrorMiddleware:
+    """ASGI middleware that answers unexpected exceptions with a 500."""
 
     def __init__(self, app: ASGIApp):
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        begun = False
+        has_started = False
 
-        async def noted(message: Message) -> None:
-            nonlocal begun
-            begun = True
+        async def send_and_note(message: Message) -> None:
+            nonlocal has_started
+            has_started = True
             await send(message)
 
         try:
-            await self._app(scope, receive, noted)
+            await self._app(scope, receive, send_and_note)
         except Exception as error:
             log_failure(error)
-            if begun:  # the client sees that the rest is missing
+            if has_started:  # the client notices that the rest is missing
                 raise ConnectionAbortedError("a request failed") from None
-            await ApiError(500, "the server failed: its log says why").response()(
-                scope, receive, send
-            )
+            await ApiError(500, "the server failed: see its log").response()(scope, receive, send)

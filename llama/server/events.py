@@ -1,4 +1,4 @@
-"""Answers on their way out, whole or as events; either ends when the client is gone."""
+"""Responses, whole or as server-sent events; both end when the client disconnects."""
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
@@ -20,13 +20,13 @@ _DONE = b"data: [DONE]\n\n"
 
 
 async def json_response(build: Callable[[], BaseModel]) -> Response:
-    """An answer that is complete, built in a thread: its scores may be many."""
+    """Return a complete answer, built in a thread, as it may have many log-probabilities."""
     text = await asyncio.to_thread(lambda: build().model_dump_json().encode())
     return Response(text, media_type="application/json")
 
 
 class EventResponse(StreamingResponse):
-    """Server-sent events; ``close`` is called at their end, whatever ends them."""
+    """Server-sent events; ``close`` is called at their end, whatever the reason."""
 
     def __init__(self, events: AsyncIterator[bytes], close: Callable[[], None]):
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -46,22 +46,22 @@ def stream(
     last: Callable[[], BaseModel] | None,
     scored: bool,
 ) -> EventResponse:
-    """What comes of answers, as events.
+    """Return answers as server-sent events.
 
     Args:
-        event: makes a piece an event.
-        last: makes an event for the end, if there is to be one.
-        scored: whether events hold scores, which may be many: a thread makes them then.
+        event: makes an event of a piece.
+        last: makes an additional last event; None for none.
+        scored: events contain log-probabilities, which may be many: they are made in a thread.
     """
 
-    def told(piece: Piece) -> bytes:
+    def encode(piece: Piece) -> bytes:
         return _data(event(piece))
 
     async def events() -> AsyncGenerator[bytes, None]:
         try:
             async with aclosing(answers.pieces()) as pieces:
                 async for piece in pieces:
-                    yield await asyncio.to_thread(told, piece) if scored else told(piece)
+                    yield await asyncio.to_thread(encode, piece) if scored else encode(piece)
             if last is not None:
                 yield _data(last())
         except ApiError as error:  # the status has been sent
@@ -72,7 +72,11 @@ def stream(
 
 
 async def collect(request: Request, answers: Answers) -> list[tuple[str, FinishReason]]:
-    """The texts, and why each ends. Raises ``ApiError``, also where the client is gone."""
+    """Return the texts and their finish reasons.
+
+    Raises:
+        ApiError: the request failed, or the client has disconnected.
+    """
     texts = [""] * len(answers.jobs)
     finishes: list[FinishReason] = [None] * len(texts)
 
@@ -83,28 +87,32 @@ async def collect(request: Request, answers: Answers) -> list[tuple[str, FinishR
                 finishes[piece.number] = piece.finish
 
     try:
-        await unless_gone(request, gather())
+        await unless_disconnected(request, gather())
     finally:
         answers.close()
     return list(zip(texts, finishes, strict=True))
 
 
-async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """What ``work`` gives, unless the client hangs up: then it is cancelled."""
-    task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_hangs_up(request))
+async def unless_disconnected(request: Request, coroutine: Coroutine[Any, Any, T]) -> T:
+    """Return the result of ``coroutine``, which is cancelled if the client disconnects.
+
+    Raises:
+        ApiError: the client has disconnected.
+    """
+    task = asyncio.ensure_future(coroutine)
+    disconnect = asyncio.ensure_future(_wait_for_disconnect(request))
     try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({task, disconnect}, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
         raise ApiError(499, "the client has closed the connection")
     finally:
-        for each in (task, gone):
+        for each in (task, disconnect):
             each.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
+        await asyncio.gather(task, disconnect, return_exceptions=True)
 
 
-async def _hangs_up(request: Request) -> None:
+async def _wait_for_disconnect(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
 

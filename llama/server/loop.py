@@ -1,17 +1,48 @@
-"""The thread that runs the engine: jobs come in from any thread, and are told what is new."""
+"""The thread that runs the engine: it takes jobs from any thread, and notifies them of updates."""
 
 import logging
+import math
 import threading
 import time
+from collections.abc import Callable
 from collections.abc import Sequence as List
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from llama.engine.engine import Counts, Engine
 from llama.engine.sequence import Event, FinishReason, Sequence
 from llama.errors import NotFinite
-from llama.server.jobs import Job
 from llama.server.workers import HEARTBEAT, Workers, configure
 
 logger = logging.getLogger(__name__)
+
+
+class Update(NamedTuple):
+    """New text of a job, and the number of its tokens that have been decoded so far."""
+
+    text: str
+    n_tokens: int
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(eq=False)
+class Job:
+    """A sequence and its recipient.
+
+    Args:
+        notify: called with each update, in the engine's thread; the last one has a
+            ``finish_reason``.
+        deadline: by ``time.monotonic()``.
+    """
+
+    sequence: Sequence
+    notify: Callable[[Update], None]
+    deadline: float = math.inf
+    cancelled: bool = False  # set from any thread
+
+    def update(self, text: str = "", finish_reason: FinishReason | None = None) -> None:
+        """Notify the recipient of new text, or of the end."""
+        self.notify(Update(text, self.sequence.n_decoded, finish_reason))
 
 
 class QueueFull(Exception):
@@ -23,7 +54,7 @@ class Draining(Exception):
 
 
 class EngineLoop:
-    """Runs an engine, which nobody else may use meanwhile, on all ranks.
+    """Runs an engine on all ranks. Nothing else may use the engine in the meantime.
 
     Args:
         max_queue: how many jobs may wait for a slot of the cache.
@@ -33,10 +64,10 @@ class EngineLoop:
         configure(engine)
         self.engine = engine
         self.max_queue = max_queue
-        self.failure: BaseException | None = None  # what ended ``run``
+        self.failure: BaseException | None = None  # the error that ended ``run``
         self._workers = Workers()
         self._jobs: dict[Sequence, Job] = {}  # submitted and not finished
-        self._inbox: list[Sequence] = []  # submitted and not known to the engine
+        self._inbox: list[Sequence] = []  # submitted and not yet passed to the engine
         self._wake = threading.Condition()
         self._draining = False
 
@@ -57,7 +88,7 @@ class EngineLoop:
         return self._draining
 
     def submit(self, jobs: List[Job]) -> None:
-        """Queue jobs, all or none; callable from any thread.
+        """Queue all of the jobs or none; may be called from any thread.
 
         Raises:
             QueueFull: there are too many.
@@ -74,13 +105,13 @@ class EngineLoop:
             self._wake.notify()
 
     def drain(self) -> None:
-        """Accept no more jobs: ``run`` returns when those at hand are done."""
+        """Accept no more jobs; ``run`` returns when the present ones have finished."""
         with self._wake:
             self._draining = True
             self._wake.notify()
 
     def run(self) -> None:
-        """Run until drained. An error that isn't a single job's ends it, and all jobs with it."""
+        """Run until drained, or until an error that isn't a single job's, which ends all jobs."""
         try:
             while self._wait():
                 self.step()
@@ -95,7 +126,7 @@ class EngineLoop:
                 job.update(finish_reason="error")
 
     def _wait(self) -> bool:
-        """Wait for work; returns False where none is to come any more."""
+        """Wait for jobs; returns False once the loop is drained."""
         while True:
             with self._wake:
                 if self._jobs:
@@ -107,35 +138,35 @@ class EngineLoop:
                 self._workers.heartbeat()
 
     def step(self) -> None:
-        """Pass on what was submitted and cancelled, run one step, and tell jobs what is new."""
+        """Pass new and cancelled jobs to the engine, run one step, and notify the jobs."""
         with self._wake:
             submitted, self._inbox = self._inbox, []
-            ended = self._ended()
-        self._workers.step(submitted, [job.sequence for job, _ in ended])
+            expired = self._expired()
+        self._workers.step(submitted, [job.sequence for job, _ in expired])
         self.engine.submit(submitted)
-        for job, reason in ended:
+        for job, reason in expired:
             self.engine.cancel(job.sequence, reason)
-            self._tell(Event(job.sequence))
+            self._notify(Event(job.sequence))
         try:
             events = self.engine.step()
         except NotFinite as error:
             logger.error("a pass failed: %s", error)
             events = [Event(s) for s in list(self._jobs) if s.finish_reason is not None]
         for event in events:
-            self._tell(event)
+            self._notify(event)
 
-    def _ended(self) -> list[tuple[Job, FinishReason]]:
-        """Return the jobs that nobody waits for any longer."""
+    def _expired(self) -> list[tuple[Job, FinishReason]]:
+        """Return the jobs that are cancelled or past their deadline, with the reason."""
         now = time.monotonic()
-        ended: list[tuple[Job, FinishReason]] = []
+        expired: list[tuple[Job, FinishReason]] = []
         for job in self._jobs.values():
             if job.cancelled:
-                ended.append((job, "cancelled"))
+                expired.append((job, "cancelled"))
             elif now > job.deadline:
-                ended.append((job, "timeout"))
-        return ended
+                expired.append((job, "timeout"))
+        return expired
 
-    def _tell(self, event: Event) -> None:
+    def _notify(self, event: Event) -> None:
         job = self._jobs[event.sequence]
         if event.finish_reason is not None:
             with self._wake:

@@ -1,4 +1,4 @@
-"""What Prometheus is told."""
+"""Metrics for Prometheus."""
 
 from collections.abc import Iterator
 
@@ -12,7 +12,7 @@ _SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
 
 
 class _EngineCollector(Collector):
-    """The engine's own counts, read when they are asked for."""
+    """The engine's own counts, read at each scrape."""
 
     def __init__(self, loop: EngineLoop):
         self._loop = loop
@@ -20,10 +20,10 @@ class _EngineCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         loop, counts = self._loop, self._loop.counts
         totals = {
-            "llama_prompt_tokens": ("Tokens of prompts that were read", counts.prompt_tokens),
-            "llama_cached_tokens": ("Tokens that the cache held already", counts.reused_tokens),
-            "llama_generated_tokens": ("Tokens written", counts.generated_tokens),
-            "llama_passes": ("Passes through the network", counts.passes),
+            "llama_prompt_tokens": ("Prompt tokens processed", counts.prompt_tokens),
+            "llama_cached_tokens": ("Prompt tokens reused from the cache", counts.reused_tokens),
+            "llama_generated_tokens": ("Tokens generated", counts.generated_tokens),
+            "llama_passes": ("Forward passes", counts.passes),
         }
         for name, (text, value) in totals.items():
             yield CounterMetricFamily(name, text, value)
@@ -45,17 +45,17 @@ class Metrics:
         )
         self.first_token = Histogram(
             "llama_time_to_first_token_seconds",
-            "From a request's coming to its first token",
+            "Time from receiving a request to its first token",
             buckets=_SECONDS,
             registry=self._registry,
         )
         self.duration = Histogram(
             "llama_answer_seconds",
-            "From a request's coming to its last token",
+            "Time from receiving a request to its last token",
             buckets=_SECONDS,
             registry=self._registry,
         )
 
     def text(self) -> bytes:
-        """In Prometheus's text format."""
+        """Return the metrics in Prometheus's text format."""
         return generate_latest(self._registry)

@@ -17,12 +17,12 @@ from starlette.middleware import Middleware
 
 from llama.chat.prompts import Message, Role
 from llama.server.errors import log_failure
-from llama.server.own_host import own_host
 from llama.server.page_input import checked_input
+from llama.server.page_security import same_origin_only
 
-INTERVAL = 0.08  # seconds between two views of a growing text, each of which costs milliseconds
-MAX_RUNNING = 1000  # texts that grow at once; Gradio's own limit is 40
-QUIET: Any = {"show_progress": "hidden", "api_visibility": "private"}
+UPDATE_INTERVAL = 0.08  # seconds between updates of a growing text, which take milliseconds each
+MAX_THREADS = 1000  # concurrent texts; Gradio's own limit is 40
+HIDDEN: Any = {"show_progress": "hidden", "api_visibility": "private"}
 
 CSS = """
 .gradio-container > .main { padding: 16px clamp(12px, 3vw, 32px) 8px; }
@@ -36,17 +36,17 @@ CSS = """
 """
 
 
-class Talk(Protocol):
-    """What the page needs of the server.
+class PageBackend(Protocol):
+    """The part of the server that the page uses.
 
-    The tasks return async generators of pieces of text. Closing one stops the generation, and a
-    ``ValueError`` that one raises holds a message for the user. ``max_tokens`` is how long an
-    answer may get, None for as long as fits.
+    The tasks return async generators of pieces of text. Closing one stops the generation. If one
+    raises ``ValueError``, its message is for the user. ``max_tokens`` limits an answer's length;
+    None for as long as fits.
     """
 
-    name: str  # the model's
-    chat_format: str  # how dialogs are written, e.g. "inst"
-    infills: bool  # whether the model was trained for infilling
+    name: str  # of the model
+    chat_format: str  # e.g. "inst"
+    infills: bool  # True if the model was trained for infilling
     max_tokens: int  # prompt and answer together, at most
 
     def chat(
@@ -62,23 +62,24 @@ class Talk(Protocol):
     ) -> AsyncIterator[str]: ...
 
 
-def mount_page(app: FastAPI, talk: Talk) -> FastAPI:
-    """Add the page to an app at ``/``, where it takes all paths that no earlier route takes.
+def mount_page(app: FastAPI, backend: PageBackend) -> FastAPI:
+    """Mount the page on an app at ``/``, behind all of the app's own routes.
 
-    Returns the app to serve.
+    Returns:
+        The app to serve.
     """
-    # What a browser sends may name a file elsewhere, which Gradio would fetch.
+    # A browser may send the URL of a file, which Gradio would fetch.
     processing_utils.async_ssrf_protected_download = _fetch_nothing
-    # What fails in an event would be printed with its values, which are a user's words.
-    queueing.traceback = SimpleNamespace(print_exc=_log)  # type: ignore[assignment, attr-defined]
-    _own_folder(app)
-    page = gr.Blocks(title=talk.name, analytics_enabled=False)
-    page.max_threads = MAX_RUNNING
+    # Gradio prints an event's exception with its message, which may contain a user's text.
+    queueing.traceback = SimpleNamespace(print_exc=_log_exception)  # type: ignore[assignment, attr-defined]
+    _use_private_directory(app)
+    page = gr.Blocks(title=backend.name, analytics_enabled=False)
+    page.max_threads = MAX_THREADS
     page.queue(default_concurrency_limit=None, api_open=False)
-    # By default Gradio polls each ms, 5 % of a core, and counts all events up after each.
+    # By default Gradio polls every ms (5 % of a core), and recounts all events after each one.
     page._queue.sleep_when_free, page._queue.progress_update_sleep_when_free = 0.02, 1.0
     page._queue.ANALYTICS_MAX_EVENTS = 0
-    name, form, most = escape(talk.name), escape(talk.chat_format), talk.max_tokens
+    name, form, most = escape(backend.name), escape(backend.chat_format), backend.max_tokens
     about = f"chat format <b>{form}</b>, context <b>{most:,}</b> tokens"
     with page:
         gr.Markdown(f"<h1>{name}</h1><span>{about}</span>", elem_id="about")
@@ -86,27 +87,28 @@ def mount_page(app: FastAPI, talk: Talk) -> FastAPI:
             left = gr.Column(scale=4, min_width=320)
             with gr.Column(scale=1, min_width=260):
                 system = gr.Textbox(label="System prompt", info="Of the chat", lines=3)
-                t = gr.Slider(0, 2, 0.6, step=0.05, label="Temperature", info="0: the likeliest")
+                t = gr.Slider(0, 2, 0.6, step=0.05, label="Temperature", info="0: most probable")
                 p = gr.Slider(0.05, 1, 0.9, step=0.05, label="Top-p", info="1: all tokens")
                 n = gr.Slider(0, most, 0, step=1, label="Length", info="0: as long as fits")
             with left, gr.Tabs():
                 with gr.Tab("Chat"):
-                    chat_tab(talk, [system, t, p, n])
+                    chat_tab(backend, [system, t, p, n])
                 with gr.Tab("Completion"):
                     prompt = gr.Textbox(label="Text to continue", lines=8, elem_classes="code")
-                    task_tab(talk.complete, "Continue", [prompt], [t, p, n])
+                    task_tab(backend.complete, "Continue", [prompt], [t, p, n])
                 with gr.Tab("Infilling"):
-                    if talk.infills:
+                    if backend.infills:
                         before = gr.Textbox(label="Before", lines=6, elem_classes="code")
                         after = gr.Textbox(label="After", lines=6, elem_classes="code")
-                        task_tab(talk.infill, "Fill in", [before, after], [t, p, n])
+                        task_tab(backend.infill, "Fill in", [before, after], [t, p, n])
                     else:
                         gr.Markdown(f"{name} cannot infill: it wasn't trained to fill a gap.")
 
     def inputs(event: int) -> list[Any] | None:
-        found = page.fns.get(event)
-        return None if found is None or found.fn is None else list(found.inputs)
+        function = page.fns.get(event)
+        return None if function is None or function.fn is None else list(function.inputs)
 
+    middleware = [Middleware(same_origin_only), Middleware(checked_input, events=inputs)]
     theme = gr.themes.Default(
         primary_hue="orange",
         neutral_hue="stone",
@@ -125,18 +127,18 @@ def mount_page(app: FastAPI, talk: Talk) -> FastAPI:
         mcp_server=False,
         theme=theme.set(body_background_fill="*neutral_50", block_shadow="none"),
         css=CSS,
-        app_kwargs={"middleware": [Middleware(own_host), Middleware(checked_input, events=inputs)]},
+        app_kwargs={"middleware": middleware},
     )
 
 
 def only_text(content: Any) -> dict[str, str]:
-    """A part of a message, which could name a file or a component of Gradio's to make."""
+    """Return a message part's text alone; a part could also name a file or a Gradio component."""
     text = getattr(content, "text", None)
     return {"type": "text", "text": text if isinstance(text, str) else ""}
 
 
-def chat_tab(talk: Talk, settings: list[gr.Component]) -> None:
-    """A dialog, which the browser alone keeps and sends along with every message."""
+def chat_tab(backend: PageBackend, settings: list[gr.Component]) -> None:
+    """Add a dialog, which only the browser stores and sends along with every message."""
     chat = gr.Chatbot(
         placeholder="Ask something to begin.",
         show_label=False,
@@ -163,30 +165,30 @@ def chat_tab(talk: Talk, settings: list[gr.Component]) -> None:
         length: int,
         event: gr.EventData,
     ) -> AsyncIterator[tuple[Any, Any]]:
-        before = [{"role": turn["role"], "content": plain(turn["content"])} for turn in history]
-        again = event._data or {}  # the message to answer again, perhaps edited
-        text = plain(again["value"]) if again else typed
+        history = [{"role": turn["role"], "content": plain(turn["content"])} for turn in history]
+        retried = event._data or {}  # the message to answer again, perhaps edited
+        text = plain(retried["value"]) if retried else typed
         if not text.strip():
-            yield before, gr.skip()
+            yield history, gr.skip()
             return
-        turns = [*before[: again.get("index")], {"role": "user", "content": text}]
-        yield turns, gr.Textbox(typed if again else "", submit_btn=False, stop_btn=True)
+        turns = [*history[: retried.get("index")], {"role": "user", "content": text}]
+        yield turns, gr.Textbox(typed if retried else "", submit_btn=False, stop_btn=True)
         content = ""
         try:
-            pieces = talk.chat(dialog(system, turns), temperature, top_p, int(length) or None)
-            async with aclosing(growing(pieces)) as contents:
+            pieces = backend.chat(dialog(system, turns), temperature, top_p, int(length) or None)
+            async with aclosing(accumulate(pieces)) as contents:
                 async for content in contents:
-                    said = [{"role": "assistant", "content": content}] if content else []
-                    yield [*turns, *said], gr.skip()
+                    reply = [{"role": "assistant", "content": content}] if content else []
+                    yield [*turns, *reply], gr.skip()
         except Exception as error:
-            tell(error)
-            if not content:  # as if it had not been sent
-                yield before, typed if turns[-1] in before else typed or text
+            show_warning(error)
+            if not content:  # restore the state before the message was sent
+                yield history, typed if turns[-1] in history else typed or text
 
     inputs = [box, chat, *settings]
-    running = gr.on([box.submit, chat.retry, chat.edit], answer, inputs, [chat, box], **QUIET)
-    running.then(lambda: gr.Textbox(submit_btn=True, stop_btn=False), None, box, **QUIET)
-    gr.on([box.stop, chat.clear], None, cancels=running, **QUIET)
+    running = gr.on([box.submit, chat.retry, chat.edit], answer, inputs, [chat, box], **HIDDEN)
+    running.then(lambda: gr.Textbox(submit_btn=True, stop_btn=False), None, box, **HIDDEN)
+    gr.on([box.stop, chat.clear], None, cancels=running, **HIDDEN)
 
 
 def task_tab(
@@ -195,7 +197,7 @@ def task_tab(
     texts: list[gr.Textbox],
     settings: list[gr.Component],
 ) -> None:
-    """The buttons and the result of a task whose texts are above them."""
+    """Add the buttons and the result of a task, below its texts."""
     with gr.Row():
         go = gr.Button(verb, variant="primary", scale=0, min_width=160)
         stop = gr.Button("Stop", variant="stop", scale=0, min_width=160, visible=False)
@@ -207,19 +209,19 @@ def task_tab(
         yield "", gr.Button(visible=False), gr.Button(visible=True)
         try:
             pieces = run(*values[:-1], int(values[-1]) or None)
-            async with aclosing(growing(pieces)) as results:
+            async with aclosing(accumulate(pieces)) as results:
                 async for text in results:
                     yield text, gr.skip(), gr.skip()
         except Exception as error:
-            tell(error)
+            show_warning(error)
 
-    running = go.click(answer, [*texts, *settings], [result, go, stop], **QUIET)
-    running.then(lambda: [gr.Button(visible=v) for v in (True, False)], None, [go, stop], **QUIET)
-    stop.click(None, cancels=running, **QUIET)
+    running = go.click(answer, [*texts, *settings], [result, go, stop], **HIDDEN)
+    running.then(lambda: [gr.Button(visible=v) for v in (True, False)], None, [go, stop], **HIDDEN)
+    stop.click(None, cancels=running, **HIDDEN)
 
 
 def plain(content: object) -> str:
-    """The text of a message's content, which Gradio gives as a text, a part or several parts."""
+    """Return the text of a message's content, which Gradio passes as a string, a part or parts."""
     if isinstance(content, dict):
         content = content.get("text")
     if isinstance(content, list | tuple):
@@ -228,7 +230,7 @@ def plain(content: object) -> str:
 
 
 def dialog(system: str, turns: Sequence[dict[str, str]]) -> list[Message]:
-    """The messages to answer: none is empty, and unanswered ones are part of the next."""
+    """Return the messages to answer, without empty ones; unanswered ones are joined to the next."""
     messages: list[Message] = []
     for turn in ({"role": "system", "content": system}, *turns):
         role, content = cast(Role, turn["role"]), turn["content"]
@@ -239,9 +241,9 @@ def dialog(system: str, turns: Sequence[dict[str, str]]) -> list[Message]:
     return messages
 
 
-async def growing(pieces: AsyncIterator[str]) -> AsyncGenerator[str, None]:
-    """The text so far, every now and then and at the end."""
-    text = seen = ""
+async def accumulate(pieces: AsyncIterator[str]) -> AsyncGenerator[str, None]:
+    """Yield the text so far, at intervals and at the end."""
+    text = shown = ""
 
     async def read() -> None:
         nonlocal text
@@ -249,36 +251,37 @@ async def growing(pieces: AsyncIterator[str]) -> AsyncGenerator[str, None]:
             async for piece in pieces:
                 text += piece
 
-    reading, waits = asyncio.create_task(read()), 0
+    reader, n_waits = asyncio.create_task(read()), 0
     try:
-        while not (await asyncio.wait([reading], timeout=INTERVAL))[0]:
-            waits += 1
-            if text != seen or waits % 25 == 0:  # Gradio then notices that its reader has gone
-                seen = text
+        while not (await asyncio.wait([reader], timeout=UPDATE_INTERVAL))[0]:
+            n_waits += 1
+            # An update now and then lets Gradio notice that the browser has disconnected.
+            if text != shown or n_waits % 25 == 0:
+                shown = text
                 yield text
-        await reading
+        await reader
         yield text
     finally:
-        reading.cancel()
-        await asyncio.wait([reading])
+        reader.cancel()
+        await asyncio.wait([reader])
 
 
-def _own_folder(app: FastAPI) -> None:
-    """Give Gradio a temporary directory that only this user reads, until ``app`` shuts down."""
-    folder = tempfile.TemporaryDirectory(prefix="llama-page-")
-    os.environ["GRADIO_TEMP_DIR"] = folder.name
+def _use_private_directory(app: FastAPI) -> None:
+    """Give Gradio a temporary directory that only this user can read, until ``app`` shuts down."""
+    directory = tempfile.TemporaryDirectory(prefix="llama-page-")
+    os.environ["GRADIO_TEMP_DIR"] = directory.name
     lifespan = app.router.lifespan_context
 
     @asynccontextmanager
-    async def with_folder(app: FastAPI) -> AsyncIterator[Any]:
-        with folder:
+    async def with_directory(app: FastAPI) -> AsyncIterator[Any]:
+        with directory:
             async with lifespan(app) as state:
                 yield state
 
-    app.router.lifespan_context = with_folder
+    app.router.lifespan_context = with_directory
 
 
-def _log() -> None:
+def _log_exception() -> None:
     error = sys.exc_info()[1]
     if error is not None:
         log_failure(error)
@@ -288,10 +291,10 @@ async def _fetch_nothing(url: str, cache_dir: str) -> str:
     raise ValueError("nothing is fetched from elsewhere")
 
 
-def tell(error: Exception) -> None:
-    """Show an error beside the page, where Gradio's own errors would cover the text."""
+def show_warning(error: Exception) -> None:
+    """Show an error at the side of the page; Gradio's own errors cover the text."""
     message = str(error)
     if not isinstance(error, ValueError):
         log_failure(error)
-        message = "The server failed. Its log tells why."
+        message = "The server failed. See its log."
     gr.Warning(escape(message))

@@ -1,4 +1,4 @@
-"""What a browser sends to the page, checked before Gradio sees it."""
+"""Checks of what a browser sends to the page, before Gradio reads it."""
 
 import json
 from collections.abc import Callable
@@ -12,11 +12,11 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 
-class _Sent(BaseModel):
-    model_config = ConfigDict(strict=True)  # what isn't named here is left out
+class _Input(BaseModel):
+    model_config = ConfigDict(strict=True)  # other fields are dropped
 
 
-class _Part(_Sent):
+class _Part(_Input):
     type: Literal["text"]
     text: str
 
@@ -24,12 +24,12 @@ class _Part(_Sent):
 Content = str | Annotated[list[_Part], Field(max_length=1000, fail_fast=True)]
 
 
-class _Turn(_Sent):
+class _Turn(_Input):
     role: Literal["user", "assistant"]
     content: Content
 
 
-class _Edit(_Sent):
+class _Edit(_Input):
     index: int = Field(ge=0)
     value: Content
 
@@ -37,7 +37,7 @@ class _Edit(_Sent):
 Value = str | float | Annotated[list[_Turn], Field(max_length=1000, fail_fast=True)]
 
 
-class _Join(_Sent):
+class _Join(_Input):
     """An event of the page, with the values of its inputs."""
 
     data: Annotated[list[Value], Field(max_length=10, fail_fast=True)]
@@ -47,39 +47,39 @@ class _Join(_Sent):
     event_data: _Edit | None = None
 
 
-class _Cancel(_Sent):
+class _Cancel(_Input):
     event_id: str
     session_hash: str
     fn_index: int
 
 
 def checked_input(app: ASGIApp, events: Callable[[int], list[Any] | None]) -> ASGIApp:
-    """ASGI middleware: lets no message pass but the page's own, and none that names a file.
+    """Wrap an ASGI app: refuse all messages but the page's own, and those that name a file.
 
-    Gradio would copy any file of this machine that a value names, whatever the component: its own
-    check works only in an app that was launched, which a mounted one never is.
+    Gradio copies any file of this machine that a value names, for every component: its own check
+    works only in a launched app, not in a mounted one.
 
     Args:
-        events: gives the input components of an event, or None where there is no such event.
+        events: returns the input components of an event, or None for an unknown event.
     """
 
-    def checked(path: str, body: bytes) -> bytes:
+    def validate(path: str, body: bytes) -> bytes:
         message = _parse(body)
-        sent = (_Join if path.endswith("/join") else _Cancel).model_validate(message)
-        if isinstance(sent, _Join):
-            inputs = events(sent.fn_index)
-            if inputs is None or len(inputs) != len(sent.data):
+        parsed = (_Join if path.endswith("/join") else _Cancel).model_validate(message)
+        if isinstance(parsed, _Join):
+            inputs = events(parsed.fn_index)
+            if inputs is None or len(inputs) != len(parsed.data):
                 raise ValueError("the page has no such event")
-            if not all(map(_fits, inputs, sent.data)):
+            if not all(map(_fits, inputs, parsed.data)):
                 raise ValueError("a value isn't one of its component's")
-        return sent.model_dump_json().encode()
+        return parsed.model_dump_json().encode()
 
     async def serve(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] != "POST":
             await app(scope, receive, send)
             return
         try:
-            body = checked(scope["path"], await Request(scope, receive).body())
+            body = validate(scope["path"], await Request(scope, receive).body())
         except ClientDisconnect:
             return
         except (HTTPException, ValueError) as error:
@@ -99,12 +99,12 @@ def checked_input(app: ASGIApp, events: Callable[[int], list[Any] | None]) -> AS
 
 def _parse(body: bytes) -> Any:
     try:
-        return json.loads(body, object_hook=_without_files)
+        return json.loads(body, object_hook=_refuse_files)
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
         raise ValueError("the message is not JSON") from None
 
 
-def _without_files(value: dict[str, Any]) -> dict[str, Any]:
+def _refuse_files(value: dict[str, Any]) -> dict[str, Any]:
     if "path" in value:
         raise ValueError("the page takes no files")
     return value
@@ -119,5 +119,5 @@ def _fits(component: Any, value: object) -> bool:
 def _refusal(error: Exception) -> JSONResponse:
     if isinstance(error, HTTPException):
         return JSONResponse({"detail": error.detail}, error.status_code, error.headers)
-    wrong = isinstance(error, ValidationError)  # whose text holds the message
-    return JSONResponse({"detail": "not a message of the page" if wrong else str(error)}, 400)
+    is_invalid = isinstance(error, ValidationError)  # whose text contains the message
+    return JSONResponse({"detail": "not a message of the page" if is_invalid else str(error)}, 400)

@@ -1,9 +1,9 @@
-"""What the API takes and gives, in OpenAI's names: https://platform.openai.com/docs/api-reference.
+"""Requests and responses of the API: https://platform.openai.com/docs/api-reference.
 
-Whatever isn't named here is refused, and so are the values that this server can't serve.
+Unknown fields are refused, and so are values that this server doesn't support.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -15,34 +15,34 @@ from pydantic import (
     model_validator,
 )
 
-MAX_PROMPTS = 2048  # of a request; OpenAI's bound for embeddings
+MAX_PROMPTS = 2048  # of a request; OpenAI's limit for embeddings
 MAX_FIELDS = 100  # of an object
 
 
-class _Asked(BaseModel):
+class _Request(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     @model_validator(mode="before")
     @classmethod
-    def _check_size(cls, given: Any) -> Any:
-        # Each unknown field would be complained about, for all of whom the server stands still.
-        if isinstance(given, dict) and len(given) > MAX_FIELDS:
-            raise ValueError(f"expected up to {MAX_FIELDS} fields, found {len(given):,}")
-        return given
+    def _check_size(cls, value: Any) -> Any:
+        # Pydantic would make an error for each unknown field, which blocks the server.
+        if isinstance(value, dict) and len(value) > MAX_FIELDS:
+            raise ValueError(f"expected up to {MAX_FIELDS} fields, found {len(value):,}")
+        return value
 
 
-def _few_prompts(given: Any) -> Any:
-    if isinstance(given, list) and len(given) > MAX_PROMPTS and not isinstance(given[0], int):
-        raise ValueError(f"expected up to {MAX_PROMPTS:,} prompts, found {len(given):,}")
-    return given
+def _check_number(value: Any) -> Any:
+    if isinstance(value, list) and len(value) > MAX_PROMPTS and not isinstance(value[0], int):
+        raise ValueError(f"expected up to {MAX_PROMPTS:,} prompts, found {len(value):,}")
+    return value
 
 
-# A list that is wrong ends at its first fault, not with a complaint about each of a million.
+# With fail_fast an invalid list makes one error, not one for each of a million elements.
 Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True)]
 Texts = Annotated[list[str], Field(min_length=1, fail_fast=True)]
 Prompt = Annotated[
     str | Texts | Ids | Annotated[list[Ids], Field(min_length=1, fail_fast=True)],
-    BeforeValidator(_few_prompts),  # before each of them is looked at
+    BeforeValidator(_check_number),  # before each prompt is validated
 ]
 Null = Annotated[None, Field(description="Only null.")]
 Zero = Annotated[float, Field(ge=0, le=0)]
@@ -51,29 +51,29 @@ Zero = Annotated[float, Field(ge=0, le=0)]
 TEMPERATURE, TOP_P = 0.6, 0.9
 
 
-class StreamOptions(_Asked):
-    include_usage: bool = Field(False, description="Whether a last event says the usage.")
+class StreamOptions(_Request):
+    include_usage: bool = Field(False, description="Send a last event with the usage.")
 
 
-class _Writing(_Asked):
-    """What all requests for text have in common."""
+class _TextRequest(_Request):
+    """The common part of all requests for text."""
 
-    model: str | None = Field(None, description="The served model's id, or nothing.")
+    model: str | None = Field(None, description="The served model's id.")
     temperature: Annotated[float, Field(ge=0, le=100)] | None = Field(
-        TEMPERATURE, description="0 takes the likeliest token."
+        TEMPERATURE, description="0 takes the most probable token."
     )
     top_p: Annotated[float, Field(ge=0, le=1)] | None = TOP_P
     n: Annotated[int, Field(ge=1, le=16)] | None = Field(
-        1, description="How many answers to each prompt."
+        1, description="Number of answers to each prompt."
     )
-    seed: int | None = Field(None, description="Makes the draws repeatable.")
+    seed: int | None = Field(None, description="Makes sampling repeatable.")
     stop: str | Annotated[list[str], Field(fail_fast=True)] | None = Field(
         None, description="Texts that end an answer, up to 16, of up to 1,000 characters each."
     )
-    stream: bool | None = Field(False, description="Whether to send events as the text is written.")
+    stream: bool | None = Field(False, description="Send events as the text is generated.")
     stream_options: StreamOptions | None = None
     timeout: float | None = Field(
-        None, gt=0, description="Seconds after which to give up; an extension."
+        None, gt=0, description="Seconds until the request is cancelled; an extension."
     )
     presence_penalty: Zero | None = Field(0, description="Only 0.")
     frequency_penalty: Zero | None = Field(0, description="Only 0.")
@@ -90,7 +90,7 @@ class _Writing(_Asked):
 
     @property
     def sampling(self) -> dict[str, Any]:
-        """As ``Llama`` names it; null stands for the default."""
+        """Return arguments of ``SamplingParams``; null stands for the default."""
         return {
             "temperature": TEMPERATURE if self.temperature is None else self.temperature,
             "top_p": TOP_P if self.top_p is None else self.top_p,
@@ -111,21 +111,24 @@ class _Writing(_Asked):
         return stop
 
     @model_validator(mode="after")
-    def _check_stream(self) -> "_Writing":
+    def _check_stream(self) -> "_TextRequest":
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options are for stream=true")
         return self
 
 
-class CompletionRequest(_Writing):
+class CompletionRequest(_TextRequest):
     prompt: Prompt = Field("", description="Texts, or their token ids.")
     suffix: str | None = Field(
-        None, description="What follows: the model fills in between, if it was trained to."
+        None, description="Text after the middle to fill in, for a model trained for infilling."
     )
     max_tokens: int | None = Field(16, ge=0, description="null for as many as fit.")
-    echo: bool | None = Field(False, description="Whether to give the prompt too.")
+    echo: bool | None = Field(False, description="Return the prompt too.")
     logprobs: int | None = Field(
-        None, ge=0, le=20, description="Likeliest tokens to tell, beside the chosen ones."
+        None,
+        ge=0,
+        le=20,
+        description="Most probable tokens to return with each chosen one.",
     )
     best_of: Literal[1] | None = Field(None, description="Only 1.")
 
@@ -138,16 +141,16 @@ class CompletionRequest(_Writing):
         return self
 
 
-class TextPart(_Asked):
+class TextPart(_Request):
     type: Literal["text"]
     text: str
 
 
-class ChatMessage(_Asked):
+class ChatMessage(_Request):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[TextPart], Field(fail_fast=True)]
     name: str | None = Field(None, description="Ignored.")
-    # What OpenAI's package sends back with an answer that it was given.
+    # OpenAI's package sends these back as part of an earlier answer.
     refusal: Null = None
     annotations: Null = None
     audio: Null = None
@@ -161,11 +164,11 @@ class ChatMessage(_Asked):
         return "".join(part.text for part in self.content)
 
 
-class ResponseFormat(_Asked):
+class ResponseFormat(_Request):
     type: Literal["text"]
 
 
-class ChatRequest(_Writing):
+class ChatRequest(_TextRequest):
     messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
     max_completion_tokens: int | None = Field(None, ge=1, description="As many as fit, if null.")
     max_tokens: int | None = Field(None, ge=1, description="The older name of the same.")
@@ -182,16 +185,16 @@ class ChatRequest(_Writing):
         return self
 
 
-class EmbeddingRequest(_Asked):
+class EmbeddingRequest(_Request):
     input: Prompt
-    model: str | None = Field(None, description="The served model's id, or nothing.")
+    model: str | None = Field(None, description="The served model's id.")
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = Field(None, ge=1, description="Only the model's own number.")
     user: str | None = Field(None, description="Ignored.")
 
 
 class PromptDetails(BaseModel):
-    cached_tokens: int = Field(description="Tokens that the cache held already.")
+    cached_tokens: int = Field(description="Tokens reused from the cache.")
 
 
 class Usage(BaseModel):
@@ -204,6 +207,25 @@ class Usage(BaseModel):
 FinishReason = Literal["stop", "length", "content_filter"] | None
 
 
+LogprobsT = TypeVar("LogprobsT")
+ChoiceT = TypeVar("ChoiceT")
+
+
+class _Choice(BaseModel, Generic[LogprobsT]):
+    index: int
+    logprobs: LogprobsT | None = None
+    finish_reason: FinishReason = None
+
+
+class _Answer(BaseModel, Generic[ChoiceT]):
+    id: str
+    object: str
+    created: int
+    model: str
+    choices: list[ChoiceT]
+    usage: Usage | None = None
+
+
 class CompletionLogprobs(BaseModel):
     tokens: list[str]
     token_logprobs: list[float | None]
@@ -211,22 +233,14 @@ class CompletionLogprobs(BaseModel):
     text_offset: list[int]
 
 
-class CompletionChoice(BaseModel):
-    index: int
+class CompletionChoice(_Choice[CompletionLogprobs]):
     text: str
-    logprobs: CompletionLogprobs | None = None
-    finish_reason: FinishReason = None
 
 
-class Completion(BaseModel):
-    """An answer, or with ``stream`` what an event adds to it."""
+class Completion(_Answer[CompletionChoice]):
+    """An answer, or with ``stream`` the part of it in one event."""
 
-    id: str
     object: Literal["text_completion"] = "text_completion"
-    created: int
-    model: str
-    choices: list[CompletionChoice]
-    usage: Usage | None = None
 
 
 class TopLogprob(BaseModel):
@@ -250,22 +264,6 @@ class ChatAnswer(BaseModel):
     refusal: str | None = None
 
 
-class ChatChoice(BaseModel):
-    index: int
-    message: ChatAnswer
-    logprobs: ChatLogprobs | None = None
-    finish_reason: FinishReason = None
-
-
-class ChatCompletion(BaseModel):
-    id: str
-    object: Literal["chat.completion"] = "chat.completion"
-    created: int
-    model: str
-    choices: list[ChatChoice]
-    usage: Usage | None = None
-
-
 class ChatDelta(BaseModel):
     role: Literal["assistant"] | None = None
     content: str | None = None
@@ -275,22 +273,22 @@ class ChatDelta(BaseModel):
         return {name: value for name, value in self if value is not None}
 
 
-class ChatChunkChoice(BaseModel):
-    index: int
+class ChatChoice(_Choice[ChatLogprobs]):
+    message: ChatAnswer
+
+
+class ChatChunkChoice(_Choice[ChatLogprobs]):
     delta: ChatDelta
-    logprobs: ChatLogprobs | None = None
-    finish_reason: FinishReason = None
 
 
-class ChatChunk(BaseModel):
-    """What an event adds to an answer."""
+class ChatCompletion(_Answer[ChatChoice]):
+    object: Literal["chat.completion"] = "chat.completion"
 
-    id: str
+
+class ChatChunk(_Answer[ChatChunkChoice]):
+    """The part of an answer in one event."""
+
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
-    created: int
-    model: str
-    choices: list[ChatChunkChoice]
-    usage: Usage | None = None
 
 
 class Embedding(BaseModel):
@@ -326,7 +324,7 @@ class Models(BaseModel):
 
 class Health(BaseModel):
     status: Literal["ok", "draining"]
-    active: int = Field(description="Requests that have a row of the cache.")
+    active: int = Field(description="Requests that have a slot of the cache.")
     waiting: int
 
 

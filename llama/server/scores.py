@@ -1,4 +1,4 @@
-"""Log-probabilities and usage, in OpenAI's form."""
+"""Log-probabilities and usage, in OpenAI's format."""
 
 import re
 import time
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from llama.engine.detokenizer import Detokenizer
 from llama.engine.sequence import Alternatives
-from llama.server.jobs import Job
+from llama.server.loop import Job
 from llama.server.schemas import (
     ChatLogprobs,
     CompletionLogprobs,
@@ -22,19 +22,19 @@ _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 def new_id(kind: str) -> tuple[str, int]:
-    """Return an answer's id, and the time in seconds."""
+    """Return an answer's id, and the present time in seconds."""
     return f"{kind}-{uuid.uuid4().hex}", int(time.time())
 
 
 def usage(jobs: Sequence[Job], n: int = 1) -> Usage:
-    """Return the tokens of a request's jobs, ``n`` of which answer each prompt."""
+    """Return the token counts of a request's jobs, ``n`` of which answer each prompt."""
     n_prompt = sum(len(job.sequence.prompt) for job in jobs[::n])
-    n_written = sum(len(job.sequence.tokens) for job in jobs)
+    n_generated = sum(len(job.sequence.tokens) for job in jobs)
     n_cached = sum(job.sequence.n_reused for job in jobs[::n])
     return Usage(
         prompt_tokens=n_prompt,
-        completion_tokens=n_written,
-        total_tokens=n_prompt + n_written,
+        completion_tokens=n_generated,
+        total_tokens=n_prompt + n_generated,
         prompt_tokens_details=PromptDetails(cached_tokens=n_cached),
     )
 
@@ -45,47 +45,48 @@ def token_text(tokenizer: BaseTokenizer, token: int) -> str:
 
 
 def token_bytes(tokenizer: BaseTokenizer, token: int) -> list[int] | None:
-    """Return a token's bytes; None where they are part of a character, and unknown."""
-    found = _BYTE.fullmatch(tokenizer.token_piece(token))
-    if found:
-        return [int(found[1], 16)]
+    """Return a token's bytes; None if they are part of a character and unknown."""
+    byte = _BYTE.fullmatch(tokenizer.token_piece(token))
+    if byte:
+        return [int(byte[1], 16)]
     text = token_text(tokenizer, token)
     return None if "\ufffd" in text else list(text.encode())
 
 
 class Scores:
-    """The log-probabilities of a sequence's tokens, returned as its text is.
+    """The log-probabilities of a sequence's tokens, returned together with its text.
 
     Args:
-        echo: whether the prompt's come first.
+        echo: return those of the prompt first.
     """
 
     def __init__(self, tokenizer: BaseTokenizer, job: Job, echo: bool = False):
         self._tokenizer = tokenizer
         self._sequence = job.sequence
         self._echo = echo
-        self._given = 0
+        self._n_returned = 0
         self._n_echoed = 0  # characters of the prompt
 
     def _next(self, n_tokens: int) -> list[tuple[int, float | None, Alternatives]]:
-        """Return the tokens that haven't been returned yet, of ``n_tokens`` in all."""
+        """Return the tokens among the first ``n_tokens`` that haven't been returned yet."""
         sequence = self._sequence
-        found: list[tuple[int, float | None, Alternatives]] = []
+        scored: list[tuple[int, float | None, Alternatives]] = []
         if self._echo:
             self._echo = False
             scores = [None, *sequence.prompt_logprobs[1:]]  # nothing predicts the first token
             tops = sequence.prompt_top_logprobs
-            found += zip(sequence.prompt, scores, tops, strict=True)
-        for i in range(self._given, n_tokens):
+            scored += zip(sequence.prompt, scores, tops, strict=True)
+        for i in range(self._n_returned, n_tokens):
             top = sequence.top_logprobs[i] if sequence.top_logprobs else []
-            found.append((sequence.tokens[i], sequence.logprobs[i], top))
-        self._given = max(self._given, n_tokens)
-        return found
+            scored.append((sequence.tokens[i], sequence.logprobs[i], top))
+        self._n_returned = max(self._n_returned, n_tokens)
+        return scored
 
     def for_completion(self, n_tokens: int) -> CompletionLogprobs:
+        """Return those of a completion's next tokens, up to ``n_tokens``."""
         offsets = self._prompt_starts() if self._echo else []
         assert self._sequence.detokenizer is not None
-        starts = self._sequence.detokenizer.starts[self._given : n_tokens]
+        starts = self._sequence.detokenizer.starts[self._n_returned : n_tokens]
         offsets += [self._n_echoed + start for start in starts]
         tokens, scores, tops = [], [], []
         for token, score, top in self._next(n_tokens):
@@ -108,15 +109,16 @@ class Scores:
         return text.starts
 
     def _by_text(self, top: Alternatives) -> dict[str, float]:
-        found: dict[str, float] = {}
+        scores: dict[str, float] = {}
         for token, score in top:
             text = token_text(self._tokenizer, token)
             if "\ufffd" in text:  # part of a character
                 text = self._tokenizer.token_piece(token)
-            found.setdefault(text, score)  # of two that read alike, the more probable
-        return found
+            scores.setdefault(text, score)  # of equal texts, the more probable
+        return scores
 
     def for_chat(self, n_tokens: int) -> ChatLogprobs:
+        """Return those of an answer's next tokens, up to ``n_tokens``."""
         content = []
         for token, score, top in self._next(n_tokens):
             most_probable = [self._named(t, value) for t, value in top]

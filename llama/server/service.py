@@ -1,4 +1,4 @@
-"""Between the web and the engine: requests become jobs, whose updates become answers."""
+"""From HTTP to the engine and back: requests become jobs, whose updates become answers."""
 
 import asyncio
 import contextlib
@@ -18,11 +18,10 @@ from llama.sampling import SamplingParams
 from llama.server.answers import Answers, GuardExecutor
 from llama.server.config import ServerConfig
 from llama.server.errors import ApiError
-from llama.server.jobs import Job, Update
-from llama.server.loop import Draining, EngineLoop, QueueFull
+from llama.server.loop import Draining, EngineLoop, Job, QueueFull, Update
 from llama.server.metrics import Metrics
 
-MAX_SCORES = 400_000  # log-probabilities of a request; each takes some 300 bytes
+MAX_SCORES = 400_000  # log-probabilities of a request; each takes about 300 bytes
 
 logger = logging.getLogger(__name__)
 
@@ -45,10 +44,10 @@ class Service:
         self.chat_format = names[0] if names else "the checkpoint's own template"
         self._guards = GuardExecutor()
         self._capacity = config.max_queue + llama.model.params.max_batch_size
-        self._n_preparing = 0  # sequences that are on their way to the queue
-        self._mean_seconds = 1.0  # of recent answers, roughly
+        self._n_preparing = 0  # sequences that will be queued
+        self._mean_seconds = 1.0  # of recent answers, approximately
 
-    async def ask(
+    async def submit(
         self,
         make: Callable[[], list[EngineSequence]],
         n_sequences: int,
@@ -56,18 +55,18 @@ class Service:
         dialogs: Sequence[Dialog] | None = None,
         timeout: float | None = None,
     ) -> Answers:
-        """Return answers to prompts, once the input guard has allowed them.
+        """Submit prompts and return their answers, once the input guard has allowed them.
 
         Args:
-            make: makes the sequences, ``n`` of each prompt; called in a thread, as a long text
-                takes a while to be tokenised.
-            n_sequences: how many they will be.
-            dialogs: the prompts as guards read them; by default their texts as a user's.
+            make: makes the sequences, ``n`` of each prompt; called in a thread, as it takes a
+                while to tokenise a long text.
+            n_sequences: the number of sequences that ``make`` returns.
+            dialogs: the prompts as guards read them; by default their texts as user messages.
             timeout: seconds, if fewer than the server allows.
 
         Raises:
-            ApiError: an argument is wrong, a prompt too long, the queue full, or the server about
-                to end.
+            ApiError: an argument is wrong, a prompt is too long, the queue is full, or the server
+                is shutting down.
         """
         begin = time.monotonic()
         deadline = begin + min(self.config.timeout, timeout or math.inf)
@@ -75,7 +74,7 @@ class Service:
         if n_sequences > self._capacity:
             raise ApiError(
                 400,
-                f"{n_sequences} answers are asked for, and the server can queue {self._capacity}",
+                f"the request has {n_sequences} answers, and the server can queue {self._capacity}",
             )
         if self._n_preparing + self.loop.n_waiting + n_sequences > self._capacity:
             raise self._queue_full()
@@ -83,7 +82,7 @@ class Service:
         try:
             sequences = await self._prepare(make, is_chat=dialogs is not None)
             if any(sequence.is_read_only for sequence in sequences):
-                input_guard = output_guard = None  # which judge what is written
+                input_guard = output_guard = None  # nothing is generated
             elif dialogs is None and (input_guard or output_guard):
                 decode = self.llama.tokenizer.decode
                 dialogs = [as_dialog(decode(sequence.prompt)) for sequence in sequences[::n]]
@@ -97,7 +96,7 @@ class Service:
         guards = []
         if output_guard is not None and dialogs is not None:
             guards = [StreamGuard(dialogs[i // n], output_guard) for i in range(n_sequences)]
-        jobs, updates = self._submit(sequences, refusals, begin, deadline)
+        jobs, updates = self._queue(sequences, refusals, begin, deadline)
         return Answers(jobs, updates, refusals, guards, self._guards, deadline)
 
     async def _prepare(
@@ -139,34 +138,34 @@ class Service:
     async def _refusal(
         self, guard: InputGuard | None, dialog: Dialog, deadline: float
     ) -> str | None:
-        """Return what the input guard says against a dialog, if anything."""
+        """Return the input guard's refusal of a dialog; None if it is allowed."""
         if guard is None:
             return None
         verdict = await self._guards.run(deadline, lambda: checked_verdict(guard(dialog)))
         return None if verdict.allowed else refusal(verdict)
 
-    def _submit(
+    def _queue(
         self,
         sequences: Sequence[EngineSequence],
         refusals: dict[int, str],
         begin: float,
         deadline: float,
     ) -> tuple[list[Job], Updates]:
-        """Queue the sequences that aren't refused; returns a job for each, and their updates."""
+        """Queue the sequences that aren't refused; return a job for each, and their updates."""
         updates: Updates = asyncio.Queue()
         loop = asyncio.get_running_loop()
-        waits = True  # for a first token, which a text that is only read has none of
+        is_waiting = True  # for a first token
 
         def notify(number: int, update: Update) -> None:
-            nonlocal waits
+            nonlocal is_waiting
             seconds = time.monotonic() - begin
-            if waits and update.n_tokens:
-                waits = False
+            if is_waiting and update.n_tokens:
+                is_waiting = False
                 self.metrics.first_token.observe(seconds)
             if update.finish_reason in ("stop", "length") and not sequences[number].is_read_only:
                 self.metrics.duration.observe(seconds)
                 self._mean_seconds += 0.1 * (seconds - self._mean_seconds)
-            with contextlib.suppress(RuntimeError):  # the loop has ended, and nobody listens
+            with contextlib.suppress(RuntimeError):  # the event loop has ended
                 loop.call_soon_threadsafe(updates.put_nowait, (number, update))
 
         jobs = [Job(sequence, partial(notify, i), deadline) for i, sequence in enumerate(sequences)]
@@ -192,11 +191,11 @@ class Service:
         """Yield the answer to a dialog, piece by piece, for the page.
 
         Raises:
-            ValueError: an argument is wrong, or the request failed, in words for the user.
+            ValueError: an argument is wrong, or the request failed; its message is for the user.
         """
         tasks, params = self.llama.tasks, partial(self.params, temperature, top_p, max_tokens)
-        asked = self.ask(lambda: tasks.chat([dialog], params()), 1, dialogs=[dialog])
-        async for text in _texts(asked):
+        answers = self.submit(lambda: tasks.chat([dialog], params()), 1, dialogs=[dialog])
+        async for text in _texts(answers):
             yield text
 
     async def complete(
@@ -204,22 +203,22 @@ class Service:
     ) -> AsyncGenerator[str, None]:
         """Yield a text's continuation, as ``chat`` does."""
         tasks, params = self.llama.tasks, partial(self.params, temperature, top_p, max_tokens)
-        asked = self.ask(lambda: tasks.text([prompt], params(), in_context=True), 1)
-        async for text in _texts(asked):
+        answers = self.submit(lambda: tasks.text([prompt], params(), in_context=True), 1)
+        async for text in _texts(answers):
             yield text
 
     async def infill(
         self, prefix: str, suffix: str, temperature: float, top_p: float, max_tokens: int | None
     ) -> AsyncGenerator[str, None]:
-        """Yield what is missing between two texts, as ``chat`` does."""
+        """Yield the middle between two texts, as ``chat`` does."""
         tasks, params = self.llama.tasks, partial(self.params, temperature, top_p, max_tokens)
-        asked = self.ask(lambda: tasks.infilling([prefix], [suffix], params()), 1)
-        async for text in _texts(asked):
+        answers = self.submit(lambda: tasks.infilling([prefix], [suffix], params()), 1)
+        async for text in _texts(answers):
             yield text
 
 
 def _check_scores(sequences: Sequence[EngineSequence]) -> None:
-    """Raise an ``ApiError`` where several texts have more scores than a request may ask for."""
+    """Raise ``ApiError`` if several texts have more log-probabilities than a request may have."""
     scored = [sequence for sequence in sequences if sequence.params.logprobs]
     if len(scored) < 2:
         return
@@ -237,9 +236,9 @@ def _check_scores(sequences: Sequence[EngineSequence]) -> None:
         )
 
 
-async def _texts(asked: Awaitable[Answers]) -> AsyncGenerator[str, None]:
+async def _texts(answers: Awaitable[Answers]) -> AsyncGenerator[str, None]:
     try:
-        async with contextlib.aclosing((await asked).pieces()) as pieces:
+        async with contextlib.aclosing((await answers).pieces()) as pieces:
             async for piece in pieces:
                 yield piece.text
     except ApiError as error:
@@ -247,5 +246,5 @@ async def _texts(asked: Awaitable[Answers]) -> AsyncGenerator[str, None]:
 
 
 def as_dialog(prompt: str) -> Dialog:
-    """Return a plain text as guards read it: a user's message."""
+    """Return a prompt as a dialog of one user message, for guards."""
     return [Message(role="user", content=prompt)]

@@ -1,4 +1,4 @@
-"""The API's requests for texts and vectors, answered."""
+"""Answer the API's requests for texts and vectors."""
 
 import base64
 import struct
@@ -16,39 +16,37 @@ from llama.sampling import SamplingParams
 from llama.server import schemas
 from llama.server.answers import Answers
 from llama.server.errors import ApiError
-from llama.server.events import collect, json_response, stream, unless_gone
+from llama.server.events import collect, json_response, stream, unless_disconnected
 from llama.server.scores import Scores, new_id, usage
 from llama.server.service import Service
 
 
-async def complete(
-    service: Service, asked: schemas.CompletionRequest, request: Request
-) -> Response:
-    """Continue texts, or fill in what is missing between two."""
-    check_model(service, asked.model)
-    score = asked.logprobs is not None
+async def complete(service: Service, body: schemas.CompletionRequest, request: Request) -> Response:
+    """Continue texts, or fill in the middle between two."""
+    check_model(service, body.model)
+    score = body.logprobs is not None
     _check_scores(service, score)
     tokenizer, tasks = service.llama.tokenizer, service.llama.tasks
-    prompts, n, suffix = _prompts(asked.prompt), asked.n or 1, asked.suffix
+    prompts, n, suffix = _prompts(body.prompt), body.n or 1, body.suffix
     repeated = [prompt for prompt in prompts for _ in range(n)]
 
     def make() -> list[Sequence]:
-        params = _params(service, asked, asked.max_tokens)
+        params = _params(service, body, body.max_tokens)
         if suffix is not None:
-            params = replace(params, logprobs=score, top_logprobs=asked.logprobs or 0)
+            params = replace(params, logprobs=score, top_logprobs=body.logprobs or 0)
             return tasks.infilling(repeated, [suffix] * len(repeated), params)
         params = replace(
-            params, logprobs=score, top_logprobs=asked.logprobs or 0, echo=bool(asked.echo)
+            params, logprobs=score, top_logprobs=body.logprobs or 0, echo=bool(body.echo)
         )
         return tasks.text(repeated, params, in_context=True)
 
-    work = service.ask(make, len(repeated), n, timeout=asked.timeout)
-    answers = await unless_gone(request, work)
+    submission = service.submit(make, len(repeated), n, timeout=body.timeout)
+    answers = await unless_disconnected(request, submission)
     name, created = new_id("cmpl")
     answer = partial(schemas.Completion, id=name, created=created, model=service.name)
     scored = answers.jobs if score else []
-    scores = [Scores(tokenizer, job, bool(asked.echo)) for job in scored]
-    echoes = set(range(len(answers.jobs))) - set(answers.refusals) if asked.echo else set()
+    scores = [Scores(tokenizer, job, bool(body.echo)) for job in scored]
+    echoes = set(range(len(answers.jobs))) - set(answers.refusals) if body.echo else set()
 
     def choice(i: int, text: str, n_tokens: int, finish: Any) -> schemas.CompletionChoice:
         if i in echoes:
@@ -57,32 +55,32 @@ async def complete(
         logprobs = scores[i].for_completion(n_tokens) if score else None
         return schemas.CompletionChoice(index=i, text=text, logprobs=logprobs, finish_reason=finish)
 
-    return await _respond(request, asked, answers, n, (choice, answer), (choice, answer))
+    return await _respond(request, body, answers, n, (choice, answer), (choice, answer))
 
 
-async def chat(service: Service, asked: schemas.ChatRequest, request: Request) -> Response:
+async def chat(service: Service, body: schemas.ChatRequest, request: Request) -> Response:
     """Answer a dialog."""
-    check_model(service, asked.model)
-    score = bool(asked.logprobs)
+    check_model(service, body.model)
+    score = bool(body.logprobs)
     _check_scores(service, score)
     dialog = [
         Message(role="system" if m.role == "developer" else m.role, content=m.text)
-        for m in asked.messages
+        for m in body.messages
     ]
-    llama, n = service.llama, asked.n or 1
+    llama, n = service.llama, body.n or 1
 
     def make() -> list[Sequence]:
-        params = _params(service, asked, asked.max_completion_tokens or asked.max_tokens)
-        params = replace(params, logprobs=score, top_logprobs=asked.top_logprobs or 0)
+        params = _params(service, body, body.max_completion_tokens or body.max_tokens)
+        params = replace(params, logprobs=score, top_logprobs=body.top_logprobs or 0)
         return llama.tasks.chat([dialog] * n, params)
 
-    work = service.ask(make, n, n, dialogs=[dialog], timeout=asked.timeout)
-    answers = await unless_gone(request, work)
+    submission = service.submit(make, n, n, dialogs=[dialog], timeout=body.timeout)
+    answers = await unless_disconnected(request, submission)
     scores = [Scores(llama.tokenizer, job) for job in answers.jobs if score]
     name, created = new_id("chatcmpl")
     whole = partial(schemas.ChatCompletion, id=name, created=created, model=service.name)
     chunk = partial(schemas.ChatChunk, id=name, created=created, model=service.name)
-    begun: set[int] = set()
+    started: set[int] = set()
 
     def logprobs(i: int, n_tokens: int) -> schemas.ChatLogprobs | None:
         return scores[i].for_chat(n_tokens) if score else None
@@ -95,14 +93,14 @@ async def chat(service: Service, asked: schemas.ChatRequest, request: Request) -
 
     def part(i: int, text: str, n_tokens: int, finish: Any) -> schemas.ChatChunkChoice:
         delta = schemas.ChatDelta(content=text)
-        if i not in begun:
+        if i not in started:
             delta.role = "assistant"
-            begun.add(i)
+            started.add(i)
         return schemas.ChatChunkChoice(
             index=i, delta=delta, logprobs=logprobs(i, n_tokens), finish_reason=finish
         )
 
-    return await _respond(request, asked, answers, n, (choice, whole), (part, chunk))
+    return await _respond(request, body, answers, n, (choice, whole), (part, chunk))
 
 
 Form = tuple[Callable[..., BaseModel], Callable[..., BaseModel]]
@@ -110,27 +108,27 @@ Form = tuple[Callable[..., BaseModel], Callable[..., BaseModel]]
 
 async def _respond(
     request: Request,
-    asked: schemas.CompletionRequest | schemas.ChatRequest,
+    body: schemas.CompletionRequest | schemas.ChatRequest,
     answers: Answers,
     n: int,
     whole: Form,
     event: Form,
 ) -> Response:
-    """Return answers whole or as events, as they are asked for.
+    """Return answers whole or as events, as the request says.
 
     Args:
-        whole: makes a choice of (number, text, number of tokens, finish reason), and a body of
-            choices and usage.
-        event: the same for an event, of which each has one choice.
+        whole: makes a choice of (number, text, number of tokens, finish reason), and a response
+            of choices and usage.
+        event: the same for an event, which has one choice.
     """
 
-    if asked.stream:
+    if body.stream:
         part, chunk = event
-        counted = partial(chunk, choices=[])
-        last = (lambda: counted(usage=usage(answers.jobs, n))) if asked.wants_usage else None
-        scored = asked.logprobs is not None and asked.logprobs is not False
+        without_choices = partial(chunk, choices=[])
+        last = (lambda: without_choices(usage=usage(answers.jobs, n))) if body.wants_usage else None
+        scored = body.logprobs is not None and body.logprobs is not False
         return stream(answers, lambda piece: chunk(choices=[part(*piece)]), last, scored)
-    choice, body = whole
+    choice, response = whole
     texts = await collect(request, answers)
 
     def build() -> BaseModel:
@@ -138,40 +136,40 @@ async def _respond(
             choice(i, text, len(answers.jobs[i].sequence.tokens), finish)
             for i, (text, finish) in enumerate(texts)
         ]
-        return body(choices=choices, usage=usage(answers.jobs, n))
+        return response(choices=choices, usage=usage(answers.jobs, n))
 
     return await json_response(build)
 
 
-async def embed(service: Service, asked: schemas.EmbeddingRequest, request: Request) -> Response:
+async def embed(service: Service, body: schemas.EmbeddingRequest, request: Request) -> Response:
     """Return vectors of texts."""
-    check_model(service, asked.model)
+    check_model(service, body.model)
     width = service.llama.model.params.dim
-    if asked.dimensions not in (None, width):
+    if body.dimensions not in (None, width):
         raise ApiError(400, f"the model's vectors have {width} numbers: leave it out", "dimensions")
-    texts = _prompts(asked.input)
-    work = service.ask(lambda: service.llama.tasks.read(texts, "mean"), len(texts))
-    answers = await unless_gone(request, work)
+    texts = _prompts(body.input)
+    submission = service.submit(lambda: service.llama.tasks.read(texts, "mean"), len(texts))
+    answers = await unless_disconnected(request, submission)
     await collect(request, answers)
 
-    def body() -> schemas.Embeddings:
+    def build() -> schemas.Embeddings:
         data = []
         for i, job in enumerate(answers.jobs):
             pooled = job.sequence.pooled
             assert pooled is not None
             vector = (pooled / pooled.norm().clamp(min=1e-12)).tolist()
-            if asked.encoding_format == "base64":
+            if body.encoding_format == "base64":
                 vector = base64.b64encode(struct.pack(f"<{width}f", *vector)).decode()
             data.append(schemas.Embedding(index=i, embedding=vector))
         n_tokens = sum(len(job.sequence.prompt) for job in answers.jobs)
         used = schemas.EmbeddingUsage(prompt_tokens=n_tokens, total_tokens=n_tokens)
         return schemas.Embeddings(model=service.name, data=data, usage=used)
 
-    return await json_response(body)
+    return await json_response(build)
 
 
 def check_model(service: Service, model: str | None) -> None:
-    """Raise an ``ApiError`` where another model is asked for than is served."""
+    """Raise ``ApiError`` if a request is for another model than the served one."""
     if model not in (None, service.name):
         raise ApiError(
             404,
@@ -182,21 +180,21 @@ def check_model(service: Service, model: str | None) -> None:
 
 
 def _params(
-    service: Service, asked: schemas.CompletionRequest | schemas.ChatRequest, max_tokens: int | None
+    service: Service, body: schemas.CompletionRequest | schemas.ChatRequest, max_tokens: int | None
 ) -> SamplingParams:
     n_lookup = service.config.prompt_lookup_num_tokens
     return SamplingParams(
-        max_gen_len=max_tokens, prompt_lookup_num_tokens=n_lookup, **asked.sampling
+        max_gen_len=max_tokens, prompt_lookup_num_tokens=n_lookup, **body.sampling
     )
 
 
-def _prompts(given: Any) -> list[Any]:
-    """Return a list of prompts, of the four ways to give them."""
-    if isinstance(given, str) or isinstance(given[0], int):
-        return [given]
-    return list(given)
+def _prompts(value: Any) -> list[Any]:
+    """Return a list of prompts, of a text, token ids, or a list of either."""
+    if isinstance(value, str) or isinstance(value[0], int):
+        return [value]
+    return list(value)
 
 
-def _check_scores(service: Service, wanted: bool) -> None:
-    if wanted and (service.llama.input_guard or service.llama.output_guard):
-        raise ApiError(400, "behind a guard there are no logprobs: leave it out", "logprobs")
+def _check_scores(service: Service, score: bool) -> None:
+    if score and (service.llama.input_guard or service.llama.output_guard):
+        raise ApiError(400, "a server with a guard returns no logprobs: leave it out", "logprobs")

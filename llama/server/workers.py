@@ -1,7 +1,7 @@
-"""The same engine on all ranks: rank 0 says which sequences come and go before each step.
+"""The same engine on all ranks: before each step rank 0 sends the new and cancelled sequences.
 
-Clocks, deadlines, cancellations and guards are rank 0's alone. The other ranks get one message a
-step, with the sequences that are submitted and cancelled, and then do what rank 0's engine does.
+Only rank 0 has clocks, deadlines, cancellations and guards. The other ranks get one message a
+step, with the sequences that are submitted and cancelled, and then run the same step.
 """
 
 import contextlib
@@ -17,13 +17,13 @@ from llama.errors import NotFinite
 from llama.sampling import SamplingParams
 
 PREFILL_BESIDE_DECODING = 64  # tokens of prompts in a step, on a CPU
-MAX_DECODED = 12  # tokens that a step decodes, drafts included: more would slow it down
-HEARTBEAT = 5.0  # seconds between signs of life to the other ranks
+MAX_DECODED = 12  # tokens that a step decodes, drafts included: more slow it down
+HEARTBEAT = 5.0  # seconds between messages to the other ranks while idle
 _STOP = b"stop"
 
 
 def configure(engine: Engine) -> None:
-    """Set an engine up for streams that shall flow while prompts come in."""
+    """Set up an engine so that streams stay smooth while prompts are processed."""
     on_cpu = engine.model.freqs_cis.device.type == "cpu"
     engine.prefill_beside_decoding = PREFILL_BESIDE_DECODING if on_cpu else PREFILL_CHUNK
     engine.max_decoded = MAX_DECODED
@@ -33,14 +33,14 @@ class Workers:
     """The other ranks, seen from rank 0."""
 
     def __init__(self) -> None:
-        self._numbers: dict[Sequence, int] = {}  # by which the other ranks know a sequence
+        self._numbers: dict[Sequence, int] = {}  # of sequences, for the other ranks
         self._n_submitted = 0
 
     def step(self, submitted: List[Sequence], cancelled: List[Sequence]) -> None:
-        """Send what comes and goes before the next step.
+        """Send the sequences that are submitted and cancelled before the next step.
 
         Raises:
-            RuntimeError: a rank is gone.
+            RuntimeError: a rank has ended.
         """
         if parallel.world_size() == 1:
             return
@@ -58,10 +58,10 @@ class Workers:
         parallel.broadcast_bytes(json.dumps(message).encode())
 
     def heartbeat(self) -> None:
-        """Let the other ranks know, while there is nothing to do, that rank 0 is alive.
+        """Show the other ranks that rank 0 is alive, while there is nothing to do.
 
         Raises:
-            RuntimeError: one of them is gone.
+            RuntimeError: a rank has ended.
         """
         if parallel.world_size() > 1:
             parallel.broadcast_bytes(b"")
@@ -73,10 +73,10 @@ class Workers:
 
 
 def worker_loop(engine: Engine) -> None:
-    """On a rank other than 0: take part in all steps until rank 0 stops it.
+    """Take part in all steps, on a rank other than 0, until rank 0 stops the loop.
 
     Raises:
-        RuntimeError: rank 0 is gone.
+        RuntimeError: rank 0 has ended.
     """
     configure(engine)
     sequences: dict[int, Sequence] = {}
@@ -92,7 +92,7 @@ def worker_loop(engine: Engine) -> None:
         sequences |= dict(enumerate(new, n_submitted))
         n_submitted += len(new)
         engine.submit(new)
-        # What isn't finite is so on every rank: rank 0 reports it, and goes on.
+        # Logits that aren't finite are so on every rank; rank 0 reports them and continues.
         with contextlib.suppress(NotFinite):
             engine.step()
         sequences = {n: s for n, s in sequences.items() if s.finish_reason is None}

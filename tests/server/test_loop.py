@@ -12,8 +12,7 @@ import torch
 
 from llama import Llama, parallel
 from llama.sampling import SamplingParams
-from llama.server.jobs import Job, Update
-from llama.server.loop import Draining, EngineLoop, QueueFull
+from llama.server.loop import Draining, EngineLoop, Job, QueueFull, Update
 from llama.server.workers import worker_loop
 
 PROMPTS = ["Once upon a time", "The cow"]

@@ -243,7 +243,7 @@ def test_an_error_is_shown_and_loses_nothing(page: Any, talk: FakeTalk) -> None:
     shown = page.get_by_test_id("toast-text")
     for text, message in (
         ("refuse me", "The prompt has <9,000> tokens, and 2,048 fit."),
-        ("fail for me", "The server failed. Its log tells why."),
+        ("fail for me", "The server failed. See its log."),
     ):
         say(page, text)
         expect(shown.filter(has_text=message)).to_be_visible()

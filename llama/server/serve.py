@@ -1,0 +1,106 @@
+"""Serve a model: OpenAI's API, and a web page to chat with it.
+
+python -m llama.server                                          # the embedded model
+python -m llama.server --ckpt_dir llama-2-7b-chat/ --max_seq_len 4096
+torchrun --nproc_per_node 2 -m llama.server --ckpt_dir llama-2-13b-chat/
+"""
+
+import asyncio
+import gc
+import logging
+import os
+import signal
+import threading
+from types import FrameType
+
+import uvicorn
+
+from llama.errors import need
+from llama.generation import Llama
+from llama.llama_guard import LlamaGuard
+from llama.parallel import rank, world_size
+from llama.server.api import make_app
+from llama.server.config import ServerConfig
+from llama.server.loop import EngineLoop
+from llama.server.service import Service
+from llama.server.workers import worker_loop
+
+logger = logging.getLogger("llama.server")
+
+
+class Server(uvicorn.Server):
+    """A web server that stops when its engine does.
+
+    The first SIGTERM or SIGINT lets running requests finish, the second one ends the process.
+    """
+
+    def __init__(self, config: uvicorn.Config, loop: EngineLoop):
+        super().__init__(config)
+        self._loop = loop
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        for each in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(each, signal.SIG_DFL)
+        # A signal may interrupt this thread anywhere, even while it holds a lock.
+        asyncio.get_running_loop().call_soon_threadsafe(self._drain)
+
+    def _drain(self) -> None:
+        logger.info("shutting down: %d sequences are running", self._loop.n_active)
+        self._loop.drain()
+
+    def run_engine(self) -> None:
+        """Run until the engine is drained or fails, then stop the web server."""
+        try:
+            self._loop.run()
+        except BaseException:
+            logger.exception("the engine failed")
+        finally:
+            self.should_exit = True
+
+
+def main(config: ServerConfig) -> None:
+    """Serve a model until SIGTERM or Ctrl-C, which let running requests finish."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
+    llama = Llama.build(**config.build_arguments())
+    if config.guard_dir is not None:
+        if world_size() > 1:
+            raise ValueError(
+                "--guard_dir works with one process only: the guard runs on rank 0 alone"
+            )
+        guard = LlamaGuard.build(config.guard_dir, device=config.device)
+        llama.input_guard, llama.output_guard = guard.input_guard, guard.output_guard
+    if rank() > 0:
+        _run_worker(llama)
+        return
+    service = Service(llama, config)
+    app = make_app(service)
+    if config.page:
+        app = need("llama.server.page", "server", "the page").mount_page(app, service)
+    uvicorn_config = uvicorn.Config(
+        app, config.host, config.port, ws="none", timeout_graceful_shutdown=60
+    )
+    server = Server(uvicorn_config, service.loop)
+    engine = threading.Thread(target=server.run_engine, name="engine", daemon=True)
+    engine.start()
+    # Otherwise the garbage collector visits all loaded objects whenever a large body is parsed.
+    gc.freeze()
+    try:
+        server.run()
+    finally:
+        service.loop.drain()
+        engine.join(timeout=20)
+    if engine.is_alive() or service.loop.failure is not None:
+        # The other ranks, or the threads that communicate with them, may hang: don't wait for them.
+        logging.shutdown()
+        os._exit(1)
+
+
+def _run_worker(llama: Llama) -> None:
+    """Take part in rank 0's steps until it stops; exit with status 1 if it fails."""
+    for sig in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(sig, signal.SIG_IGN)
+    try:
+        worker_loop(llama.engine)
+    except RuntimeError as error:
+        logger.error("this rank failed, or rank 0 has ended: %s", error)
+        os._exit(1)
