@@ -18,7 +18,7 @@ import torch
 
 from llama import Llama, cli
 from llama.checkpoint.sharding import parameter_count, weight_bytes
-from llama.packing import Segment, prefill_passes
+from llama.layers.batch import Segment, prefill_passes
 from llama.quantization import scheme_in
 
 BATCHES = (1, 2, 4, 8)

@@ -18,15 +18,15 @@ from typing import Any
 
 import speed
 import torch
+from llama.quantization import scheme_in
 
 from llama import Llama, ModelArgs, cli
-from llama.args import make_args
 from llama.checkpoint import open_checkpoint
+from llama.checkpoint.params import make_args
 from llama.checkpoint.sharding import parameter_count, weight_bytes
 from llama.convert import convert
 from llama.generation import TINY
 from llama.perplexity import Perplexity, perplexity, summary
-from llama.quantization import scheme_in
 
 sys.path.append(str(Path(__file__).parent.parent / "tools"))
 

@@ -4,9 +4,9 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from llama.args import make_args
 from llama.checkpoint import apply_adapter, open_checkpoint
 from llama.checkpoint.base import Weights, quantized, vocabulary_size
+from llama.checkpoint.params import make_args
 from llama.checkpoint.save import save
 from llama.checkpoint.sharding import check_model_parallel_size, quantized_count, stored_bytes
 from llama.cli import dtype_of, progress, run

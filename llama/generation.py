@@ -1,12 +1,15 @@
 """Generation: prompts in, the model's continuations out, whole or token by token."""
 
+from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 
+from llama import guards
 from llama.chat.formats import FORMATS, ChatFormat, choose_chat
+from llama.chat.prompts import *  # noqa: F403 (Meta's names are imported from here)
 from llama.chat.prompts import UNSAFE_ERROR, Dialog, Message, has_tags
 from llama.checkpoint.pretrained import TINY as TINY
 from llama.checkpoint.pretrained import LoadConfig, load_model
@@ -17,34 +20,35 @@ from llama.engine.sequence import Event, Output, StreamPiece
 from llama.engine.sequence import Sequence as EngineSequence
 from llama.engine.tasks import Tasks
 from llama.errors import checked_list
-from llama.guards import InputGuard, OutputGuard, StreamGuard, checked_verdict, guarded, refusal
 from llama.model import Transformer
-from llama.sampling import SamplingOptions, SamplingParams
+from llama.sampling import SamplingOptions, SamplingParams, sample_top_p  # noqa: F401
 from llama.tokenizer import BaseTokenizer
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
-class _Scores(TypedDict, total=False):
+class Prediction(TypedDict, total=False):
+    """The new tokens (pieces) and their log-probabilities, with ``logprobs``."""
+
     tokens: list[str]
     logprobs: list[float]
 
 
-class CompletionPrediction(_Scores):
-    """A completion; with ``logprobs`` also its tokens and their log-probabilities."""
+class CompletionPrediction(Prediction):
+    """A completion."""
 
     generation: str
 
 
-class ChatPrediction(_Scores):
-    """An answer; with ``logprobs`` also its tokens and their log-probabilities."""
+class ChatPrediction(Prediction):
+    """An answer."""
 
     generation: Message
 
 
-class InfillingPrediction(_Scores):
-    """A middle and the whole; with ``logprobs`` also its tokens and their log-probabilities."""
+class InfillingPrediction(Prediction):
+    """A middle and the whole."""
 
     generation: str
     full_text: str
@@ -79,8 +83,8 @@ class Llama:
         self.chat = chat or choose_chat(None, {}, tokenizer)
         self.tasks = Tasks(model.params, tokenizer, self.chat, seed)
         self.engine = Engine(model, tokenizer)
-        self.input_guard: InputGuard | None = None
-        self.output_guard: OutputGuard | None = None
+        self.input_guard: guards.InputGuard | None = None
+        self.output_guard: guards.OutputGuard | None = None
         self._lock = CacheLock()
 
     @staticmethod
@@ -117,8 +121,7 @@ class Llama:
             adapter: a directory with a LoRA adapter to merge in, or several in order.
             chat_format: how dialogs are written, one of ``llama.chat.formats.FORMATS``; by default
                 as the checkpoint's own template says, else as Meta's models were trained.
-            compile: compile decoding steps (CUDA and CPU), which needs Triton or a C++ compiler
-                and takes a while; the log says how long.
+            compile: compile decoding steps (CUDA and CPU), which needs Triton or a C++ compiler.
             quantize: "int8" or "int4": weights of 8 or about 4.5 bits. A checkpoint that
                 ``llama.convert`` has quantised is recognised, and loads faster.
             group_size: how many weights share a scale in int4: 32, 64 (by default), 128 or 256.
@@ -186,9 +189,8 @@ class Llama:
         sequences = self.tasks.generate(prompt_tokens, params, "text" if params.stop else "ids")
         self._run(sequences)
         tokens = [s.prompt * params.echo + s.tokens for s in sequences]
-        if not logprobs:
-            return tokens, None
-        return tokens, [s.prompt_logprobs * params.echo + s.logprobs for s in sequences]
+        scores = [s.prompt_logprobs * params.echo + s.logprobs for s in sequences]
+        return tokens, scores if logprobs else None
 
     def text_completion(
         self,
@@ -203,8 +205,7 @@ class Llama:
         """Continue texts. Arguments and errors as in ``generate``.
 
         Returns:
-            For each prompt ``{"generation": text}``, with ``logprobs`` also ``tokens`` (pieces)
-            and ``logprobs``.
+            For each prompt ``{"generation": text}``, see ``Prediction``.
         """
         params = SamplingParams(temperature, top_p, max_gen_len, logprobs, echo, **options)
         sequences = self.tasks.text(prompts, params)
@@ -227,10 +228,9 @@ class Llama:
         """Answer dialogs. Arguments as in ``generate``.
 
         Returns:
-            For each dialog ``{"generation": {"role": "assistant", "content": text}}``, with
-            ``logprobs`` also ``tokens`` (pieces) and ``logprobs``. A dialog whose messages contain
-            the format's own tags is answered with an error text, and one that a guard refuses with
-            its reason.
+            For each dialog ``{"generation": {"role": "assistant", "content": text}}``. A dialog
+            whose messages contain the format's own tags is answered with an error text, and one
+            that a guard refuses with its reason.
 
         Raises:
             ValueError: a dialog is not well formed (``llama.chat.prompts.check_dialog``), or as in
@@ -244,8 +244,11 @@ class Llama:
         self._run([sequence for sequence, refused in asked if refused is None])
         predictions = []
         for dialog, sequence, refused in zip(dialogs, sequences, refusals, strict=True):
-            text = self._judged(dialog, sequence) if refused is None else refused
-            answer = Message(role="assistant", content=text)
+            if refused is None:
+                refused = guards.output_refusal(self.output_guard, dialog, sequence.text)
+            if refused is not None:
+                sequence.tokens, sequence.logprobs = [], []
+            answer = Message(role="assistant", content=refused or sequence.text)
             if self.chat is FORMATS["turn-based"]:
                 answer["destination"] = "user"
             predictions.append(self._scored(ChatPrediction(generation=answer), sequence))
@@ -262,12 +265,11 @@ class Llama:
         suffix_first: bool = False,
         **options: "Unpack[SamplingOptions]",
     ) -> list[InfillingPrediction]:
-        """Fill in what is missing between prefixes and suffixes. Arguments as in ``generate``;
-        ``suffix_first`` puts the suffix in front in the prompt.
+        """Fill in between prefixes and suffixes, as ``generate``; ``suffix_first`` prompts with the
+        suffix in front.
 
         Returns:
-            For each pair ``{"generation": middle, "full_text": prefix + middle + suffix}``, with
-            ``logprobs`` also ``tokens`` (pieces) and ``logprobs``.
+            For each pair ``{"generation": middle, "full_text": prefix + middle + suffix}``.
 
         Raises:
             ValueError: the model wasn't trained for infilling, or as in ``generate``.
@@ -277,8 +279,8 @@ class Llama:
         self._run(sequences)
         predictions = []
         for sequence, prefix, suffix in zip(sequences, prefixes, suffixes, strict=True):
-            middle, whole = sequence.text, prefix + sequence.text + suffix
-            prediction = InfillingPrediction(generation=middle, full_text=whole)
+            whole = prefix + sequence.text + suffix
+            prediction = InfillingPrediction(generation=sequence.text, full_text=whole)
             predictions.append(self._scored(prediction, sequence))
         return predictions
 
@@ -290,7 +292,7 @@ class Llama:
         max_gen_len: int | None = None,
         **options: "Unpack[SamplingOptions]",
     ) -> Generator[StreamPiece, None, None]:
-        """Yield the text of ``text_completion`` piece by piece; joined, they are the same text.
+        """Yield the text of ``text_completion`` piece by piece.
 
         Until it is exhausted or closed, other threads wait; another call of the same thread takes
         the model over, and the iterator then raises RuntimeError.
@@ -306,9 +308,8 @@ class Llama:
         max_gen_len: int | None = None,
         **options: "Unpack[SamplingOptions]",
     ) -> Generator[StreamPiece, None, None]:
-        """Yield the content of ``chat_completion``'s answer to one dialog, as
-        ``text_completion_stream`` does. With an ``output_guard``, text is held back until it has
-        been judged."""
+        """Yield the content of ``chat_completion``'s answer to one dialog, piece by piece; with an
+        ``output_guard``, text is held back until it has been judged."""
         params = SamplingParams(temperature, top_p, max_gen_len, **options)
         sequences = self.tasks.chat([dialog], params)
         refused = self._refusal(dialog)
@@ -317,7 +318,7 @@ class Llama:
         pieces = self._stream(sequences)
         if self.output_guard is None:
             return pieces
-        return guarded(pieces, StreamGuard(dialog, self.output_guard))
+        return guards.guarded(pieces, guards.StreamGuard(dialog, self.output_guard))
 
     def text_infilling_stream(
         self,
@@ -344,19 +345,15 @@ class Llama:
             float32, shape (len(texts), dim); not normalised.
 
         Raises:
-            TypeError, ValueError: an argument is wrong, or a text doesn't fit.
-            RuntimeError: as in ``generate``.
+            TypeError, ValueError, RuntimeError: as in ``generate``.
         """
         if pooling not in ("mean", "last"):
             raise ValueError(f"pooling is {pooling!r}: expected 'mean' or 'last'")
         return self._read(texts, pooling).reshape(-1, self.model.params.dim)  # type: ignore[arg-type]
 
     def classify(self, texts: Sequence[str]) -> list[Classification]:
-        """Return the classes of texts, for checkpoints with a classifier's head.
-
-        Returns:
-            For each text ``{"label": name, "score": probability, "logits": one for each label}``;
-            a single label's probability is that against its absence.
+        """Return the class of each text, for checkpoints with a classifier's head; a single
+        label's probability is that against its absence.
 
         Raises:
             ValueError: the checkpoint has no labels, or as in ``embed``.
@@ -390,8 +387,7 @@ class Llama:
                     self.engine.cancel(sequence)
 
     def _run(self, sequences: Sequence[EngineSequence]) -> None:
-        for _ in self._events(sequences):
-            pass
+        deque(self._events(sequences), maxlen=0)
 
     def _stream(self, sequences: Sequence[EngineSequence]) -> Generator[StreamPiece, None, None]:
         n_before = 0
@@ -412,19 +408,7 @@ class Llama:
         """Return what is said against a dialog, instead of an answer."""
         if has_tags(dialog, self.chat.tags):
             return UNSAFE_ERROR
-        if self.input_guard is not None:
-            verdict = checked_verdict(self.input_guard(dialog))
-            return None if verdict.allowed else refusal(verdict)
-        return None
-
-    def _judged(self, dialog: Dialog, sequence: EngineSequence) -> str:
-        """Return the answer to a dialog, or what a guard says against it, without its tokens."""
-        if self.output_guard is not None:
-            verdict = checked_verdict(self.output_guard(dialog, sequence.text))
-            if not verdict.allowed:
-                sequence.tokens, sequence.logprobs = [], []
-                return refusal(verdict)
-        return sequence.text
+        return guards.input_refusal(self.input_guard, dialog)
 
     def _scored(self, prediction: Any, sequence: EngineSequence) -> Any:
         params = sequence.params

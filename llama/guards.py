@@ -45,6 +45,19 @@ def refusal(verdict: Verdict) -> str:
     return f"Refused by a content guard: {reason}{categories}."
 
 
+def input_refusal(guard: InputGuard | None, dialog: Dialog) -> str | None:
+    """Return the answer to a dialog that a guard refuses, None to one that passes."""
+    if guard is None:
+        return None
+    verdict = checked_verdict(guard(dialog))
+    return None if verdict.allowed else refusal(verdict)
+
+
+def output_refusal(guard: OutputGuard | None, dialog: Dialog, answer: str) -> str | None:
+    """Return what takes the place of an answer that a guard refuses, None for one that passes."""
+    return input_refusal(guard and (lambda dialog: guard(dialog, answer)), dialog)
+
+
 # Where an answer is cut to be judged: behind a sentence or line, else behind a word.
 _CUTS = (re.compile(r"(?s).*(?:[.!?…][\"'”’)\]]*\s|[。！？\n])"), re.compile(r"(?s).*\s"))
 

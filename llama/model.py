@@ -233,7 +233,7 @@ class Transformer(nn.Module):
 
     def pack_group(self, layers: tuple[ParallelLinear, ...]) -> bool:
         """``pack`` one of ``linear_groups``; returns whether a kernel took over its weights."""
-        kernel = pack(layers, self.freqs_cis.device)
+        kernel = pack(layers)
         if kernel is not None:
             self.min_tokens = max(self.min_tokens, kernel.min_tokens)
         return kernel is not None

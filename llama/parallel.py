@@ -1,4 +1,4 @@
-"""Which device and dtype to use, and the group of processes that share the network."""
+"""Devices, dtypes, and the ranks that share the network."""
 
 import atexit
 import contextlib
@@ -6,7 +6,6 @@ import io
 import os
 from collections.abc import Mapping
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -21,21 +20,21 @@ from fairscale.nn.model_parallel.initialize import (
 
 
 def launched() -> bool:
-    """Whether a launcher such as ``torchrun`` started this process."""
+    """Return whether a launcher such as ``torchrun`` started this process."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def choose_device(
     wanted: str | torch.device | None, cuda: bool, mps: bool, local_rank: int, ranks: int
 ) -> torch.device:
-    """The device for a process: its own GPU, else Apple's, else the CPU.
+    """Return the device for a process: its own GPU, else Apple's, else the CPU.
 
     Args:
-        wanted: what the caller asked for; None to choose.
+        wanted: the device that the caller asks for; None to choose.
         cuda: whether CUDA is available.
         mps: whether Apple's Metal is available.
         local_rank: the number of the process on this machine.
-        ranks: the number of processes in all; several can't talk to each other from MPS.
+        ranks: the number of processes; several can't communicate from MPS.
     """
     if wanted is None:
         wanted = "cuda" if cuda else "mps" if mps and ranks == 1 else "cpu"
@@ -49,9 +48,9 @@ def choose_device(
 
 
 def choose_dtype(checkpoint: torch.dtype, device_type: str, fast_bf16: bool) -> torch.dtype:
-    """The dtype to compute in, for weights stored as ``checkpoint``.
+    """Return the dtype to compute in, for weights stored as ``checkpoint``.
 
-    Half-precision weights become bfloat16 where the device is quick at it (float16's small range
+    Half-precision weights become bfloat16 where the device is fast at it (float16's small range
     overflows in some checkpoints), else float16 on an accelerator and float32 on the CPU. All
     other weights become float32.
     """
@@ -63,7 +62,7 @@ def choose_dtype(checkpoint: torch.dtype, device_type: str, fast_bf16: bool) -> 
 
 
 def has_fast_bf16(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 matrices in hardware."""
+    """Return whether a device multiplies bfloat16 matrices in hardware."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "mps":
@@ -74,7 +73,7 @@ def has_fast_bf16(device: torch.device) -> bool:
 
 
 def detect_device(wanted: str | torch.device | None = None) -> torch.device:
-    """``choose_device`` for this machine and process."""
+    """Return ``choose_device`` of this machine and process."""
     return choose_device(
         wanted,
         torch.cuda.is_available(),
@@ -82,41 +81,6 @@ def detect_device(wanted: str | torch.device | None = None) -> torch.device:
         local_rank=int(os.environ.get("LOCAL_RANK", "0")),
         ranks=int(os.environ.get("WORLD_SIZE", "1")),
     )
-
-
-def device_memory(device: torch.device) -> int | None:
-    """The bytes of memory that a device has in all; None where there is no telling."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[1])
-    if device.type == "mps":
-        return int(torch.mps.recommended_max_memory())
-    try:
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return None
-    return min([total, *memory_limits(Path("/"))])
-
-
-def memory_limits(root: Path) -> list[int]:
-    """What control groups (version 1 or 2) allow this process, as a container's machine does.
-
-    Args:
-        root: where ``proc`` and ``sys`` are.
-    """
-    limits = []
-    with contextlib.suppress(OSError):
-        for line in (root / "proc/self/cgroup").read_text().splitlines():
-            _, controllers, group = line.split(":", 2)
-            if controllers in ("", "memory"):
-                base = root / "sys/fs/cgroup" / controllers
-                inner = base / group.strip("/")
-                for directory in (inner, *inner.parents):
-                    if not directory.is_relative_to(base):
-                        break
-                    for name in ("memory.max", "memory.limit_in_bytes"):
-                        with contextlib.suppress(OSError, ValueError):  # "max" is no number
-                            limits.append(int((directory / name).read_text()))
-    return limits
 
 
 _cpu_group: dist.ProcessGroup | None = None  # of all ranks, for messages between CPUs
@@ -129,7 +93,7 @@ def initialize(device: torch.device | None = None) -> int:
     group lives in memory. Calling it again changes nothing.
 
     Args:
-        device: what tensors will be on: ``nccl`` connects CUDA devices, ``gloo`` all others.
+        device: of the tensors: ``nccl`` connects CUDA devices, ``gloo`` all others.
 
     Returns:
         The number of processes.
@@ -158,8 +122,8 @@ def initialize(device: torch.device | None = None) -> int:
     if not model_parallel_is_initialized():
         with contextlib.redirect_stdout(io.StringIO()):  # fairscale announces its groups
             initialize_model_parallel(dist.get_world_size())
-        # A rank may wait for work as long as it likes: that others have died is the launcher's to
-        # notice, not a timeout's. fairscale's groups take no timeout when they are made.
+        # A rank may wait for as long as it likes: the launcher notices that others have died, not
+        # a timeout. fairscale's groups take no timeout when they are made.
         _cpu_group = get_model_parallel_group()
         if backend != "gloo" and dist.get_world_size() > 1:
             _cpu_group = dist.new_group(backend="gloo")
@@ -168,25 +132,24 @@ def initialize(device: torch.device | None = None) -> int:
     if dist.get_world_size() > 1 and dist.get_backend() != backend:
         raise ValueError(
             f"the processes are connected by {dist.get_backend()}, but {device} needs {backend}: "
-            "start anew to change the kind of device"
+            "start again to change the kind of device"
         )
     return world_size()
 
 
 def _leave() -> None:
-    """Part from the other processes while Python is still whole.
+    """Leave the process groups while Python is still running.
 
-    gloo's threads, when they let go of a last tensor, take Python's lock. Where the interpreter is
-    already on its way out, that ends the process with SIGABRT.
+    gloo's threads take Python's lock to release a last tensor. Where the interpreter is already
+    shutting down, that ends the process with SIGABRT.
     """
-    if dist.is_initialized():  # a script may have parted on its own
+    if dist.is_initialized():  # a script may have left on its own
         destroy_model_parallel()
         dist.destroy_process_group()
 
 
 def world_size() -> int:
-    """The number of processes that share the network."""
-    global _cpu_group
+    """Return the number of processes that share the network."""
     if not model_parallel_is_initialized():
         raise RuntimeError(
             "no process group yet: use Llama.build, or call llama.parallel.initialize() before "
@@ -196,17 +159,17 @@ def world_size() -> int:
 
 
 def local_ranks() -> int:
-    """The number of processes on this machine."""
+    """Return the number of processes on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def rank() -> int:
-    """This process's number among those that share the network."""
+    """Return this process's number among those that share the network."""
     return int(get_model_parallel_rank())
 
 
 def print_once(*values: object, end: str = "\n") -> None:
-    """``print``, on rank 0 alone: all ranks of a script hold the same results."""
+    """Print on rank 0 alone: all ranks of a script hold the same results."""
     if rank() == 0:
         print(*values, end=end, flush=True)
 

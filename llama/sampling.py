@@ -129,7 +129,9 @@ def next_tokens(
     return sample_top_p(scaled.softmax(dim=-1), top_p, uniforms)
 
 
-def sample_top_p(probs: torch.Tensor, top_p: float, uniforms: torch.Tensor) -> torch.Tensor:
+def sample_top_p(
+    probs: torch.Tensor, top_p: float, uniforms: torch.Tensor | None = None
+) -> torch.Tensor:
     """Draw from the smallest set of tokens whose probabilities reach ``top_p``.
 
     Inverse transform sampling (https://arxiv.org/abs/1904.09751 for the nucleus): the row's own
@@ -138,11 +140,13 @@ def sample_top_p(probs: torch.Tensor, top_p: float, uniforms: torch.Tensor) -> t
     Args:
         probs: float32, shape (bsz, vocab_size), each row adding up to 1.
         top_p: 0 to 1; the most probable token is always in the set.
-        uniforms: in [0, 1), shape (bsz,).
+        uniforms: in [0, 1), shape (bsz,); None draws them.
 
     Returns:
         int64, shape (bsz,).
     """
+    if uniforms is None:
+        uniforms = torch.rand(len(probs), device=probs.device)
     sorted_probs, order = probs.sort(dim=-1, descending=True)
     reached = sorted_probs.cumsum(dim=-1)
     nucleus = reached - sorted_probs <= top_p

@@ -16,6 +16,10 @@ _NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
 _MARK = "\ufdd0"
 
 
+def _control_id(piece: str) -> "cached_property[int | None]":
+    return cached_property(lambda tokenizer: tokenizer.control_ids.get(piece))
+
+
 class BaseTokenizer:
     """The base of all tokenizers: control pieces have ids, and text never becomes one of them.
 
@@ -56,25 +60,11 @@ class BaseTokenizer:
         """
         raise NotImplementedError
 
-    @cached_property
-    def prefix_id(self) -> int | None:
-        return self.control_ids.get("▁<PRE>")
-
-    @cached_property
-    def middle_id(self) -> int | None:
-        return self.control_ids.get("▁<MID>")
-
-    @cached_property
-    def suffix_id(self) -> int | None:
-        return self.control_ids.get("▁<SUF>")
-
-    @cached_property
-    def eot_id(self) -> int | None:
-        return self.control_ids.get("▁<EOT>")
-
-    @cached_property
-    def step_id(self) -> int | None:
-        return self.control_ids.get("<step>")
+    prefix_id = _control_id("▁<PRE>")
+    middle_id = _control_id("▁<MID>")
+    suffix_id = _control_id("▁<SUF>")
+    eot_id = _control_id("▁<EOT>")
+    step_id = _control_id("<step>")
 
     @cached_property
     def _as_text(self) -> dict[int, list[int]]:

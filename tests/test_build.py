@@ -10,9 +10,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from llama import Llama
-from llama.args import make_args
 from llama.chat.formats import FORMATS
 from llama.checkpoint import apply_adapter, open_checkpoint
+from llama.checkpoint.params import make_args
 from llama.checkpoint.sharding import full_shapes, split_dim
 from llama.convert import convert
 from llama.engine import engine

@@ -5,6 +5,20 @@ from typing import Literal, TypedDict
 
 from llama.tokenizer import BaseTokenizer
 
+__all__ = [
+    "B_INST",
+    "B_SYS",
+    "E_INST",
+    "E_SYS",
+    "SPECIAL_TAGS",
+    "UNSAFE_ERROR",
+    "Dialog",
+    "Message",
+    "Role",
+    "dialog_prompt_tokens",
+    "infilling_prompt_tokens",
+]
+
 Role = Literal["system", "user", "assistant"]
 
 

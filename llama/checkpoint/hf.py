@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from llama.args import read_params
 from llama.checkpoint.base import Checkpoint, Weights, text_files
+from llama.checkpoint.params import read_params
 from llama.checkpoint.tensor_files import check_plain, open_tensors
 from llama.errors import printable
 

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import torch
 
-from llama.args import ModelArgs, make_args
+from llama.args import ModelArgs
 from llama.checkpoint import open_checkpoint
 from llama.checkpoint.base import vocabulary_size
 from llama.checkpoint.meta import find_shards, find_tokenizer
+from llama.checkpoint.params import make_args
 from llama.checkpoint.sharding import cache_bytes, parameter_count, weight_bytes
 from llama.cli import progress
 from llama.tokenizer import BaseTokenizer

@@ -8,7 +8,7 @@ import torch
 from llama import parallel
 from llama.args import ModelArgs
 from llama.checkpoint.base import Checkpoint
-from llama.checkpoint.memory import release, shares_memory, trim
+from llama.checkpoint.memory import device_memory, release, shares_memory, trim
 from llama.checkpoint.sharding import cache_bytes, check_model_parallel_size, weight_bytes
 from llama.cli import progress
 from llama.layers.quantization import Int4, Scheme
@@ -130,7 +130,7 @@ def check_memory(
         scheme: the quantisation of the weights.
         int8_cache: whether the cache has eight bits.
     """
-    available = parallel.device_memory(device)
+    available = device_memory(device)
     local_ranks = parallel.local_ranks() if device.type == "cpu" else 1  # which share this memory
     weights = weight_bytes(args, dtype, ranks, scheme) * local_ranks
     cache = cache_bytes(args, dtype, ranks, int8_cache) * local_ranks

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
-from llama.args import ModelArgs, make_args
+from llama.args import ModelArgs
 from llama.checkpoint.base import Checkpoint, Shape, Weights, text_files
 from llama.checkpoint.hf import hf_name, is_rotary, meta_name, to_interleaved
 from llama.checkpoint.lora_config import rank_and_scale, read_config, row_indices
+from llama.checkpoint.params import make_args
 from llama.checkpoint.sharding import full_shapes
 from llama.checkpoint.tensor_files import check_plain, open_tensors
 from llama.errors import printable

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llama.args import read_params
+from llama.checkpoint.params import read_params
 from llama.errors import printable
 
 # Settings that are read here, and those without effect on a trained adapter. target_modules and

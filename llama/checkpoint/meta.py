@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from llama.args import read_params
 from llama.checkpoint.base import Checkpoint, Weights, text_files
+from llama.checkpoint.params import read_params, scheme_of
 from llama.checkpoint.tensor_files import check_plain, open_shard
-from llama.layers.quantization import Int4, Scheme, scheme_of
+from llama.layers.quantization import Int4, Scheme
 
 
 def find_shards(ckpt_dir: Path) -> list[Path]:

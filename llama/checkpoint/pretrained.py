@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 
 from llama import parallel
-from llama.args import make_args
 from llama.chat.formats import ChatFormat, choose_chat
 from llama.checkpoint import apply_adapter, open_checkpoint
 from llama.checkpoint.base import quantized, replace_tokenizer, vocabulary_size
 from llama.checkpoint.load import load
+from llama.checkpoint.params import make_args
 from llama.checkpoint.sharding import quantized_count
 from llama.cli import progress
 from llama.layers.quantization import make_scheme

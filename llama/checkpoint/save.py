@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 
-from llama import parallel
-from llama.args import ModelArgs, make_args
+from llama.args import ModelArgs
 from llama.checkpoint.base import Checkpoint, Weights, vocabulary_size
+from llama.checkpoint.memory import device_memory
 from llama.checkpoint.meta import open_meta
+from llama.checkpoint.params import make_args
 from llama.checkpoint.sharding import check_model_parallel_size, stored_bytes
 from llama.cli import progress
 from llama.layers.quantization import Scheme
@@ -57,7 +58,7 @@ def save(
     checkpoint.check(args)
     check_model_parallel_size(args, model_parallel_size, scheme)
     total = stored_bytes(args, checkpoint.dtype, scheme)
-    memory = parallel.device_memory(torch.device("cpu"))
+    memory = device_memory(torch.device("cpu"))
     if memory is not None and total // model_parallel_size > memory:
         raise MemoryError(
             f"a file of {total / model_parallel_size / 1e9:.1f} GB is put together in memory, and "

@@ -39,11 +39,12 @@ class StopString:
 
 
 class Detokenizer:
-    """The text of a row's tokens, as far as it is certain.
+    """The text of a sequence's tokens, as far as it is certain.
 
-    ``text`` is all of it, without what follows a stop string; ``stopped`` says that one was met;
-    ``n_tokens`` counts the tokens whose text has left wholly through ``push`` and ``flush``;
-    ``starts`` is where each token's text begins, for part of a character where that one does.
+    Attributes:
+        text: all of it, without a stop string and what follows it.
+        stopped: whether a stop string was found.
+        starts: where each token's text begins; for part of a character, where that begins.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class Detokenizer:
         """Begin a text.
 
         Args:
-            decode: the tokenizer's way from ids to text.
+            decode: turns token ids to text.
             stop: strings that end the text; they don't become part of it.
             context: ids before the first token, which decide how its text begins.
         """
@@ -64,20 +65,21 @@ class Detokenizer:
         self._decode = decode
         self._stop = [StopString(s) for s in stop]
         self._ids = list(context)
-        # Decoding all ids anew for each token would take quadratic time: only those from _start
-        # on are. Those before _known have given their text already, the others not yet.
+        # Decoding all ids again for each token would take quadratic time: only those from _start
+        # on are. The text of those before _known is part of ``text`` already.
         self._start = 0
         self._known = len(self._ids)
         self.starts: list[int] = []
         self._ends: list[int] = []  # where the text of each token ends
-        self._given = 0  # characters that left through push and flush
+        self._returned = 0  # characters
 
     @property
     def n_tokens(self) -> int:
-        return bisect_right(self._ends, self._given)
+        """The number of tokens whose text ``push`` and ``flush`` have returned in full."""
+        return bisect_right(self._ends, self._returned)
 
     def push(self, token: int) -> str:
-        """Take one more token; returns the text that has become certain."""
+        """Append a token; returns the text that has become certain."""
         self._ids.append(token)
         self.starts.append(len(self.text))
         self._advance(final=False)
@@ -110,10 +112,10 @@ class Detokenizer:
             self.text = self.text[: searched + min(found)]
 
     def _held_back(self) -> int:
-        """How many characters at the end could be the beginning of a stop string."""
+        """Return how many characters at the end could be the beginning of a stop string."""
         return max((stop.matched for stop in self._stop), default=0)
 
     def _give(self, end: int) -> str:
-        piece = self.text[self._given : end]
-        self._given = max(self._given, end)
+        piece = self.text[self._returned : end]
+        self._returned = max(self._returned, end)
         return piece

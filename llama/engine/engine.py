@@ -80,24 +80,16 @@ class Engine:
     def n_waiting(self) -> int:
         return len(self._waiting)
 
-    @property
-    def n_slots(self) -> int:
-        return self.model.params.max_batch_size
-
     def submit(self, sequences: List[Sequence]) -> None:
         """Queue sequences; each takes a slot of the cache when one is free, first come first.
 
         Raises:
             ValueError: a prompt is empty; none is queued then.
         """
-        decoders = {
-            "text": self.tokenizer.decode,
-            "infilling": self.tokenizer.decode_infilling,
-        }
         if not all(sequence.prompt for sequence in sequences):
             raise ValueError("a prompt has no tokens: begin it with the tokenizer's bos_id")
         for sequence in sequences:
-            sequence.begin(decoders.get(sequence.output))
+            sequence.begin(self.tokenizer)
         self._waiting += sequences
 
     def cancel(self, sequence: Sequence, reason: FinishReason = "cancelled") -> None:

@@ -1,7 +1,7 @@
 """A sequence on its way through the engine: its prompt, what to generate, and what came of it."""
 
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from collections.abc import Sequence as List
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
@@ -13,6 +13,7 @@ from llama.engine.detokenizer import Detokenizer
 from llama.engine.prompt_lookup import PromptLookup
 from llama.errors import PromptTooLong, checked_list
 from llama.sampling import SamplingParams
+from llama.tokenizer import BaseTokenizer
 
 FinishReason = Literal["stop", "length", "cancelled", "timeout", "error"]
 Output = Literal["text", "infilling", "ids", "mean", "last", "logits"]
@@ -56,9 +57,10 @@ class Sequence:
     _rng: random.Random | None = None
     _draws: list[float] = field(default_factory=list)
 
-    def begin(self, decode: Callable[[List[int]], str] | None) -> None:
-        """Get ready to generate; ``decode`` turns token ids to text, where text is wanted."""
-        if decode is not None:
+    def begin(self, tokenizer: BaseTokenizer) -> None:
+        """Get ready to generate, with the tokenizer that decodes the text."""
+        if self.output in ("text", "infilling"):
+            decode = tokenizer.decode if self.output == "text" else tokenizer.decode_infilling
             context = self.prompt if self.in_context else ()
             self.detokenizer = Detokenizer(decode, self.params.stop, context)
         if self.params.prompt_lookup_num_tokens:

@@ -17,7 +17,8 @@ from fairscale.nn.model_parallel.mappings import (
 )
 from torch import nn
 
-from llama.layers.kernels import Kernel, choose_kernel
+from llama.layers.kernels import Kernel, make_kernel
+from llama.layers.kernels.cpu import OneDnn
 from llama.layers.quantization import Scheme, StoredWeight
 from llama.parallel import world_size
 
@@ -87,14 +88,9 @@ class ParallelLinear(_Stored):
 
     # Whoever saves, loads or copies a layer sees the stored weight.
 
-    def _save_to_state_dict(
-        self, destination: dict[str, Any], prefix: str, keep_vars: bool
-    ) -> None:
-        if self.kernel is None:
-            super()._save_to_state_dict(destination, prefix, keep_vars)
-        else:
-            for name, part in self.stored().items():
-                destination[prefix + name] = part
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        for name, part in self.stored().items():
+            destination[prefix + name] = part
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         for name, part in self.__getstate__()["_parameters"].items():
@@ -105,10 +101,8 @@ class ParallelLinear(_Stored):
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
         if self.kernel is not None:
-            parameters = {
-                name: nn.Parameter(part, requires_grad=False)
-                for name, part in self.stored().items()
-            }
+            stored = self.stored().items()
+            parameters = {name: nn.Parameter(part, requires_grad=False) for name, part in stored}
             state |= {"_parameters": parameters, "kernel": None}
         return state
 
@@ -129,8 +123,8 @@ def fused_linear(x: torch.Tensor, *layers: ParallelLinear) -> Sequence[torch.Ten
     return [out[:, layer.rows] for layer in layers]
 
 
-def pack(layers: Sequence[ParallelLinear], device: torch.device) -> Kernel | None:
-    """Choose the kernel of layers that multiply the same input, and give it their weights.
+def pack(layers: Sequence[ParallelLinear]) -> Kernel | None:
+    """Give layers that multiply the same input one kernel, which takes over their weights.
 
     Returns:
         The kernel; None where the stored weights are multiplied as they are.
@@ -138,20 +132,13 @@ def pack(layers: Sequence[ParallelLinear], device: torch.device) -> Kernel | Non
     first = layers[0]
     if any(weight.requires_grad for layer in layers for weight in layer.parameters()):
         return None  # which are trained
-    if first.scheme is None and first.is_shared:
-        return None  # a packed copy would be a second one
-    dtype = first.dtype if first.scheme else first.weight.dtype
-    in_features = first.in_features
-    if isinstance(first, RowParallelLinear):
-        in_features = _split(in_features, "an input width")
-    make = choose_kernel(first.scheme, device, dtype, in_features, first.block_size)
-    if make is None:
-        return None
+    if first.scheme is None and (first.is_shared or not OneDnn.is_fastest_for(first.weight)):
+        return None  # of a shared weight a packed copy would be a second one
     own = [layer.stored() for layer in layers]
     joined = own[0]
     if len(layers) > 1:
         joined = {name: torch.cat([stored[name] for stored in own]) for name in joined}
-    kernel = make(joined)
+    kernel = make_kernel(joined, first.scheme, first.dtype, first.block_size)
     row = 0
     for layer, stored in zip(layers, own, strict=True):
         layer.kernel = kernel
@@ -172,7 +159,6 @@ class ColumnParallelLinear(ParallelLinear, fairscale_layers.ColumnParallelLinear
         shape = (_split(out_features, "an output width"), in_features)
         ParallelLinear.__init__(self, in_features, out_features, shape)
         self.gather_output = gather_output
-        self.bias = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out = self.product(x)
@@ -186,8 +172,6 @@ class RowParallelLinear(ParallelLinear, fairscale_layers.RowParallelLinear):
     def __init__(self, in_features: int, out_features: int):
         shape = (out_features, _split(in_features, "an input width"))
         ParallelLinear.__init__(self, in_features, out_features, shape)
-        self.input_is_parallel = True
-        self.bias = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out = self.product(x)
@@ -200,20 +184,15 @@ class ParallelEmbedding(_Stored, fairscale_layers.ParallelEmbedding):
 
     def __init__(self, num_embeddings: int, embedding_dim: int):
         nn.Module.__init__(self)
-        self.num_embeddings = num_embeddings
         self.embedding_dim = embedding_dim
-        self.padding_idx = None
-        self.max_norm = None
-        self.norm_type = 2.0
-        self.scale_grad_by_freq = False
-        self.sparse = False
         self._allocate(num_embeddings, _split(embedding_dim, "the embedding width"))
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         if self.scheme is None:
-            return super().forward(tokens)
-        stored = {name: part[tokens] for name, part in self.named_parameters()}
-        block_size = self.scheme.block_size(self.embedding_dim)
-        out = self.scheme.dequantize(stored, block_size).to(self.dtype)
+            out = F.embedding(tokens, self.weight)
+        else:
+            stored = {name: part[tokens] for name, part in self.named_parameters()}
+            block_size = self.scheme.block_size(self.embedding_dim)
+            out = self.scheme.dequantize(stored, block_size).to(self.dtype)
         is_part = out.shape[1] != self.embedding_dim
         return gather_from_model_parallel_region(out) if is_part else out

@@ -239,24 +239,3 @@ def make_scheme(name: str, group_size: int | None = None, present: Scheme | None
         sizes = ", ".join(map(str, GROUP_SIZES))
         raise ValueError(f"group_size is {short(group_size)}: expected one of {sizes}")
     return Int4(group_size)
-
-
-def scheme_of(params: dict[str, Any], source: str) -> Scheme | None:
-    """Remove a file's scheme from its hyper-parameters and return it; None without one.
-
-    Raises:
-        ValueError: the scheme is unknown.
-    """
-    if "quantization" not in params:
-        return None
-    found = params.pop("quantization")
-    known = isinstance(found, dict) and set(found) <= {"format", "group_size"}
-    if known and isinstance(found.get("format"), str):
-        try:
-            return make_scheme(found["format"], found.get("group_size"))
-        except ValueError:
-            pass
-    raise ValueError(
-        f"quantization is {short(found)} in {source}: this version reads "
-        '{"format": "int8"} and {"format": "int4", "group_size": 64}; convert the weights again'
-    )

@@ -66,7 +66,7 @@ class EngineLoop:
         with self._wake:
             if self._draining:
                 raise Draining("the server is shutting down")
-            room = self.max_queue + self.engine.n_slots - len(self._jobs)
+            room = self.max_queue + self.engine.model.params.max_batch_size - len(self._jobs)
             if len(jobs) > room:
                 raise QueueFull(f"{self.n_waiting} requests wait already")
             self._jobs |= {job.sequence: job for job in jobs}

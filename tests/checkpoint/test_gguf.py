@@ -15,11 +15,11 @@ from gguf_files import BPE, SIZES, add_byte_level, write_gguf
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from llama import Transformer, parallel
-from llama.args import make_args
 from llama.checkpoint import open_checkpoint
 from llama.checkpoint.base import Checkpoint
 from llama.checkpoint.gguf import open_gguf
 from llama.checkpoint.load import load as load_network
+from llama.checkpoint.params import make_args
 from llama.tokenizers import load_tokenizer
 
 

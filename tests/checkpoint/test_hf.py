@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llama import Llama
-from llama.args import make_args
 from llama.checkpoint.hf import open_hf
+from llama.checkpoint.params import make_args
 from llama.generation import TINY
 
 SMALL = {

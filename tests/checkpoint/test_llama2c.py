@@ -8,10 +8,10 @@ import torch
 from conftest import make_model
 
 from llama import Tokenizer, Transformer, parallel
-from llama.args import make_args
 from llama.checkpoint.base import Checkpoint
 from llama.checkpoint.llama2c import open_llama2c, read_tokenizer
 from llama.checkpoint.load import load
+from llama.checkpoint.params import make_args
 
 TOKENS = torch.randint(0, 96, (2, 20), generator=torch.Generator().manual_seed(1))
 

@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from llama import ModelArgs, parallel
-from llama.args import make_args
 from llama.checkpoint.base import Checkpoint
 from llama.checkpoint.hf import from_interleaved, hf_name, is_rotary, meta_name, to_interleaved
 from llama.checkpoint.load import load
 from llama.checkpoint.lora import apply_adapter
 from llama.checkpoint.meta import open_meta
+from llama.checkpoint.params import make_args
 from llama.checkpoint.save import save
 from llama.generation import TINY
 

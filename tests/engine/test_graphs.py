@@ -72,7 +72,7 @@ def test_slots_without_a_new_token_keep_their_cache(compiled: Llama) -> None:
 
 
 def test_packed_weights_are_read_by_compiled_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu.OneDnn, "is_fastest_for", lambda dtype: True)
+    monkeypatch.setattr(cpu.OneDnn, "is_fastest_for", lambda weight: True)
     llama = Llama.build(dtype=torch.float32, device="cpu", max_batch_size=1, compile=True)
     model, steps = llama.model, llama.engine.decode
     assert steps is not None

@@ -174,10 +174,10 @@ class TestDrafts:
         assert waits[0] == 1
         assert waits[-1] == LONGEST_PAUSE
 
-    def test_draws_belong_to_positions_and_not_to_passes(self) -> None:
+    def test_draws_belong_to_positions_and_not_to_passes(self, tiny_tokenizer) -> None:
         def begun() -> Sequence:
             sequence = Sequence([1], seed="3 0", max_new_tokens=9)
-            sequence.begin(None)
+            sequence.begin(tiny_tokenizer)
             return sequence
 
         one, other = begun(), begun()

@@ -30,7 +30,7 @@ DTYPES = [torch.float32, BF16]
 @pytest.fixture(params=DTYPES, ids=str)
 def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
     """A dtype that the packed kernel is chosen for."""
-    monkeypatch.setattr(cpu.OneDnn, "is_fastest_for", lambda dtype: True)
+    monkeypatch.setattr(cpu.OneDnn, "is_fastest_for", lambda weight: True)
     return request.param
 
 
@@ -55,12 +55,12 @@ def same_logits(a: Transformer, b: Transformer) -> None:
 def test_every_kernel_gives_the_float32_product(
     dtype: torch.dtype, packs: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cpu.OneDnn, "is_fastest_for", lambda dtype: packs)
+    monkeypatch.setattr(cpu.OneDnn, "is_fastest_for", lambda weight: packs)
     make_model()  # the process group
     layer = ColumnParallelLinear(96, 160).to(dtype).requires_grad_(False)
     layer.weight.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
     exact = layer.weight.float()
-    pack([layer], CPU)
+    pack([layer])
     assert (layer.kernel is not None) == packs
     for n_tokens in (1, 2, 7, 33):
         x = torch.randn(n_tokens, 96).to(dtype)
@@ -101,7 +101,7 @@ def test_few_tokens_are_padded_once_a_pass(
 def test_weights_that_are_trained_are_left_alone(dtype: torch.dtype) -> None:
     make_model()
     layer = ColumnParallelLinear(96, 160).to(dtype).requires_grad_(True)
-    assert pack([layer], CPU) is None
+    assert pack([layer]) is None
     layer(torch.ones(2, 96).to(dtype)).sum().backward()
     assert layer.kernel is None
 
@@ -165,7 +165,7 @@ def test_a_layer_packed_alone_stays_usable_among_its_neighbours(dtype: torch.dty
     model = make_model(n_kv_heads=2).to(dtype).requires_grad_(False)
     model.allocate_buffers(CPU, dtype)
     plain = copy.deepcopy(model)
-    pack([model.layers[0].attention.wk], CPU)
+    pack([model.layers[0].attention.wk])
     assert model.layers[0].attention.wk.kernel is not None
     same_logits(model, plain)
 

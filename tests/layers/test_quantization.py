@@ -25,8 +25,7 @@ from llama.checkpoint.sharding import cache_bytes, full_shapes, parameter_count,
 from llama.convert import convert
 from llama.generation import TINY
 from llama.layers.batch import RaggedBatch, Segment, Span
-from llama.layers.kernels import choose_kernel, cpu
-from llama.layers.kernels.base import Kernel
+from llama.layers.kernels import cpu, make_kernel
 from llama.layers.kv_cache import KVCache
 from llama.layers.linear import ParallelEmbedding, ParallelLinear, pack
 from llama.layers.quantization import Int4, Int8, Scheme, hadamard, make_scheme, rotate
@@ -168,13 +167,13 @@ def test_the_network_is_that_of_the_dequantised_weights(
 
 PRODUCT = """
 import torch
-from llama.layers.kernels import choose_kernel
+from llama.layers.kernels import make_kernel
 from llama.layers.quantization import Int4
 scheme = Int4(32)
 generator = torch.Generator().manual_seed(0)
 weight, x = (torch.randn(n, 64, generator=generator) for n in (96, 3))
 parts = scheme.quantize(weight)
-kernel = choose_kernel(scheme, torch.device("cpu"), torch.float32, 64, 1)(parts)
+kernel = make_kernel(parts, scheme, torch.float32, 1)
 expected = x @ scheme.dequantize(parts, 1).T
 print(type(kernel).__module__, float((kernel(x) - expected).norm() / expected.norm()) < 5e-3)
 """
@@ -196,16 +195,10 @@ def test_int4_is_right_on_processors_with_another_order(capability: str) -> None
     assert name == "llama.layers.kernels.plain" or capability != "default"
 
 
-def make_kernel(stored: dict[str, torch.Tensor], scheme: Scheme) -> Kernel:
-    make = choose_kernel(scheme, torch.device("cpu"), torch.float32, 64, scheme.block_size(64))
-    assert make is not None
-    return make(stored)
-
-
 @pytest.mark.parametrize("scheme", [Int8(), Int4(32)], ids=str)
 def test_compiled_code_is_told_the_products_true_layout(scheme: Scheme) -> None:
     weight = torch.randn(96, 64)  # no multiple of int4's tile
-    kernel = make_kernel(scheme.quantize(weight), scheme)
+    kernel = make_kernel(scheme.quantize(weight), scheme, torch.float32, scheme.block_size(64))
     x = torch.randn(2, 64)
     number = torch.tensor(kernel.number)
     torch.library.opcheck(torch.ops.llama.product.default, (x, number, kernel.out_features))
@@ -251,7 +244,7 @@ def test_layers_can_be_saved_loaded_copied_and_pickled(scheme: Scheme) -> None:
     for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         assert twin.kernel is None
         assert all(torch.equal(twin.stored()[n], part) for n, part in layer.stored().items())
-        pack([twin], torch.device("cpu"))
+        pack([twin])
         assert torch.equal(twin(x), expected)
     _, other = quantised_model(scheme, seed=9)
     other.load_state_dict(state)

@@ -7,7 +7,7 @@ from collections.abc import MutableMapping
 
 import torch
 
-from llama.layers.quantization import StoredWeight
+StoredWeight = dict[str, torch.Tensor]
 
 
 class Kernel(ABC):

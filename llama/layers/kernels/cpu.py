@@ -43,10 +43,10 @@ class OneDnn(Kernel):
         self._packed = torch.ops.mkldnn._reorder_linear_weight(stored["weight"], None)
 
     @staticmethod
-    def is_fastest_for(dtype: torch.dtype) -> bool:
-        """Return whether this machine multiplies a dtype fastest in oneDNN's order."""
+    def is_fastest_for(weight: torch.Tensor) -> bool:
+        """Return whether a weight is multiplied fastest in oneDNN's order."""
         has_bf16 = bool(_CAPABILITIES.get("avx512_bf16")) and torch.backends.mkldnn.is_available()
-        return dtype == torch.bfloat16 and has_bf16
+        return weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and has_bf16
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         n_tokens = x.shape[0]

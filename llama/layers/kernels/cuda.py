@@ -22,14 +22,14 @@ class Int4(Kernel):
         self._packed = torch._convert_weight_to_int4pack(swapped, self._INNER_TILES)
 
     @staticmethod
-    def supports(device: torch.device, dtype: torch.dtype, in_features: int) -> bool:
-        """Return whether the operator takes inputs of this dtype and width on a device."""
+    def supports(weight: torch.Tensor, dtype: torch.dtype) -> bool:
+        """Return whether the operator takes a packed weight and inputs of a dtype."""
         return (
-            device.type == "cuda"
+            weight.device.type == "cuda"
             and torch.version.hip is None
             and dtype == torch.bfloat16
-            and torch.cuda.get_device_capability(device) >= (8, 0)
-            and in_features % (16 * Int4._INNER_TILES) == 0
+            and torch.cuda.get_device_capability(weight.device) >= (8, 0)
+            and 2 * weight.shape[1] % (16 * Int4._INNER_TILES) == 0
         )
 
     def product(self, x: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,16 @@ from llama.layers.kernels.base import Kernel
 from llama.layers.quantization import StoredWeight, hadamard, rotate
 
 
-class Int8(Kernel):
+class _Plain(Kernel):
+    def __init__(self, stored: StoredWeight):
+        super().__init__(stored)
+        self._stored = stored
+
+    def stored(self) -> StoredWeight:
+        return self._stored
+
+
+class Int8(_Plain):
     """Widened before they are multiplied; with one token, while they are.
 
     The latter by PyTorch's operator, or by what the compiler makes of a sum of products.
@@ -16,7 +25,6 @@ class Int8(Kernel):
 
     def __init__(self, stored: StoredWeight, block_size: int, dtype: torch.dtype):
         super().__init__(stored)
-        self._stored = stored
         self._matrix = hadamard(block_size, stored["weight"].device, dtype)
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
@@ -30,20 +38,13 @@ class Int8(Kernel):
             return F.linear(x, (weight * scale[:, None]).to(x.dtype))
         return F.linear(x, weight.to(x.dtype)) * scale.to(x.dtype)
 
-    def stored(self) -> StoredWeight:
-        return self._stored
 
-
-class Int4(Kernel):
+class Int4(_Plain):
     """Widened whole for each product."""
 
     def __init__(self, stored: StoredWeight, scheme: quantization.Int4):
         super().__init__(stored)
-        self._stored = stored
         self._scheme = scheme
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self._scheme.dequantize(self._stored, 1).to(x.dtype))
-
-    def stored(self) -> StoredWeight:
-        return self._stored
