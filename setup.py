@@ -47,7 +47,7 @@ TEST = [
 
 setup(
     name="llama",
-    version="0.1.0",
+    version="0.2.0",
     description="Reference inference for the Llama family in plain PyTorch",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
