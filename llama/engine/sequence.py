@@ -165,7 +165,7 @@ class StreamPiece(str):
     """New text of a stream, with the tokens whose text is complete by now.
 
     Attributes:
-        token_ids, logprobs: of these tokens; log-probabilities are 0.0 unless asked for.
+        token_ids, logprobs: of these tokens.
         finish_reason: why the stream ends here; None where it goes on.
     """
 
