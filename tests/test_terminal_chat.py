@@ -20,6 +20,7 @@ from llama import Llama, Message
 from llama.chat.formats import FORMATS
 from llama.chat.prompts import SPECIAL_TAGS, UNSAFE_ERROR
 from llama.commands import chat as terminal_chat
+from llama.engine.sequence import StreamPiece
 
 SCRIPT = Path(__file__).resolve().parent.parent / "examples" / "chat.py"
 COW = Message(role="user", content="What does the cow say?")
@@ -51,9 +52,9 @@ def type_in(
 def answering(chat: Any, *pieces: str) -> None:
     """Have the chat answered with these pieces, whatever the message."""
 
-    def stream(dialog: list[Message]) -> Generator[str, None, None]:
-        chat.llama.model.n_passes += 1
-        yield from pieces
+    def stream(dialog: list[Message]) -> Generator[StreamPiece, None, None]:
+        for piece in pieces:
+            yield StreamPiece(piece, [1])
 
     chat.stream = stream
 
@@ -399,7 +400,7 @@ def test_in_a_terminal(terminal: Terminal, tmp_path: Path) -> None:
     terminal.type("\x03")
     terminal.wait_for(">")
     terminal.type(f"/save {path}\r")
-    terminal.wait_for("holds 6 messages")
+    terminal.wait_for("has 6 messages")
     saved = [message["content"] for message in json.loads(path.read_text())]
     assert saved[2] == "What does\nthe duck say?", "Alt-Enter doesn't break a line"
     assert saved[5] and f"{saved[5]}\n" in begun.replace("^C", ""), (

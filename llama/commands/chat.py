@@ -15,6 +15,7 @@ from llama import parallel
 from llama.chat.formats import FORMATS
 from llama.chat.prompts import UNSAFE_ERROR, Message, check_messages, has_tags
 from llama.commands.flags import BuildFlags, SamplingFlags
+from llama.engine.sequence import StreamPiece
 from llama.generation import Llama
 from llama.parallel import print_once
 
@@ -40,10 +41,15 @@ def note(text: str) -> None:
     print_once(f"\x1b[2m{text}\x1b[0m\n" if dim else f"{text}\n")
 
 
+Pieces = Generator[StreamPiece, None, None]
+
+
 class Chat:
     """A conversation with a model; ``stream`` yields the answer to a dialog in pieces."""
 
-    def __init__(self, llama: Llama, stream: Callable[[list[Message]], Generator[str, None, None]]):
+    def __init__(
+        self, llama: Llama, stream: Callable[[list[Message]], Generator[StreamPiece, None, None]]
+    ):
         self.llama, self.stream = llama, stream
         self.dialog: list[Message] = []
 
@@ -124,24 +130,22 @@ class Chat:
 
     def answer(self, dialog: list[Message]) -> None:
         """Show the answer to a dialog, and continue the conversation with both."""
-        text, model = "", self.llama.model
+        text, n_tokens, n_first = "", 0, 0
         begin = time.perf_counter()
         with interruptible() as stops, closing(self.stream(self.checked(dialog))) as pieces:
             for piece in pieces:
                 if stops:
                     break
                 if not text:
-                    first, passes, head = time.perf_counter(), model.n_passes, piece
+                    first, n_first = time.perf_counter(), len(piece.token_ids)
                 text += piece
+                n_tokens += len(piece.token_ids)
                 print_once(piece.translate(CONTROL_CHARACTERS), end="")
         if not text:
             return note(f"{'Stopped' if stops else 'No answer'}: the message isn't kept.")
         seconds = time.perf_counter() - first
-        # The text doesn't show its tokens. Each pass after the first piece made one; the last token
-        # may be the end of the answer, which has no text.
-        passes = model.n_passes - passes
-        n_tokens = len(self.llama.tokenizer.encode(head, bos=False, eos=False)) + passes
-        rate = f", {passes / seconds:.1f} tokens/s" * bool(passes)
+        n_later = n_tokens - n_first
+        rate = f", {n_later / seconds:.1f} tokens/s" * bool(n_later)
         print_once()
         note(f"{n_tokens} token{'s' * (n_tokens != 1)}, {first - begin:.2f} s to the first{rate}")
         reply = Message(role="assistant", content=text)
@@ -230,7 +234,7 @@ def main(
     """
     llama = Llama.build(**vars(build), max_batch_size=1, chat_format=chat_format)
 
-    def stream(dialog: list[Message]) -> Generator[str, None, None]:
+    def stream(dialog: list[Message]) -> Pieces:
         if parallel.rank() == 0:
             broadcast_text(json.dumps(dialog))
         return llama.chat_completion_stream(dialog, **vars(sampling))
