@@ -121,14 +121,6 @@ class LlamaCpp:
         return length
 
 
-class LlamaCppQ8(LlamaCpp):
-    name, weights = "llama.cpp Q8_0", "int8"
-
-
-class LlamaCppQ4(LlamaCpp):
-    name, weights = "llama.cpp Q4_0", "int4"
-
-
 class CTranslate2:
     """CTranslate2, on its own format."""
 
@@ -152,6 +144,14 @@ class CTranslate2:
             end_token=[],
         )
         return len(results[0].sequences_ids[0])
+
+
+class LlamaCppQ8(LlamaCpp):
+    name, weights = "llama.cpp Q8_0", "int8"
+
+
+class LlamaCppQ4(LlamaCpp):
+    name, weights = "llama.cpp Q4_0", "int4"
 
 
 ENGINES = {

@@ -207,7 +207,7 @@ async def measure(url: str, model: str, n: int, repeats: int) -> dict[str, float
                 for _ in range(STREAMS - 1)
             ]
             await asyncio.sleep(results["first token"][-1] * STREAMS + 1)
-            note("first token beside", await _first_token(client, model, next(numbers)))
+            note("first token under load", await _first_token(client, model, next(numbers)))
             for other in others:
                 other.cancel()
             await asyncio.gather(*others, return_exceptions=True)
@@ -234,12 +234,12 @@ def table(results: dict[str, dict[str, float]]) -> str:
         one, eight = measured["1"], measured[str(STREAMS)]
         lines.append(
             f"| {name} | {one:.1f} | {eight:.1f} | {measured['first token']:.2f} s "
-            f"| {measured['first token beside']:.2f} s | {ours['1'] / one:.2f} x "
+            f"| {measured['first token under load']:.2f} s | {ours['1'] / one:.2f} x "
             f"| {ours[str(STREAMS)] / eight:.2f} x |"
         )
     one, eight = plain["written 1"], plain[f"written {STREAMS}"]
     step = STREAMS / eight
-    n_steps = (plain["first token beside"] - plain["first token"]) / step
+    n_steps = (plain["first token under load"] - plain["first token"]) / step
     lines += [
         "",
         f"Without lookup, while all streams are decoding: {one:.1f} tokens/s of 1 stream, "

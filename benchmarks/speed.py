@@ -202,16 +202,16 @@ BYTES = {"bf16": 2.0, "int8": 1.0, "int4": 0.5625}
 LIMITS = """
 import json, time, torch
 torch.set_num_threads(2)
-def fastest(work, repeats=7):
-    work()
+def median_seconds(function, repeats=7):
+    function()
     seconds = []
     for _ in range(repeats):
         start = time.perf_counter()
-        work()
+        function()
         seconds.append(time.perf_counter() - start)
     return sorted(seconds)[len(seconds) // 2]
 large = torch.ones(1 << 29)
-bandwidth = large.nbytes / fastest(large.sum)
+bandwidth = large.nbytes / median_seconds(large.sum)
 del large
 n = 4096
 a, b = torch.randn(n, n).bfloat16(), torch.randn(n, n).bfloat16()
@@ -219,7 +219,7 @@ ways = [lambda: torch.nn.functional.linear(a, b)]
 if torch.backends.mkldnn.is_available():
     packed = torch.ops.mkldnn._reorder_linear_weight(b, n)
     ways.append(lambda: torch.ops.mkldnn._linear_pointwise(a, packed, None, "none", [], ""))
-print(json.dumps({"bandwidth": bandwidth, "peak": 2 * n**3 / min(map(fastest, ways))}))
+print(json.dumps({"bandwidth": bandwidth, "peak": 2 * n**3 / min(map(median_seconds, ways))}))
 """
 
 
@@ -302,18 +302,18 @@ def main(
         for number in range(repeats):
             for name in names:
                 print(f"round {number + 1} of {repeats}: {name}", file=sys.stderr)
-                found = run_worker(name, Path(directory) / name)
-                if found is not None:
-                    rounds[name].append(found)
+                result = run_worker(name, Path(directory) / name)
+                if result is not None:
+                    rounds[name].append(result)
             measured.append(limits())
         grown = run_growth(Path(directory) / "llama") if grow else None
     results: dict[str, Any] = {
         "shape": shape,
         "limits": {key: statistics.median(m[key] for m in measured) for key in measured[0]},
         "engines": {
-            name: {key: statistics.median(r[key] for r in found) for key in found[0]}
-            for name, found in rounds.items()
-            if found
+            name: {key: statistics.median(r[key] for r in runs) for key in runs[0]}
+            for name, runs in rounds.items()
+            if runs
         },
         "rounds": rounds,
         "measured_limits": measured,

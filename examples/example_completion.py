@@ -21,8 +21,7 @@ def main(
     build: BatchFlags = BUILD, sampling: SamplingFlags = SAMPLING, stream: bool = False
 ) -> None:
     """Print the model's continuations of code; ``stream`` as they are generated."""
-    llama = Llama.build(**vars(build))
-    complete(llama, PROMPTS, sampling, stream)
+    complete(Llama.build(**vars(build)), PROMPTS, sampling, stream)
 
 
 if __name__ == "__main__":

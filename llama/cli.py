@@ -1,7 +1,6 @@
 """Command lines: commands and flags, help, errors in one sentence, and progress."""
 
 import ast
-import dataclasses
 import difflib
 import importlib
 import inspect
@@ -22,6 +21,7 @@ from fire import docstrings
 from fire.parser import DefaultParseValue
 
 from llama.errors import need
+from llama.signatures import argument_descriptions, call, flat_signature
 
 if TYPE_CHECKING:
     import torch
@@ -78,7 +78,7 @@ def run_command(
         return
     with _exit_on_error(name):
         if args[0] not in commands:
-            hint = _nearest(args[0], commands) or f"known are {', '.join(commands)}"
+            hint = _nearest(args[0], commands) or f"there are {', '.join(commands)}"
             raise UsageError(f"there is no command {args[0]}: {hint}")
     run(commands[args[0]], f"{name} {args[0]}", args[1:])
 
@@ -110,7 +110,7 @@ def run(function: Command, name: str = "", args: Sequence[str] | None = None) ->
         if any(arg in HELP for arg in args[:end]):
             print(help_text(function, name))
             return
-        _call(function, parse(flat_signature(function), args).arguments)
+        call(function, parse(flat_signature(function), args).arguments)
 
 
 def _load(command: str) -> Callable[..., object]:
@@ -125,38 +125,6 @@ def _load(command: str) -> Callable[..., object]:
     function = getattr(module, attribute)
     assert callable(function)
     return function
-
-
-def flat_signature(function: Callable[..., object]) -> inspect.Signature:
-    """Return a function's signature, with each dataclass's fields as parameters of their own."""
-    parameters: list[inspect.Parameter] = []
-    for parameter in inspect.signature(function, eval_str=True).parameters.values():
-        parameters += _fields(parameter) or [parameter]
-    return inspect.Signature(parameters)
-
-
-def _fields(parameter: inspect.Parameter) -> list[inspect.Parameter]:
-    """Return the fields of the dataclass that a parameter takes; none for other parameters."""
-    kind = parameter.annotation
-    if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
-        return []
-    fields = inspect.signature(kind, eval_str=True).parameters.values()
-    return [
-        field.replace(
-            kind=parameter.kind, default=getattr(parameter.default, field.name, field.default)
-        )
-        for field in fields
-    ]
-
-
-def _call(function: Callable[..., object], values: Mapping[str, Any]) -> None:
-    """Call a function with the values of its flat signature's parameters."""
-    signature = inspect.signature(function, eval_str=True)
-    bound = signature.bind_partial()
-    for name, parameter in signature.parameters.items():
-        fields = {field.name: values[field.name] for field in _fields(parameter)}
-        bound.arguments[name] = parameter.annotation(**fields) if fields else values[name]
-    function(*bound.args, **bound.kwargs)
 
 
 def _log_progress() -> None:
@@ -290,7 +258,7 @@ def _kinds(annotation: Any) -> list[type]:
 def help_text(function: Callable[..., object], name: str) -> str:
     """Return the text of ``--help``: usage, docstring, and the arguments with their defaults."""
     doc = docstrings.parse(inspect.getdoc(function) or "")
-    descriptions = _descriptions(function)
+    descriptions = argument_descriptions(function)
     usage, arguments, flags = f"usage: {_program(name)}", ["arguments:"], ["flags:"]
     for parameter in flat_signature(function).parameters.values():
         entry, section = parameter.name.upper(), arguments
@@ -306,14 +274,6 @@ def help_text(function: Callable[..., object], name: str) -> str:
     texts = [_wrapped(text) for text in (doc.summary, doc.description) if text]
     sections = ["\n".join(section) for section in (arguments, flags) if len(section) > 1]
     return "\n\n".join([usage, *texts, *sections])
-
-
-def _descriptions(function: Callable[..., object]) -> dict[str, str | None]:
-    """Return the descriptions of a function's arguments and of its dataclasses' fields."""
-    parameters = inspect.signature(function, eval_str=True).parameters.values()
-    bases = [base for p in parameters if _fields(p) for base in inspect.getmro(p.annotation)]
-    docs = [docstrings.parse(inspect.getdoc(each) or "") for each in (*bases, function)]
-    return {arg.name: arg.description for doc in docs for arg in doc.args or ()}
 
 
 def _default(parameter: inspect.Parameter) -> str:

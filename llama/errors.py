@@ -1,4 +1,4 @@
-"""Errors that code reacts to, and how an error quotes what was found."""
+"""Errors that code reacts to, and helpers for the messages of errors."""
 
 import importlib
 from collections.abc import Iterable, Sequence
@@ -6,7 +6,7 @@ from types import ModuleType
 from typing import Any
 
 LARGEST = 2**31 - 1
-"""Far above any number of a model, far below what would overflow in an intermediate result."""
+"""Far above all numbers of a model, and far below an overflow in intermediate results."""
 
 
 class PromptTooLong(ValueError):
@@ -32,7 +32,7 @@ class NotFinite(RuntimeError):
 
 
 def short(value: object, length: int = 40) -> str:
-    """The ``repr`` of a value that may be of any size."""
+    """Return the ``repr`` of a value, cut to a length."""
     if isinstance(value, int) and abs(value) > LARGEST:
         return "larger than any model's"  # Python refuses to print very large ones
     text = repr(value)
@@ -40,13 +40,13 @@ def short(value: object, length: int = 40) -> str:
 
 
 def printable(text: str, length: int = 80) -> str:
-    """Text from a file, fit for one line of an error."""
+    """Return a text from a file as one printable line, cut to a length."""
     text = "".join(c if c.isprintable() else "?" for c in text[: length + 1])
     return text if len(text) <= length else f"{text[:length]}..."
 
 
 def listed(texts: Sequence[str], limit: int = 5) -> str:
-    """Texts with commas between them; of many, the first ones and how many more there are."""
+    """Return texts separated by commas; of many, the first ones and the number of the others."""
     more = f" and {len(texts) - limit} more" if len(texts) > limit else ""
     return ", ".join(texts[:limit]) + more
 
@@ -55,7 +55,7 @@ def checked_list(values: Any, name: str) -> Any:
     """Return ``values``.
 
     Raises:
-        TypeError: they are no list, or one thing where a list of such things belongs.
+        TypeError: they aren't a list.
     """
     if isinstance(values, str | bytes | dict):
         raise TypeError(f"{name} is one {type(values).__name__}: give a list of them")

@@ -168,7 +168,7 @@ def test_servers_get_the_same_words(tmp_path: Path) -> None:
 
 def test_servers_are_compared() -> None:
     ours = {"1": 10.0, "8": 40.0, "written 1": 12.0, "written 8": 60.0}
-    more = {"first token": 0.4, "first token beside": 0.6}
+    more = {"first token": 0.4, "first token under load": 0.6}
     theirs = {**ours, "1": 20.0, "8": 20.0, **more}
     lines = serving.table({"llama": {**ours, **more}, "other": theirs}).splitlines()
     assert lines[3].endswith("| 0.50 x | 2.00 x |")

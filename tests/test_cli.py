@@ -131,7 +131,7 @@ def test_the_list_of_commands(start: Run) -> None:
         2,
         "llama: there is no command compleet: did you mean complete?",
     )
-    assert "known are chat, complete" in start("llama", "?")[2]
+    assert "there are chat, complete" in start("llama", "?")[2]
 
 
 def test_help_of_all_commands_comes_without_pytorch() -> None:
@@ -163,6 +163,19 @@ def test_the_servers_flags(start: Run) -> None:
     assert (status, err) == (
         1,
         "llama.server: dtype is 'bf16': expected float32, bfloat16, float16\n",
+    )
+
+
+@pytest.mark.parametrize("command", ["llama.server", "llama serve"])
+def test_a_missing_package(command: str, start: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("llama.server.serve", "llama.server.api"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    status, out, err = start(command)
+    assert (status, out) == (1, "")
+    assert err == (
+        f"{command}: the server needs the package uvicorn: "
+        "pip install 'llama[server]' installs it\n"
     )
 
 

@@ -27,6 +27,13 @@ PAIR_CALLS = ("2, 3", "4, 1", "5, 6", "7, 2")
 ONE_CALLS = ("3", "4", "5", "8")
 LIST_CALLS = ("[1, 2, 3]", "[4, 6]", "[5, 2, 8]")
 TEXT_CALLS = ('"cat"', '"moon"', '"Anna"')
+# bodies
+LARGER = "if {a} > {b}:\n    return {a}\nreturn {b}"
+SMALLER = "if {a} < {b}:\n    return {a}\nreturn {b}"
+ABSOLUTE = "if {a} < 0:\n    return -{a}\nreturn {a}"
+FACTORIAL = "result = 1\nfor i in range(1, {a} + 1):\n    result = result * i\nreturn result"
+FIBONACCI = "if {a} < 2:\n    return {a}\nreturn {f}({a} - 1) + {f}({a} - 2)"
+TOTAL = "result = 0\nfor {b} in {a}:\n    result = result + {b}\nreturn result"
 
 
 def _pair(names: str, result: str, doc: str, body: str) -> Function:
@@ -49,18 +56,8 @@ FUNCTIONS = (
     _pair("add plus add_two", "int", "Return the sum of {a} and {b}.", "return {a} + {b}"),
     _pair("subtract minus", "int", "Return {a} minus {b}.", "return {a} - {b}"),
     _pair("multiply times", "int", "Return {a} times {b}.", "return {a} * {b}"),
-    _pair(
-        "larger max_of_two",
-        "int",
-        "Return the larger of {a} and {b}.",
-        "if {a} > {b}:\n    return {a}\nreturn {b}",
-    ),
-    _pair(
-        "smaller min_of_two",
-        "int",
-        "Return the smaller of {a} and {b}.",
-        "if {a} < {b}:\n    return {a}\nreturn {b}",
-    ),
+    _pair("larger max_of_two", "int", "Return the larger of {a} and {b}.", LARGER),
+    _pair("smaller min_of_two", "int", "Return the smaller of {a} and {b}.", SMALLER),
     _pair("is_equal same", "bool", "Return True if {a} and {b} are equal.", "return {a} == {b}"),
     _pair(
         "middle average_of_two",
@@ -92,30 +89,10 @@ FUNCTIONS = (
     _one("square squared", "int", "Return the square of {a}.", "return {a} * {a}"),
     _one("cube cubed", "int", "Return the cube of {a}.", "return {a} * {a} * {a}"),
     _one("double twice", "int", "Return two times {a}.", "return 2 * {a}"),
-    _one(
-        "absolute abs_value",
-        "int",
-        "Return {a} without its sign.",
-        "if {a} < 0:\n    return -{a}\nreturn {a}",
-    ),
-    _one(
-        "factorial fact",
-        "int",
-        "Return the factorial of {a}.",
-        "result = 1\nfor i in range(1, {a} + 1):\n    result = result * i\nreturn result",
-    ),
-    _one(
-        "fibonacci fib",
-        "int",
-        "Return the Fibonacci number of {a}.",
-        "if {a} < 2:\n    return {a}\nreturn {f}({a} - 1) + {f}({a} - 2)",
-    ),
-    _list(
-        "total sum_list",
-        "int",
-        "Return the sum of all {a}.",
-        "result = 0\nfor {b} in {a}:\n    result = result + {b}\nreturn result",
-    ),
+    _one("absolute abs_value", "int", "Return {a} without its sign.", ABSOLUTE),
+    _one("factorial fact", "int", "Return the factorial of {a}.", FACTORIAL),
+    _one("fibonacci fib", "int", "Return the Fibonacci number of {a}.", FIBONACCI),
+    _list("total sum_list", "int", "Return the sum of all {a}.", TOTAL),
     _list(
         "largest max_list",
         "int",

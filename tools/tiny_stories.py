@@ -282,7 +282,7 @@ STORY_REQUESTS = (
 LOOKS = ("little", "big", "small", "friendly", "funny")
 
 
-def tell(rng: random.Random, heldout: bool, plots: dict[str, Slots]) -> tuple[str, str]:
+def tell_story(rng: random.Random, heldout: bool, plots: dict[str, Slots]) -> tuple[str, str]:
     """Return the animal of a story and the story."""
     while True:
         name, friend = rng.sample(NAMES, 2)

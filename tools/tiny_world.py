@@ -34,7 +34,7 @@ from tiny_facts import (
     is_held_out,
     with_article,
 )
-from tiny_stories import PLOTS, SHORT_PLOTS, STORY_REQUESTS, tell
+from tiny_stories import PLOTS, SHORT_PLOTS, STORY_REQUESTS, tell_story
 
 
 class Question(NamedTuple):
@@ -235,11 +235,11 @@ def _compose_smalltalk(rng: random.Random, heldout: bool) -> Sample:
 
 
 def _compose_story(rng: random.Random, heldout: bool) -> Sample:
-    return Sample("story", "story", text=tell(rng, heldout, PLOTS)[1])
+    return Sample("story", "story", text=tell_story(rng, heldout, PLOTS)[1])
 
 
 def _compose_tell(rng: random.Random, heldout: bool) -> Sample:
-    animal, story = tell(rng, heldout, SHORT_PLOTS)
+    animal, story = tell_story(rng, heldout, SHORT_PLOTS)
     request = rng.choice(STORY_REQUESTS).format(an=with_article(animal))
     return _dialog("tell", "", [(request, story)])
 

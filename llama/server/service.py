@@ -29,7 +29,7 @@ Updates = asyncio.Queue[tuple[int, Update]]
 
 
 class Service:
-    """A served model."""
+    """A served model: it submits requests to the engine and applies the guards."""
 
     def __init__(self, llama: Llama, config: ServerConfig):
         self.llama = llama
