@@ -16,11 +16,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_model
-from llama.weights import Checkpoint, Weights, quantized
 from test_examples import EXAMPLES, EXPECTED
 from test_parallel import script, torchrun
 
 from llama import Llama, checkpoint, parallel
+from llama.checkpoint.base import Checkpoint, Weights, quantized
 from llama.checkpoint.sharding import cache_bytes, full_shapes, parameter_count, stored_bytes
 from llama.convert import convert
 from llama.generation import TINY
