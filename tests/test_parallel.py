@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -11,13 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import TORCHRUN, free_port, script, torchrun
 
 from llama import Llama, parallel
 from llama.checkpoint.save import reshard, save
 from llama.checkpoint.sharding import parameter_count
 from llama.generation import TINY
-
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
 # What each rank does: build, generate, and write what it got.
 GENERATE = """
@@ -54,21 +52,6 @@ thread.join()
 with open(sys.argv[1] + os.environ["RANK"], "w") as file:
     json.dump(out, file)
 """
-
-
-def torchrun(*arguments: str, timeout: int = 120) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*TORCHRUN, *arguments], capture_output=True, text=True, timeout=timeout)
-
-
-def script(tmp_path: Path, text: str) -> str:
-    (tmp_path / "script.py").write_text(text)
-    return str(tmp_path / "script.py")
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_model
-from test_model import as_transformers
+from hf_files import as_transformers
 
 from llama import Llama
 from llama.perplexity import perplexity

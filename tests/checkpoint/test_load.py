@@ -20,7 +20,7 @@ def test_weights_stay_mapped_and_in_their_dtype(checkpoint_dir) -> None:
     path = checkpoint_dir(torch.float32)
     llama = build(path)
     assert llama.model.output.weight.dtype == torch.float32
-    assert llama.model.layers[0].attention.cache_k.dtype == torch.float32
+    assert llama.model.layers[0].attention.cache.k.dtype == torch.float32
     maps = Path("/proc/self/maps")
     if maps.exists():
         address = llama.model.output.weight.data_ptr()
@@ -38,7 +38,7 @@ def test_dtypes_are_converted(checkpoint_dir, stored: torch.dtype, wanted: torch
     for name, parameter in llama.model.named_parameters():
         assert parameter.dtype == wanted
         assert torch.equal(parameter, original[name].to(wanted)), name
-    assert llama.model.layers[0].attention.cache_v.dtype == wanted
+    assert llama.model.layers[0].attention.cache.v.dtype == wanted
     assert len(llama.generate([[1, 2]], 3)[0]) == 1
 
 

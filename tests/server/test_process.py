@@ -14,7 +14,8 @@ from collections.abc import Iterator
 import httpx
 import pytest
 import torch
-from servers import free_port, post, wait_until
+from processes import free_port
+from servers import post, wait_until
 
 from llama import Llama
 from llama.server.__main__ import main

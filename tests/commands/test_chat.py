@@ -21,7 +21,7 @@ from llama.chat.formats import FORMATS
 from llama.chat.prompts import SPECIAL_TAGS, UNSAFE_ERROR
 from llama.commands import chat as terminal_chat
 
-SCRIPT = Path(__file__).resolve().parent.parent / "examples" / "chat.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "chat.py"
 COW = Message(role="user", content="What does the cow say?")
 MOO = Message(role="assistant", content="The cow says moo.")
 SPEED = r"\d+ tokens, \d+\.\d\d s to the first, \d+\.\d tokens/s"
