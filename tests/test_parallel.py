@@ -1,5 +1,6 @@
 """Devices, dtypes and processes: choices with fakes, everything else with real ranks on gloo."""
 
+import hashlib
 import json
 import os
 import signal
@@ -166,6 +167,37 @@ def test_ranks_together_generate_what_one_does(
     args = {name: Llama.build(checkpoints[name], device="cpu").model.params for name in names}
     for name, path in zip(names, paths, strict=True):
         assert ranks[0][path]["parameters"] == parameter_count(args[name], n)
+
+
+# Each rank writes what reached it of rank 0's messages; the others' own ones must not matter.
+MESSAGES = """
+import hashlib, json, os, sys, torch
+from llama import parallel
+parallel.initialize(torch.device("cpu"))
+found = []
+for size in json.loads(sys.argv[2]):
+    message = bytes(i * 7 % 251 for i in range(size)) if parallel.rank() == 0 else b""
+    found.append(hashlib.sha256(parallel.broadcast_bytes(message)).hexdigest())
+with open(sys.argv[1] + os.environ["RANK"], "w") as file:
+    json.dump(found, file)
+"""
+
+
+@pytest.mark.slow
+def test_messages_reach_every_rank_whole(tmp_path: Path) -> None:
+    """A failure means that the ranks of a server take different requests, or wait for ever."""
+    frame = 4096  # in which short messages go, with their length of 8 bytes
+    sizes = [0, 1, *(frame + d for d in (-9, -8, -7, -1, 0, 1)), 1_000_000, 0, 3]
+    out = tmp_path / "rank"
+    done = torchrun(
+        *("--nproc_per_node", "2", script(tmp_path, MESSAGES), str(out), json.dumps(sizes))
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    expected = [
+        hashlib.sha256(bytes(i * 7 % 251 for i in range(size))).hexdigest() for size in sizes
+    ]
+    for rank in range(2):
+        assert json.loads(Path(f"{out}{rank}").read_text()) == expected
 
 
 def test_numbers_that_do_not_fit_are_refused_with_those_that_do(

@@ -7,7 +7,7 @@ import weakref
 import pytest
 import torch
 from conftest import make_model
-from test_engine import check_sequences_come_and_go
+from engine_client import check_sequences_come_and_go
 
 from llama import Llama
 from llama.engine import graphs
