@@ -23,22 +23,6 @@ SIZES = {
 }
 RANDOM = {"initializer_range": 0.2, "attn_implementation": "eager"}
 
-# Meta's names and transformers'.
-NAMES = {
-    "attention.wq": "self_attn.q_proj",
-    "attention.wk": "self_attn.k_proj",
-    "attention.wv": "self_attn.v_proj",
-    "attention.wo": "self_attn.o_proj",
-    "feed_forward.w1": "mlp.gate_proj",
-    "feed_forward.w2": "mlp.down_proj",
-    "feed_forward.w3": "mlp.up_proj",
-    "attention_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    "tok_embeddings": "model.embed_tokens",
-    "output": "lm_head",
-    "norm": "model.norm",
-}
-
 
 def make_hf(kind: Any = LlamaForCausalLM, seed: int = 1, **config: Any) -> Any:
     """A small network with random weights; config overrides SIZES."""
@@ -57,17 +41,17 @@ def save_hf(model: Any, directory: Path, **saving: Any) -> Any:
     return model
 
 
-def of_meta_tensors(tensors: Mapping[str, torch.Tensor], **config: Any) -> LlamaForCausalLM:
-    """The network of Meta's tensors in transformers, whose rotary pairs lie half a head apart."""
+def of_paired_tensors(tensors: Mapping[str, torch.Tensor], **config: Any) -> LlamaForCausalLM:
+    """A network of tensors whose rotary pairs lie side by side, as Meta's do.
+
+    In transformers they lie half a head apart.
+    """
     network = make_hf(**config)
-    state = {}
+    state = dict(tensors)
     for name, tensor in tensors.items():
-        *layer, part = name.removesuffix(".weight").split(".", 2 if name[:6] == "layers" else 0)
-        if part in ("attention.wq", "attention.wk"):
+        if "q_proj" in name or "k_proj" in name:
             pairs = tensor.unflatten(0, (-1, network.config.head_dim // 2, 2))
-            tensor = pairs.transpose(1, 2).flatten(0, 2)
-        prefix = f"model.layers.{layer[1]}." if layer else ""
-        state[f"{prefix}{NAMES[part]}.weight"] = tensor.detach()
+            state[name] = pairs.transpose(1, 2).flatten(0, 2)
     if network.config.tie_word_embeddings:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     network.load_state_dict(state)
@@ -75,22 +59,43 @@ def of_meta_tensors(tensors: Mapping[str, torch.Tensor], **config: Any) -> Llama
     return network
 
 
+# Meta's names and transformers'.
+NAMES = {
+    "attention.wq": "self_attn.q_proj",
+    "attention.wk": "self_attn.k_proj",
+    "attention.wv": "self_attn.v_proj",
+    "attention.wo": "self_attn.o_proj",
+    "feed_forward.w1": "mlp.gate_proj",
+    "feed_forward.w2": "mlp.down_proj",
+    "feed_forward.w3": "mlp.up_proj",
+    "attention_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "tok_embeddings": "model.embed_tokens",
+    "output": "lm_head",
+    "norm": "model.norm",
+}
+
+
 def as_transformers(model: Transformer) -> LlamaForCausalLM:
     """The same network in transformers."""
     args = model.params
-    return of_meta_tensors(
-        dict(model.named_parameters()),
-        hidden_size=args.dim,
-        intermediate_size=args.hidden_dim,
-        num_hidden_layers=args.n_layers,
-        num_attention_heads=args.n_heads,
-        num_key_value_heads=args.kv_heads,
-        vocab_size=args.vocab_size,
-        rms_norm_eps=args.norm_eps,
-        max_position_embeddings=args.max_seq_len,
-        rope_parameters={"rope_type": "default", "rope_theta": args.rope_theta},
-        tie_word_embeddings=False,
-    )
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        *layer, part = name.removesuffix(".weight").split(".", 2 if name[:6] == "layers" else 0)
+        prefix = f"model.layers.{layer[1]}." if layer else ""
+        tensors[f"{prefix}{NAMES[part]}.weight"] = parameter.detach()
+    config = {
+        "hidden_size": args.dim,
+        "intermediate_size": args.hidden_dim,
+        "num_hidden_layers": args.n_layers,
+        "num_attention_heads": args.n_heads,
+        "num_key_value_heads": args.kv_heads,
+        "vocab_size": args.vocab_size,
+        "rms_norm_eps": args.norm_eps,
+        "max_position_embeddings": args.max_seq_len,
+        "rope_parameters": {"rope_type": "default", "rope_theta": args.rope_theta},
+    }
+    return of_paired_tensors(tensors, tie_word_embeddings=False, **config)
 
 
 def write_adapter(

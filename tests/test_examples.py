@@ -46,6 +46,7 @@ def test_a_real_model_answers() -> None:
     assert "> Assistant: The capital of France is Paris." in out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXPECTED)
 def test_plain_python_from_anywhere(name: str, tmp_path: Path) -> None:
     path = str(EXAMPLES / name)
@@ -55,6 +56,7 @@ def test_plain_python_from_anywhere(name: str, tmp_path: Path) -> None:
     assert re.search(EXPECTED[name], streamed)
 
 
+@pytest.mark.slow
 def test_torchrun_from_inside_examples_with_the_references_flags() -> None:
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "1"]
     flags = "--max_seq_len 128 --max_batch_size 4 --max_gen_len 32 --temperature 0 --top_p 0.9"
@@ -68,6 +70,7 @@ def test_torchrun_from_inside_examples_with_the_references_flags() -> None:
     assert re.search(EXPECTED["example_text_completion.py"], out)
 
 
+@pytest.mark.slow
 def test_ranks_above_0_print_nothing_and_ids_agree() -> None:
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
     one = run("example_chat_completion.py", "--temperature", "0")

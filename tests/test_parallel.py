@@ -99,6 +99,7 @@ def test_choice_of_dtype(
     assert parallel.choose_dtype(stored, device, fast_bf16) == expected
 
 
+@pytest.mark.slow
 def test_one_process_needs_no_launcher_and_prints_nothing() -> None:
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
     code = "from llama import Llama; Llama.build(); Llama.build()"
@@ -143,6 +144,7 @@ def test_shards_are_joined_in_one_process(alone: dict[str, list[list[int]]]) -> 
     assert alone["tiny1"] == alone["tiny2"] == alone["tiny4"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("n", "names"),
     [(2, ["tiny1", "tiny2", "tiny4", "mqa", "odd_vocab"]), (4, ["tiny1", "tiny2"])],
@@ -208,6 +210,7 @@ def test_numbers_that_do_not_fit_are_refused_with_those_that_do(
         Llama.build(device="cpu")
 
 
+@pytest.mark.slow
 def test_two_nodes(checkpoints, alone, tmp_path: Path) -> None:
     out, port = str(tmp_path / "rank"), free_port()
     nodes = [
@@ -257,6 +260,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
@@ -276,6 +280,7 @@ def test_a_rank_that_dies_ends_the_job(kind: str, message: str, tmp_path: Path) 
             os.kill(int(Path(f"{out}{rank}").read_text()), 0)
 
 
+@pytest.mark.slow
 def test_a_rank_killed_from_outside_ends_the_job_within_30_seconds(tmp_path: Path) -> None:
     out = tmp_path / "pid"
     job = subprocess.Popen(

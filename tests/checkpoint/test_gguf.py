@@ -12,7 +12,7 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
 from gguf_files import BPE, SIZES, add_byte_level, write_gguf
-from hf_files import of_meta_tensors
+from hf_files import of_paired_tensors
 from transformers import AutoModelForCausalLM
 
 from llama import Transformer, parallel
@@ -23,20 +23,19 @@ from llama.checkpoint.gguf import open_gguf
 from llama.checkpoint.load import load as load_network
 from llama.tokenizers import load_tokenizer
 
-# The names of the files and Meta's.
 NAMES = {
-    "token_embd": "tok_embeddings",
-    "output_norm": "norm",
-    "output": "output",
-    "attn_q": "attention.wq",
-    "attn_k": "attention.wk",
-    "attn_v": "attention.wv",
-    "attn_output": "attention.wo",
-    "ffn_gate": "feed_forward.w1",
-    "ffn_up": "feed_forward.w3",
-    "ffn_down": "feed_forward.w2",
-    "attn_norm": "attention_norm",
-    "ffn_norm": "ffn_norm",
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
 }
 
 
@@ -46,8 +45,9 @@ def reference(values: dict[str, torch.Tensor], rope: dict[str, Any], **sizes: An
     tensors = {}
     for name, value in values.items():
         *layer, part, _ = name.split(".")
-        tensors[".".join([*(["layers", layer[1]] if layer else []), NAMES[part], "weight"])] = value
-    return of_meta_tensors(
+        prefix = f"model.layers.{layer[1]}." if layer else ""
+        tensors[f"{prefix}{NAMES[part]}.weight"] = value
+    return of_paired_tensors(
         tensors,
         hidden_size=sizes["dim"],
         intermediate_size=sizes["hidden_dim"],

@@ -240,6 +240,7 @@ with open(sys.argv[2] + os.environ["RANK"], "w") as file:
 """
 
 
+@pytest.mark.slow
 def test_two_ranks_generate_what_one_process_does(tmp_path: Path) -> None:
     path, out = tmp_path / "model", tmp_path / "rank"
     write(path, tie_word_embeddings=True, num_key_value_heads=1)
@@ -269,6 +270,7 @@ print((peak() - before) / needed)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 def test_loading_takes_little_more_memory_than_the_weights(tmp_path: Path) -> None:
     sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 5}
@@ -543,6 +545,7 @@ VALUES = st.recursive(
 )
 
 
+@pytest.mark.slow
 def test_any_configuration_loads_or_is_refused_with_a_reason(
     saved: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -55,6 +55,7 @@ print((peak() - before) / needed)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 @pytest.mark.parametrize(("stored", "shards"), [(torch.float16, 1), (torch.bfloat16, 2)])
 def test_mapped_pages_are_released_while_loading(

@@ -299,11 +299,13 @@ PIPED = (
 )
 
 
+@pytest.mark.slow
 def test_piped_lines_are_read_to_the_end() -> None:
     out = piped()
     assert re.fullmatch(PIPED, out), f"more or less than answers, speeds and notes: {out!r}"
 
 
+@pytest.mark.slow
 def test_two_processes_talk_as_one() -> None:
     out = piped("-m", "torch.distributed.run", "--nproc_per_node", "2")
     assert re.fullmatch(PIPED, out), f"not what one process prints: {out!r}"
@@ -378,6 +380,7 @@ def terminal() -> Iterator[Terminal]:
     terminal.close()
 
 
+@pytest.mark.slow
 def test_in_a_terminal(terminal: Terminal, tmp_path: Path) -> None:
     path = tmp_path / "dialog.json"
     terminal.wait_for(">")

@@ -27,6 +27,7 @@ def client(llama: Llama) -> Client:
     return Client(llama)
 
 
+@pytest.mark.slow
 def test_a_sequence_gets_what_it_gets_alone(llama: Llama, client: Client) -> None:
     """Sequences of all kinds come at odd times; each one's tokens are those of its own call."""
     rng = random.Random(5)
@@ -128,6 +129,7 @@ def test_equal_prompts_are_read_once(
     assert len({tuple(sequence.tokens) for sequence in sequences}) == 1
 
 
+@pytest.mark.slow
 def test_slots_change_hands_by_copies_of_copies(llama: Llama, client: Client) -> None:
     """Slots are taken, copied and taken again before a pass; each text stays the one alone."""
     rng = random.Random(11)

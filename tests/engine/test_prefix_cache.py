@@ -154,6 +154,7 @@ def test_slots_take_over_what_another_slot_holds(llama: Llama, monkeypatch) -> N
     assert greedy(llama, prompts) == found
 
 
+@pytest.mark.slow
 def test_any_sequence_of_calls_gives_what_fresh_ones_give(llama: Llama) -> None:
     rng = random.Random(0)
     pool = [[1, *(rng.randrange(300, 330) for _ in range(40))] for _ in range(2)]

@@ -178,6 +178,7 @@ print(type(kernel).__module__, float((kernel(x) - expected).norm() / expected.no
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_int4_is_right_on_processors_with_another_order(capability: str) -> None:
     """Without vectors PyTorch's kernel orders numbers in a third way, which none of ours is."""
@@ -312,6 +313,7 @@ if dist.get_rank() == 0:
 """
 
 
+@pytest.mark.slow
 def test_quantised_checkpoints_on_two_processes_and_in_two_files(tmp_path: Path) -> None:
     paths = []
     for quantize, group_size in (("int8", None), ("int4", 32)):

@@ -20,6 +20,8 @@ from servers import post, wait_until
 from llama import Llama
 from llama.server.__main__ import main
 
+pytestmark = pytest.mark.slow
+
 COW = [{"role": "user", "content": "What does the cow say?"}]
 
 
