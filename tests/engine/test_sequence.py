@@ -124,10 +124,13 @@ def test_draws_depend_on_the_seed_and_the_place_alone() -> None:
 
 def test_a_draft_never_exceeds_the_room() -> None:
     """A failure means that a draft is checked which couldn't be kept."""
-    sequence = begun(max_new_tokens=4, prompt_lookup_num_tokens=10)
-    for char in "ab":
-        append(sequence, char)
-    sequence.prompt += []
-    assert len(sequence.draft()) <= 1
+    params = SamplingParams(prompt_lookup_num_tokens=10)
+    sequence = Sequence([ord(char) for char in "abcdefgh" * 3], params, "seed", 4)
+    sequence.begin(letters)
+    append(sequence, "a")
+    assert letters(sequence.draft()) == "bc"  # and one more token behind it
+    assert letters(sequence.draft(1)) == "b"
     assert sequence.draft(0) == []
-    assert begun().draft() == []
+    append(sequence, "bc", "b")
+    assert sequence.draft() == []
+    assert begun().draft() == []  # without prompt lookup
