@@ -58,6 +58,7 @@ setup(
         "llama",
         "llama.chat",
         "llama.checkpoint",
+        "llama.cli",
         "llama.commands",
         "llama.engine",
         "llama.layers",
@@ -81,6 +82,6 @@ setup(
             "httpx>=0.27",
         ],
         "test": TEST,
-        "dev": [*TEST, "ruff>=0.14", "mypy>=1.15"],
+        "dev": [*TEST, "ruff>=0.14", "mypy>=1.15", "import-linter>=2.1", "pre-commit>=4"],
     },
 )

@@ -1,7 +1,6 @@
 """A server of the tests' own, on a free port of this machine."""
 
 import contextlib
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,12 +13,6 @@ from llama import Llama
 from llama.server.api import make_app
 from llama.server.config import ServerConfig
 from llama.server.service import Service
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 30) -> None:

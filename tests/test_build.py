@@ -1,13 +1,12 @@
 """``Llama.build`` on adapters, formats and chat formats: what each part gives reaches the user."""
 
-import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from hf_files import make_hf, save_hf, write_adapter
+from transformers import AutoModelForCausalLM
 
 from llama import Llama
 from llama.chat.formats import FORMATS
@@ -29,42 +28,22 @@ def build(path: Path, **more: object) -> Llama:
     return Llama.build(path, device="cpu", dtype=torch.float32, **more)
 
 
-def add_adapter(model: LlamaForCausalLM, directory: Path, seed: int) -> PeftModel:
-    modules = ["q_proj", "k_proj", "o_proj", "up_proj", "down_proj", "embed_tokens", "lm_head"]
-    tuned = get_peft_model(model, LoraConfig(r=4, target_modules=modules, task_type="CAUSAL_LM"))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in tuned.named_parameters():
-            if "lora_" in name:
-                parameter.normal_(std=0.1, generator=generator)
-    tuned.save_pretrained(directory)
-    return tuned.eval()
+MODULES = ["q_proj", "k_proj", "o_proj", "up_proj", "down_proj", "embed_tokens", "lm_head"]
 
 
 @pytest.fixture(scope="module")
 def adapted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.Tensor]:
     """A base and two adapters, and transformers' logits with both merged in."""
     directory = tmp_path_factory.mktemp("adapted")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        vocab_size=768,
-        initializer_range=0.2,
-        tie_word_embeddings=False,
-    )
-    model = LlamaForCausalLM(config).eval()
+    model = make_hf(tie_word_embeddings=False)
     for parameter in model.parameters():  # the GGUF file is in bfloat16
         parameter.data = parameter.data.bfloat16().float()
-    model.save_pretrained(directory / "base")
-    shutil.copy(TINY / "tokenizer.model", directory / "base")
-    merged = add_adapter(model, directory / "first", 1).merge_and_unload()
-    merged = add_adapter(merged, directory / "second", 2).merge_and_unload()
+    save_hf(model, directory / "base")
+    for seed, name in enumerate(("first", "second")):
+        adapted = write_adapter(model, directory / name, {"target_modules": MODULES}, seed)
+        model = adapted.merge_and_unload()
     with torch.inference_mode():
-        return directory, merged(TOKENS).logits
+        return directory, model(TOKENS).logits
 
 
 def test_adapters_reach_every_base_format(adapted, tmp_path: Path) -> None:

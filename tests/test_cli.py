@@ -134,6 +134,7 @@ def test_the_list_of_commands(start: Run) -> None:
     assert "there are chat, complete" in start("llama", "?")[2]
 
 
+@pytest.mark.slow
 def test_help_of_all_commands_comes_without_pytorch() -> None:
     code = "import sys; from llama import cli; cli.main(['--help']); print('torch' in sys.modules)"
     alone = "import sys, llama; print('torch' in sys.modules)"
@@ -144,6 +145,7 @@ def test_help_of_all_commands_comes_without_pytorch() -> None:
     assert found[0].stdout.splitlines()[-1] == found[1].stdout.strip()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["-m llama.server", "-m llama", "examples/chat.py"])
 def test_a_process_of_its_own(command: str) -> None:
     """``python -m llama.server --help`` once said that there is no flag --help."""

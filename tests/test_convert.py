@@ -129,6 +129,7 @@ def test_llama3s_factors_are_recognised_and_others_refused(tmp_path: Path) -> No
         convert(str(other), str(tmp_path / "none"), "hf")
 
 
+@pytest.mark.slow
 def test_the_command_line(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "llama.convert", str(TINY), str(tmp_path / "hf"), "--to", "hf"]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -408,6 +408,7 @@ def test_truncated_file_is_kept_for_the_next_run(downloader, server):
     downloader.assert_complete()
 
 
+@pytest.mark.slow
 def test_stalled_server_is_left_after_the_configured_seconds(downloader, server):
     assert "no data for 1 seconds" in downloader.fail_at_shard(stall, *[be_silent] * 5)
     assert downloader.part() == server.files[SHARD][:1]

@@ -1,29 +1,19 @@
 """Vectors and classes of texts: equal to transformers', alone and in company."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, LlamaModel
+from hf_files import make_hf, save_hf
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification, LlamaModel
 
-from llama import Llama, checkpoint
+from llama import Llama
+from llama.checkpoint.save import save
 from llama.engine.engine import PREFILL_CHUNK
 from llama.generation import TINY
 
-SIZES = {
-    "hidden_size": 64,
-    "intermediate_size": 160,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 2,
-    "vocab_size": 768,
-    "max_position_embeddings": 2048,
-    "pad_token_id": 0,
-    "initializer_range": 0.2,
-}
 SEQ_LEN = 2 * PREFILL_CHUNK + 100
 TEXTS = [
     "Tom has a kite.",
@@ -38,12 +28,9 @@ LONG = "Tom and the big dog run to the park. " * 96
 
 
 def write(directory: Path, kind: type = LlamaForCausalLM, **config: Any) -> Any:
-    """Save a small random model as transformers does, with the embedded tokenizer; gives it."""
-    torch.manual_seed(1)
-    model = kind(LlamaConfig(**{**SIZES, **config}))
-    model.save_pretrained(directory)
-    shutil.copy(TINY / "tokenizer.model", directory)
-    return model.eval()
+    """Save a small random model with room for long texts; gives it."""
+    config = {"max_position_embeddings": 2048, "pad_token_id": 0, **config}
+    return save_hf(make_hf(kind, **config), directory)
 
 
 def build(directory: Path, **more: Any) -> Llama:
@@ -191,7 +178,7 @@ def test_a_classifier_in_metas_layout_loads_again(
     llama, _ = classifier
     files = {"tokenizer.model": TINY / "tokenizer.model"}
     params = llama.model.params
-    checkpoint.save([llama.model.state_dict()], params, tmp_path / "out", n, files)
+    save([llama.model.state_dict()], params, tmp_path / "out", n, files)
     again = build(tmp_path / "out")
     assert again.model.params.labels == ["bad", "so so", "good"]
     # The attention kernel may round otherwise in rows of other memory.

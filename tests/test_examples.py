@@ -2,11 +2,18 @@
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from llama import parallel
+from llama.convert import convert
+from llama.generation import TINY
+from llama.layers.kernels import cpu
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 EXPECTED = {
@@ -39,6 +46,7 @@ def test_a_real_model_answers() -> None:
     assert "> Assistant: The capital of France is Paris." in out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXPECTED)
 def test_plain_python_from_anywhere(name: str, tmp_path: Path) -> None:
     path = str(EXAMPLES / name)
@@ -48,6 +56,7 @@ def test_plain_python_from_anywhere(name: str, tmp_path: Path) -> None:
     assert re.search(EXPECTED[name], streamed)
 
 
+@pytest.mark.slow
 def test_torchrun_from_inside_examples_with_the_references_flags() -> None:
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "1"]
     flags = "--max_seq_len 128 --max_batch_size 4 --max_gen_len 32 --temperature 0 --top_p 0.9"
@@ -61,7 +70,35 @@ def test_torchrun_from_inside_examples_with_the_references_flags() -> None:
     assert re.search(EXPECTED["example_text_completion.py"], out)
 
 
+@pytest.mark.slow
 def test_ranks_above_0_print_nothing_and_ids_agree() -> None:
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
     one = run("example_chat_completion.py", "--temperature", "0")
     assert run(*launcher, "example_chat_completion.py", "--temperature", "0") == one
+
+
+@pytest.fixture(scope="module")
+def int8(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded model, converted."""
+    path = tmp_path_factory.mktemp("converted") / "int8"
+    convert(str(TINY), str(path), quantize="int8")
+    return path
+
+
+@pytest.mark.skipif(
+    cpu.LEVELS < 127,
+    reason="without AVX-512 VNNI int8 inputs have half the levels: other near ties",
+)
+@pytest.mark.parametrize("name", EXPECTED)
+def test_greedy_text_of_every_example_is_unchanged_in_int8(
+    name: str, int8: Path, capsys, monkeypatch
+) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    # In bfloat16 the usual weights' text isn't float32's either: stories have near ties.
+    monkeypatch.setattr(parallel, "choose_dtype", lambda *_: torch.float32)
+    run = runpy.run_path(str(EXAMPLES / name))["main"]
+    run(temperature=0)
+    usual = capsys.readouterr().out
+    run(str(int8), temperature=0)
+    assert capsys.readouterr().out == usual
+    assert usual.strip()

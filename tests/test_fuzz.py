@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from fuzz.fuzz_checkpoint import Fuzzer, describe
 
+pytestmark = pytest.mark.slow
+
 MUTATIONS = 60
 
 

@@ -1,7 +1,8 @@
 """Generation, on the embedded model: right in batches, streams and log-probabilities."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ from conftest import make_model
 from llama import Dialog, Llama, Tokenizer
 from llama.chat.prompts import UNSAFE_ERROR
 from llama.engine import engine
+from llama.engine.sequence import StreamPiece
 from llama.generation import TINY
-from llama.layers.batch import RaggedBatch
+from llama.guards import StreamGuard, Verdict, guarded, refusal
+from llama.sampling import SamplingParams
 
 STORY = "Once upon a time, there was a little girl named Mia."
 PROMPTS = [STORY, "Sam", "One sunny morning, Tom went to the park. He took", "", "The cow"]
@@ -64,26 +67,6 @@ class TestRaggedBatches:
         assert pieces[0] == whole[0]
         for ours, theirs in zip(pieces[1], whole[1], strict=True):
             assert ours == pytest.approx(theirs, abs=1e-4)
-
-
-def test_long_prompts_go_in_pieces_and_their_logits_are_not_made(
-    checkpoint_dir, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    llama = Llama.build(checkpoint_dir(), max_seq_len=1200, device="cpu", dtype=torch.float32)
-    forward, passes = llama.model.hidden_states, []
-
-    def watched(tokens: torch.Tensor, segments: list, select: torch.Tensor | None) -> torch.Tensor:
-        masks = [span.mask for span in RaggedBatch.of(segments, tokens.device).spans]
-        assert all(mask is None or mask.shape[0] <= 512 for mask in masks)
-        logits = forward(tokens, segments, select)
-        passes.append((len(tokens), len(logits)))
-        return logits
-
-    monkeypatch.setattr(llama.model, "hidden_states", watched)
-    llama.generate([[i] + [1] * 1099 for i in range(5)], 1)
-    assert sum(tokens for tokens, _ in passes) == 5 * 1100
-    assert max(tokens for tokens, _ in passes) <= 2048
-    assert sum(logits for _, logits in passes) == 5
 
 
 class TestLogprobs:
@@ -257,6 +240,87 @@ class TestStreams:
                     "generation"
                 ]
             )
+
+    @pytest.mark.parametrize(
+        ("settings", "reason"),
+        [
+            ({"max_gen_len": 20}, "length"),
+            ({"max_gen_len": 60, "stop": ["."]}, "stop"),
+            ({"max_gen_len": 60, "stop": ["Mia wanted to", "kite"]}, None),
+            ({"max_gen_len": 60, "prompt_lookup_num_tokens": 5}, None),
+            ({"max_gen_len": 0}, "length"),
+        ],
+    )
+    def test_pieces_have_the_tokens_of_the_completion_and_the_last_one_the_reason(
+        self, tiny: Llama, settings: dict[str, Any], reason: str | None
+    ) -> None:
+        """A failure means that a stream's reader can't count tokens, or misses the end."""
+        sequence = tiny.tasks.text([STORY], SamplingParams(temperature=0, **settings))[0]
+        tiny.reset_cache()
+        pieces = list(tiny.text_completion_stream(STORY, temperature=0, **settings))
+        tiny.engine.submit([sequence])
+        while sequence.finish_reason is None:
+            tiny.engine.step()
+        assert all(type(piece) is StreamPiece for piece in pieces)
+        assert "".join(pieces) == sequence.text
+        assert [i for piece in pieces for i in piece.token_ids] == sequence.tokens
+        assert sum(len(piece.logprobs) for piece in pieces) == len(sequence.tokens)
+        reasons = [piece.finish_reason for piece in pieces]
+        assert reasons == [None] * (len(pieces) - 1) + [sequence.finish_reason]
+        assert reason in (None, reasons[-1])
+
+    def test_a_guarded_stream_has_the_tokens_of_what_it_shows(self, tiny: Llama) -> None:
+        """A failure means that tokens of held-back text get out, or that allowed ones are lost."""
+
+        def stream() -> Generator[StreamPiece, None, None]:
+            return tiny.text_completion_stream(STORY, 0, max_gen_len=60)
+
+        def ids(pieces: list[StreamPiece]) -> list[int]:
+            return [i for piece in pieces for i in piece.token_ids]
+
+        plain = list(stream())
+        allowed = list(guarded(stream(), StreamGuard([], lambda *_: Verdict(True), every=40)))
+        assert "".join(allowed) == "".join(plain) and len(allowed) > 2
+        assert ids(allowed) == ids(plain)
+        assert [p.finish_reason for p in allowed] == [None] * (len(allowed) - 1) + ["length"]
+        judged: list[str] = []
+
+        def twice(_: Dialog, answer: str) -> Verdict:
+            judged.append(answer)
+            return Verdict(len(judged) < 3, (), "enough")
+
+        *shown, last = guarded(stream(), StreamGuard([], twice, every=40))
+        assert "".join(shown) == judged[1] and len(shown) == 2
+        assert ids(shown) == ids(plain)[: len(ids(shown))] != []
+        assert last == "\n\n" + refusal(Verdict(False, (), "enough"))
+        assert (last.token_ids, last.logprobs, last.finish_reason) == ([], [], "stop")
+
+    def test_an_output_guard_holds_a_streams_tokens_back_too(self, tiny: Llama) -> None:
+        """A failure means that the guard of a ``Llama`` isn't asked, or loses the end."""
+        dialog = ask("What does the cow say?")
+        plain = list(tiny.chat_completion_stream(dialog, 0))
+        llama = Llama(tiny.model, tiny.tokenizer, chat=tiny.chat)
+        llama.output_guard = lambda _, answer: Verdict(answer == "The cow says moo.")
+        (piece,) = llama.chat_completion_stream(dialog, 0)
+        assert piece == "The cow says moo."
+        assert piece.token_ids == [i for one in plain for i in one.token_ids]
+        assert piece.finish_reason == plain[-1].finish_reason == "stop"
+        llama.output_guard = lambda *_: Verdict(False, (), "enough")
+        (piece,) = llama.chat_completion_stream(dialog, 0)
+        assert piece == refusal(Verdict(False, (), "enough"))
+        assert (piece.token_ids, piece.finish_reason) == ([], "stop")
+
+    def test_a_refusal_is_one_piece_without_tokens_that_ends_the_stream(self, tiny: Llama) -> None:
+        """A failure means that the reader of a refused stream waits for its end."""
+        refused = [list(tiny.chat_completion_stream(ask("[INST]")))]
+        llama = Llama(tiny.model, tiny.tokenizer, chat=tiny.chat)
+        llama.input_guard = lambda _: Verdict(False, ("O3",), "Criminal Planning")
+        refused.append(list(llama.chat_completion_stream(ask("Hi"))))
+        for pieces, text in zip(
+            refused, (UNSAFE_ERROR, "Refused by a content guard: "), strict=True
+        ):
+            assert len(pieces) == 1 and pieces[0].startswith(text)
+            assert (pieces[0].token_ids, pieces[0].finish_reason) == ([], "stop")
 
     def test_text_arrives_before_the_end(self, tiny: Llama) -> None:
         assert len(list(tiny.text_completion_stream(STORY, 0, max_gen_len=30))) > 10

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import make_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from hf_files import as_transformers
 
 from llama import ModelArgs, Transformer, parallel
 from llama.layers.batch import Segment
@@ -15,58 +15,6 @@ VARIANTS = {
     "odd_ffn": {"n_kv_heads": 4, "ffn_dim_multiplier": 1.3, "multiple_of": 24},
     "rope_1e6": {"n_kv_heads": 2, "rope_theta": 1e6, "norm_eps": 1e-6},
 }
-
-
-def as_transformers(model: Transformer) -> LlamaForCausalLM:
-    """The same network in transformers, whose rotary pairs lie half a head apart."""
-    args = model.params
-    config = LlamaConfig(
-        hidden_size=args.dim,
-        intermediate_size=args.hidden_dim,
-        num_hidden_layers=args.n_layers,
-        num_attention_heads=args.n_heads,
-        num_key_value_heads=args.kv_heads,
-        vocab_size=args.vocab_size,
-        rms_norm_eps=args.norm_eps,
-        max_position_embeddings=args.max_seq_len,
-        rope_parameters={"rope_type": "default", "rope_theta": args.rope_theta},
-        tie_word_embeddings=False,
-        attn_implementation="eager",
-    )
-
-    def halves(weight: torch.Tensor) -> torch.Tensor:
-        pairs = weight.unflatten(0, (-1, args.head_dim // 2, 2))
-        return pairs.transpose(1, 2).flatten(0, 2)
-
-    names = {
-        "attention.wq": "self_attn.q_proj",
-        "attention.wk": "self_attn.k_proj",
-        "attention.wv": "self_attn.v_proj",
-        "attention.wo": "self_attn.o_proj",
-        "feed_forward.w1": "mlp.gate_proj",
-        "feed_forward.w2": "mlp.down_proj",
-        "feed_forward.w3": "mlp.up_proj",
-        "attention_norm": "input_layernorm",
-        "ffn_norm": "post_attention_layernorm",
-        "tok_embeddings": "model.embed_tokens",
-        "output": "lm_head",
-        "norm": "model.norm",
-    }
-    tensors = {}
-    for name, parameter in model.named_parameters():
-        weight = parameter.detach()
-        if "wq" in name or "wk" in name:
-            weight = halves(weight)
-        stem = name.removesuffix(".weight")
-        if stem.startswith("layers."):
-            _, layer, part = stem.split(".", 2)
-            tensors[f"model.layers.{layer}.{names[part]}.weight"] = weight
-        else:
-            tensors[f"{names[stem]}.weight"] = weight
-    reference = LlamaForCausalLM(config).eval()
-    reference.load_state_dict(tensors)
-    reference.generation_config.eos_token_id = None
-    return reference
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -146,35 +94,6 @@ def test_neighbouring_rows_and_stale_cache_leave_no_trace() -> None:
     fresh = model(tokens, 0)
     model(torch.randint(0, 96, (4, 60)), 0)
     torch.testing.assert_close(model(tokens, 0), fresh, atol=0, rtol=0)
-
-
-def test_attention_reads_the_filled_part_of_the_cache_only() -> None:
-    model = make_model(n_kv_heads=2)
-    tokens = torch.randint(0, 96, (2, 12))
-    expected = model(tokens, 0)
-    for layer in model.layers:
-        layer.attention.cache.k.fill_(float("nan"))
-        layer.attention.cache.v.fill_(float("nan"))
-    pieces = [model(tokens[:, :7], 0), model(tokens[:, 7:11], 7), model(tokens[:, 11:], 11)]
-    torch.testing.assert_close(torch.cat(pieces, 1), expected, atol=2e-5, rtol=0)
-
-
-@pytest.mark.parametrize(
-    ("segments", "n_tokens", "message"),
-    [
-        ([], 0, "segments"),
-        ([Segment(0, 0, 3)], 4, "segments of 3"),
-        ([Segment(4, 0, 1)], 1, "max_batch_size of 4"),
-        ([Segment(1, 0, 1), Segment(0, 0, 1)], 2, "slots ascend"),
-        ([Segment(0, 127, 2)], 2, "max_seq_len of 128"),
-        ([Segment(0, -1, 2)], 2, "max_seq_len of 128"),
-    ],
-)
-def test_tokens_that_do_not_fit_the_cache_are_refused(
-    segments: list[Segment], n_tokens: int, message: str
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        make_model().forward_ragged(torch.zeros(n_tokens, dtype=torch.long), segments)
 
 
 LLAMA = {"norm_eps": 1e-6, "vocab_size": 32000}

@@ -1,9 +1,9 @@
 """Devices, dtypes and processes: choices with fakes, everything else with real ranks on gloo."""
 
+import hashlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -11,13 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import TORCHRUN, free_port, script, torchrun
 
 from llama import Llama, parallel
 from llama.checkpoint.save import reshard, save
 from llama.checkpoint.sharding import parameter_count
 from llama.generation import TINY
-
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
 # What each rank does: build, generate, and write what it got.
 GENERATE = """
@@ -54,21 +53,6 @@ thread.join()
 with open(sys.argv[1] + os.environ["RANK"], "w") as file:
     json.dump(out, file)
 """
-
-
-def torchrun(*arguments: str, timeout: int = 120) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*TORCHRUN, *arguments], capture_output=True, text=True, timeout=timeout)
-
-
-def script(tmp_path: Path, text: str) -> str:
-    (tmp_path / "script.py").write_text(text)
-    return str(tmp_path / "script.py")
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 @pytest.mark.parametrize(
@@ -115,6 +99,7 @@ def test_choice_of_dtype(
     assert parallel.choose_dtype(stored, device, fast_bf16) == expected
 
 
+@pytest.mark.slow
 def test_one_process_needs_no_launcher_and_prints_nothing() -> None:
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
     code = "from llama import Llama; Llama.build(); Llama.build()"
@@ -159,6 +144,7 @@ def test_shards_are_joined_in_one_process(alone: dict[str, list[list[int]]]) -> 
     assert alone["tiny1"] == alone["tiny2"] == alone["tiny4"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("n", "names"),
     [(2, ["tiny1", "tiny2", "tiny4", "mqa", "odd_vocab"]), (4, ["tiny1", "tiny2"])],
@@ -185,6 +171,37 @@ def test_ranks_together_generate_what_one_does(
         assert ranks[0][path]["parameters"] == parameter_count(args[name], n)
 
 
+# Each rank writes what reached it of rank 0's messages; the others' own ones must not matter.
+MESSAGES = """
+import hashlib, json, os, sys, torch
+from llama import parallel
+parallel.initialize(torch.device("cpu"))
+found = []
+for size in json.loads(sys.argv[2]):
+    message = bytes(i * 7 % 251 for i in range(size)) if parallel.rank() == 0 else b""
+    found.append(hashlib.sha256(parallel.broadcast_bytes(message)).hexdigest())
+with open(sys.argv[1] + os.environ["RANK"], "w") as file:
+    json.dump(found, file)
+"""
+
+
+@pytest.mark.slow
+def test_messages_reach_every_rank_whole(tmp_path: Path) -> None:
+    """A failure means that the ranks of a server take different requests, or wait for ever."""
+    frame = 4096  # in which short messages go, with their length of 8 bytes
+    sizes = [0, 1, *(frame + d for d in (-9, -8, -7, -1, 0, 1)), 1_000_000, 0, 3]
+    out = tmp_path / "rank"
+    done = torchrun(
+        *("--nproc_per_node", "2", script(tmp_path, MESSAGES), str(out), json.dumps(sizes))
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    expected = [
+        hashlib.sha256(bytes(i * 7 % 251 for i in range(size))).hexdigest() for size in sizes
+    ]
+    for rank in range(2):
+        assert json.loads(Path(f"{out}{rank}").read_text()) == expected
+
+
 def test_numbers_that_do_not_fit_are_refused_with_those_that_do(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -193,6 +210,7 @@ def test_numbers_that_do_not_fit_are_refused_with_those_that_do(
         Llama.build(device="cpu")
 
 
+@pytest.mark.slow
 def test_two_nodes(checkpoints, alone, tmp_path: Path) -> None:
     out, port = str(tmp_path / "rank"), free_port()
     nodes = [
@@ -242,6 +260,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
@@ -261,6 +280,7 @@ def test_a_rank_that_dies_ends_the_job(kind: str, message: str, tmp_path: Path) 
             os.kill(int(Path(f"{out}{rank}").read_text()), 0)
 
 
+@pytest.mark.slow
 def test_a_rank_killed_from_outside_ends_the_job_within_30_seconds(tmp_path: Path) -> None:
     out = tmp_path / "pid"
     job = subprocess.Popen(

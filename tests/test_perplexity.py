@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_model
-from test_model import as_transformers
+from hf_files import as_transformers
 
 from llama import Llama
 from llama.perplexity import perplexity
@@ -67,6 +67,7 @@ def test_mistakes_are_named(llama: Llama) -> None:
             perplexity(llama, *arguments)
 
 
+@pytest.mark.slow
 def test_the_command_prints_it(tiny: Llama, tmp_path: Path) -> None:
     text = "Once upon a time there was a fox. The fox was red.\n" * 12
     (tmp_path / "text.txt").write_text(text)

@@ -1,11 +1,15 @@
 """Sampling: greedy, nucleus, and draws that depend on the row's own number alone."""
 
+import dataclasses
+import math
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama.sampling import next_tokens, sample_top_p, token_logprobs
+from llama.sampling import SamplingParams, next_tokens, sample, sample_top_p, token_logprobs
 
 ROWS = st.integers(0, 2**31).map(
     lambda seed: torch.randn(5, 40, generator=torch.Generator().manual_seed(seed)) * 3
@@ -71,3 +75,76 @@ def test_logprobs_are_those_of_the_untempered_softmax() -> None:
     tokens = torch.randint(0, 50, (6,))
     expected = logits.double().softmax(-1)[torch.arange(6), tokens].log()
     torch.testing.assert_close(token_logprobs(logits, tokens).double(), expected)
+
+
+PARAMS = st.builds(
+    SamplingParams,
+    temperature=st.sampled_from([0, 0.3, 1.0]),
+    top_p=st.sampled_from([0.0, 0.5, 1.0]),
+)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    ROWS,
+    st.lists(PARAMS, min_size=5, max_size=5),
+    st.lists(UNIT, min_size=5, max_size=5),
+)
+def test_rows_of_several_parameters_draw_what_each_draws_alone(
+    logits: torch.Tensor, params: list[SamplingParams], uniforms: list[float]
+) -> None:
+    """A failure means that a request's settings reach its neighbour in the batch."""
+    u = torch.tensor(uniforms)
+    together = sample(logits, params, u)
+    assert (together.dtype, together.shape) == (torch.long, (5,))
+    alone = [sample(logits[i : i + 1], params[i : i + 1], u[i : i + 1]) for i in range(5)]
+    assert together.tolist() == torch.cat(alone).tolist()
+    greedy = [i for i, each in enumerate(params) if each.temperature == 0]
+    assert together[greedy].tolist() == logits[greedy].argmax(-1).tolist()
+
+
+class TestParams:
+    @pytest.mark.parametrize(
+        ("settings", "error", "message"),
+        [
+            ({"temperature": -0.1}, ValueError, r"temperature is -0.1: expected 0 \(greedy\)"),
+            ({"temperature": math.inf}, ValueError, "temperature is inf"),
+            ({"temperature": math.nan}, ValueError, "temperature is nan"),
+            ({"temperature": "1"}, TypeError, "temperature is '1': give a number"),
+            ({"top_p": 1.1}, ValueError, "top_p is 1.1: expected a probability mass from 0 to 1"),
+            ({"top_p": math.nan}, ValueError, "top_p is nan"),
+            ({"top_p": None}, TypeError, "top_p is None: give a number"),
+            ({"max_gen_len": -1}, ValueError, "max_gen_len is -1: expected a whole number"),
+            ({"max_gen_len": 2.0}, ValueError, "max_gen_len is 2.0: expected a whole number"),
+            ({"prompt_lookup_num_tokens": -1}, ValueError, "prompt_lookup_num_tokens is -1"),
+            ({"prompt_lookup_num_tokens": None}, ValueError, "prompt_lookup_num_tokens is None"),
+            ({"seed": 1.5}, TypeError, "seed is 1.5: give a whole number"),
+            ({"stop": "."}, TypeError, "stop is one str: give a list"),
+            ({"stop": [""]}, ValueError, "expected strings that are not empty"),
+            ({"stop": [3]}, ValueError, "expected strings that are not empty"),
+            ({"stop_token_ids": ["</s>"]}, TypeError, "stop token ids are .*: give token ids"),
+        ],
+    )
+    def test_mistakes_are_named(
+        self, settings: dict[str, Any], error: type[Exception], message: str
+    ) -> None:
+        """A failure means that a mistake changes a text, or is told deep inside a pass."""
+        with pytest.raises(error, match=message):
+            SamplingParams(**settings)
+
+    def test_what_may_be_read_once_is_kept(self) -> None:
+        """A failure means that only the first sequence of a call stops."""
+        params = SamplingParams(stop=(s for s in ["."]), stop_token_ids=iter([3, 3, 4]))
+        for _ in range(2):
+            assert (list(params.stop), set(params.stop_token_ids)) == (["."], {3, 4})
+
+    def test_parameters_cannot_be_changed(self) -> None:
+        """A failure means that one sequence can change the parameters of others."""
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            SamplingParams().temperature = 1  # type: ignore[misc]
+
+    @pytest.mark.parametrize(("logprobs", "echo"), [(True, True), (True, False), (False, True)])
+    def test_prompts_are_scored_where_both_are_asked_for(self, logprobs: bool, echo: bool) -> None:
+        """A failure means that prompts aren't reused from the cache, or have no scores."""
+        params = SamplingParams(logprobs=logprobs, echo=echo)
+        assert params.scores_prompt == (logprobs and echo)

@@ -1,1 +1,1 @@
-"""Commands of ``python -m llama`` without a module in the library; ``llama/cli.py`` runs them."""
+"""Commands of ``python -m llama`` without a module in the library; ``llama.cli`` runs them."""

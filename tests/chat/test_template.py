@@ -320,10 +320,21 @@ def test_no_template_reaches_python(template: str) -> None:
         assert text.strip() in ("", "[Undefined]")  # to a template Python's insides aren't there
 
 
-DOUBLE = "{% for i in range(60) %}@{% endfor %}"
+def sixty(step: str, start: str = "'ab'", end: str = "", begin: str = "") -> str:
+    """A template that makes ``n.x`` larger sixty times."""
+    loop = f"{{% for i in range(60) %}}{step}{{% endfor %}}"
+    return f"{begin}{{% set n = namespace(x={start}) %}}{loop}{end}"
+
+
+def grown(value: str, start: str = "'ab'", end: str = "", begin: str = "") -> str:
+    return sixty(f"{{% set n.x = {value} %}}", start, end, begin)
+
+
+TEN_THOUSAND = "{% for i in range(10000) %}@{% endfor %}"
+LARGE = "a" * 100_000
 HUNGRY = {
     "count": "{% for i in range(10 ** 9) %}x{% endfor %}",
-    "count in count": DOUBLE.replace("60", "10000").replace("@", DOUBLE.replace("60", "10000")),
+    "count in count": TEN_THOUSAND.replace("@", TEN_THOUSAND),
     "count far": "{% for i in range(10 ** 40) %}x{% endfor %}",
     "list": "{{ range(10 ** 9) | list | length }}",
     "sum": "{{ range(10 ** 10) | sum }}",
@@ -331,30 +342,15 @@ HUNGRY = {
     "repeat a list": "{{ [1] * 10 ** 9 }}",
     "power": "{{ 2 ** 10 ** 9 }}",
     "power of power": "{{ 999 ** 99 ** 99 }}",
-    "product": "{% set n = namespace(x=10 ** 18) %}"
-    + DOUBLE.replace("@", "{% set n.x = n.x * n.x %}"),
+    "product": grown("n.x * n.x", "10 ** 18"),
     "percent": "{{ '%1000000000d' % 1 }}",
-    "plus": "{% set n = namespace(x='ab') %}" + DOUBLE.replace("@", "{% set n.x = n.x + n.x %}"),
-    "tilde": "{% set n = namespace(x='ab') %}" + DOUBLE.replace("@", "{% set n.x = n.x ~ n.x %}"),
-    "lists": "{% set n = namespace(x=[1]) %}" + DOUBLE.replace("@", "{% set n.x = n.x + n.x %}"),
-    "tree": (
-        "{% set n = namespace(x=[1]) %}"
-        + DOUBLE.replace("@", "{% set n.x = [n.x, n.x] %}")
-        + "{{ n.x }}"
-    ),
-    "tree as JSON": (
-        "{% set n = namespace(x=[1]) %}"
-        + DOUBLE.replace("@", "{% set n.x = {'a': n.x, 'b': n.x} %}")
-        + "{{ n.x | tojson }}"
-    ),
-    "set": (
-        "{% set n = namespace(x='ab') %}"
-        + DOUBLE.replace("@", "{% set y %}{{ n.x }}{{ n.x }}{% endset %}{% set n.x = y %}")
-    ),
-    "macro": (
-        "{% macro twice(x) %}{{ x }}{{ x }}{% endmacro %}{% set n = namespace(x='ab') %}"
-        + DOUBLE.replace("@", "{% set n.x = twice(n.x) %}")
-    ),
+    "plus": grown("n.x + n.x"),
+    "tilde": grown("n.x ~ n.x"),
+    "lists": grown("n.x + n.x", "[1]"),
+    "tree": grown("[n.x, n.x]", "[1]", "{{ n.x }}"),
+    "tree as JSON": grown("{'a': n.x, 'b': n.x}", "[1]", "{{ n.x | tojson }}"),
+    "set": sixty("{% set y %}{{ n.x }}{{ n.x }}{% endset %}{% set n.x = y %}"),
+    "macro": grown("twice(n.x)", begin="{% macro twice(x) %}{{ x }}{{ x }}{% endmacro %}"),
     "recursion": "{% macro f(n) %}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}",
     "tree of calls": (
         "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}"
@@ -364,36 +360,15 @@ HUNGRY = {
         "{% endfor %}"
     ),
     "loops over text": (
-        "{% set a = '"
-        + "a" * 300
-        + "' %}"
-        + "".join("{% for x in a %}" for _ in range(8))
-        + "{% endfor %}" * 8
+        f"{{% set a = '{'a' * 300}' %}}" + "{% for x in a %}" * 8 + "{% endfor %}" * 8
     ),
-    "data": "{% for i in range(100000) %}" + "x" * 100_000 + "{% endfor %}",
-    "output": "{% set a = '"
-    + "a" * 100_000
-    + "' %}{% for i in range(100000) %}{{ a }}{% endfor %}",
-    "replace": (
-        "{% set n = namespace(x='a') %}"
-        + DOUBLE.replace("@", "{% set n.x = n.x.replace('a', 'aaaaaaaa') %}")
-    ),
-    "replace filter": (
-        "{% set n = namespace(x='a') %}"
-        + DOUBLE.replace("@", "{% set n.x = n.x | replace('a', 'aaaaaaaa') %}")
-    ),
-    "replace nothing": (
-        "{% set n = namespace(x='a') %}"
-        + DOUBLE.replace("@", "{% set n.x = n.x.replace('', n.x) %}")
-    ),
-    "join": (
-        "{% set n = namespace(x='a') %}"
-        + DOUBLE.replace("@", "{% set n.x = n.x.join([n.x, n.x, n.x]) %}")
-    ),
-    "join filter": (
-        "{% set n = namespace(x='a') %}"
-        + DOUBLE.replace("@", "{% set n.x = [n.x, n.x] | join(n.x) %}")
-    ),
+    "data": "{% for i in range(100000) %}" + LARGE + "{% endfor %}",
+    "output": f"{{% set a = '{LARGE}' %}}{{% for i in range(100000) %}}{{{{ a }}}}{{% endfor %}}",
+    "replace": grown("n.x.replace('a', 'aaaaaaaa')", "'a'"),
+    "replace filter": grown("n.x | replace('a', 'aaaaaaaa')", "'a'"),
+    "replace nothing": grown("n.x.replace('', n.x)", "'a'"),
+    "join": grown("n.x.join([n.x, n.x, n.x])", "'a'"),
+    "join filter": grown("[n.x, n.x] | join(n.x)", "'a'"),
     "left": "{{ 'a'.ljust(10 ** 10) }}",
     "right": "{{ 'a'.rjust(10 ** 10) }}",
     "middle": "{{ 'a'.center(10 ** 10) }}",

@@ -12,7 +12,8 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
 from gguf_files import BPE, SIZES, add_byte_level, write_gguf
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from hf_files import of_paired_tensors
+from transformers import AutoModelForCausalLM
 
 from llama import Transformer, parallel
 from llama.checkpoint import open_checkpoint
@@ -22,11 +23,32 @@ from llama.checkpoint.load import load as load_network
 from llama.checkpoint.params import make_args
 from llama.tokenizers import load_tokenizer
 
+NAMES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+}
+
 
 def reference(values: dict[str, torch.Tensor], rope: dict[str, Any], **sizes: Any) -> Any:
-    """transformers' network with the same weights; its rotary pairs lie half a head apart."""
+    """transformers' network with the same weights."""
     sizes = {**SIZES, **sizes}
-    config = LlamaConfig(
+    tensors = {}
+    for name, value in values.items():
+        *layer, part, _ = name.split(".")
+        prefix = f"model.layers.{layer[1]}." if layer else ""
+        tensors[f"{prefix}{NAMES[part]}.weight"] = value
+    return of_paired_tensors(
+        tensors,
         hidden_size=sizes["dim"],
         intermediate_size=sizes["hidden_dim"],
         num_hidden_layers=sizes["n_layers"],
@@ -39,33 +61,6 @@ def reference(values: dict[str, torch.Tensor], rope: dict[str, Any], **sizes: An
         rope_parameters={"rope_type": "default", "rope_theta": sizes["rope_theta"], **rope},
         tie_word_embeddings=sizes["tied"],
     )
-    names = {
-        "token_embd": "model.embed_tokens",
-        "output_norm": "model.norm",
-        "output": "lm_head",
-        "attn_q": "self_attn.q_proj",
-        "attn_k": "self_attn.k_proj",
-        "attn_v": "self_attn.v_proj",
-        "attn_output": "self_attn.o_proj",
-        "ffn_gate": "mlp.gate_proj",
-        "ffn_up": "mlp.up_proj",
-        "ffn_down": "mlp.down_proj",
-        "attn_norm": "input_layernorm",
-        "ffn_norm": "post_attention_layernorm",
-    }
-    state = {}
-    for name, value in values.items():
-        *layer, part, _ = name.split(".")
-        if part in ("attn_q", "attn_k"):
-            pairs = value.view(-1, sizes["head_dim"] // 2, 2, value.shape[1])
-            value = pairs.transpose(1, 2).reshape(value.shape)
-        prefix = f"model.layers.{layer[1]}." if layer else ""
-        state[f"{prefix}{names[part]}.weight"] = value
-    if sizes["tied"]:
-        state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    network = LlamaForCausalLM(config).eval()
-    network.load_state_dict(state)
-    return network
 
 
 def load(ckpt: Checkpoint, dtype: torch.dtype | None = torch.float32) -> Transformer:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from hf_files import SIZES, make_hf, save_hf
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -21,15 +22,6 @@ from llama.checkpoint.hf import open_hf
 from llama.checkpoint.params import make_args
 from llama.generation import TINY
 
-SMALL = {
-    "hidden_size": 64,
-    "intermediate_size": 160,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 2,
-    "vocab_size": 768,
-    "max_position_embeddings": 128,
-}
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 10000.0,
@@ -45,19 +37,12 @@ PROMPTS = [[1, 20, 300], [1, *range(40, 80)], [1], [1, *range(500, 517)]]
 def write(directory: Path, dtype: torch.dtype = torch.float32, **config: Any) -> LlamaForCausalLM:
     """Save a small random model as transformers does; gives the model in float32."""
     shard_size = config.pop("max_shard_size", "1GB")
-    torch.manual_seed(1)
-    model = LlamaForCausalLM(
-        LlamaConfig(**{**SMALL, **config}, attn_implementation="eager", initializer_range=0.2)
-    )
-    for name, parameter in model.named_parameters():
-        if name.endswith("norm.weight"):
-            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    model = make_hf(**config)
     for parameter in model.parameters():  # not the rotary table, which stays in float32
         parameter.data = parameter.data.to(dtype)
-    model.save_pretrained(directory, max_shard_size=shard_size)
-    shutil.copy(TINY / "tokenizer.model", directory)
+    save_hf(model, directory, max_shard_size=shard_size)
     model.generation_config.eos_token_id = None
-    return model.float().eval()
+    return model.float()
 
 
 def build(directory: Path) -> Llama:
@@ -167,7 +152,7 @@ def test_configurations_in_older_spellings(variant: str, tmp_path: Path) -> None
         "torch_dtype": "float16",
         "transformers_version": "4.28.0",
         "rms_norm_eps": 1e-6,
-        **{k: v for k, v in SMALL.items() if k != "max_position_embeddings"},
+        **{k: v for k, v in SIZES.items() if k != "max_position_embeddings"},
         **spelling,
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -176,7 +161,7 @@ def test_configurations_in_older_spellings(variant: str, tmp_path: Path) -> None
 
 def test_a_bare_configuration_has_the_defaults_of_transformers(tmp_path: Path) -> None:
     reference = write(tmp_path, num_key_value_heads=8)
-    sizes = {k: v for k, v in SMALL.items() if k not in ("num_key_value_heads",)}
+    sizes = {k: v for k, v in SIZES.items() if k not in ("num_key_value_heads",)}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **sizes}))
     assert_same(build(tmp_path), reference)
 
@@ -255,6 +240,7 @@ with open(sys.argv[2] + os.environ["RANK"], "w") as file:
 """
 
 
+@pytest.mark.slow
 def test_two_ranks_generate_what_one_process_does(tmp_path: Path) -> None:
     path, out = tmp_path / "model", tmp_path / "rank"
     write(path, tie_word_embeddings=True, num_key_value_heads=1)
@@ -284,11 +270,12 @@ print((peak() - before) / needed)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 def test_loading_takes_little_more_memory_than_the_weights(tmp_path: Path) -> None:
     sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 5}
     with torch.device("meta"):
-        model = LlamaForCausalLM(LlamaConfig(**{**SMALL, **sizes, "num_key_value_heads": 8}))
+        model = LlamaForCausalLM(LlamaConfig(**{**SIZES, **sizes, "num_key_value_heads": 8}))
     model.config.save_pretrained(tmp_path)
     config = {"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False}
     change(tmp_path, "config.json", **config)
@@ -530,7 +517,7 @@ def test_a_missing_package_is_named(
 
 
 KEYS = [
-    *SMALL,
+    *SIZES,
     *("model_type", "architectures", "head_dim", "rms_norm_eps", "rope_theta", "rope_scaling"),
     *("rope_parameters", "tie_word_embeddings", "hidden_act", "attention_bias", "id2label"),
     *("quantization_config", "bos_token_id", "eos_token_id", "mlp_bias", "num_labels"),
@@ -558,6 +545,7 @@ VALUES = st.recursive(
 )
 
 
+@pytest.mark.slow
 def test_any_configuration_loads_or_is_refused_with_a_reason(
     saved: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

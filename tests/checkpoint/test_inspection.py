@@ -94,6 +94,7 @@ class TestInspection:
         (path / "tokenizer_checklist.chk").write_text(f"{digest}  tokenizer.model\n")
         assert "tokenizer.model differs" in inspection.verify(path)[0]
 
+    @pytest.mark.slow
     def test_the_command_line(self, checkpoint_dir) -> None:
         command = [sys.executable, "-m", "llama.checkpoint"]
         good = subprocess.run([*command, str(TINY)], capture_output=True, text=True)

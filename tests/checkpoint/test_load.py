@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from llama import Llama, parallel
+from llama import Llama
+from llama.checkpoint import load as load_module
+from llama.checkpoint import memory
 from llama.checkpoint.save import reshard
 
 
@@ -20,7 +22,7 @@ def test_weights_stay_mapped_and_in_their_dtype(checkpoint_dir) -> None:
     path = checkpoint_dir(torch.float32)
     llama = build(path)
     assert llama.model.output.weight.dtype == torch.float32
-    assert llama.model.layers[0].attention.cache_k.dtype == torch.float32
+    assert llama.model.layers[0].attention.cache.k.dtype == torch.float32
     maps = Path("/proc/self/maps")
     if maps.exists():
         address = llama.model.output.weight.data_ptr()
@@ -38,7 +40,7 @@ def test_dtypes_are_converted(checkpoint_dir, stored: torch.dtype, wanted: torch
     for name, parameter in llama.model.named_parameters():
         assert parameter.dtype == wanted
         assert torch.equal(parameter, original[name].to(wanted)), name
-    assert llama.model.layers[0].attention.cache_v.dtype == wanted
+    assert llama.model.layers[0].attention.cache.v.dtype == wanted
     assert len(llama.generate([[1, 2]], 3)[0]) == 1
 
 
@@ -55,6 +57,7 @@ print((peak() - before) / needed)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 @pytest.mark.parametrize(("stored", "shards"), [(torch.float16, 1), (torch.bfloat16, 2)])
 def test_mapped_pages_are_released_while_loading(
@@ -83,17 +86,17 @@ class TestMemory:
         assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # KiB
 
     def test_too_large_weights_suggest_a_smaller_dtype_or_more_processes(self, monkeypatch) -> None:
-        monkeypatch.setattr(parallel, "device_memory", lambda _: 1_000_000)
+        monkeypatch.setattr(load_module, "device_memory", lambda _: 1_000_000)
         with pytest.raises(MemoryError, match="share them among more GPUs"):
             Llama.build(device="cpu", dtype=torch.float32)
-        monkeypatch.setattr(parallel, "device_memory", lambda _: 5_000_000)
+        monkeypatch.setattr(load_module, "device_memory", lambda _: 5_000_000)
         with pytest.raises(MemoryError, match=r"could be torch\.bfloat16"):
             Llama.build(device="cpu", dtype=torch.float32)
         with pytest.raises(MemoryError, match=r"can be at most \d+"):
             Llama.build(device="cpu", dtype=torch.bfloat16)
 
     def test_what_fits_by_the_message_fits(self, monkeypatch) -> None:
-        monkeypatch.setattr(parallel, "device_memory", lambda _: 20_000_000)
+        monkeypatch.setattr(load_module, "device_memory", lambda _: 20_000_000)
         with pytest.raises(MemoryError) as error:
             Llama.build(device="cpu", dtype=torch.bfloat16, max_seq_len=512, max_batch_size=64)
         most = int(str(error.value).split("at most ")[1])
@@ -102,10 +105,10 @@ class TestMemory:
             Llama.build(device="cpu", dtype=torch.bfloat16, max_seq_len=most + 9, max_batch_size=1)
 
     def test_the_machine_has_memory(self) -> None:
-        assert parallel.device_memory(torch.device("cpu")) > 1e9
+        assert memory.device_memory(torch.device("cpu")) > 1e9
 
     def test_limits_of_control_groups_count(self, tmp_path: Path) -> None:
-        assert parallel.memory_limits(tmp_path) == []
+        assert memory.memory_limits(tmp_path) == []
         files = {
             "proc/self/cgroup": "4:memory:/jobs/1\n0::/user/session\n",
             "sys/fs/cgroup/memory/jobs/1/memory.limit_in_bytes": "3000\n",
@@ -115,4 +118,4 @@ class TestMemory:
         for name, text in files.items():
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / name).write_text(text)
-        assert sorted(parallel.memory_limits(tmp_path)) == [2000, 3000]
+        assert sorted(memory.memory_limits(tmp_path)) == [2000, 3000]

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from hf_files import make_hf, write_adapter
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 from llama import ModelArgs, parallel
 from llama.checkpoint.base import Checkpoint
@@ -24,6 +25,13 @@ from llama.checkpoint.save import save
 from llama.generation import TINY
 
 HEAD_DIM, VOCABULARY = 8, 50
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "vocab_size": VOCABULARY,
+    "pad_token_id": 0,
+}
 TOKENS = torch.randint(0, VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(5))
 Q_A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 
@@ -35,24 +43,8 @@ def _quiet() -> Any:
         yield
 
 
-def make_reference(
-    kind: type = LlamaForCausalLM, tied: bool = False, labels: int = 2
-) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=VOCABULARY,
-        tie_word_embeddings=tied,
-        attn_implementation="eager",
-        num_labels=labels,
-        pad_token_id=0,
-        initializer_range=0.2,
-    )
-    return kind(config).eval()
+def make_reference(kind: Any = LlamaForCausalLM, tied: bool = False, labels: int = 2) -> Any:
+    return make_hf(kind, 0, **SIZES, tie_word_embeddings=tied, num_labels=labels)
 
 
 def write_base(reference: LlamaForCausalLM, directory: Path, shards: int = 1) -> Path:
@@ -65,37 +57,17 @@ def write_base(reference: LlamaForCausalLM, directory: Path, shards: int = 1) ->
             continue
         tensors[name] = to_interleaved(tensor, HEAD_DIM) if is_rotary(name) else tensor
     args = ModelArgs(
-        dim=32,
-        n_layers=2,
-        n_heads=4,
-        n_kv_heads=2,
-        hidden_dim=48,
+        dim=config.hidden_size,
+        n_layers=config.num_hidden_layers,
+        n_heads=config.num_attention_heads,
+        n_kv_heads=config.num_key_value_heads,
+        hidden_dim=config.intermediate_size,
         vocab_size=VOCABULARY,
         norm_eps=config.rms_norm_eps,
         tie_word_embeddings=tied,
     )
     save([tensors], args, directory, shards)
     return directory
-
-
-def randomise(model: PeftModel) -> None:
-    """Give all that an adapter trains values that matter."""
-    generator = torch.Generator().manual_seed(1)
-    parts = ("lora_", "modules_to_save", "trainable_tokens_delta")
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if any(part in name for part in parts):
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
-
-
-def write_adapter(
-    reference: LlamaForCausalLM, directory: Path, options: dict[str, Any], **saving: Any
-) -> PeftModel:
-    torch.manual_seed(0)
-    model = get_peft_model(reference, LoraConfig(**{"r": 4, "task_type": "CAUSAL_LM", **options}))
-    randomise(model)
-    model.save_pretrained(directory, **saving)
-    return model.eval()
 
 
 def logits(checkpoint: Checkpoint, tokens: torch.Tensor = TOKENS) -> torch.Tensor:

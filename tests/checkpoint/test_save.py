@@ -58,6 +58,7 @@ class TestShards:
         whole, two = build(path).model, build(path.parent / "two").model
         assert torch.equal(whole.output.weight, two.output.weight)
 
+    @pytest.mark.slow
     def test_the_command_line_and_python_save(self, checkpoint_dir, tmp_path: Path) -> None:
         path = checkpoint_dir()
         command = [sys.executable, "-m", "llama.checkpoint", "reshard", str(path)]

@@ -2,27 +2,19 @@
 
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from conftest import make_model, passed_tokens
+from engine_client import PROMPTS, Client, check_sequences_come_and_go
 
 from llama import Llama, Tokenizer
 from llama.engine.engine import Engine
 from llama.engine.sequence import Sequence
 from llama.errors import NotFinite
-from llama.sampling import SamplingParams
-
-PROMPTS = [
-    "Once upon a time",
-    "The cow",
-    "Anna has a blue kite. " * 20,
-    "One day a little duck went to the river and saw",
-    "def add(a, b):\n",
-    "Tom and Lily played in the garden. " * 9,
-]
+from llama.layers.batch import RaggedBatch
 
 
 @pytest.fixture
@@ -30,47 +22,12 @@ def llama() -> Iterator[Llama]:
     yield Llama.build(dtype=torch.float32, device="cpu", max_seq_len=256, max_batch_size=4)
 
 
-class Client:
-    """Submits sequences to an engine that keeps streams smooth, and collects their text."""
-
-    def __init__(self, llama: Llama):
-        self.llama = llama
-        self.engine = Engine(llama.model, llama.tokenizer)
-        self.engine.prefill_beside_decoding = 64
-        self.engine.decode = llama.engine.decode
-        self.texts: dict[Sequence, str] = {}
-        self.ended: list[Sequence] = []
-
-    def sequence(self, prompt: str | list[int], **settings: Any) -> Sequence:
-        sequence = self.llama.tasks.text([prompt], SamplingParams(**settings))[0]
-        self.texts[sequence] = ""
-        return sequence
-
-    def submit(self, prompt: str | list[int], **settings: Any) -> Sequence:
-        sequence = self.sequence(prompt, **settings)
-        self.engine.submit([sequence])
-        return sequence
-
-    def step(self) -> None:
-        for event in self.engine.step():
-            assert event.sequence not in self.ended, "an event came after a sequence's end"
-            self.texts[event.sequence] += event.text
-            if event.finish_reason:
-                self.ended.append(event.sequence)
-
-    def run(self, until: Callable[[], bool] = lambda: False) -> None:
-        for _ in range(5000):
-            if until() or not (self.engine.n_running or self.engine.n_waiting):
-                return
-            self.step()
-        raise AssertionError("the engine doesn't come to an end")
-
-
 @pytest.fixture
 def client(llama: Llama) -> Client:
     return Client(llama)
 
 
+@pytest.mark.slow
 def test_a_sequence_gets_what_it_gets_alone(llama: Llama, client: Client) -> None:
     """Sequences of all kinds come at odd times; each one's tokens are those of its own call."""
     rng = random.Random(5)
@@ -172,6 +129,7 @@ def test_equal_prompts_are_read_once(
     assert len({tuple(sequence.tokens) for sequence in sequences}) == 1
 
 
+@pytest.mark.slow
 def test_slots_change_hands_by_copies_of_copies(llama: Llama, client: Client) -> None:
     """Slots are taken, copied and taken again before a pass; each text stays the one alone."""
     rng = random.Random(11)
@@ -191,22 +149,6 @@ def test_a_cache_in_eight_bits(tiny_tokenizer: Tokenizer) -> None:
     model = make_model(vocab_size=768, max_batch_size=3)
     model.allocate_buffers(torch.device("cpu"), torch.float32, int8_cache=True)
     check_sequences_come_and_go(Llama(model, tiny_tokenizer))
-
-
-def check_sequences_come_and_go(llama: Llama) -> None:
-    """Slots are taken, freed and copied, while prompts are read: each text is the one alone."""
-    client = Client(llama)
-    prompts = ["Once upon a time", PROMPTS[5][:90], PROMPTS[5][:90] + "a", "The cow", "One day"]
-    sequences = []
-    for i, prompt in enumerate(prompts * 2):
-        sequences.append(client.submit(prompt, temperature=0, max_gen_len=6 + 5 * i))
-        for _ in range(3):
-            client.step()
-    client.run()
-    for i, (sequence, prompt) in enumerate(zip(sequences, prompts * 2, strict=True)):
-        fresh = Llama(llama.model, llama.tokenizer)
-        alone = fresh.text_completion([prompt], 0, max_gen_len=6 + 5 * i)[0]
-        assert client.texts[sequence] == alone["generation"], prompt
 
 
 def test_scores_and_alternatives(llama: Llama, client: Client) -> None:
@@ -295,3 +237,23 @@ def test_smooth_streams_or_a_batch_that_is_done_soon(llama: Llama) -> None:
     long = client.submit("The sun was warm. " * 30, temperature=0)
     client.step()
     assert not long.is_prefilling and len(long.prompt) > 128 and len(stream.tokens) == 2
+
+
+def test_long_prompts_go_in_pieces_and_their_logits_are_not_made(
+    checkpoint_dir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llama = Llama.build(checkpoint_dir(), max_seq_len=1200, device="cpu", dtype=torch.float32)
+    forward, passes = llama.model.hidden_states, []
+
+    def watched(tokens: torch.Tensor, segments: list, select: torch.Tensor | None) -> torch.Tensor:
+        masks = [span.mask for span in RaggedBatch.of(segments, tokens.device).spans]
+        assert all(mask is None or mask.shape[0] <= 512 for mask in masks)
+        logits = forward(tokens, segments, select)
+        passes.append((len(tokens), len(logits)))
+        return logits
+
+    monkeypatch.setattr(llama.model, "hidden_states", watched)
+    llama.generate([[i] + [1] * 1099 for i in range(5)], 1)
+    assert sum(tokens for tokens, _ in passes) == 5 * 1100
+    assert max(tokens for tokens, _ in passes) <= 2048
+    assert sum(logits for _, logits in passes) == 5

@@ -7,7 +7,7 @@ import weakref
 import pytest
 import torch
 from conftest import make_model
-from test_engine import check_sequences_come_and_go
+from engine_client import check_sequences_come_and_go
 
 from llama import Llama
 from llama.engine import graphs
@@ -34,6 +34,7 @@ def compiled() -> Llama:
     return llama
 
 
+@pytest.mark.slow
 def test_the_tokens_are_those_of_the_network_as_it_is(compiled: Llama, tiny: Llama) -> None:
     for seed, temperature in ((0, 0.0), (1, 0.8)):
         found = compiled.generate(PROMPTS, 24, temperature, seed=seed, logprobs=True)
@@ -44,6 +45,7 @@ def test_the_tokens_are_those_of_the_network_as_it_is(compiled: Llama, tiny: Lla
             assert ours == pytest.approx(theirs, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_steps_compile_nothing_more(compiled: Llama) -> None:
     with torch.compiler.set_stance("fail_on_recompile"):
         compiled.generate([p[::-1] for p in PROMPTS], 40, temperature=0)
@@ -52,11 +54,13 @@ def test_steps_compile_nothing_more(compiled: Llama) -> None:
             torch.compile(lambda x: x + 1)(torch.ones(2))
 
 
+@pytest.mark.slow
 def test_the_server_takes_compiled_steps(compiled: Llama) -> None:
     """Which write into rows that bring no token: none of these may lose anything by it."""
     check_sequences_come_and_go(compiled)
 
 
+@pytest.mark.slow
 def test_slots_without_a_new_token_keep_their_cache(compiled: Llama) -> None:
     """Slots 1 and 3 of four go on while 0 and 2 wait, then those two."""
     model, steps = compiled.model, compiled.engine.decode
@@ -71,6 +75,7 @@ def test_slots_without_a_new_token_keep_their_cache(compiled: Llama) -> None:
         torch.testing.assert_close(ours, plain, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_packed_weights_are_read_by_compiled_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu.OneDnn, "is_fastest_for", lambda weight: True)
     llama = Llama.build(dtype=torch.float32, device="cpu", max_batch_size=1, compile=True)
@@ -85,6 +90,7 @@ def test_packed_weights_are_read_by_compiled_steps(monkeypatch: pytest.MonkeyPat
     assert not torch.equal(found[1], torch.zeros_like(found[1]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plain_kernels", [False, True])
 def test_quantised_layers_are_compiled(plain_kernels: bool, checkpoint_dir, monkeypatch) -> None:
     if plain_kernels:  # the way of devices without one of their own

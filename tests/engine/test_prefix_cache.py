@@ -7,6 +7,105 @@ import torch
 from conftest import passed_tokens
 
 from llama import Llama
+from llama.engine.prefix_cache import PrefixCache, common_prefix
+
+TEXT = [1, 2, 3, 4, 5, 6]
+
+
+def held(n_slots: int, *texts: list[int]) -> PrefixCache:
+    """A cache whose first slots hold texts and are free again, the first one longest."""
+    prefixes = PrefixCache(n_slots)
+    taken = [prefixes.take([1000 + i], 0)[0] for i in range(n_slots)]
+    assert taken == list(range(n_slots))
+    for slot in taken:
+        prefixes.write(slot, 0, texts[slot] if slot < len(texts) else [])
+        prefixes.release(slot)
+    return prefixes
+
+
+class TestSlots:
+    def test_a_text_goes_on_in_its_slot(self) -> None:
+        """A failure means that the next turn of a dialog is read from its beginning."""
+        prefixes = held(3, [9, 9], TEXT)
+        assert prefixes.take([*TEXT, 7, 8], 7) == (1, 6, None)
+        assert prefixes.free == {0, 2}
+
+    def test_no_more_is_reused_than_may_be(self) -> None:
+        """A failure means that a prompt has no last token to pass, or scores are missing."""
+        assert held(2, TEXT).take(TEXT, 5)[1:] == (5, None)
+        assert held(2, TEXT).take(TEXT, 0)[1:] == (0, None)
+
+    def test_a_slot_that_is_in_use_is_copied(self) -> None:
+        """A failure means that equal prompts are read again, or that one writes to another's."""
+        prefixes = held(2, TEXT)
+        assert prefixes.take([*TEXT, 7], 6) == (0, 6, None)
+        assert prefixes.take([*TEXT, 8], 6) == (1, 6, (0, 6))
+
+    def test_a_long_text_is_not_given_up_for_a_short_beginning(self) -> None:
+        """A failure means that a dialog is lost to a request that only begins like it."""
+        prefixes = held(2, [9, 9], TEXT)
+        assert prefixes.take([1, 2, 3, 70, 80], 4) == (0, 3, (1, 3))
+        assert prefixes.longest([*TEXT, 7]) == 6
+
+    def test_one_token_is_not_worth_a_copy(self) -> None:
+        """A failure means a copy for the beginning that all texts share."""
+        prefixes = held(2, TEXT, [5])
+        prefixes.take([*TEXT, 7], 6)
+        assert prefixes.take([1, 20, 30], 2) == (1, 0, None)
+
+    def test_the_least_recently_used_slot_is_given_away(self) -> None:
+        """A failure means that a text is lost which was used a moment ago."""
+        prefixes = held(3)
+        for slot in (prefixes.take([50 + i], 0)[0] for i in range(3)):
+            assert slot in range(3)
+        for slot in (2, 0, 1):
+            prefixes.release(slot)
+        assert [prefixes.take([60 + i], 0)[0] for i in range(3)] == [2, 0, 1]
+
+    def test_a_rejected_draft_is_written_over(self) -> None:
+        """A failure means that keys of tokens which were never chosen are reused."""
+        prefixes = held(1, TEXT)
+        slot, n, _ = prefixes.take([*TEXT, 7], 6)
+        prefixes.write(slot, n, [7, 20, 21])  # the last two are a draft
+        prefixes.write(slot, n + 1, [30])
+        assert prefixes.longest([*TEXT, 7, 30, 21, 0]) == 8
+        assert prefixes.longest([*TEXT, 7, 20, 21, 0]) == 7
+
+    def test_nothing_is_held_after_clear(self) -> None:
+        """A failure means that a slot is reused whose keys are another model's."""
+        prefixes = held(2, TEXT)
+        prefixes.clear()
+        assert prefixes.longest(TEXT) == 0
+        assert prefixes.take(TEXT, 5)[1:] == (0, None)
+
+    def test_slots_hold_what_is_believed(self) -> None:
+        """A failure means that some sequence of calls reuses tokens which a slot doesn't hold."""
+        rng = random.Random(3)
+        prefixes = PrefixCache(3)
+        slots: list[list[int]] = [[], [], []]  # what the cache would hold
+        busy: list[int] = []
+        for _ in range(2000):
+            if busy and (len(busy) == 3 or rng.random() < 0.5):
+                prefixes.release(busy.pop(rng.randrange(len(busy))))
+                continue
+            prompt = [rng.randrange(2) for _ in range(rng.randint(1, 9))]
+            slot, n, copy = prefixes.take(prompt, len(prompt) - 1)
+            assert slot not in busy
+            if copy is not None:
+                source, n_copied = copy
+                slots[slot][:n_copied] = slots[source][:n_copied]
+            assert slots[slot][:n] == prompt[:n] and n < len(prompt)
+            prefixes.write(slot, n, prompt[n:])
+            slots[slot][n : len(prompt)] = prompt[n:]
+            busy.append(slot)
+
+
+def test_common_prefix() -> None:
+    """A failure means that a beginning is reused which isn't the same."""
+    assert common_prefix([1, 2, 3], [1, 2, 4], 3) == 2
+    assert common_prefix([1, 2, 3], [1, 2, 3, 4], 2) == 2
+    assert common_prefix([1, 2, 3], [1], 3) == 1
+    assert common_prefix([1], [], 1) == 0
 
 
 @pytest.fixture
@@ -55,6 +154,7 @@ def test_slots_take_over_what_another_slot_holds(llama: Llama, monkeypatch) -> N
     assert greedy(llama, prompts) == found
 
 
+@pytest.mark.slow
 def test_any_sequence_of_calls_gives_what_fresh_ones_give(llama: Llama) -> None:
     rng = random.Random(0)
     pool = [[1, *(rng.randrange(300, 330) for _ in range(40))] for _ in range(2)]

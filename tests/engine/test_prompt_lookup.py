@@ -25,6 +25,7 @@ def prompts(llama: Llama, seed: int) -> list[list[int]]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [0.0, 0.6, 1.5])
 def test_tokens_and_scores_are_those_without_it(tiny: Llama, temperature: float) -> None:
     length = 0

@@ -10,7 +10,8 @@ import pytest
 import torch
 from conftest import make_model
 
-from llama import Transformer, checkpoint
+from llama import Transformer
+from llama.checkpoint.save import save
 from llama.layers.kernels import cpu
 from llama.layers.kernels.base import Kernel
 from llama.layers.linear import ColumnParallelLinear, ParallelLinear, pack
@@ -112,7 +113,7 @@ def test_a_packed_model_is_saved_as_it_was(dtype: torch.dtype, tmp_path: Path) -
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     model.pack()
     model.forward(torch.tensor([[1]]))
-    checkpoint.save([model.state_dict()], model.params, tmp_path / "out")
+    save([model.state_dict()], model.params, tmp_path / "out")
     after = torch.load(tmp_path / "out" / "consolidated.00.pth")
     assert all(layer.kernel for layer in linear_layers(model))
     assert after.keys() == before.keys()

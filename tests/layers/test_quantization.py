@@ -6,7 +6,6 @@ import json
 import math
 import os
 import pickle
-import runpy
 import shutil
 import subprocess
 import sys
@@ -16,20 +15,19 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_model
-from llama.weights import Checkpoint, Weights, quantized
-from test_examples import EXAMPLES, EXPECTED
-from test_parallel import script, torchrun
+from processes import script, torchrun
 
-from llama import Llama, checkpoint, parallel
-from llama.checkpoint.sharding import cache_bytes, full_shapes, parameter_count, stored_bytes
+from llama import Llama
+from llama.checkpoint.base import Checkpoint, Weights, quantized
+from llama.checkpoint.load import load
+from llama.checkpoint.save import reshard
+from llama.checkpoint.sharding import full_shapes, parameter_count, stored_bytes
 from llama.convert import convert
 from llama.generation import TINY
-from llama.layers.batch import RaggedBatch, Segment, Span
 from llama.layers.kernels import cpu, make_kernel
-from llama.layers.kv_cache import KVCache
 from llama.layers.linear import ParallelEmbedding, ParallelLinear, pack
 from llama.layers.quantization import Int4, Int8, Scheme, hadamard, make_scheme, rotate
-from llama.perplexity import main, perplexity
+from llama.perplexity import main
 
 # Inputs have fewer levels on processors without VNNI, and a rounding error as much larger.
 INT8_ERROR = 1.2e-2 * 127 / cpu.LEVELS
@@ -45,7 +43,7 @@ def quantised_model(scheme: Scheme, dtype: torch.dtype = torch.float32, **params
         del weights["output.weight"]
     source = Checkpoint("test", {}, [Weights.of(weights)], ["test"], torch.float32)
     device = torch.device("cpu")
-    return model, checkpoint.load(quantized(source, args, scheme), args, device, dtype)
+    return model, load(quantized(source, args, scheme), args, device, dtype)
 
 
 @pytest.mark.parametrize("size", [1, 2, 32, 64])
@@ -179,6 +177,7 @@ print(type(kernel).__module__, float((kernel(x) - expected).norm() / expected.no
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_int4_is_right_on_processors_with_another_order(capability: str) -> None:
     """Without vectors PyTorch's kernel orders numbers in a third way, which none of ours is."""
@@ -307,6 +306,7 @@ if dist.get_rank() == 0:
 """
 
 
+@pytest.mark.slow
 def test_quantised_checkpoints_on_two_processes_and_in_two_files(tmp_path: Path) -> None:
     paths = []
     for quantize, group_size in (("int8", None), ("int4", 32)):
@@ -320,7 +320,7 @@ def test_quantised_checkpoints_on_two_processes_and_in_two_files(tmp_path: Path)
                 group_size=group_size,
             )
             paths.append(path)
-        checkpoint.reshard(str(path), str(tmp_path / f"{quantize}-again"), 1)
+        reshard(str(path), str(tmp_path / f"{quantize}-again"), 1)
         first = torch.load(tmp_path / f"{quantize}-1" / "consolidated.00.pth", weights_only=True)
         again = torch.load(
             tmp_path / f"{quantize}-again" / "consolidated.00.pth", weights_only=True
@@ -350,25 +350,6 @@ def int8(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.skipif(
-    cpu.LEVELS < 127,
-    reason="without AVX-512 VNNI int8 inputs have half the levels: other near ties",
-)
-@pytest.mark.parametrize("name", EXPECTED)
-def test_greedy_text_of_every_example_is_unchanged_in_int8(
-    name: str, int8: Path, capsys, monkeypatch
-) -> None:
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    # In bfloat16 the usual weights' text isn't float32's either: stories have near ties.
-    monkeypatch.setattr(parallel, "choose_dtype", lambda *_: torch.float32)
-    run = runpy.run_path(str(EXAMPLES / name))["main"]
-    run(temperature=0)
-    usual = capsys.readouterr().out
-    run(str(int8), temperature=0)
-    assert capsys.readouterr().out == usual
-    assert usual.strip()
-
-
 def test_each_weight_is_rounded_once_and_progress_ends_at_all(tmp_path: Path, capsys) -> None:
     calls = []
     usual = Int8.quantize
@@ -379,9 +360,10 @@ def test_each_weight_is_rounded_once_and_progress_ends_at_all(tmp_path: Path, ca
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Int8, "quantize", counted)
+        patch.setattr(sys.stderr, "isatty", lambda: True)
         convert(str(TINY), str(tmp_path / "out"), model_parallel_size=2, quantize="int8")
     assert len(calls) == 4 * 7
-    assert "] 100 % of 1,622,016 weights" in capsys.readouterr().err  # those of the layers
+    assert "quantising: 100%" in capsys.readouterr().err  # those of the layers
 
 
 def is_mapped(tensor: torch.Tensor) -> bool:
@@ -498,59 +480,3 @@ class TestErrors:
         torch.save(tensors, path)
         with pytest.raises(ValueError, match=r"lacks layers.2.feed_forward.w2.scale"):
             Llama.build(int8)
-
-
-class TestCache:
-    def test_entries_are_within_half_a_step(self) -> None:
-        kv_cache = KVCache((2, 3, 8, 16), torch.float32, torch.device("cpu"), int8=True)
-        x = torch.randn(5, 3, 16, generator=torch.Generator().manual_seed(0))
-        x[2, 1] = 0
-        segments = [Segment(0, 0, 2), Segment(1, 3, 3)]
-        kv_cache.update(x, x / 2, RaggedBatch.of(segments, torch.device("cpu")))
-        for i, (slot, position) in enumerate(((0, 0), (0, 1), (1, 3), (1, 4), (1, 5))):
-            found = kv_cache.read(Span(slice(0), slice(slot, slot + 1), 8, None))
-            for entries, exact in zip(found, (x[i], x[i] / 2), strict=True):
-                step = exact.abs().amax(-1, keepdim=True) / 127
-                assert ((entries[0, :, position] - exact).abs() <= step * 0.501).all()
-
-    def test_small_entries_are_as_exact_in_float16(self) -> None:
-        kv_cache = KVCache((1, 1, 8, 32), torch.float16, torch.device("cpu"), int8=True)
-        x = torch.randn(1, 1, 32, generator=torch.Generator().manual_seed(0)).half() / 1000
-        kv_cache.update(x, x, RaggedBatch.of([Segment(0, 0, 1)], torch.device("cpu")))
-        for entries in kv_cache.read(Span(slice(0), slice(0, 1), 1, None)):
-            assert (entries[0, :, 0] - x[0]).norm() / x.norm() < 0.02
-
-    def test_it_takes_about_half_the_memory(self) -> None:
-        usual = Llama.build(dtype=torch.bfloat16)
-        small = Llama.build(dtype=torch.bfloat16, kv_cache_dtype="int8")
-
-        def size(llama: Llama) -> int:
-            return sum(b.nbytes for n, b in llama.model.named_buffers() if ".cache." in n)
-
-        args = usual.model.params
-        assert size(usual) == cache_bytes(args, torch.bfloat16)
-        assert size(small) == cache_bytes(args, torch.bfloat16, in_int8=True)
-        assert size(small) / size(usual) == (24 + 2) / 48  # heads of 24 and a scale
-
-    def test_perplexity_stays(self, tiny: Llama) -> None:
-        small = Llama.build(dtype=torch.float32, device="cpu", kv_cache_dtype="int8")
-        text = tiny.text_completion(["Once upon a time", "def "], temperature=1, seed=5)
-        tokens = tiny.tokenizer.encode("".join(t["generation"] for t in text), True, False)
-        usual = perplexity(tiny, tokens, 256, 128).value
-        assert perplexity(small, tokens, 256, 128).value == pytest.approx(usual, rel=0.005)
-
-    def test_ragged_rows_and_earlier_turns_give_what_a_prompt_gives_alone(self) -> None:
-        llama = Llama.build(dtype=torch.float32, device="cpu", kv_cache_dtype="int8")
-        prompts = [[1, 40, 50, 60, 70, 80], [1, 9], [1, 30, 31, 32]]
-        together, _ = llama.generate(prompts, 20, temperature=0)
-        for prompt, tokens in zip(prompts, together, strict=True):
-            alone, _ = llama.generate([prompt], 20, temperature=0)
-            assert alone == [tokens]
-        longer = prompts[0] + together[0][:5] + [90]
-        first, _ = llama.generate([longer], 10, temperature=0)  # its beginning is in the cache
-        fresh = Llama.build(dtype=torch.float32, device="cpu", kv_cache_dtype="int8")
-        assert fresh.generate([longer], 10, temperature=0)[0] == first
-
-    def test_an_unknown_dtype(self) -> None:
-        with pytest.raises(ValueError, match="kv_cache_dtype is 'fp8': expected None or 'int8'"):
-            Llama.build(kv_cache_dtype="fp8")

@@ -775,6 +775,7 @@ def test_a_refusal_in_the_middle_of_a_stream(fresh: Llama) -> None:
         assert service.loop.counts.generated_tokens == written + 1
 
 
+@pytest.mark.slow
 def test_conformance(served: tuple[str, Service]) -> None:
     """Whatever the OpenAPI document allows is answered as it says; what it doesn't, refused."""
     schemathesis = pytest.importorskip("schemathesis", reason="needs schemathesis")

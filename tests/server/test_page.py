@@ -12,6 +12,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 expect, Page, Browser = sync_api.expect, sync_api.Page, sync_api.Browser
 expect.set_options(timeout=10_000)

@@ -14,10 +14,13 @@ from collections.abc import Iterator
 import httpx
 import pytest
 import torch
-from servers import free_port, post, wait_until
+from processes import free_port
+from servers import post, wait_until
 
 from llama import Llama
 from llama.server.config import ServerConfig
+
+pytestmark = pytest.mark.slow
 
 COW = [{"role": "user", "content": "What does the cow say?"}]
 

@@ -25,8 +25,8 @@ from json_tokenizers import (
 )
 
 from llama import Llama, Tokenizer
+from llama.engine.detokenizer import Detokenizer
 from llama.generation import TINY
-from llama.streaming import TextStream
 from llama.tokenizer import BaseTokenizer
 from llama.tokenizers import load_tokenizer
 from llama.tokenizers.json_tokenizer import JsonTokenizer
@@ -124,7 +124,7 @@ def test_characters_of_several_bytes_arrive_whole(kind: str) -> None:
     def check(text: str) -> None:
         if "▁" in text or "\ufffd" in text:
             return
-        stream = TextStream(ours.decode)
+        stream = Detokenizer(ours.decode)
         pieces = [stream.push(i) for i in ours.encode(text, False, False)]
         assert not any("\ufffd" in piece for piece in pieces)
         assert "".join([*pieces, stream.flush()]) == text

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 from fire import docstrings
 from fire.parser import DefaultParseValue
 
+from llama.cli.signatures import argument_descriptions, call, flat_signature
 from llama.errors import need
-from llama.signatures import argument_descriptions, call, flat_signature
 
 if TYPE_CHECKING:
     import torch

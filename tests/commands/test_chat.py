@@ -22,7 +22,7 @@ from llama.chat.prompts import SPECIAL_TAGS, UNSAFE_ERROR
 from llama.commands import chat as terminal_chat
 from llama.engine.sequence import StreamPiece
 
-SCRIPT = Path(__file__).resolve().parent.parent / "examples" / "chat.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "chat.py"
 COW = Message(role="user", content="What does the cow say?")
 MOO = Message(role="assistant", content="The cow says moo.")
 SPEED = r"\d+ tokens, \d+\.\d\d s to the first, \d+\.\d tokens/s"
@@ -300,11 +300,13 @@ PIPED = (
 )
 
 
+@pytest.mark.slow
 def test_piped_lines_are_read_to_the_end() -> None:
     out = piped()
     assert re.fullmatch(PIPED, out), f"more or less than answers, speeds and notes: {out!r}"
 
 
+@pytest.mark.slow
 def test_two_processes_talk_as_one() -> None:
     out = piped("-m", "torch.distributed.run", "--nproc_per_node", "2")
     assert re.fullmatch(PIPED, out), f"not what one process prints: {out!r}"
@@ -379,6 +381,7 @@ def terminal() -> Iterator[Terminal]:
     terminal.close()
 
 
+@pytest.mark.slow
 def test_in_a_terminal(terminal: Terminal, tmp_path: Path) -> None:
     path = tmp_path / "dialog.json"
     terminal.wait_for(">")

@@ -48,6 +48,7 @@ def test_a_terminal_is_told_what_to_do_and_not_steered(
     assert found.err == "type a text; Ctrl-D ends it\n"
 
 
+@pytest.mark.slow
 def test_standard_input_reaches_every_process() -> None:
     outputs = []
     for n in (1, 2):

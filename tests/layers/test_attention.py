@@ -1,0 +1,112 @@
+"""Attention of ragged batches: what a plain float32 computation gives, token by token."""
+
+import math
+
+import pytest
+import torch
+from conftest import make_model
+
+from llama.layers.attention import ragged_attention
+from llama.layers.batch import RaggedBatch, Segment, Span
+from llama.layers.kv_cache import KVCache
+
+CPU = torch.device("cpu")
+HEAD_DIM, N_HEADS, N_SLOTS, MAX_SEQ_LEN = 16, 4, 4, 192
+BATCHES = {
+    "a prompt": [Segment(1, 0, 9)],
+    "a prompt of several spans": [Segment(0, 0, 150)],
+    "a prompt whose last span is a token": [Segment(0, 0, 65)],
+    "a piece after a past": [Segment(2, 70, 80)],
+    "neighbours of one length": [Segment(0, 12, 1), Segment(1, 12, 1)],
+    "neighbours of several lengths": [Segment(1, 12, 1), Segment(2, 0, 1), Segment(3, 99, 1)],
+    "slots with gaps": [Segment(0, 5, 1), Segment(2, 9, 1), Segment(3, 4, 1)],
+    "both at once": [Segment(0, 3, 1), Segment(1, 0, 70), Segment(2, 40, 1), Segment(3, 7, 5)],
+}
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+
+
+def normal(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def filled_cache(
+    segments: list[Segment], n_kv_heads: int, dtype: torch.dtype, int8: bool = False
+) -> KVCache:
+    """A cache with what came before the segments and what they bring; the rest is stale."""
+    kv_cache = KVCache((N_SLOTS, n_kv_heads, MAX_SEQ_LEN, HEAD_DIM), dtype, CPU, int8)
+    stale = RaggedBatch.of([Segment(i, 0, MAX_SEQ_LEN) for i in range(N_SLOTS)], CPU)
+    large = torch.full((N_SLOTS * MAX_SEQ_LEN, n_kv_heads, HEAD_DIM), 100, dtype=dtype)
+    kv_cache.update(large, large, stale)
+    whole = [Segment(slot, 0, start_pos + length) for slot, start_pos, length in segments]
+    n_tokens = sum(segment.length for segment in whole)
+    xk, xv = (normal(n_tokens, n_kv_heads, HEAD_DIM, seed=i).to(dtype) for i in range(2))
+    kv_cache.update(xk, xv, RaggedBatch.of(whole, CPU))
+    return kv_cache
+
+
+def naive_attention(q: torch.Tensor, kv_cache: KVCache, batch: RaggedBatch) -> torch.Tensor:
+    """The formula for each token and head by itself, in float32."""
+    out = torch.zeros(len(batch.slots), *q.shape[1:])
+    places = zip(batch.slots.tolist(), batch.positions.tolist(), strict=True)
+    for i, (slot, position) in enumerate(places):
+        read = kv_cache.read(Span(slice(0), slice(slot, slot + 1), position + 1, None))
+        keys, values = (x[0].float() for x in read)  # (n_kv_heads, position + 1, head_dim)
+        for head in range(q.shape[1]):
+            kv_head = head // (q.shape[1] // len(keys))
+            scores = keys[kv_head] @ q[i, head].float() / math.sqrt(HEAD_DIM)
+            out[i, head] = scores.softmax(0) @ values[kv_head]
+    return out
+
+
+@pytest.mark.parametrize("n_kv_heads", [4, 2, 1], ids=["mha", "gqa", "mqa"])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("name", BATCHES)
+def test_each_token_attends_to_its_own_past(name: str, dtype: torch.dtype, n_kv_heads: int) -> None:
+    """A failure means that a token reads others' keys, later ones, or the wrong heads' values.
+
+    With ``mha`` in half precision a query is doubled, which must leave no trace.
+    """
+    kv_cache = filled_cache(BATCHES[name], n_kv_heads, dtype)
+    batch = RaggedBatch.of(BATCHES[name], CPU)
+    q = normal(len(batch.slots), N_HEADS, HEAD_DIM, seed=7).to(dtype)
+    out = ragged_attention(q, kv_cache, batch)
+    assert (out.dtype, out.shape) == (dtype, q.shape)
+    expected = naive_attention(q, kv_cache, batch)
+    torch.testing.assert_close(out.float(), expected, atol=TOLERANCE[dtype], rtol=0)
+
+
+@pytest.mark.parametrize("name", BATCHES)
+def test_an_int8_cache_is_read_as_its_rounded_values(name: str) -> None:
+    """A failure means that entries are read without their own scales."""
+    kv_cache = filled_cache(BATCHES[name], 2, torch.float32, int8=True)
+    batch = RaggedBatch.of(BATCHES[name], CPU)
+    q = normal(len(batch.slots), N_HEADS, HEAD_DIM, seed=7)
+    out = ragged_attention(q, kv_cache, batch)
+    torch.testing.assert_close(out, naive_attention(q, kv_cache, batch), atol=1e-5, rtol=0)
+    exact = filled_cache(BATCHES[name], 2, torch.float32)
+    torch.testing.assert_close(out, naive_attention(q, exact, batch), atol=0.05, rtol=0)
+
+
+@pytest.mark.parametrize("name", BATCHES)
+def test_padding_gets_zeros_and_changes_nothing(name: str) -> None:
+    """A failure means that rows which only fill up a kernel's batch reach real tokens."""
+    kv_cache = filled_cache(BATCHES[name], 2, torch.float32)
+    batch = RaggedBatch.of(BATCHES[name], CPU)
+    q = normal(len(batch.slots) + 3, N_HEADS, HEAD_DIM, seed=7)
+    q[-3:] = math.nan
+    out = ragged_attention(q, kv_cache, batch)
+    assert torch.equal(out[-3:], torch.zeros_like(out[-3:]))
+    alone = ragged_attention(q[:-3], kv_cache, batch)
+    torch.testing.assert_close(out[:-3], alone, atol=1e-6, rtol=0)
+
+
+def test_attention_reads_the_filled_part_of_the_cache_only() -> None:
+    """A failure means that steps take as long as the cache is large, or that it isn't clean."""
+    model = make_model(n_kv_heads=2)
+    tokens = torch.randint(0, 96, (2, 12))
+    expected = model(tokens, 0)
+    for layer in model.layers:
+        layer.attention.cache.k.fill_(float("nan"))
+        layer.attention.cache.v.fill_(float("nan"))
+    pieces = [model(tokens[:, :7], 0), model(tokens[:, 7:11], 7), model(tokens[:, 11:], 11)]
+    torch.testing.assert_close(torch.cat(pieces, 1), expected, atol=2e-5, rtol=0)
