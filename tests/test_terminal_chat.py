@@ -399,7 +399,7 @@ def test_in_a_terminal(terminal: Terminal, tmp_path: Path) -> None:
     terminal.type("\x03")
     terminal.wait_for(">")
     terminal.type(f"/save {path}\r")
-    terminal.wait_for("holds 6 messages")
+    terminal.wait_for("has 6 messages")
     saved = [message["content"] for message in json.loads(path.read_text())]
     assert saved[2] == "What does\nthe duck say?", "Alt-Enter doesn't break a line"
     assert saved[5] and f"{saved[5]}\n" in begun.replace("^C", ""), (
