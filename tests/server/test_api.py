@@ -10,6 +10,7 @@ import shutil
 import socket
 import struct
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -265,7 +266,7 @@ def test_many_scores(fresh: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
         return find(*more)
 
     monkeypatch.setattr(scores, "token_text", noted)
-    monkeypatch.setattr("llama.server.service.MAX_SCORES", 5000)
+    monkeypatch.setattr(sys.modules[Service.__module__], "MAX_SCORES", 5000)
     prompts = [list(range(5, 105))] * 2
     body = {"logprobs": 20, "echo": True, "temperature": 0, "max_tokens": 4}
     with serve(fresh) as (url, _):
