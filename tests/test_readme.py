@@ -1,5 +1,6 @@
 """What the documentation shows exists and runs as it stands there."""
 
+import ast
 import contextlib
 import importlib
 import json
@@ -224,6 +225,25 @@ def test_architecture_names_the_whole_reading_path() -> None:
     for path in modules:
         if path.name != "__init__.py":
             assert re.search(rf"\b{path.name}\b", ARCHITECTURE), path.relative_to(ROOT)
+
+
+def test_architecture_names_functions_that_exist() -> None:
+    """A class, function, argument or constant that the walk through the code names and that was
+    renamed."""
+    defined: set[str] = set()
+    for path in ROOT.glob("llama/**/*.py"):
+        defined.add(path.stem)
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                defined.add(node.name)
+            elif isinstance(node, ast.Name):
+                defined.add(node.id)
+            elif isinstance(node, ast.arg):
+                defined.add(node.arg)
+    names = re.findall(r"`(?:[A-Za-z]\w*\.)?([A-Za-z_]\w+)`", prose(ARCHITECTURE))
+    names = [name for name in names if "_" in name or name != name.lower()]  # others are words
+    assert len(names) > 40
+    assert sorted(set(names) - defined) == []
 
 
 @pytest.mark.parametrize("name", [name for name, text in TEXTS.items() if blocks(text, "python")])
