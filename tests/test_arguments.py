@@ -182,6 +182,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
+@pytest.mark.slow
 @FEW
 @given(key=st.sampled_from(["dim", "n_layers", "n_kv_heads", "norm_eps", "x"]), value=JSON)
 def test_any_value_in_params_json_loads_or_is_a_clear_error(
@@ -197,6 +198,7 @@ def test_any_value_in_params_json_loads_or_is_a_clear_error(
         (small / "params.json").write_text(original)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["params.json", "consolidated.00.pth", "tokenizer.model"])
 def test_any_bytes_in_a_file_are_a_clear_error(small: Path, name: str) -> None:
     original = (small / name).read_bytes()

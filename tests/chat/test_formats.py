@@ -309,6 +309,7 @@ def test_braces_in_contents_are_text(
     assert "\n{user}{eos}{0}\n\n### Input:\n{input}{\n\n###" in sp.decode(ids)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FORMATS)
 def test_contents_yield_no_control_ids(
     name: str, marked_tokenizer: Tokenizer, codellama_70b_tokenizer: Tokenizer

@@ -269,6 +269,7 @@ def test_a_damaged_file_is_refused_in_one_sentence(tmp_path: Path) -> None:
         open_gguf(path)
 
 
+@pytest.mark.slow
 def test_no_damage_of_the_header_gives_another_error(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     sizes = {"n_layers": 1, "vocab_size": len(BPE["vocab"]) + 1}

@@ -158,9 +158,9 @@ def test_stop_strings_are_found_as_by_comparing_all(tiny_tokenizer: Tokenizer) -
 
 def test_a_long_stop_string_takes_no_longer() -> None:
     """Neither to begin with nor for each token, though all of the text is held back for it."""
-    begin = time.monotonic()
+    begin = time.process_time()
     for _ in range(10):
         stream = Detokenizer(lambda ids: "a" * len(ids), ["a" * 1_000_000] * 16)
         assert not any(stream.push(i) for i in range(200))
         assert stream.flush() == "a" * 200
-    assert time.monotonic() - begin < 2
+    assert time.process_time() - begin < 2

@@ -102,6 +102,7 @@ def test_quantised_layers_are_compiled(plain_kernels: bool, checkpoint_dir, monk
     assert found.generate(PROMPTS[:1], 12, temperature=0)[0] == expected
 
 
+@pytest.mark.slow
 def test_compiled_models_are_freed_at_once() -> None:
     model = make_model(max_batch_size=1)
     steps = graphs.CompiledSteps(model)

@@ -105,6 +105,7 @@ def test_the_end_of_the_cache_cuts_drafts(circling: Llama, monkeypatch) -> None:
         assert any(n > 1 for n in passes[1:]) == (left > 2)  # drafts were checked
 
 
+@pytest.mark.slow
 def test_stop_strings_and_tokens_end_a_sequence_within_a_draft(
     circling: Llama, monkeypatch
 ) -> None:
@@ -127,6 +128,7 @@ def test_stop_strings_and_tokens_end_a_sequence_within_a_draft(
             assert len(plain[0]) < 4 or any(n > 1 for n in passes[1:])
 
 
+@pytest.mark.slow
 def test_the_cache_after_rejected_drafts_is_reused_correctly(tiny: Llama) -> None:
     for seed in range(4):
         first = tiny.generate(prompts(tiny, seed), 30, seed=seed, prompt_lookup_num_tokens=6)[0]
