@@ -297,7 +297,7 @@ class Llama:
         Until it is exhausted or closed, other threads wait; another call of the same thread takes
         the model over, and the iterator then raises RuntimeError.
         """
-        params = SamplingParams(temperature, top_p, max_gen_len, logprobs=True, **options)
+        params = SamplingParams(temperature, top_p, max_gen_len, True, False, **options)
         return self._stream(self.tasks.text([prompt], params))
 
     def chat_completion_stream(
@@ -310,7 +310,7 @@ class Llama:
     ) -> Generator[StreamPiece, None, None]:
         """Yield the content of ``chat_completion``'s answer to one dialog, piece by piece; with an
         ``output_guard``, text is held back until it has been judged."""
-        params = SamplingParams(temperature, top_p, max_gen_len, logprobs=True, **options)
+        params = SamplingParams(temperature, top_p, max_gen_len, True, False, **options)
         sequences = self.tasks.chat([dialog], params)
         refused = self._refusal(dialog)
         if refused is not None:
@@ -331,7 +331,7 @@ class Llama:
         **options: "Unpack[SamplingOptions]",
     ) -> Generator[StreamPiece, None, None]:
         """Yield ``text_infilling``'s middle of one pair, as ``text_completion_stream`` does."""
-        params = SamplingParams(temperature, top_p, max_gen_len, logprobs=True, **options)
+        params = SamplingParams(temperature, top_p, max_gen_len, True, False, **options)
         return self._stream(self.tasks.infilling([prefix], [suffix], params, suffix_first))
 
     def embed(self, texts: Sequence[str], pooling: str = "mean") -> torch.Tensor:

@@ -240,11 +240,23 @@ class Transformer(nn.Module):
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Load weights as ``nn.Module`` does; a model that was packed is packed again."""
-        was_packed = any(layer.kernel for layers in self.linear_groups() for layer in layers)
+        was_packed = self._is_packed()
         result = super().load_state_dict(*args, **kwargs)
         if was_packed:
             self.pack()
         return result
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_was_packed": self._is_packed()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        was_packed = state.pop("_was_packed")
+        super().__setstate__(state)
+        if was_packed:  # copies and pickles hold the stored weights
+            self.pack()
+
+    def _is_packed(self) -> bool:
+        return any(layer.kernel for layers in self.linear_groups() for layer in layers)
 
     def copy_cache(self, source: int, target: int, n_tokens: int) -> None:
         """Copy the first positions of one slot of the cache to another."""

@@ -19,11 +19,6 @@ from fairscale.nn.model_parallel.initialize import (
 )
 
 
-def launched() -> bool:
-    """Return whether a launcher such as ``torchrun`` started this process."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
-
-
 def choose_device(
     wanted: str | torch.device | None, cuda: bool, mps: bool, local_rank: int, ranks: int
 ) -> torch.device:
@@ -112,7 +107,7 @@ def initialize(device: torch.device | None = None) -> int:
             )
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        if launched():
+        if "RANK" in os.environ and "WORLD_SIZE" in os.environ:  # as torchrun sets them
             dist.init_process_group(backend)
         else:
             store = dist.HashStore()  # type: ignore[attr-defined]
@@ -124,11 +119,9 @@ def initialize(device: torch.device | None = None) -> int:
             initialize_model_parallel(dist.get_world_size())
         # A rank may wait for as long as it likes: the launcher notices that others have died, not
         # a timeout. fairscale's groups take no timeout when they are made.
-        _cpu_group = get_model_parallel_group()
-        if backend != "gloo" and dist.get_world_size() > 1:
-            _cpu_group = dist.new_group(backend="gloo")
-        for group in (get_model_parallel_group(), _cpu_group):
-            dist.distributed_c10d._set_pg_timeout(timedelta(days=365), group)
+        dist.distributed_c10d._set_pg_timeout(timedelta(days=365), get_model_parallel_group())
+    if _cpu_group is None and dist.get_world_size() > 1:
+        _cpu_group = dist.new_group(backend="gloo", timeout=timedelta(days=365))
     if dist.get_world_size() > 1 and dist.get_backend() != backend:
         raise ValueError(
             f"the processes are connected by {dist.get_backend()}, but {device} needs {backend}: "

@@ -60,10 +60,10 @@ class SamplingParams:
             raise ValueError(f"temperature is {self.temperature!r}: expected 0 (greedy) or more")
         if not 0 <= self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p!r}: expected a probability mass from 0 to 1")
-        counts = {"prompt_lookup_num_tokens": self.prompt_lookup_num_tokens}
-        if self.max_gen_len is not None:
-            counts["max_gen_len"] = self.max_gen_len
-        for name, value in counts.items():
+        max_gen_len = 0 if self.max_gen_len is None else self.max_gen_len
+        lookup, top = self.prompt_lookup_num_tokens, self.top_logprobs
+        names = ("max_gen_len", "prompt_lookup_num_tokens", "top_logprobs")
+        for name, value in zip(names, (max_gen_len, lookup, top), strict=True):
             if not isinstance(value, int) or value < 0:
                 raise ValueError(f"{name} is {value!r}: expected a whole number, 0 or more")
         if not isinstance(self.seed, int | None):
@@ -130,16 +130,16 @@ def next_tokens(
 
 
 def sample_top_p(
-    probs: torch.Tensor, top_p: float, uniforms: torch.Tensor | None = None
+    probs: torch.Tensor, p: float, uniforms: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Draw from the smallest set of tokens whose probabilities reach ``top_p``.
+    """Draw from the smallest set of tokens whose probabilities reach ``p``.
 
     Inverse transform sampling (https://arxiv.org/abs/1904.09751 for the nucleus): the row's own
     number decides, so a row's draw doesn't depend on its neighbours.
 
     Args:
         probs: float32, shape (bsz, vocab_size), each row adding up to 1.
-        top_p: 0 to 1; the most probable token is always in the set.
+        p: 0 to 1; the most probable token is always in the set.
         uniforms: in [0, 1), shape (bsz,); None draws them.
 
     Returns:
@@ -149,7 +149,7 @@ def sample_top_p(
         uniforms = torch.rand(len(probs), device=probs.device)
     sorted_probs, order = probs.sort(dim=-1, descending=True)
     reached = sorted_probs.cumsum(dim=-1)
-    nucleus = reached - sorted_probs <= top_p
+    nucleus = reached - sorted_probs <= p
     nucleus[:, 0] = True
     size = nucleus.sum(dim=-1, keepdim=True)
     mass = reached.gather(1, size - 1)

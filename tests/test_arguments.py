@@ -33,6 +33,12 @@ TABLE: dict[str, tuple[Callable[[Llama], Any], type[Exception], str]] = {
     "generate: cold": (lambda m: m.generate([[1]], 1, -1), ValueError, "temperature is -1"),
     "generate: nan": (lambda m: m.generate([[1]], 1, NAN), ValueError, "temperature is nan"),
     "generate: top_p": (lambda m: m.generate([[1]], 1, 1, 2), ValueError, "top_p is 2"),
+    "generate: top": (
+        lambda m: m.generate([[1]], 1, top_logprobs=-1),
+        ValueError,
+        "top_logprobs is -1",
+    ),
+    "stream: echo": (lambda m: m.text_completion_stream("a", echo=True), TypeError, "echo"),
     "generate: stop": (lambda m: m.generate([[1]], 1, stop="a"), TypeError, "stop is one str"),
     "generate: stop None": (lambda m: m.generate([[1]], 1, stop=None), TypeError, "stop is None"),
     "generate: stop id": (lambda m: m.generate([[1]], 1, stop=[1]), ValueError, "stop is"),

@@ -7,7 +7,6 @@ from typing import TypeVar
 import torch
 
 from llama.args import ModelArgs
-from llama.layers.kv_cache import bytes_per_head
 from llama.layers.quantization import Scheme
 
 T = TypeVar("T")
@@ -75,7 +74,8 @@ def cache_bytes(args: ModelArgs, dtype: torch.dtype, ranks: int = 1, in_int8: bo
     """Return the bytes of one rank's key/value cache."""
     positions = args.max_batch_size * args.max_seq_len
     heads = max(args.kv_heads, ranks) // ranks
-    entry = bytes_per_head(args.head_dim, dtype, in_int8)
+    # In eight bits each head has a scale at each position.
+    entry = args.head_dim + dtype.itemsize if in_int8 else args.head_dim * dtype.itemsize
     return 2 * args.n_layers * positions * heads * entry
 
 

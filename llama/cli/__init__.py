@@ -300,7 +300,7 @@ def _summary(function: Command) -> str:
         text = inspect.getdoc(function) or ""
     else:
         module, _, attribute = function.partition(":")
-        path = Path(__file__).parent.joinpath(*module.split(".")[1:])
+        path = Path(__file__).parents[1].joinpath(*module.split(".")[1:])
         path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.FunctionDef) and node.name == attribute:

@@ -139,7 +139,7 @@ class Chat:
                 if not text:
                     first, n_first = time.perf_counter(), len(piece.token_ids)
                 text += piece
-                n_tokens += len(piece.token_ids)
+                n_tokens += len(piece.token_ids) + (piece.finish_reason == "stop")  # its last one
                 print_once(piece.translate(CONTROL_CHARACTERS), end="")
         if not text:
             return note(f"{'Stopped' if stops else 'No answer'}: the message isn't kept.")

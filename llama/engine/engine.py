@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as List
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -25,8 +26,6 @@ from llama.tokenizer import BaseTokenizer
 PREFILL_CHUNK = 512  # tokens of one sequence in a step
 PREFILL_TOKENS = 2048  # tokens of all prompts in a step
 _WORTH_WAITING = 64  # tokens of a prompt that is being read, which another one has too
-
-Decode = Callable[[torch.Tensor, List[Segment]], torch.Tensor]
 
 
 @dataclass
@@ -65,7 +64,7 @@ class Engine:
         self.tokenizer = tokenizer
         self.prefill_beside_decoding = PREFILL_TOKENS
         self.max_decoded: int | None = None
-        self.decode: Decode | None = None
+        self.decode: Callable[[torch.Tensor, List[Segment]], torch.Tensor] | None = None
         self.counts = Counts()
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []  # in the order in which they came
@@ -118,14 +117,14 @@ class Engine:
         """
         if self.model.n_passes != self._n_passes:
             self._prefixes.clear()
-        self._admit()
-        pieces = self._schedule()
-        if not pieces:
-            return []
         try:
+            self._admit()
+            pieces = self._schedule()
+            if not pieces:
+                return []
             outputs = self._forward(pieces)
         except BaseException as error:
-            self._prefixes.clear()  # a pass that was interrupted has written part of its tokens
+            self._prefixes.clear()  # of copies and passes that were interrupted
             if isinstance(error, NotFinite):
                 self.model.clear_cache()  # where a NaN would spread to later sequences
                 for sequence in list(self._running):
@@ -148,12 +147,12 @@ class Engine:
             # What is scored or pooled must pass through the network.
             whole = sequence.params.scores_prompt or sequence.is_read_only
             limit = 0 if whole else len(sequence.prompt) - 1
-            slot, n_reused, copy = self._prefixes.take(sequence.prompt, limit)
-            if copy is not None:
-                self.model.copy_cache(copy[0], slot, copy[1])
-            sequence.slot, sequence.n_cached, sequence.n_reused = slot, n_reused, n_reused
-            self.counts.reused_tokens += n_reused
+            sequence.slot, n_reused, copy = self._prefixes.take(sequence.prompt, limit)
             self._running.append(sequence)
+            if copy is not None:
+                self.model.copy_cache(copy[0], sequence.slot, copy[1])
+            sequence.n_cached = sequence.n_reused = n_reused
+            self.counts.reused_tokens += n_reused
 
     def _waits(self, sequence: Sequence) -> bool:
         """Return whether a prompt that is being read will spare the reading of this one's start."""
@@ -210,7 +209,7 @@ class Engine:
         counts = [piece.n_outputs for piece in pieces]
         select = None
         if sum(counts) < len(ids):
-            ends = torch.tensor([len(piece.tokens) for piece in pieces]).cumsum(0).tolist()
+            ends = accumulate(len(piece.tokens) for piece in pieces)
             chosen = [i for end, n in zip(ends, counts, strict=True) for i in range(end - n, end)]
             select = torch.tensor(chosen, device=device, dtype=torch.long)
         hidden = self.model.hidden_states(tokens, segments, select)  # (sum(counts), dim)
@@ -301,7 +300,7 @@ class Engine:
         if not sequence.params.top_logprobs:
             return [[] for _ in logits]
         logprobs = logits.log_softmax(-1)[:, : self.tokenizer.n_words]
-        values, ids = logprobs.topk(sequence.params.top_logprobs)
+        values, ids = logprobs.topk(min(sequence.params.top_logprobs, logprobs.shape[1]))
         return [
             list(zip(some_ids, some, strict=True))
             for some_ids, some in zip(ids.tolist(), values.tolist(), strict=True)
@@ -312,9 +311,9 @@ class Engine:
         self._leave(sequence)
 
     def _leave(self, sequence: Sequence) -> None:
-        if sequence.slot is None:
+        if sequence in self._waiting:
             self._waiting.remove(sequence)
-        else:
+        elif sequence.slot is not None:
             self._running.remove(sequence)
             self._prefixes.release(sequence.slot)
 

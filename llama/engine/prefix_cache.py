@@ -47,9 +47,11 @@ class PrefixCache:
     def write(self, slot: int, start: int, tokens: Sequence[int]) -> None:
         """Note that a pass writes tokens to a slot from position ``start`` on.
 
-        A rejected draft stays there too, until it is written over.
+        A rejected draft stays there too, until it is written over. What comes before ``start``
+        is unknown after ``clear``, and nothing of such a slot can be reused.
         """
-        self._held[slot][start:] = tokens
+        if start <= len(self._held[slot]):
+            self._held[slot][start:] = tokens
 
     def release(self, slot: int) -> None:
         """Free a slot, which keeps what it holds."""

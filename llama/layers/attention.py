@@ -48,13 +48,17 @@ def _attend_one_each(
 def _attend_many(
     q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, span: Span
 ) -> torch.Tensor:
-    """Attend causally from several tokens of one sequence."""
+    """Attend causally from several tokens of one sequence.
+
+    The query heads that share a key head stand as a batch that expands to the same keys: CUDA's
+    fused kernels take a mask with that, but not with ``enable_gqa`` (pytorch issue 181528).
+    """
+    n_rep = q.shape[1] // keys.shape[1]
     out = F.scaled_dot_product_attention(
-        q.transpose(0, 1)[None],  # (1, n_heads, n_tokens, head_dim)
-        keys,
-        values,
+        q.unflatten(1, (-1, n_rep)).permute(2, 1, 0, 3),  # (n_rep, n_kv_heads, n_tokens, head_dim)
+        keys.expand(n_rep, -1, -1, -1),
+        values.expand(n_rep, -1, -1, -1),
         attn_mask=span.mask,
         is_causal=span.mask is None,
-        enable_gqa=True,
     )
-    return out[0].transpose(0, 1)  # (n_tokens, n_heads, head_dim)
+    return out.permute(2, 1, 0, 3).flatten(1, 2)  # (n_tokens, n_heads, head_dim)

@@ -65,8 +65,3 @@ class KVCache(nn.Module):
         """Set everything to zero: a NaN in the cache would spread to later sequences."""
         for buffer in self.buffers():
             buffer.zero_()
-
-
-def bytes_per_head(head_dim: int, dtype: torch.dtype, int8: bool) -> int:
-    """Return the size of one head's key or value at one position."""
-    return head_dim + dtype.itemsize if int8 else head_dim * dtype.itemsize

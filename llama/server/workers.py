@@ -46,15 +46,14 @@ class Workers:
             return
         for sequence in [s for s in self._numbers if s.finish_reason is not None]:
             del self._numbers[sequence]
+        for sequence in submitted:
+            self._numbers[sequence] = self._n_submitted
+            self._n_submitted += 1
         message: dict[str, Any] = {}
-        if cancelled:
-            numbers = [self._numbers.get(sequence) for sequence in cancelled]
-            message["cancelled"] = [number for number in numbers if number is not None]
         if submitted:
             message["submitted"] = [_describe(sequence) for sequence in submitted]
-            for sequence in submitted:
-                self._numbers[sequence] = self._n_submitted
-                self._n_submitted += 1
+        if cancelled:  # perhaps one that has just been submitted
+            message["cancelled"] = [self._numbers[sequence] for sequence in cancelled]
         parallel.broadcast_bytes(json.dumps(message).encode())
 
     def heartbeat(self) -> None:
@@ -85,13 +84,12 @@ def worker_loop(engine: Engine) -> None:
         if not data:
             continue
         message = json.loads(data)
-        for number in message.get("cancelled", ()):
-            if number in sequences:
-                engine.cancel(sequences[number])
         new = [_restore(fields) for fields in message.get("submitted", ())]
         sequences |= dict(enumerate(new, n_submitted))
         n_submitted += len(new)
         engine.submit(new)
+        for number in message.get("cancelled", ()):
+            engine.cancel(sequences[number])
         # Logits that aren't finite are so on every rank; rank 0 reports them and continues.
         with contextlib.suppress(NotFinite):
             engine.step()

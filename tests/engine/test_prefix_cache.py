@@ -204,6 +204,29 @@ class TestNothingStaleIsReused:
         stream.close()
         self.check(llama)
 
+    def test_after_the_cache_was_reset_while_a_stream_was_open(self, llama: Llama) -> None:
+        """A failure means that generated tokens pass for a prompt's beginning."""
+        stream = llama.text_completion_stream("Once upon a time", temperature=0, max_gen_len=40)
+        tokens = list(next(stream).token_ids)
+        llama.reset_cache()
+        for piece in stream:
+            tokens += piece.token_ids
+        found = greedy(llama, [tokens[1:] + [300]])
+        llama.reset_cache()
+        assert greedy(llama, [tokens[1:] + [300]]) == found
+
+    def test_after_an_interrupted_copy(self, llama: Llama, monkeypatch) -> None:
+        """A failure means that a slot is lost, or passes for one that holds the copy."""
+        greedy(llama, [PROMPT])
+        longer = [PROMPT + [500 + i] for i in range(3)]
+        with monkeypatch.context() as patch:
+            patch.setattr(llama.model, "copy_cache", lambda *_: exec("raise KeyboardInterrupt"))
+            with pytest.raises(KeyboardInterrupt):
+                greedy(llama, longer)
+        found = greedy(llama, longer * 4)
+        llama.reset_cache()
+        assert greedy(llama, longer * 4) == found
+
     def test_scores_of_a_prompt_are_all_there(self, llama: Llama) -> None:
         greedy(llama, [PROMPT])
         tokens, logprobs = llama.generate([PROMPT], 3, temperature=0, logprobs=True, echo=True)

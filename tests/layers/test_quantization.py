@@ -17,7 +17,7 @@ import torch
 from conftest import make_model
 from processes import script, torchrun
 
-from llama import Llama
+from llama import Llama, cli
 from llama.checkpoint.base import Checkpoint, Weights, quantized
 from llama.checkpoint.load import load
 from llama.checkpoint.save import reshard
@@ -252,6 +252,16 @@ def test_layers_can_be_saved_loaded_copied_and_pickled(scheme: Scheme) -> None:
     torch.testing.assert_close(other.forward(tokens), model.forward(tokens))
 
 
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_a_copied_model_computes_with_the_same_kernels(scheme: Scheme) -> None:
+    """A failure means that copies, as other processes get them, are slow or give other logits."""
+    _, model = quantised_model(scheme)
+    tokens = torch.tensor([[3, 1, 4]])
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):  # our own bytes
+        assert type(twin.layers[0].attention.wk.kernel) is type(model.layers[0].attention.wk.kernel)
+        assert torch.equal(twin.forward(tokens), model.forward(tokens))
+
+
 def test_packed_weights_go_with_their_layers() -> None:
     _, model = quantised_model(Int8())
     kernel = weakref.ref(model.layers[0].attention.wk.kernel)
@@ -361,6 +371,7 @@ def test_each_weight_is_rounded_once_and_progress_ends_at_all(tmp_path: Path, ca
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Int8, "quantize", counted)
         patch.setattr(sys.stderr, "isatty", lambda: True)
+        patch.setattr(cli, "DELAY", 0)
         convert(str(TINY), str(tmp_path / "out"), model_parallel_size=2, quantize="int8")
     assert len(calls) == 4 * 7
     assert "quantising: 100%" in capsys.readouterr().err  # those of the layers

@@ -123,6 +123,7 @@ def test_ranks_do_the_same(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> Non
         patch.setattr(parallel, "broadcast_bytes", lambda message=b"": sent.append(message))
         client = Client(llama)
         jobs = [client.submit(p, seed=i, stop=["cow"]) for i, p in enumerate(PROMPTS * 3)]
+        jobs[4].cancelled = True  # before the engine has seen it
         client.run(until=lambda: len(jobs[0].sequence.tokens) > 3)
         jobs[1].cancelled = True
         client.submit("def add(a, b):", prompt_lookup_num_tokens=3, max_gen_len=9)

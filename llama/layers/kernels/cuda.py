@@ -48,4 +48,4 @@ class Int4(Kernel):
         out: torch.Tensor = torch._weight_int4pack_mm(
             x.contiguous(), self._packed, self._scheme.group_size, scales_and_zeros
         )
-        return out[:, : self.out_features]
+        return out[:, : self.out_features].contiguous()  # as NCCL wants it
