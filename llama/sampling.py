@@ -60,11 +60,9 @@ class SamplingParams:
             raise ValueError(f"temperature is {self.temperature!r}: expected 0 (greedy) or more")
         if not 0 <= self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p!r}: expected a probability mass from 0 to 1")
-        max_gen_len = 0 if self.max_gen_len is None else self.max_gen_len
-        lookup, top = self.prompt_lookup_num_tokens, self.top_logprobs
-        names = ("max_gen_len", "prompt_lookup_num_tokens", "top_logprobs")
-        for name, value in zip(names, (max_gen_len, lookup, top), strict=True):
-            if not isinstance(value, int) or value < 0:
+        has_limit = self.max_gen_len is not None
+        for name in ["prompt_lookup_num_tokens", "top_logprobs"] + ["max_gen_len"] * has_limit:
+            if not isinstance(value := getattr(self, name), int) or value < 0:
                 raise ValueError(f"{name} is {value!r}: expected a whole number, 0 or more")
         if not isinstance(self.seed, int | None):
             raise TypeError(f"seed is {self.seed!r}: give a whole number")
