@@ -1,4 +1,4 @@
-"""Inference for the Llama family in plain PyTorch: ``Llama.build`` is the way in."""
+"""Inference for the Llama family in plain PyTorch; start with ``Llama.build``."""
 
 from llama.args import ModelArgs
 from llama.chat.prompts import Dialog, Message

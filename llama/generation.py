@@ -115,9 +115,9 @@ class Llama:
             max_seq_len: positions in the cache: prompt and generated tokens together.
             max_batch_size: slots in the cache; more prompts wait for a free one.
             model_parallel_size: where given, must equal the number of processes.
-            seed: what later calls draw their seeds from; the same in all processes.
+            seed: the source of later calls' seeds; the same in all processes.
             device: where to run; CUDA, else Apple's MPS, else the CPU by default.
-            dtype: what to compute in; by default what the checkpoint and the device suggest.
+            dtype: of the computation; by default as the checkpoint and the device suggest.
             adapter: a directory with a LoRA adapter to merge in, or several in order.
             chat_format: how dialogs are written, one of ``llama.chat.formats.FORMATS``; by default
                 as the checkpoint's own template says, else as Meta's models were trained.
@@ -131,7 +131,7 @@ class Llama:
         Raises:
             FileNotFoundError: the directory, a weight file or the tokenizer is missing.
             ImportError: the checkpoint's format needs a package that isn't installed.
-            MemoryError: weights and cache are more than the machine has.
+            MemoryError: weights and cache need more memory than the machine has.
             RuntimeError: PyTorch can't compile here.
             ValueError: a file is malformed, or files, processes and arguments don't fit together.
         """
@@ -174,7 +174,7 @@ class Llama:
             stop_token: an id that ends a sequence, besides the end of sequence.
 
         Returns:
-            The sequences' tokens, without what ended them, and their log-probabilities or None.
+            The sequences' tokens, without stop token or string, and log-probabilities or None.
 
         Raises:
             TypeError, ValueError: an argument is wrong, or a prompt doesn't fit.
@@ -265,8 +265,7 @@ class Llama:
         suffix_first: bool = False,
         **options: "Unpack[SamplingOptions]",
     ) -> list[InfillingPrediction]:
-        """Fill in between prefixes and suffixes, as ``generate``; ``suffix_first`` prompts with the
-        suffix in front.
+        """Fill in between prefixes and suffixes; ``suffix_first`` prompts with the suffix first.
 
         Returns:
             For each pair ``{"generation": middle, "full_text": prefix + middle + suffix}``.
@@ -308,8 +307,7 @@ class Llama:
         max_gen_len: int | None = None,
         **options: "Unpack[SamplingOptions]",
     ) -> Generator[StreamPiece, None, None]:
-        """Yield the content of ``chat_completion``'s answer to one dialog, piece by piece; with an
-        ``output_guard``, text is held back until it has been judged."""
+        """Yield ``chat_completion``'s answer to a dialog; an ``output_guard`` may hold it back."""
         params = SamplingParams(temperature, top_p, max_gen_len, True, False, **options)
         sequences = self.tasks.chat([dialog], params)
         refused = self._refusal(dialog)
@@ -352,8 +350,9 @@ class Llama:
         return self._read(texts, pooling).reshape(-1, self.model.params.dim)  # type: ignore[arg-type]
 
     def classify(self, texts: Sequence[str]) -> list[Classification]:
-        """Return the class of each text, for checkpoints with a classifier's head; a single
-        label's probability is that against its absence.
+        """Return the class of each text, for checkpoints with a classifier's head.
+
+        A single label's probability is the sigmoid of its logit, so it may be below 0.5.
 
         Raises:
             ValueError: the checkpoint has no labels, or as in ``embed``.
@@ -375,7 +374,7 @@ class Llama:
     def _events(self, sequences: Sequence[EngineSequence]) -> Iterator[Event]:
         """Run sequences, which may be taken over by a later call where this one yields."""
         with self._lock.exclusive() as check_ownership:
-            self.engine.cancel_all()  # of a stream that this call takes over from
+            self.engine.cancel_all()  # those of a stream whose cache this call takes
             self.engine.submit(sequences)
             try:
                 while self.engine.n_running or self.engine.n_waiting:
@@ -405,7 +404,7 @@ class Llama:
         return torch.stack(pooled) if pooled else torch.zeros(0)
 
     def _refusal(self, dialog: Dialog) -> str | None:
-        """Return what is said against a dialog, instead of an answer."""
+        """Return the error text or the refusal that answers a dialog; None if the model may."""
         if has_tags(dialog, self.chat.tags):
             return UNSAFE_ERROR
         return guards.input_refusal(self.input_guard, dialog)

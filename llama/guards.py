@@ -46,7 +46,7 @@ def refusal(verdict: Verdict) -> str:
 
 
 def input_refusal(guard: InputGuard | None, dialog: Dialog) -> str | None:
-    """Return the answer to a dialog that a guard refuses, None to one that passes."""
+    """Return the answer to a dialog that a guard refuses; None to one that passes."""
     if guard is None:
         return None
     verdict = checked_verdict(guard(dialog))
@@ -54,7 +54,7 @@ def input_refusal(guard: InputGuard | None, dialog: Dialog) -> str | None:
 
 
 def output_refusal(guard: OutputGuard | None, dialog: Dialog, answer: str) -> str | None:
-    """Return what takes the place of an answer that a guard refuses, None for one that passes."""
+    """Return the text that replaces an answer that a guard refuses; None for one that passes."""
     return input_refusal(guard and (lambda dialog: guard(dialog, answer)), dialog)
 
 

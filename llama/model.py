@@ -42,7 +42,7 @@ class RMSNorm(nn.Module):
 
 
 def rope_factors(args: ModelArgs) -> torch.Tensor:
-    """Return what each rotary frequency is divided by, so that a network reads longer texts.
+    """Return the divisors of the rotary frequencies, which let a network read longer texts.
 
     ``rope_scaling`` is None, or has a ``rope_type`` and that type's parameters:
 
@@ -86,7 +86,7 @@ def precompute_freqs_cis(args: ModelArgs, device: torch.device) -> torch.Tensor:
         float32, shape (max_seq_len, 2, head_dim): for each element of a head the factor of
         itself, then that of its neighbour in the pair.
     """
-    # On the CPU first: accelerators round the sines of large angles in ways of their own.
+    # On the CPU first: accelerators round the sines of large angles differently.
     freqs = rope_freqs(args) / rope_factors(args)
     positions = torch.arange(args.max_seq_len, device="cpu", dtype=torch.float32)
     angles = torch.outer(positions, freqs)
@@ -232,7 +232,7 @@ class Transformer(nn.Module):
             self.pack_group(layers)
 
     def pack_group(self, layers: tuple[ParallelLinear, ...]) -> bool:
-        """``pack`` one of ``linear_groups``; returns whether a kernel took over its weights."""
+        """Pack one of ``linear_groups``; return whether a kernel took over its weights."""
         kernel = pack(layers)
         if kernel is not None:
             self.min_tokens = max(self.min_tokens, kernel.min_tokens)
@@ -346,8 +346,10 @@ class Transformer(nn.Module):
         segments: Sequence[Segment],
         select: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Return what the logits are made of, (n_tokens or len(select), dim); arguments and
-        errors as in ``forward_ragged``."""
+        """Return the last hidden states, normed: (n_tokens or len(select), dim).
+
+        Arguments and errors as in ``forward_ragged``.
+        """
         self.begin_pass(tokens, segments)
         batch = RaggedBatch.of(segments, tokens.device)
         h = self.forward_layers(tokens, batch, self.layers)

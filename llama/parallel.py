@@ -117,8 +117,8 @@ def initialize(device: torch.device | None = None) -> int:
     if not model_parallel_is_initialized():
         with contextlib.redirect_stdout(io.StringIO()):  # fairscale announces its groups
             initialize_model_parallel(dist.get_world_size())
-        # A rank may wait for as long as it likes: the launcher notices that others have died, not
-        # a timeout. fairscale's groups take no timeout when they are made.
+        # A rank may wait indefinitely: the launcher notices that others have died, not a timeout.
+        # fairscale's groups take no timeout when they are made.
         dist.distributed_c10d._set_pg_timeout(timedelta(days=365), get_model_parallel_group())
     if _cpu_group is None and dist.get_world_size() > 1:
         _cpu_group = dist.new_group(backend="gloo", timeout=timedelta(days=365))

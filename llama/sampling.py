@@ -1,4 +1,4 @@
-"""What to generate (``SamplingParams``), and from logits to the next tokens."""
+"""Sampling of the next tokens from logits, and its parameters (``SamplingParams``)."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ class SamplingOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """What to generate after a prompt.
+    """Parameters of generation: sampling, length and results.
 
     Args:
         temperature: divides the logits; 0 takes the most probable token each time.
@@ -30,7 +30,7 @@ class SamplingParams:
         echo: whether to return the prompt too; its first token has the log-probability 0.0.
         stop: strings that end a sequence, looked for in the text of its new tokens.
         seed: makes draws repeatable: sequence i of a call draws by the seed and i alone,
-            whatever runs beside it. None takes the next seed of the ``Llama``.
+            whatever other sequences run with it. None takes the next seed of the ``Llama``.
         prompt_lookup_num_tokens: draft tokens at most that are proposed from the sequence's own
             text and checked in one pass: faster where text repeats itself, and in float32 with
             the same result. 10 suits edits of code; 0 proposes none.
@@ -78,7 +78,7 @@ class SamplingParams:
 
     @property
     def scores_prompt(self) -> bool:
-        """Whether the prompt's own tokens get log-probabilities."""
+        """True if the prompt's own tokens get log-probabilities."""
         return self.logprobs and self.echo
 
 

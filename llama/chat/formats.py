@@ -92,9 +92,11 @@ def _lay_out(
 
 
 def alpaca_tokens(tokenizer: BaseTokenizer, dialog: Dialog) -> list[int]:
-    """<s>SYSTEM\\n\\n### Instruction:\\nUSER\\n\\n### Response:ANSWER</s>### Instruction:\\nUSER…
+    r"""Return a dialog in Alpaca's format.
 
-    With an input: ### Instruction:\\nUSER\\n\\n### Input:\\nINPUT\\n\\n### Response:
+    <s>SYSTEM\n\n### Instruction:\nUSER\n\n### Response:ANSWER</s>### Instruction:\nUSER…
+
+    With an input: ### Instruction:\nUSER\n\n### Input:\nINPUT\n\n### Response:
 
     Source: https://github.com/tatsu-lab/stanford_alpaca (train.py)
     """
@@ -115,7 +117,9 @@ def alpaca_tokens(tokenizer: BaseTokenizer, dialog: Dialog) -> list[int]:
 
 
 def vicuna_tokens(tokenizer: BaseTokenizer, dialog: Dialog) -> list[int]:
-    """<s>SYSTEM USER: USER ASSISTANT: ANSWER</s>USER: USER ASSISTANT:
+    """Return a dialog in Vicuna's format.
+
+    <s>SYSTEM USER: USER ASSISTANT: ANSWER</s>USER: USER ASSISTANT:
 
     Vicuna from v1.1 on, KoVicuna, and WizardLM from v1.1 on.
 
@@ -138,7 +142,9 @@ def vicuna_tokens(tokenizer: BaseTokenizer, dialog: Dialog) -> list[int]:
 
 
 def koala_tokens(tokenizer: BaseTokenizer, dialog: Dialog) -> list[int]:
-    """<s>BEGINNING OF CONVERSATION: USER: USER GPT: ANSWER</s>USER: USER GPT:
+    """Return a dialog in Koala's format.
+
+    <s>BEGINNING OF CONVERSATION: USER: USER GPT: ANSWER</s>USER: USER GPT:
 
     The opening is part of the format, not a system text, and stays.
 
@@ -155,7 +161,9 @@ def koala_tokens(tokenizer: BaseTokenizer, dialog: Dialog) -> list[int]:
 
 
 def wizardlm_tokens(tokenizer: BaseTokenizer, dialog: Dialog) -> list[int]:
-    """<s>USER\\n\\n### Response:ANSWER</s>USER\\n\\n### Response:
+    r"""Return a dialog in WizardLM 7B's format.
+
+    <s>USER\n\n### Response:ANSWER</s>USER\n\n### Response:
 
     WizardLM 7B v1.0; later versions have Vicuna's format.
 
@@ -165,7 +173,9 @@ def wizardlm_tokens(tokenizer: BaseTokenizer, dialog: Dialog) -> list[int]:
 
 
 def openassistant_tokens(tokenizer: BaseTokenizer, dialog: Dialog) -> list[int]:
-    """<s><|system|>SYSTEM</s><|prompter|>USER</s><|assistant|>ANSWER</s><|prompter|>USER</s>…
+    """Return a dialog in OpenAssistant's format.
+
+    <s><|system|>SYSTEM</s><|prompter|>USER</s><|assistant|>ANSWER</s><|prompter|>USER</s>…
 
     The models tuned from Llama, which end a turn with ``</s>``.
 
@@ -183,9 +193,11 @@ def openassistant_tokens(tokenizer: BaseTokenizer, dialog: Dialog) -> list[int]:
 
 
 def koalpaca_tokens(tokenizer: BaseTokenizer, dialog: Dialog) -> list[int]:
-    """<s>SYSTEM\\n\\n### Instruction(명령어):\\nUSER\\n\\n### Response(응답):ANSWER</s>…
+    r"""Return a dialog in KoAlpaca's format.
 
-    With an input: …USER\\n\\n### Input(입력):\\nINPUT\\n\\n### Response(응답):
+    <s>SYSTEM\n\n### Instruction(명령어):\nUSER\n\n### Response(응답):ANSWER</s>…
+
+    With an input: …USER\n\n### Input(입력):\nINPUT\n\n### Response(응답):
 
     The model tuned from LLaMA 7B; those tuned from Polyglot-ko have another format.
 
@@ -214,9 +226,11 @@ def koalpaca_tokens(tokenizer: BaseTokenizer, dialog: Dialog) -> list[int]:
 
 
 def kullm_tokens(tokenizer: BaseTokenizer, dialog: Dialog) -> list[int]:
-    """<s>SYSTEM\\n\\n### 명령어:\\nUSER\\n\\n### 응답:\\nANSWER</s>### 명령어:\\nUSER…
+    r"""Return a dialog in KULLM's format.
 
-    With an input: ### 명령어:\\nUSER\\n\\n### 입력:\\nINPUT\\n\\n### 응답:\\n
+    <s>SYSTEM\n\n### 명령어:\nUSER\n\n### 응답:\nANSWER</s>### 명령어:\nUSER…
+
+    With an input: ### 명령어:\nUSER\n\n### 입력:\nINPUT\n\n### 응답:\n
 
     Source: https://github.com/nlpai-lab/KULLM (templates/kullm.json); used with Llama 2 by
     https://huggingface.co/kfkas/Llama-2-ko-7b-Chat
@@ -238,7 +252,9 @@ def kullm_tokens(tokenizer: BaseTokenizer, dialog: Dialog) -> list[int]:
 
 
 def korani_tokens(tokenizer: BaseTokenizer, dialog: Dialog) -> list[int]:
-    """<s>SYSTEM\\n\\n### Human: USER\\n### Assistant: ANSWER\\n### Human: USER\\n### Assistant:
+    r"""Return a dialog in KORani's format.
+
+    <s>SYSTEM\n\n### Human: USER\n### Assistant: ANSWER\n### Human: USER\n### Assistant:
 
     KORani v2 and v3. Its own prompts and stop strings show the turns; the system text and the
     blank line after it are those of Vicuna v0, whose training code it used.
@@ -261,8 +277,10 @@ def korani_tokens(tokenizer: BaseTokenizer, dialog: Dialog) -> list[int]:
 
 
 def chatml_tokens(tokenizer: BaseTokenizer, dialog: Dialog) -> list[int]:
-    """<s><|im_start|>system\\nSYSTEM<|im_end|>\\n<|im_start|>user\\nUSER<|im_end|>\\n
-    <|im_start|>assistant\\nANSWER<|im_end|>\\n<|im_start|>user\\n…
+    r"""Return a dialog in the ChatML format.
+
+    <s><|im_start|>system\nSYSTEM<|im_end|>\n<|im_start|>user\nUSER<|im_end|>\n
+    <|im_start|>assistant\nANSWER<|im_end|>\n<|im_start|>user\n…
 
     The marks are ordinary text where the tokenizer has no such control pieces.
 

@@ -148,7 +148,10 @@ def dialog_prompt_tokens(tokenizer: BaseTokenizer, dialog: Dialog) -> list[int]:
 
 
 def inst_tokens(tokenizer: BaseTokenizer, dialog: Dialog) -> list[int]:
-    """<s>[INST] <<SYS>>\\nSYSTEM\\n<</SYS>>\\n\\nUSER [/INST] ANSWER </s><s>[INST] USER [/INST]"""
+    r"""Return a dialog in the format of Llama 2 and Code Llama.
+
+    <s>[INST] <<SYS>>\nSYSTEM\n<</SYS>>\n\nUSER [/INST] ANSWER </s><s>[INST] USER [/INST]
+    """
     check_dialog(dialog)
     refuse_inputs(dialog)
     contents = [message["content"] for message in dialog]
@@ -163,8 +166,11 @@ def inst_tokens(tokenizer: BaseTokenizer, dialog: Dialog) -> list[int]:
 
 
 def turn_based_tokens(tokenizer: BaseTokenizer, dialog: Dialog) -> list[int]:
-    """<s> Source: system\\n\\n SYSTEM<step> Source: user\\n\\n USER<step> Source: assistant\\n
-    Destination: user\\n\\n"""
+    r"""Return a dialog in the format of Code Llama 70B-Instruct.
+
+    <s> Source: system\n\n SYSTEM<step> Source: user\n\n USER<step> Source: assistant\n
+    Destination: user\n\n
+    """
     check_dialog(dialog)
     refuse_inputs(dialog)
     if tokenizer.step_id is None:

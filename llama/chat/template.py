@@ -148,7 +148,7 @@ def _environment() -> Any:
             return result
 
         def wrap_str_format(self, value: Any) -> None:
-            """Return no replacement of Jinja's for methods that ``is_safe_attribute`` refuses."""
+            """Return None: ``is_safe_attribute`` refuses the methods that Jinja would replace."""
 
         def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
             safe: bool = super().is_safe_attribute(obj, attr, value)

@@ -225,7 +225,7 @@ def check_shapes(
     """
     size = sum(prod(shape) for part in parts for shape in part.values())
     count = parameter_count(args)
-    if count > 4 * size:  # before anything of the size that the hyper-parameters give is made
+    if count > 4 * size:  # before allocating anything of the size in the hyper-parameters
         raise ValueError(
             f"{source} describes {count:,} parameters, but {', '.join(names[:2])} hold"
             f"{'s' * (len(names) == 1)} {size:,}: one of them belongs to another model"

@@ -132,7 +132,7 @@ def verify(directory: Path) -> list[str]:
     for path in find_shards(directory):
         try:
             damaged = _damaged_entry(path)
-        except Exception as error:  # whatever the damage makes of the archive
+        except Exception as error:  # damage can raise any error
             problems.append(f"{path} can't be read: {error}")
         else:
             if damaged:
@@ -170,7 +170,7 @@ def _md5(path: Path) -> str:
 
 def _damaged_entry(path: Path) -> str | None:
     """Return the first entry of a zip archive whose bytes don't have its checksum."""
-    # As ``ZipFile.testzip`` does it, which doesn't tell how far it is.
+    # As ``ZipFile.testzip``, which doesn't report its progress.
     done = 0
     with zipfile.ZipFile(path) as archive, _checking(path) as show:
         for entry in archive.infolist():

@@ -1,4 +1,4 @@
-"""Memory: how much a device has, and what is returned to the system early.
+"""The memory of a device, and its early release to the system.
 
 A mapped weight costs memory once its pages are read. Where it is copied, to another dtype or into
 a kernel's order, both would stay resident; while a checkpoint is loaded, that doubles the peak.

@@ -25,7 +25,7 @@ TINY = Path(__file__).parents[1] / "tiny"
 
 @dataclass(frozen=True)
 class LoadConfig:
-    """What to load and how; see ``Llama.build``."""
+    """A checkpoint to load, and the way to load it; see ``Llama.build``."""
 
     ckpt_dir: str | Path = TINY
     tokenizer_path: str | Path | None = None

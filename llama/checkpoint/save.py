@@ -103,7 +103,7 @@ def _shard(
     tensors = {}
     for name in checkpoint.parts[0]:
         tensor = checkpoint.rank_part(name, args, rank, ranks)
-        if name.startswith("output."):  # padding is the ranks' affair, not the files'
+        if name.startswith("output."):  # ranks need padding, files don't
             n_rows = args.n_outputs - rank * tensor.shape[0]
             tensor = tensor[: max(n_rows, 0)]
         scheme = checkpoint.scheme

@@ -17,7 +17,7 @@ _DERIVED = ("rope.freqs", "rotary_emb.inv_freq")
 # How PyTorch's files began before they were zip archives: a pickled number.
 _OLD_FORMAT = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19"
 
-# What the pickle of a state dictionary names; it has about 100 bytes a tensor.
+# The names in a state dictionary's pickle, which has about 100 bytes a tensor.
 _HARMLESS = re.compile(
     r"collections OrderedDict|torch \w+Storage|torch._utils _rebuild_(tensor_v2|parameter)"
 )
@@ -77,8 +77,8 @@ def open_shard(path: Path) -> Tensors:
 def _check_archive(path: Path) -> None:
     """Refuse an archive that would need more memory than its size, or whose pickle names code.
 
-    With ``weights_only`` PyTorch's unpickler runs no code of the file, but it would unpack what is
-    compressed, and make objects as large as a pickle says.
+    With ``weights_only`` PyTorch's unpickler runs no code of the file, but it would decompress its
+    parts, and allocate objects as large as a pickle says.
     """
     with zipfile.ZipFile(path) as archive:
         for entry in archive.infolist():

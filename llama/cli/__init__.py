@@ -328,7 +328,7 @@ def dtype_of(name: str | None) -> "torch.dtype | None":
     return dtype
 
 
-DELAY = 0.5  # seconds before a bar is drawn: what takes less needs none
+DELAY = 0.5  # seconds before a bar is drawn: shorter tasks need none
 
 
 class progress:

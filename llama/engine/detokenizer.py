@@ -79,7 +79,7 @@ class Detokenizer:
         return bisect_right(self._ends, self._returned)
 
     def push(self, token: int) -> str:
-        """Append a token; returns the text that has become certain."""
+        """Append a token, and return the text that has become certain."""
         self._ids.append(token)
         self.starts.append(len(self.text))
         self._advance(final=False)
@@ -87,7 +87,7 @@ class Detokenizer:
         return self._give(len(self.text) - held)
 
     def flush(self) -> str:
-        """End the text; returns what was held back."""
+        """End the text, and return the part that was held back."""
         if not self.stopped:
             self._advance(final=True)
         return self._give(len(self.text))
@@ -104,7 +104,7 @@ class Detokenizer:
             self._cut(searched)
 
     def _cut(self, searched: int) -> None:
-        """End the text at the first stop string in what came after ``searched`` characters."""
+        """End the text at the first stop string in the part after ``searched`` characters."""
         piece = self.text[searched:]
         found = [at for stop in self._stop if (at := stop.find(piece)) is not None]
         if found:
@@ -112,7 +112,7 @@ class Detokenizer:
             self.text = self.text[: searched + min(found)]
 
     def _held_back(self) -> int:
-        """Return how many characters at the end could be the beginning of a stop string."""
+        """Return the number of characters at the end that could begin a stop string."""
         return max((stop.matched for stop in self._stop), default=0)
 
     def _give(self, end: int) -> str:

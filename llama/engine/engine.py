@@ -1,7 +1,7 @@
 """Continuous batching: sequences take slots of the cache as they come, and free them as they end.
 
 Each step is one pass through the network. It brings the next token of every sequence that is being
-decoded and, beside them, pieces of the prompts that wait to be read.
+decoded, together with pieces of the prompts that wait to be read.
 """
 
 from collections import deque
@@ -30,7 +30,7 @@ _WORTH_WAITING = 64  # tokens of a prompt that is being read, which another one 
 
 @dataclass
 class Counts:
-    """What the engine has done so far."""
+    """Counts of the engine's work."""
 
     prompt_tokens: int = 0  # read
     reused_tokens: int = 0  # that the cache held
@@ -39,7 +39,7 @@ class Counts:
 
 
 class Piece(NamedTuple):
-    """What a step takes of a sequence: tokens from a position on, of which some are a draft."""
+    """A sequence's part of a step: tokens from a position on, some of which may be a draft."""
 
     sequence: Sequence
     start: int
@@ -48,7 +48,7 @@ class Piece(NamedTuple):
 
 
 class Engine:
-    """Runs sequences on a model, which nobody else may use meanwhile. For one thread.
+    """Runs sequences on a model, which nothing else may use in the meantime. For one thread.
 
     On several ranks each has an engine, and all get the same calls in the same order.
 
@@ -69,7 +69,7 @@ class Engine:
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []  # in the order in which they came
         self._prefixes = PrefixCache(model.params.max_batch_size)
-        self._n_passes = model.n_passes  # after any other the cache isn't what it was
+        self._n_passes = model.n_passes  # any other pass changes the cache
 
     @property
     def n_running(self) -> int:
@@ -144,7 +144,7 @@ class Engine:
     def _admit(self) -> None:
         while self._prefixes.free and self._waiting and not self._waits(self._waiting[0]):
             sequence = self._waiting.popleft()
-            # What is scored or pooled must pass through the network.
+            # Tokens that are scored or pooled must pass through the network.
             whole = sequence.params.scores_prompt or sequence.is_read_only
             limit = 0 if whole else len(sequence.prompt) - 1
             sequence.slot, n_reused, copy = self._prefixes.take(sequence.prompt, limit)
@@ -155,7 +155,7 @@ class Engine:
             self.counts.reused_tokens += n_reused
 
     def _waits(self, sequence: Sequence) -> bool:
-        """Return whether a prompt that is being read will spare the reading of this one's start."""
+        """Return whether a prompt being read begins so much like this one that waiting pays."""
         if sequence.params.scores_prompt or sequence.is_read_only:
             return False
         prompt = sequence.prompt
@@ -191,7 +191,7 @@ class Engine:
 
     @torch.inference_mode()
     def _forward(self, pieces: List[Piece]) -> tuple[torch.Tensor, ...]:
-        """Return what each piece asks for: hidden states to be pooled, else logits."""
+        """Return each piece's hidden states if they are to be pooled, its logits otherwise."""
         self.counts.passes += 1
         device = self.model.freqs_cis.device
         ids = [token for piece in pieces for token in piece.tokens]
@@ -222,7 +222,7 @@ class Engine:
         )
 
     def _read(self, piece: Piece, output: torch.Tensor) -> torch.Tensor:
-        """Note that a prompt's piece is in the cache; returns the logits to draw from, if any."""
+        """Note that a prompt's piece is in the cache; return the logits to draw from, if any."""
         sequence = piece.sequence
         self.counts.prompt_tokens += len(piece.tokens)
         sequence.n_cached += len(piece.tokens)
@@ -237,7 +237,7 @@ class Engine:
             sequence.pooled = output[-1].clone()
         if sequence.is_read_only:
             self._finish(sequence, "stop")
-        elif sequence.max_new_tokens == 0:  # nothing but the prompt was asked for
+        elif sequence.max_new_tokens == 0:  # only the prompt was requested
             self._finish(sequence, "length")
         return output[-1:]
 

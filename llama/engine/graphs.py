@@ -22,10 +22,10 @@ logger = logging.getLogger(__name__)
 
 
 def compile_decoding(model: Transformer) -> "CompiledSteps":
-    """Compile the model's decoding steps, all of them now; logs how long that took.
+    """Compile all of the model's decoding steps now, and log how long that took.
 
     Raises:
-        RuntimeError: PyTorch can't compile here, with what it lacks.
+        RuntimeError: PyTorch can't compile here; says what is missing.
     """
     from torch import _dynamo as dynamo  # slow to import, which others needn't wait for
 
@@ -48,7 +48,7 @@ def compile_decoding(model: Transformer) -> "CompiledSteps":
 
 
 def check_compiler(device: torch.device) -> None:
-    """Raise ``RuntimeError`` unless PyTorch can compile for a device, with what it lacks."""
+    """Raise ``RuntimeError``, saying what is missing, unless PyTorch can compile for a device."""
     if device.type == "mps":
         raise RuntimeError("compile=True is for CUDA and CPUs: leave it out on MPS")
     if device.type == "cuda":
@@ -140,7 +140,7 @@ class _Graph:
         self._inputs = tuple(tensor.clone() for tensor in inputs)
         # Streams are the current device's, which another thread's or model's may be.
         with torch.cuda.device(self._inputs[0].device):
-            # What is recorded must have run before: compiled, its memory and libraries set up.
+            # A first run compiles the step and sets up memory and libraries, before it is recorded.
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):

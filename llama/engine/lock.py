@@ -20,7 +20,7 @@ class CacheLock:
 
     @contextmanager
     def exclusive(self) -> Iterator[Callable[[], None]]:
-        """Hold the cache for one call; yields a function that a stream calls before it goes on.
+        """Hold the cache for one call, and yield a function that a stream calls before it goes on.
 
         Raises:
             RuntimeError: on several ranks, a second thread calls; or, from the function yielded,

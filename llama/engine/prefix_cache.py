@@ -1,4 +1,4 @@
-"""What the cache's slots still hold: a prompt that begins alike is prefilled from there on."""
+"""The tokens that the cache's slots still hold, which prompts with the same beginning reuse."""
 
 from collections.abc import Sequence
 
@@ -15,11 +15,11 @@ class PrefixCache:
         self._clock = 0
 
     def clear(self) -> None:
-        """Forget what the slots hold."""
+        """Forget the slots' contents."""
         self._held = [[] for _ in self._held]
 
     def longest(self, prompt: Sequence[int]) -> int:
-        """Return how many of a prompt's tokens, all but the last at most, some slot holds."""
+        """Return the length of a prompt's longest prefix in any slot, without its last token."""
         return max(common_prefix(prompt, held, len(prompt) - 1) for held in self._held)
 
     def take(self, prompt: Sequence[int], limit: int) -> tuple[int, int, tuple[int, int] | None]:
@@ -48,19 +48,19 @@ class PrefixCache:
         """Note that a pass writes tokens to a slot from position ``start`` on.
 
         A rejected draft stays there too, until it is written over. What comes before ``start``
-        is unknown after ``clear``, and nothing of such a slot can be reused.
+        is unknown after ``clear``; such a slot can't be reused.
         """
         if start <= len(self._held[slot]):
             self._held[slot][start:] = tokens
 
     def release(self, slot: int) -> None:
-        """Free a slot, which keeps what it holds."""
+        """Free a slot, which keeps its contents."""
         self._clock += 1
         self._last_use[slot] = self._clock
         self.free.add(slot)
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int], limit: int) -> int:
-    """Return how many of the first ``limit`` tokens are equal."""
+    """Return the length of the common prefix, ``limit`` at most."""
     limit = min(limit, len(b))
     return next((i for i in range(limit) if a[i] != b[i]), limit)

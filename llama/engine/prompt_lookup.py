@@ -1,8 +1,9 @@
-"""Prompt-lookup decoding: what followed the last tokens before may follow them again.
+"""Prompt-lookup decoding: tokens that followed the last ones earlier may follow them again.
 
 A sequence's next tokens are drafted from its own text, and one forward pass checks all of them.
-That costs little more than a pass for one token, and gives the tokens that decoding without drafts
-gives, but for the rounding of half precision (https://github.com/apoorvumang/prompt-lookup-decoding).
+That costs little more than a pass for one token, and gives the same tokens as decoding without
+drafts, apart from rounding in half precision
+(https://github.com/apoorvumang/prompt-lookup-decoding).
 """
 
 from collections.abc import Iterable
@@ -17,7 +18,7 @@ class PromptLookup:
 
     A draft that is accepted makes the next one longer. One that is rejected makes it short and is
     followed by a pause, the longer the more are rejected in a row, so that text which doesn't
-    repeat itself pays next to nothing.
+    repeat itself costs almost nothing.
 
     Args:
         prompt: the sequence's tokens so far.
@@ -30,7 +31,7 @@ class PromptLookup:
         self._pause = 0
         self._resume_at = 0  # no draft for texts shorter than this
         self._text: list[int] = []
-        self._after: dict[tuple[int, ...], int] = {}  # some tokens: where what followed them begins
+        self._after: dict[tuple[int, ...], int] = {}  # some tokens: where their continuation begins
         for token in prompt:
             self.push(token)
 
@@ -54,7 +55,7 @@ class PromptLookup:
         return []
 
     def learn(self, n_drafted: int, n_accepted: int) -> None:
-        """Adapt to how many tokens of the last draft were accepted."""
+        """Adapt to the number of tokens of the last draft that were accepted."""
         if not n_drafted:
             return
         doubled = 2 * n_drafted if n_accepted == n_drafted else 0

@@ -1,4 +1,4 @@
-"""A sequence on its way through the engine: its prompt, what to generate, and what came of it."""
+"""A sequence in the engine: its prompt, its parameters and its results."""
 
 import random
 from collections.abc import Iterable
@@ -26,7 +26,7 @@ class Sequence:
 
     Args:
         prompt: token ids.
-        params: what to generate.
+        params: the parameters of generation.
         seed: decides its draws, so that they don't depend on other sequences.
         max_new_tokens: at most, as far as the cache has room.
         output: the tokens, decoded as a text or what is missing between two, or the ids alone;
@@ -47,7 +47,7 @@ class Sequence:
     top_logprobs: list[Alternatives] = field(default_factory=list)
     prompt_logprobs: list[float] = field(default_factory=list)
     prompt_top_logprobs: list[Alternatives] = field(default_factory=list)
-    pooled: torch.Tensor | None = None  # what ``output`` asks for, of a prompt that is read
+    pooled: torch.Tensor | None = None  # the result of a prompt that is only read
     finish_reason: FinishReason | None = None
     slot: int | None = None  # of the cache
     n_cached: int = 0  # tokens of the prompt in the cache
@@ -69,12 +69,12 @@ class Sequence:
 
     @property
     def is_read_only(self) -> bool:
-        """Whether nothing is generated after the prompt."""
+        """True if nothing is generated after the prompt."""
         return self.output in ("mean", "last", "logits")
 
     @property
     def is_prefilling(self) -> bool:
-        """Whether some of the prompt isn't in the cache yet."""
+        """True if some of the prompt isn't in the cache yet."""
         return self.n_cached < len(self.prompt)
 
     @property
@@ -84,7 +84,7 @@ class Sequence:
 
     @property
     def n_decoded(self) -> int:
-        """How many tokens' text has been returned in full by now."""
+        """The number of tokens whose text has been returned in full."""
         if self.finish_reason is not None or self.detokenizer is None:
             return len(self.tokens)
         return self.detokenizer.n_tokens
@@ -139,7 +139,7 @@ class Sequence:
         return text
 
     def finish(self, reason: FinishReason) -> str:
-        """End the sequence; returns the text that was held back."""
+        """End the sequence, and return the text that was held back."""
         text = ""
         if self.detokenizer is not None and reason in ("stop", "length"):
             text = self.detokenizer.flush()
@@ -151,7 +151,7 @@ class Sequence:
 
 
 class Event(NamedTuple):
-    """What a step brought for a sequence: new text, and whether it has ended."""
+    """The result of a step for a sequence: new text, and whether it has ended."""
 
     sequence: Sequence
     text: str = ""

@@ -19,7 +19,7 @@ class Tasks:
 
     Args:
         chat: how dialogs are written.
-        seed: what calls without a seed of their own draw theirs from.
+        seed: the source of the seeds of calls without their own.
     """
 
     def __init__(self, args: ModelArgs, tokenizer: BaseTokenizer, chat: ChatFormat, seed: int):
@@ -85,7 +85,7 @@ class Tasks:
         params: SamplingParams,
         suffix_first: bool = False,
     ) -> list[Sequence]:
-        """Fill in what is missing between prefixes and suffixes."""
+        """Fill in the text between prefixes and suffixes."""
         prefixes = checked_list(prefixes, "prefixes")
         suffixes = checked_list(suffixes, "suffixes")
         if len(prefixes) != len(suffixes):
@@ -97,7 +97,7 @@ class Tasks:
         return self.generate(ids, params, "infilling")
 
     def read(self, texts: List[str | list[int]], output: Output) -> list[Sequence]:
-        """Read texts for what ``output`` names."""
+        """Read texts for the result that ``output`` names."""
         prompts = [
             text if _is_token_ids(text) else self._encode(text)
             for text in checked_list(texts, "texts")

@@ -1,1 +1,1 @@
-"""What ``llama.model`` is made of: attention, the cache, linear layers and their kernels."""
+"""The parts of ``llama.model``: attention, the cache, linear layers and their kernels."""

@@ -1,4 +1,4 @@
-"""How the new tokens of several sequences lie side by side in one forward pass."""
+"""The layout of several sequences' new tokens in one forward pass."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -17,8 +17,11 @@ class Segment(NamedTuple):
 
 
 class Span(NamedTuple):
-    """The tokens that one attention call serves: several new tokens of one sequence (a piece of a
-    prompt), or one new token of each of several sequences in neighbouring slots (decoding)."""
+    """The tokens that one attention call serves.
+
+    They are several new tokens of one sequence (a piece of a prompt), or one new token of each of
+    several sequences in neighbouring slots (decoding).
+    """
 
     tokens: slice  # of the batch
     slots: slice  # of the cache
@@ -84,7 +87,7 @@ def _decoding_span(group: Sequence[Segment], first: int, device: torch.device) -
 def _prompt_spans(segment: Segment, first: int, device: torch.device) -> list[Span]:
     """Return the spans of a prompt's piece, whose tokens begin at ``first`` in the batch.
 
-    On a CPU it is cut, since attention there computes all that causality then discards.
+    On a CPU it is cut, since attention there also computes the scores that causality discards.
     """
     slot, start_pos, length = segment
     step = _CPU_SPAN if device.type == "cpu" else length
@@ -93,7 +96,7 @@ def _prompt_spans(segment: Segment, first: int, device: torch.device) -> list[Sp
         n = min(step, length - begin)
         past = start_pos + begin
         mask = None
-        if past > 0:  # causal, after what the cache already holds
+        if past > 0:  # causal, after the positions that the cache already holds
             mask = torch.ones(n, past + n, dtype=torch.bool, device=device).tril(past)
         tokens = slice(first + begin, first + begin + n)
         spans.append(Span(tokens, slice(slot, slot + 1), past + n, mask))

@@ -86,7 +86,7 @@ class ParallelLinear(_Stored):
             return self.stored()["weight"]
         return self.scheme.dequantize(self.stored(), self.block_size)
 
-    # Whoever saves, loads or copies a layer sees the stored weight.
+    # Saving, loading and copying a layer use the stored weight.
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         for name, part in self.stored().items():

@@ -171,14 +171,14 @@ class Int4:
 
 
 Scheme = Int8 | Int4
-# Where a group's range is cut, as fractions of it, at either end; what falls outside is clamped.
+# Fractions of a group's range that are cut at either end; values outside are clamped.
 _CUTS = [(low, high) for low in (0.0, 0.05, 0.1) for high in (0.0, 0.05, 0.1)]
 
 
 def _round_groups(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Numbers, scales and zeros for groups, shape (n, group_size), with a small squared error.
+    """Return codes, scales and zeros of groups, shape (n, group_size), with a small squared error.
 
-    From each of several ranges: round, then fit scale and offset to the codes by least squares.
+    Try several ranges: round, then fit scale and offset to the codes by least squares.
     """
     weight = weight.float()
     low = weight.amin(dim=1, keepdim=True)
@@ -207,7 +207,7 @@ def _codes(weight: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor) -> t
 
 
 def _fit(weight: torch.Tensor, codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The scale and offset with the least squared error of ``codes * scale + offset``."""
+    """Return the scale and offset with the least squared error of ``codes * scale + offset``."""
     mean, target = codes.mean(dim=1, keepdim=True), weight.mean(dim=1, keepdim=True)
     centred = codes - mean
     variance = centred.square().sum(dim=1, keepdim=True)

@@ -126,7 +126,7 @@ class EngineLoop:
                 job.update(finish_reason="error")
 
     def _wait(self) -> bool:
-        """Wait for jobs; returns False once the loop is drained."""
+        """Wait for jobs; return False once the loop is drained."""
         while True:
             with self._wake:
                 if self._jobs:

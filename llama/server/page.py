@@ -255,7 +255,7 @@ async def accumulate(pieces: AsyncIterator[str]) -> AsyncGenerator[str, None]:
     try:
         while not (await asyncio.wait([reader], timeout=UPDATE_INTERVAL))[0]:
             n_waits += 1
-            # An update now and then lets Gradio notice that the browser has disconnected.
+            # Gradio notices only with an update that the browser has disconnected.
             if text != shown or n_waits % 25 == 0:
                 shown = text
                 yield text

@@ -21,8 +21,7 @@ HEADERS = {
 
 
 def same_origin_only(app: ASGIApp) -> ASGIApp:
-    """Wrap an ASGI app: serve only Gradio's routes that the page uses, and forbid the browser to
-    load anything from other hosts."""
+    """Wrap an ASGI app: serve only the page's routes, and forbid loads from other hosts."""
 
     async def serve(scope: Scope, receive: Receive, send: Send) -> None:
         async def send_restricted(part: Message) -> None:

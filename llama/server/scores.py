@@ -83,7 +83,7 @@ class Scores:
         return scored
 
     def for_completion(self, n_tokens: int) -> CompletionLogprobs:
-        """Return those of a completion's next tokens, up to ``n_tokens``."""
+        """Return the log-probabilities of a completion's next tokens, up to ``n_tokens``."""
         offsets = self._prompt_starts() if self._echo else []
         assert self._sequence.detokenizer is not None
         starts = self._sequence.detokenizer.starts[self._n_returned : n_tokens]
@@ -118,7 +118,7 @@ class Scores:
         return scores
 
     def for_chat(self, n_tokens: int) -> ChatLogprobs:
-        """Return those of an answer's next tokens, up to ``n_tokens``."""
+        """Return the log-probabilities of an answer's next tokens, up to ``n_tokens``."""
         content = []
         for token, score, top in self._next(n_tokens):
             most_probable = [self._named(t, value) for t, value in top]

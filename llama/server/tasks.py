@@ -121,7 +121,6 @@ async def _respond(
             of choices and usage.
         event: the same for an event, which has one choice.
     """
-
     if body.stream:
         part, chunk = event
         without_choices = partial(chunk, choices=[])

@@ -1,4 +1,4 @@
-"""What a kernel is, and how compiled code calls one."""
+"""The interface of kernels, and the way compiled code calls one."""
 
 import itertools
 import weakref
@@ -22,7 +22,7 @@ class Kernel(ABC):
 
     def __init__(self, stored: StoredWeight):
         self.out_features = len(stored["weight"])
-        self.number = next(_numbers)  # by which compiled code finds an opaque kernel
+        self.number = next(_numbers)  # identifies an opaque kernel in compiled code
         if self.opaque:
             _opaque[self.number] = self
             self._number = torch.tensor(self.number, device="cpu")

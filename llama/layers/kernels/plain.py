@@ -20,7 +20,7 @@ class _Plain(Kernel):
 class Int8(_Plain):
     """Widened before they are multiplied; with one token, while they are.
 
-    The latter by PyTorch's operator, or by what the compiler makes of a sum of products.
+    The latter by PyTorch's operator, or by compiled code for a sum of products.
     """
 
     def __init__(self, stored: StoredWeight, block_size: int, dtype: torch.dtype):
@@ -34,7 +34,7 @@ class Int8(_Plain):
             return ((weight * x.float()).sum(dim=1) * scale)[None].to(x.dtype)
         if len(x) == 1 and x.device.type in ("cpu", "mps"):
             return torch._weight_int8pack_mm(x, weight, scale.to(x.dtype))
-        if x.dtype == torch.float16:  # whole numbers would soon leave its range
+        if x.dtype == torch.float16:  # sums of integers would soon exceed its range
             return F.linear(x, (weight * scale[:, None]).to(x.dtype))
         return F.linear(x, weight.to(x.dtype)) * scale.to(x.dtype)
 
