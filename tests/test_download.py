@@ -425,7 +425,7 @@ def test_unreachable_server_says_check_the_network(downloader):
     assert "can't connect" in downloader.fail(LLAMA_URL="http://127.0.0.1:9/*?" + QUERY)
 
 
-def test_wrong_checksum_removes_the_file_and_the_next_run_starts_afresh(downloader, server):
+def test_wrong_checksum_removes_the_file_and_the_next_run_starts_from_nothing(downloader, server):
     good = server.files[SHARD]
     server.files[SHARD] = good[::-1]
     assert "wrong MD5" in downloader.fail_at_shard()

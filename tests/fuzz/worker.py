@@ -151,7 +151,7 @@ def _status(name: str) -> int:
 
 
 def _start_measuring() -> int:
-    """Give the process its limit anew. Returns its resident memory."""
+    """Give the process its limit again. Returns its resident memory."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]

@@ -185,7 +185,7 @@ def test_completions_with_the_openai_package(client: Any, tiny: Llama) -> None:
     assert all(
         max(top.values()) == pytest.approx(score, abs=1e-5)
         for top, score in zip(scores.top_logprobs[3:], scores.token_logprobs[3:], strict=True)
-    ), "greedy tokens are the likeliest"
+    ), "greedy tokens are the most probable"
 
     only = create(model="tiny", prompt="The cow says moo", echo=True, logprobs=0, max_tokens=0)
     assert only.choices[0].text == "The cow says moo"

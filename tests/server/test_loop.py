@@ -149,7 +149,7 @@ def test_draining(client: Client) -> None:
     assert {client.finish(job) for job in jobs} <= {"stop", "length"}
 
 
-def test_an_unforeseen_error_ends_the_engine(
+def test_an_unexpected_error_ends_the_engine(
     llama: Llama, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a dead rank does: every request is told, and new ones are refused."""
