@@ -34,6 +34,7 @@ def test_every_engine_gets_the_same_weights(engine: str, tmp_path: Path) -> None
         assert torch.equal(read.to(torch.bfloat16), tensors[name]), name
 
 
+@pytest.mark.slow
 def test_a_worker_measures_this_library(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(engines, "PROMPT", 40)
     monkeypatch.setattr(engines, "NEW", 100)  # whose time is far above that of one
@@ -63,6 +64,7 @@ def test_fractions_and_ratios() -> None:
     assert lines[5].endswith("| 2.00 x | 0.50 x |")
 
 
+@pytest.mark.slow
 def test_growth_is_measured_and_drawn(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(growth, "CONTEXTS", (8, 60))
     monkeypatch.setattr(growth, "RAGGED", (2, 4, 6, 8, 10, 12, 14, 16))
@@ -123,6 +125,7 @@ def test_an_engine_is_compared_with_our_weights_of_as_many_bits() -> None:
     assert shares[1] == pytest.approx(8 * shares[0] / 2, abs=0.05)
 
 
+@pytest.mark.slow
 def test_quality_is_measured(monkeypatch, capsys) -> None:
     monkeypatch.setattr(speed.engines, "installed", lambda: ["llama"])
     quality.main(n_tokens=700, context=128, stride=64)
@@ -140,6 +143,7 @@ def test_quality_is_measured(monkeypatch, capsys) -> None:
     assert values["llama int4, groups of 32"][0] > values["llama int4"][0] > 4.5
 
 
+@pytest.mark.slow
 def test_a_short_soak(capsys) -> None:
     """A hundred requests of all kinds at once, some cancelled or malformed: no wrong answer, no row
     that stays taken, and an end with status 0."""

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llama import parallel
+from llama import cli, parallel
 from llama.convert import convert
 from llama.generation import TINY
 from llama.layers.kernels import cpu
@@ -33,6 +33,11 @@ def run(*command: str, cwd: Path = EXAMPLES) -> str:
     return done.stdout
 
 
+def run_here(name: str, *flags: str) -> None:
+    """Run an example's command line in this process."""
+    cli.run(runpy.run_path(str(EXAMPLES / name))["main"], name, flags)
+
+
 def test_every_example_is_tested() -> None:
     examples = {path.name for path in EXAMPLES.glob("example_*.py")}
     assert set(EXPECTED) == examples - {"example_smollm2.py"}
@@ -48,12 +53,14 @@ def test_a_real_model_answers() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", EXPECTED)
-def test_plain_python_from_anywhere(name: str, tmp_path: Path) -> None:
-    path = str(EXAMPLES / name)
-    whole = run(path, "--temperature", "0", cwd=tmp_path)
-    streamed = run(path, "--temperature", "0", "--stream", cwd=tmp_path)
+def test_plain_python_from_anywhere(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run(str(EXAMPLES / name), "--temperature", "0", cwd=tmp_path)
     assert re.search(EXPECTED[name], whole)
-    assert re.search(EXPECTED[name], streamed)
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    run_here(name, "--temperature", "0", "--stream")
+    assert re.search(EXPECTED[name], capsys.readouterr().out)
 
 
 @pytest.mark.slow
@@ -96,9 +103,8 @@ def test_greedy_text_of_every_example_is_unchanged_in_int8(
     monkeypatch.syspath_prepend(str(EXAMPLES))
     # In bfloat16 the usual weights' text isn't float32's either: stories have near ties.
     monkeypatch.setattr(parallel, "choose_dtype", lambda *_: torch.float32)
-    run = runpy.run_path(str(EXAMPLES / name))["main"]
-    run(temperature=0)
+    run_here(name, "--temperature", "0")
     usual = capsys.readouterr().out
-    run(str(int8), temperature=0)
+    run_here(name, "--ckpt_dir", str(int8), "--temperature", "0")
     assert capsys.readouterr().out == usual
     assert usual.strip()
