@@ -20,6 +20,13 @@ import serving
 import soak
 import speed
 
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads of several test processes would wait for each other."""
+    monkeypatch.setattr(engines, "THREADS", 1)
+
+
 SMALL = ModelArgs(dim=64, n_layers=2, n_heads=8, n_kv_heads=2, vocab_size=768, multiple_of=32)
 
 
