@@ -1,4 +1,4 @@
-"""How the cost grows with the batch, its raggedness, the context and the turns of a dialog.
+"""Measure how the cost grows with the batch, its raggedness, the context and the turns of a dialog.
 
     python benchmarks/growth.py CKPT_DIR    # as speed.py does on its random weights
 
