@@ -16,6 +16,7 @@ from torch import nn
 from llama.args import ModelArgs as ModelArgs
 from llama.layers.attention import ragged_attention
 from llama.layers.batch import RaggedBatch, Segment, check_segments
+from llama.layers.capability import Capability
 from llama.layers.kv_cache import KVCache
 from llama.layers.linear import (
     ColumnParallelLinear,
@@ -196,12 +197,13 @@ class Transformer(nn.Module):
     def allocate_buffers(
         self, device: torch.device, dtype: torch.dtype, int8_cache: bool = False
     ) -> None:
-        """Make the rotary table and an empty key/value cache on ``device``.
+        """Make the rotary table and an empty key/value cache on ``device``, where weights are.
 
         The cache has ``max_batch_size * max_seq_len`` positions a layer; those that are written
         take up memory.
         """
         params = self.params
+        self.capability = Capability.of(device)
         table = precompute_freqs_cis(params, device)
         self.register_buffer("freqs_cis", table, persistent=False)
         for block in self._blocks():
@@ -233,7 +235,7 @@ class Transformer(nn.Module):
 
     def pack_group(self, layers: tuple[ParallelLinear, ...]) -> bool:
         """Pack one of ``linear_groups``; return whether a kernel took over its weights."""
-        kernel = pack(layers)
+        kernel = pack(layers, self.capability)
         if kernel is not None:
             self.min_tokens = max(self.min_tokens, kernel.min_tokens)
         return kernel is not None

@@ -17,6 +17,7 @@ from fairscale.nn.model_parallel.mappings import (
 )
 from torch import nn
 
+from llama.layers.capability import Capability
 from llama.layers.kernels import Kernel, make_kernel
 from llama.layers.kernels.cpu import OneDnn
 from llama.layers.quantization import Scheme, StoredWeight
@@ -123,8 +124,12 @@ def fused_linear(x: torch.Tensor, *layers: ParallelLinear) -> Sequence[torch.Ten
     return [out[:, layer.rows] for layer in layers]
 
 
-def pack(layers: Sequence[ParallelLinear]) -> Kernel | None:
+def pack(layers: Sequence[ParallelLinear], capability: Capability) -> Kernel | None:
     """Give layers that multiply the same input one kernel, which takes over their weights.
+
+    Args:
+        layers: linear layers of one number format.
+        capability: of the weights' device.
 
     Returns:
         The kernel; None where the stored weights are multiplied as they are.
@@ -138,7 +143,7 @@ def pack(layers: Sequence[ParallelLinear]) -> Kernel | None:
     joined = own[0]
     if len(layers) > 1:
         joined = {name: torch.cat([stored[name] for stored in own]) for name in joined}
-    kernel = make_kernel(joined, first.scheme, first.dtype, first.block_size)
+    kernel = make_kernel(joined, first.scheme, first.dtype, first.block_size, capability)
     row = 0
     for layer, stored in zip(layers, own, strict=True):
         layer.kernel = kernel

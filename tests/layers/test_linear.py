@@ -12,6 +12,7 @@ from conftest import make_model
 
 from llama import Transformer
 from llama.checkpoint.save import save
+from llama.layers.capability import Capability
 from llama.layers.kernels import cpu
 from llama.layers.kernels.base import Kernel
 from llama.layers.linear import ColumnParallelLinear, ParallelLinear, pack
@@ -61,7 +62,7 @@ def test_every_kernel_gives_the_float32_product(
     layer = ColumnParallelLinear(96, 160).to(dtype).requires_grad_(False)
     layer.weight.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
     exact = layer.weight.float()
-    pack([layer])
+    pack([layer], Capability())
     assert (layer.kernel is not None) == packs
     for n_tokens in (1, 2, 7, 33):
         x = torch.randn(n_tokens, 96).to(dtype)
@@ -102,7 +103,7 @@ def test_few_tokens_are_padded_once_a_pass(
 def test_weights_that_are_trained_are_left_alone(dtype: torch.dtype) -> None:
     make_model()
     layer = ColumnParallelLinear(96, 160).to(dtype).requires_grad_(True)
-    assert pack([layer]) is None
+    assert pack([layer], Capability()) is None
     layer(torch.ones(2, 96).to(dtype)).sum().backward()
     assert layer.kernel is None
 
@@ -166,7 +167,7 @@ def test_a_layer_packed_alone_stays_usable_among_its_neighbours(dtype: torch.dty
     model = make_model(n_kv_heads=2).to(dtype).requires_grad_(False)
     model.allocate_buffers(CPU, dtype)
     plain = copy.deepcopy(model)
-    pack([model.layers[0].attention.wk])
+    pack([model.layers[0].attention.wk], Capability())
     assert model.layers[0].attention.wk.kernel is not None
     same_logits(model, plain)
 

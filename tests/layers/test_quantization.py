@@ -24,6 +24,7 @@ from llama.checkpoint.save import reshard
 from llama.checkpoint.sharding import full_shapes, parameter_count, stored_bytes
 from llama.convert import convert
 from llama.generation import TINY
+from llama.layers.capability import Capability
 from llama.layers.kernels import cpu, make_kernel
 from llama.layers.linear import ParallelEmbedding, ParallelLinear, pack
 from llama.layers.quantization import Int4, Int8, Scheme, hadamard, make_scheme, rotate
@@ -165,13 +166,14 @@ def test_the_network_is_that_of_the_dequantised_weights(
 
 PRODUCT = """
 import torch
+from llama.layers.capability import Capability
 from llama.layers.kernels import make_kernel
 from llama.layers.quantization import Int4
 scheme = Int4(32)
 generator = torch.Generator().manual_seed(0)
 weight, x = (torch.randn(n, 64, generator=generator) for n in (96, 3))
 parts = scheme.quantize(weight)
-kernel = make_kernel(parts, scheme, torch.float32, 1)
+kernel = make_kernel(parts, scheme, torch.float32, 1, Capability())
 expected = x @ scheme.dequantize(parts, 1).T
 print(type(kernel).__module__, float((kernel(x) - expected).norm() / expected.norm()) < 5e-3)
 """
@@ -197,7 +199,9 @@ def test_int4_is_right_on_processors_with_another_order(capability: str) -> None
 @pytest.mark.parametrize("scheme", [Int8(), Int4(32)], ids=str)
 def test_compiled_code_is_told_the_products_true_layout(scheme: Scheme) -> None:
     weight = torch.randn(96, 64)  # no multiple of int4's tile
-    kernel = make_kernel(scheme.quantize(weight), scheme, torch.float32, scheme.block_size(64))
+    kernel = make_kernel(
+        scheme.quantize(weight), scheme, torch.float32, scheme.block_size(64), Capability()
+    )
     x = torch.randn(2, 64)
     number = torch.tensor(kernel.number)
     torch.library.opcheck(torch.ops.llama.product.default, (x, number, kernel.out_features))
@@ -243,7 +247,7 @@ def test_layers_can_be_saved_loaded_copied_and_pickled(scheme: Scheme) -> None:
     for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         assert twin.kernel is None
         assert all(torch.equal(twin.stored()[n], part) for n, part in layer.stored().items())
-        pack([twin])
+        pack([twin], Capability())
         assert torch.equal(twin(x), expected)
     _, other = quantised_model(scheme, seed=9)
     other.load_state_dict(state)

@@ -2,6 +2,7 @@
 
 import torch
 
+from llama.layers.capability import Capability
 from llama.layers.kernels import cpu, cuda, plain
 from llama.layers.kernels.base import Kernel
 from llama.layers.quantization import Int8, Scheme, StoredWeight
@@ -10,7 +11,11 @@ __all__ = ["Kernel", "make_kernel"]
 
 
 def make_kernel(
-    stored: StoredWeight, scheme: Scheme | None, dtype: torch.dtype, block_size: int
+    stored: StoredWeight,
+    scheme: Scheme | None,
+    dtype: torch.dtype,
+    block_size: int,
+    capability: Capability,
 ) -> Kernel:
     """Return the fastest kernel for a weight on its device.
 
@@ -19,8 +24,9 @@ def make_kernel(
         scheme: how it is quantised; None for a plain weight, where ``cpu.OneDnn`` is the fastest.
         dtype: of the inputs.
         block_size: how many inputs the weight was rotated by (int8).
+        capability: of the device.
     """
-    on_cpu = stored["weight"].device.type == "cpu"
+    on_cpu = capability.kind == "cpu"
     if scheme is None:
         return cpu.OneDnn(stored)
     if isinstance(scheme, Int8):
@@ -29,6 +35,6 @@ def make_kernel(
         return plain.Int8(stored, block_size, dtype)
     if on_cpu and cpu.int4_tile():
         return cpu.Int4(stored, scheme)
-    if cuda.Int4.supports(stored["weight"], dtype):
+    if cuda.Int4.supports(stored["weight"], dtype, capability):
         return cuda.Int4(stored, scheme)
     return plain.Int4(stored, scheme)

@@ -3,6 +3,7 @@
 import torch
 
 from llama.layers import quantization
+from llama.layers.capability import Capability
 from llama.layers.kernels.base import Kernel
 from llama.layers.quantization import StoredWeight
 
@@ -22,13 +23,12 @@ class Int4(Kernel):
         self._packed = torch._convert_weight_to_int4pack(swapped, self._INNER_TILES)
 
     @staticmethod
-    def supports(weight: torch.Tensor, dtype: torch.dtype) -> bool:
+    def supports(weight: torch.Tensor, dtype: torch.dtype, capability: Capability) -> bool:
         """Return whether the operator takes a packed weight and inputs of a dtype."""
         return (
-            weight.device.type == "cuda"
-            and torch.version.hip is None
+            capability.kind == "cuda"
+            and capability.compute >= (8, 0)
             and dtype == torch.bfloat16
-            and torch.cuda.get_device_capability(weight.device) >= (8, 0)
             and 2 * weight.shape[1] % (16 * Int4._INNER_TILES) == 0
         )
 
