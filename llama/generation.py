@@ -14,7 +14,7 @@ from llama.chat.prompts import UNSAFE_ERROR, Dialog, Message, has_tags
 from llama.checkpoint.pretrained import TINY as TINY
 from llama.checkpoint.pretrained import LoadConfig, load_model
 from llama.engine.engine import Engine
-from llama.engine.graphs import compile_decoding
+from llama.engine.graphs import decoding_steps
 from llama.engine.lock import CacheLock
 from llama.engine.sequence import Event, Output, StreamPiece
 from llama.engine.sequence import Sequence as EngineSequence
@@ -151,8 +151,7 @@ class Llama:
         )
         model, tokenizer, chat = load_model(config)
         llama = Llama(model, tokenizer, seed, chat)
-        if compile:
-            llama.engine.decode = compile_decoding(llama.model)
+        llama.engine.decode = decoding_steps(llama.model, compile)
         return llama
 
     def generate(

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from llama.args import ModelArgs as ModelArgs
-from llama.layers.attention import ragged_attention
+from llama.layers.attention import choose_backend, ragged_attention
 from llama.layers.batch import RaggedBatch, Segment, check_segments
 from llama.layers.capability import Capability
 from llama.layers.kv_cache import KVCache
@@ -109,9 +109,9 @@ def apply_rotary_emb(x: torch.Tensor, freqs_cis: torch.Tensor) -> torch.Tensor:
         The shape and dtype of ``x``.
     """
     cos, sin = freqs_cis.unsqueeze(1).unbind(2)  # (n_tokens, 1, head_dim) each
-    x32 = x.float()
-    neighbours = x32.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
-    return torch.addcmul(x32 * cos, neighbours, sin).type_as(x)  # (n_tokens, n_heads, head_dim)
+    neighbours = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    # In float32, rounded where it is written: three kernels, whatever the dtype.
+    return torch.addcmul(x * cos, neighbours, sin, out=torch.empty_like(x))
 
 
 class Attention(nn.Module):
@@ -140,7 +140,7 @@ class Attention(nn.Module):
         rotated = apply_rotary_emb(torch.cat((xq, xk), dim=1), freqs_cis)
         xq, xk = rotated.split((self.n_local_heads, self.n_local_kv_heads), dim=1)
         n_tokens = len(batch.slots)  # without padding
-        self.cache.update(xk[:n_tokens], xv[:n_tokens], batch)
+        self.cache.update(xk[:n_tokens], xv[:n_tokens], batch.slots, batch.positions)
         out = ragged_attention(xq, self.cache, batch)
         return self.wo(out.flatten(1))  # (n_tokens, dim)
 
@@ -181,6 +181,7 @@ class Transformer(nn.Module):
     scheme: Scheme | None = None  # how the weights are quantised
     n_passes = 0  # forward passes so far, each of which changed the cache
     min_tokens = 1  # which a pass is padded to, as the kernels are fastest
+    prefill_tokens = 512  # of a prompt in a pass, so that memory is enough
 
     def __init__(self, params: ModelArgs):
         super().__init__()
@@ -206,10 +207,13 @@ class Transformer(nn.Module):
         self.capability = Capability.of(device)
         table = precompute_freqs_cis(params, device)
         self.register_buffer("freqs_cis", table, persistent=False)
+        attention = next(self._blocks()).attention
+        n_heads, n_kv_heads = attention.n_local_heads, attention.n_local_kv_heads
+        shape = (params.max_batch_size, n_kv_heads, params.max_seq_len, params.head_dim)
+        self.backend = choose_backend(shape, n_heads, dtype, device, int8_cache, self.capability)
         for block in self._blocks():
-            n_kv_heads = block.attention.n_local_kv_heads
-            shape = (params.max_batch_size, n_kv_heads, params.max_seq_len, params.head_dim)
-            block.attention.cache = KVCache(shape, dtype, device, int8_cache)
+            cache = KVCache(shape, dtype, device, int8_cache, self.backend.paged)
+            block.attention.cache = cache
 
     def quantize(self, scheme: Scheme, dtype: torch.dtype) -> None:
         """Store the weights that a scheme applies to quantised, for a checkpoint to fill."""
@@ -330,7 +334,7 @@ class Transformer(nn.Module):
 
         Args:
             tokens: token ids of all segments one after another, shape (n_tokens,).
-            segments: where they go; slots in ascending order, each at most once.
+            segments: where they go, each slot at most once.
             select: indices into ``tokens`` of those to return logits for; None for all.
 
         Returns:
@@ -353,7 +357,7 @@ class Transformer(nn.Module):
         Arguments and errors as in ``forward_ragged``.
         """
         self.begin_pass(tokens, segments)
-        batch = RaggedBatch.of(segments, tokens.device)
+        batch = self.backend.layout(segments, tokens.device)
         h = self.forward_layers(tokens, batch, self.layers)
         normed: torch.Tensor = self.norm(h if select is None else h[select])
         return normed
@@ -377,6 +381,10 @@ class Transformer(nn.Module):
         for layer in layers:
             h = layer(h, freqs_cis, batch)
         return h[: len(tokens)]
+
+    def output_logits(self, h: torch.Tensor) -> torch.Tensor:
+        """Return the logits of the last layer's output: (n, dim) to float32, (n, n_outputs)."""
+        return self.logits(self.norm(h))
 
     def logits(self, normed: torch.Tensor) -> torch.Tensor:
         """Return the float32 logits of normed hidden states: (n, dim) to (n, n_outputs)."""

@@ -167,6 +167,11 @@ def print_once(*values: object, end: str = "\n") -> None:
         print(*values, end=end, flush=True)
 
 
+def can_capture() -> bool:
+    """Return whether the ranks' collectives can be part of a CUDA graph."""
+    return world_size() == 1 or dist.get_backend() == "nccl"
+
+
 def broadcast(tensor: torch.Tensor) -> torch.Tensor:
     """Copy rank 0's values of ``tensor`` to every rank, in place."""
     if world_size() > 1:

@@ -83,48 +83,32 @@ class SamplingParams:
 
 
 def sample(
-    logits: torch.Tensor, params: Sequence[SamplingParams], uniforms: torch.Tensor
-) -> torch.Tensor:
-    """Return the next token of each row of logits.
+    logits: torch.Tensor,
+    temperature: torch.Tensor,
+    top_p: torch.Tensor,
+    uniforms: torch.Tensor,
+    n_candidates: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw the next token of each row of logits; nothing waits for the device.
 
     Args:
         logits: float32, shape (n, vocab_size).
-        params: for each row its own.
+        temperature: divides the logits, shape (n,); 0 (or less than 1e-6) takes the most probable
+            token.
+        top_p: the probability mass to draw from (nucleus sampling), shape (n,).
         uniforms: float32 in [0, 1), shape (n,): the number that decides each row's draw.
+        n_candidates: how many of the most probable tokens to sort; None for all.
 
     Returns:
-        int64, shape (n,).
+        int64, shape (n,), and whether there were enough candidates for each draw: others must be
+        drawn again, among all.
     """
-    groups: dict[tuple[float, float], list[int]] = {}  # rows that are drawn alike
-    for i, each in enumerate(params):
-        groups.setdefault((each.temperature, each.top_p), []).append(i)
-    if len(groups) == 1:
-        return next_tokens(logits, *next(iter(groups)), uniforms)
-    tokens = torch.empty(len(params), dtype=torch.long, device=logits.device)
-    for (temperature, top_p), rows in groups.items():
-        tokens[rows] = next_tokens(logits[rows], temperature, top_p, uniforms[rows])
-    return tokens
-
-
-def next_tokens(
-    logits: torch.Tensor, temperature: float, top_p: float, uniforms: torch.Tensor
-) -> torch.Tensor:
-    """Return the next token of each row.
-
-    Args:
-        logits: float32, shape (bsz, vocab_size).
-        temperature: divides the logits; 0 (or less than 1e-6) takes the most probable token.
-        top_p: the probability mass to draw from (nucleus sampling).
-        uniforms: one number in [0, 1) for each row, shape (bsz,): the draw.
-
-    Returns:
-        int64, shape (bsz,).
-    """
-    if temperature < 1e-6:
-        return logits.argmax(dim=-1)
+    is_greedy = temperature < 1e-6
     # The maximum is taken off first, so that a small temperature can't overflow.
-    scaled = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
-    return sample_top_p(scaled.softmax(dim=-1), top_p, uniforms)
+    scaled = logits - logits.amax(dim=-1, keepdim=True)
+    scaled = scaled / torch.where(is_greedy, 1.0, temperature)[:, None]
+    drawn, is_enough = _draw(scaled.softmax(dim=-1), top_p, uniforms, n_candidates)
+    return torch.where(is_greedy, logits.argmax(dim=-1), drawn), is_greedy | is_enough
 
 
 def sample_top_p(
@@ -145,15 +129,27 @@ def sample_top_p(
     """
     if uniforms is None:
         uniforms = torch.rand(len(probs), device=probs.device)
-    sorted_probs, order = probs.sort(dim=-1, descending=True)
-    reached = sorted_probs.cumsum(dim=-1)
-    nucleus = reached - sorted_probs <= p
+    return _draw(probs, torch.full_like(uniforms, p), uniforms, None)[0]
+
+
+def _draw(
+    probs: torch.Tensor, top_p: torch.Tensor, uniforms: torch.Tensor, n_candidates: int | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    n_words = probs.shape[1]
+    n_candidates = min(n_candidates or n_words, n_words)
+    candidates, order = probs.topk(n_candidates, dim=-1)  # the most probable first
+    reached = candidates.cumsum(dim=-1)
+    nucleus = reached - candidates <= top_p[:, None]
     nucleus[:, 0] = True
     size = nucleus.sum(dim=-1, keepdim=True)
-    mass = reached.gather(1, size - 1)
+    is_whole = ~nucleus[:, -1:] if n_candidates < n_words else torch.ones_like(nucleus[:, :1])
+    # Of all tokens together the mass is 1, however few are candidates.
+    mass = torch.where(is_whole, reached.gather(1, size - 1), 1.0)
     uniforms = uniforms.clamp(max=1 - 2**-24)  # a draw just below 1 may have been rounded up
-    drawn = (reached <= uniforms[:, None] * mass).sum(dim=-1, keepdim=True)
-    return order.gather(1, torch.minimum(drawn, size - 1)).squeeze(1)
+    target = uniforms[:, None] * mass
+    is_enough = is_whole | ((top_p[:, None] >= 1) & (target < reached[:, -1:]))
+    drawn = (reached <= target).sum(dim=-1, keepdim=True)
+    return order.gather(1, torch.minimum(drawn, size - 1)).squeeze(1), is_enough.squeeze(1)
 
 
 def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

@@ -11,9 +11,10 @@ from transformers import LlamaForCausalLM, LlamaForSequenceClassification, Llama
 
 from llama import Llama
 from llama.checkpoint.save import save
-from llama.engine.engine import PREFILL_CHUNK
 from llama.generation import TINY
+from llama.model import Transformer
 
+PREFILL_CHUNK = Transformer.prefill_tokens
 SEQ_LEN = 2 * PREFILL_CHUNK + 100
 TEXTS = [
     "Tom has a kite.",

@@ -10,7 +10,7 @@ from conftest import make_model
 
 from llama import Dialog, Llama, Tokenizer
 from llama.chat.prompts import UNSAFE_ERROR
-from llama.engine import engine
+from llama.engine import engine, runner
 from llama.engine.sequence import StreamPiece
 from llama.generation import TINY
 from llama.guards import StreamGuard, Verdict, guarded, refusal
@@ -61,7 +61,7 @@ class TestRaggedBatches:
     ) -> None:
         prompts = [encode(tiny, p) for p in (STORY * 8, "Sam", STORY * 5)]
         whole = tiny.generate(prompts, 40, temperature=0, logprobs=True, echo=True)
-        monkeypatch.setattr(engine, "PREFILL_CHUNK", 13)
+        monkeypatch.setattr(tiny.model, "prefill_tokens", 13)
         monkeypatch.setattr(engine, "PREFILL_TOKENS", 30)
         pieces = tiny.generate(prompts, 40, temperature=0, logprobs=True, echo=True)
         assert pieces[0] == whole[0]
@@ -132,6 +132,11 @@ class TestLengths:
         assert len(tokens[0]) == len(ids) + 10
 
 
+def scripted(script: Iterator[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """What ``sample`` returns of one row: the script's next token."""
+    return torch.tensor([next(script)]), torch.ones(1, dtype=torch.bool)
+
+
 class TestStop:
     def test_a_stop_token_ends_a_row_and_is_left_out(self, tiny: Llama) -> None:
         ids = encode(tiny, STORY)
@@ -170,7 +175,7 @@ class TestStop:
         eot, eos = tiny.tokenizer.eot_id, tiny.tokenizer.eos_id
         for end in (eot, eos):
             script = iter([ids[3], ids[4], end, ids[5]])
-            monkeypatch.setattr(engine, "sample", lambda *_, s=script: torch.tensor([next(s)]))
+            monkeypatch.setattr(runner, "sample", lambda *_, s=script: scripted(s))
             result = tiny.text_infilling(["a"], ["b"], logprobs=True)[0]
             assert len(result["tokens"]) == 2
 
@@ -182,7 +187,7 @@ class TestStop:
         hello = codellama_70b_tokenizer.encode("Hello there", False, False)
         for end in (codellama_70b_tokenizer.step_id, codellama_70b_tokenizer.eos_id):
             script = iter([*hello, end, 7])
-            monkeypatch.setattr(engine, "sample", lambda *_, s=script: torch.tensor([next(s)]))
+            monkeypatch.setattr(runner, "sample", lambda *_, s=script: scripted(s))
             answer = llama.chat_completion([ask("Hi")])[0]["generation"]
             assert answer == {
                 "role": "assistant",

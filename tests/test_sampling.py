@@ -9,12 +9,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama.sampling import SamplingParams, next_tokens, sample, sample_top_p, token_logprobs
+from llama.sampling import SamplingParams, sample, sample_top_p, token_logprobs
 
 ROWS = st.integers(0, 2**31).map(
     lambda seed: torch.randn(5, 40, generator=torch.Generator().manual_seed(seed)) * 3
 )
 UNIT = st.floats(0, 1, exclude_max=True, width=32)
+
+
+def next_tokens(
+    logits: torch.Tensor, temperature: float, top_p: float, uniforms: torch.Tensor
+) -> torch.Tensor:
+    """The draws of rows with the same parameters, among all tokens."""
+    same = (torch.full_like(uniforms, value) for value in (temperature, top_p))
+    tokens, is_enough = sample(logits, *same, uniforms)
+    assert is_enough.all()
+    return tokens
 
 
 @settings(max_examples=100, deadline=None)
@@ -77,30 +87,48 @@ def test_logprobs_are_those_of_the_untempered_softmax() -> None:
     torch.testing.assert_close(token_logprobs(logits, tokens).double(), expected)
 
 
-PARAMS = st.builds(
-    SamplingParams,
-    temperature=st.sampled_from([0, 0.3, 1.0]),
-    top_p=st.sampled_from([0.0, 0.5, 1.0]),
-)
+PARAMS = st.tuples(st.sampled_from([0.0, 0.3, 1.0]), st.sampled_from([0.0, 0.5, 1.0]), UNIT)
 
 
 @settings(max_examples=50, deadline=None)
-@given(
-    ROWS,
-    st.lists(PARAMS, min_size=5, max_size=5),
-    st.lists(UNIT, min_size=5, max_size=5),
-)
+@given(ROWS, st.lists(PARAMS, min_size=5, max_size=5))
 def test_rows_of_several_parameters_draw_what_each_draws_alone(
-    logits: torch.Tensor, params: list[SamplingParams], uniforms: list[float]
+    logits: torch.Tensor, params: list[tuple[float, float, float]]
 ) -> None:
     """A failure means that a request's settings reach its neighbour in the batch."""
-    u = torch.tensor(uniforms)
-    together = sample(logits, params, u)
+    each = torch.tensor(params).T
+    together, _ = sample(logits, *each)
     assert (together.dtype, together.shape) == (torch.long, (5,))
-    alone = [sample(logits[i : i + 1], params[i : i + 1], u[i : i + 1]) for i in range(5)]
+    alone = [sample(logits[i : i + 1], *each[:, i : i + 1])[0] for i in range(5)]
     assert together.tolist() == torch.cat(alone).tolist()
-    greedy = [i for i, each in enumerate(params) if each.temperature == 0]
+    greedy = [i for i, (temperature, _, _) in enumerate(params) if temperature == 0]
     assert together[greedy].tolist() == logits[greedy].argmax(-1).tolist()
+
+
+@settings(max_examples=200, deadline=None)
+@given(ROWS, st.lists(PARAMS, min_size=5, max_size=5), st.integers(1, 39))
+def test_enough_candidates_draw_what_all_draw_and_too_few_are_told(
+    logits: torch.Tensor, params: list[tuple[float, float, float]], n_candidates: int
+) -> None:
+    """A failure means that the tail of a distribution is cut off, or other tokens are drawn."""
+    each = torch.tensor(params).T
+    expected, _ = sample(logits, *each)
+    found, is_enough = sample(logits, *each, n_candidates)
+    probs = (logits / torch.where(each[0] == 0, 1, each[0])[:, None]).softmax(-1)
+    for i, (temperature, top_p, u) in enumerate(params):
+        kept, order = probs[i].sort(descending=True)
+        reached = kept.cumsum(0)
+        if is_enough[i]:
+            rounded = top_p == 1 and (reached - u).abs().min() < 1e-5  # at the edge of two tokens
+            assert rounded or found[i] == expected[i]
+        else:
+            last = n_candidates - 1
+            assert temperature > 0 and reached[last] - kept[last] < top_p + 1e-5
+            assert (
+                top_p < 1
+                or order[:n_candidates].tolist().count(expected[i]) == 0
+                or ((reached - u).abs().min() < 1e-5)
+            )
 
 
 class TestParams:

@@ -5,26 +5,23 @@ decoded, together with pieces of the prompts that wait to be read.
 """
 
 from collections import deque
-from collections.abc import Callable
 from collections.abc import Sequence as List
 from dataclasses import dataclass
-from itertools import accumulate
-from typing import NamedTuple
 
 import torch
 
-from llama import parallel
+from llama.engine.graphs import DecodingSteps
 from llama.engine.prefix_cache import PrefixCache, common_prefix
+from llama.engine.runner import IN_FLIGHT, Pass, Piece, Runner
 from llama.engine.sequence import Alternatives, Event, FinishReason, Sequence
 from llama.errors import NotFinite
-from llama.layers.batch import Segment
+from llama.layers.varlen import MAX_DRAFT
 from llama.model import Transformer
-from llama.sampling import sample, token_logprobs
+from llama.sampling import token_logprobs
 from llama.tokenizer import BaseTokenizer
 
-# A prompt is prefilled in pieces, so that masks and scores stay small however long it is.
-PREFILL_CHUNK = 512  # tokens of one sequence in a step
-PREFILL_TOKENS = 2048  # tokens of all prompts in a step
+PREFILL_TOKENS = 2048  # tokens of all prompts in a step, unless the model takes more of one
+_SCORED = 512  # tokens of a prompt in a step if all of their outputs are kept
 _WORTH_WAITING = 64  # tokens of a prompt that is being read, which another one has too
 
 
@@ -38,15 +35,6 @@ class Counts:
     passes: int = 0
 
 
-class Piece(NamedTuple):
-    """A sequence's part of a step: tokens from a position on, some of which may be a draft."""
-
-    sequence: Sequence
-    start: int
-    tokens: list[int]
-    n_outputs: int  # how many of the last tokens' hidden states are needed
-
-
 class Engine:
     """Runs sequences on a model, which nothing else may use in the meantime. For one thread.
 
@@ -56,7 +44,8 @@ class Engine:
         prefill_beside_decoding: tokens of prompts that a step reads while others are being
             decoded: few keep their streams smooth, many get a batch done sooner.
         max_decoded: tokens that a step decodes at most, drafts included; None for no limit.
-        decode: a faster way to the logits of a step that decodes one token of each sequence.
+        runs_ahead: whether to start the next pass before the results of one are known, so that
+            the device never waits for the host.
     """
 
     def __init__(self, model: Transformer, tokenizer: BaseTokenizer):
@@ -64,12 +53,23 @@ class Engine:
         self.tokenizer = tokenizer
         self.prefill_beside_decoding = PREFILL_TOKENS
         self.max_decoded: int | None = None
-        self.decode: Callable[[torch.Tensor, List[Segment]], torch.Tensor] | None = None
+        self.runs_ahead = model.capability.kind == "cuda"
         self.counts = Counts()
+        self._runner = Runner(model, tokenizer.n_words)
+        self._ahead: Pass | None = None  # started, with the results of the last one still unknown
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []  # in the order in which they came
         self._prefixes = PrefixCache(model.params.max_batch_size)
         self._n_passes = model.n_passes  # any other pass changes the cache
+
+    @property
+    def decode(self) -> DecodingSteps | None:
+        """A faster way to the logits of passes that only decode."""
+        return self._runner.decode
+
+    @decode.setter
+    def decode(self, steps: DecodingSteps | None) -> None:
+        self._runner.decode = steps
 
     @property
     def n_running(self) -> int:
@@ -118,28 +118,24 @@ class Engine:
         if self.model.n_passes != self._n_passes:
             self._prefixes.clear()
         try:
-            self._admit()
-            pieces = self._schedule()
-            if not pieces:
-                return []
-            outputs = self._forward(pieces)
+            current, self._ahead = self._ahead, None
+            if current is None or not any(piece.is_running for piece in current.pieces):
+                self._admit()
+                pieces = self._schedule()
+                if not pieces:
+                    return []
+                current = self._start(pieces)
+            if self._goes_on_after(current):
+                self._ahead = self._start(_next_pieces(current), current.tokens)
+            return self._finish_pass(current)
         except BaseException as error:
+            self._ahead = None
             self._prefixes.clear()  # of copies and passes that were interrupted
             if isinstance(error, NotFinite):
                 self.model.clear_cache()  # where a NaN would spread to later sequences
                 for sequence in list(self._running):
                     self._finish(sequence, "error")
             raise
-        events, decoded = [], []
-        for piece, output in zip(pieces, outputs, strict=True):
-            sequence, draft = piece.sequence, piece.tokens[1:]
-            if sequence.is_prefilling:
-                output, draft = self._read(piece, output), []
-            if sequence.finish_reason is not None:
-                events.append(Event(sequence))
-            elif len(output):
-                decoded.append((sequence, draft, output))
-        return events + self._choose(decoded)
 
     def _admit(self) -> None:
         while self._prefixes.free and self._waiting and not self._waits(self._waiting[0]):
@@ -169,60 +165,87 @@ class Engine:
     def _schedule(self) -> list[Piece]:
         """Return each decoding sequence's last token and draft, and some tokens of prompts."""
         n_decoding = sum(not sequence.is_prefilling for sequence in self._running)
-        budget = self.prefill_beside_decoding if n_decoding else PREFILL_TOKENS
+        budget = max(PREFILL_TOKENS, self.model.prefill_tokens)
+        if n_decoding:
+            budget = min(budget, self.prefill_beside_decoding)
         max_draft = None
         if self.max_decoded is not None:
             max_draft = max(self.max_decoded // max(n_decoding, 1) - 1, 0)
         pieces = []
         for sequence in self._running:
+            assert sequence.slot is not None
             if not sequence.is_prefilling:
                 start = len(sequence.prompt) + len(sequence.tokens) - 1
                 tokens = [sequence.tokens[-1], *sequence.draft(max_draft)]
-                pieces.append(Piece(sequence, start, tokens, len(tokens)))
+                n = len(tokens)
+                pieces.append(Piece(sequence, sequence.slot, start, tokens, n, n))
             elif budget:
-                start = sequence.n_cached
-                tokens = sequence.prompt[start : start + min(budget, PREFILL_CHUNK)]
-                budget -= len(tokens)
-                n_outputs = int(start + len(tokens) == len(sequence.prompt))
-                if sequence.params.scores_prompt or sequence.output == "mean":
-                    n_outputs = len(tokens)
-                pieces.append(Piece(sequence, start, tokens, n_outputs))
-        return sorted(pieces, key=lambda piece: piece.sequence.slot or 0)
+                pieces.append(self._prompt_piece(sequence, sequence.slot, budget))
+                budget -= len(pieces[-1].tokens)
+        # Long pieces stand together, behind the others: few calls of attention serve them.
+        return sorted(pieces, key=lambda piece: (len(piece.tokens) > MAX_DRAFT, piece.slot))
 
-    @torch.inference_mode()
-    def _forward(self, pieces: List[Piece]) -> tuple[torch.Tensor, ...]:
-        """Return each piece's hidden states if they are to be pooled, its logits otherwise."""
+    def _prompt_piece(self, sequence: Sequence, slot: int, budget: int) -> Piece:
+        """Return the next tokens of a prompt: some, so that scores and masks stay small."""
+        keeps_all = sequence.params.scores_prompt or sequence.output == "mean"
+        longest = (
+            min(self.model.prefill_tokens, _SCORED) if keeps_all else self.model.prefill_tokens
+        )
+        start = sequence.n_cached
+        tokens = sequence.prompt[start : start + min(budget, longest)]
+        is_last = start + len(tokens) == len(sequence.prompt)
+        is_continued = not sequence.is_read_only and sequence.max_new_tokens > 0
+        n_outputs = len(tokens) if keeps_all else int(is_last)
+        return Piece(sequence, slot, start, tokens, n_outputs, int(is_last and is_continued))
+
+    def _start(self, pieces: list[Piece], drawn: torch.Tensor | None = None) -> Pass:
         self.counts.passes += 1
-        device = self.model.freqs_cis.device
-        ids = [token for piece in pieces for token in piece.tokens]
-        tokens = torch.tensor(ids, device=device)
-        segments = []
-        for sequence, start, piece_tokens, _ in pieces:
-            assert sequence.slot is not None
-            segments.append(Segment(sequence.slot, start, len(piece_tokens)))
-            self._prefixes.write(sequence.slot, start, piece_tokens)
         self._n_passes = self.model.n_passes + 1
-        if self.decode is not None and all(
-            len(piece.tokens) == 1 and not piece.sequence.is_read_only for piece in pieces
-        ):
-            return checked(self.decode(tokens, segments)).split(1)
-        counts = [piece.n_outputs for piece in pieces]
-        select = None
-        if sum(counts) < len(ids):
-            ends = accumulate(len(piece.tokens) for piece in pieces)
-            chosen = [i for end, n in zip(ends, counts, strict=True) for i in range(end - n, end)]
-            select = torch.tensor(chosen, device=device, dtype=torch.long)
-        hidden = self.model.hidden_states(tokens, segments, select)  # (sum(counts), dim)
-        pooled = [piece.sequence.output in ("mean", "last") for piece in pieces]
-        if not any(pooled):
-            return checked(self.model.logits(hidden)).split(counts)
-        return tuple(
-            checked(part.float() if pools else self.model.logits(part))
-            for part, pools in zip(hidden.split(counts), pooled, strict=True)
+        if drawn is None:
+            for piece in pieces:
+                self._prefixes.write(piece.slot, piece.start, piece.tokens)
+        return self._runner.start(pieces, drawn)
+
+    def _goes_on_after(self, current: Pass) -> bool:
+        """Return whether the next pass is clear before this one's results are known.
+
+        It is computed in vain for sequences that these results end.
+        """
+        if not self.runs_ahead or (self._waiting and self._prefixes.free):
+            return False
+        return len(current.pieces) == len(self._running) and all(
+            piece.is_running
+            and piece.n_drawn == 1
+            and not piece.sequence.params.prompt_lookup_num_tokens
+            and len(piece.sequence.tokens) + 1 < piece.sequence.max_new_tokens
+            for piece in current.pieces
         )
 
-    def _read(self, piece: Piece, output: torch.Tensor) -> torch.Tensor:
-        """Note that a prompt's piece is in the cache; return the logits to draw from, if any."""
+    def _finish_pass(self, current: Pass) -> list[Event]:
+        """Wait for a pass, and give its results to the sequences."""
+        chosen, is_redrawn = self._runner.finish(current)
+        if is_redrawn:
+            self._ahead = None  # goes on from other tokens
+        events, first = [], 0
+        for piece, output in zip(current.pieces, current.outputs, strict=True):
+            sequence, draft = piece.sequence, piece.tokens[1:]
+            some = chosen[first : first + piece.n_drawn]
+            first += piece.n_drawn
+            if not piece.is_running:  # since the pass was started
+                continue
+            if piece.tokens == [IN_FLIGHT]:
+                self._prefixes.write(piece.slot, piece.start, sequence.tokens[-1:])
+            if sequence.is_prefilling:
+                self._read(piece, output)
+                draft = []
+            if sequence.finish_reason is not None:
+                events.append(Event(sequence))
+            elif some:
+                events.append(self._append(sequence, draft, some, output[-len(some) :]))
+        return events
+
+    def _read(self, piece: Piece, output: torch.Tensor) -> None:
+        """Note that a prompt's piece is in the cache, and keep what is wanted of its outputs."""
         sequence = piece.sequence
         self.counts.prompt_tokens += len(piece.tokens)
         sequence.n_cached += len(piece.tokens)
@@ -232,18 +255,17 @@ class Engine:
             part = output.sum(0) / len(sequence.prompt)
             sequence.pooled = part if sequence.pooled is None else sequence.pooled + part
         if sequence.is_prefilling:
-            return output[:0]
+            return
         if sequence.output in ("last", "logits"):
             sequence.pooled = output[-1].clone()
         if sequence.is_read_only:
             self._finish(sequence, "stop")
         elif sequence.max_new_tokens == 0:  # only the prompt was requested
             self._finish(sequence, "length")
-        return output[-1:]
 
     def _score_prompt(self, piece: Piece, logits: torch.Tensor) -> None:
         """Add the log-probabilities of the prompt's tokens that a piece predicts."""
-        sequence, start, tokens, _ = piece
+        sequence, start, tokens = piece.sequence, piece.start, piece.tokens
         if start == 0:
             sequence.prompt_logprobs.append(0.0)
             sequence.prompt_top_logprobs.append([])
@@ -252,30 +274,6 @@ class Engine:
         logits = logits[: len(predicted)]
         sequence.prompt_logprobs += token_logprobs(logits, ids).tolist()
         sequence.prompt_top_logprobs += self._top(logits, sequence)
-
-    def _choose(self, rows: List[tuple[Sequence, list[int], torch.Tensor]]) -> list[Event]:
-        """Give sequences their next tokens: (sequence, its draft, its logits)."""
-        if not rows:
-            return []
-        logits = torch.cat([part for _, _, part in rows])
-        owners = [sequence for sequence, _, part in rows for _ in range(len(part))]
-        uniforms = torch.tensor(
-            [sequence.uniform(i) for sequence, _, part in rows for i in range(len(part))],
-            device=logits.device,
-        )
-        # A vocabulary may be padded beyond the tokenizer's pieces; those ids mean nothing.
-        known = logits[:, : self.tokenizer.n_words]
-        tokens = sample(known, [sequence.params for sequence in owners], uniforms)
-        tokens = parallel.broadcast(tokens)  # ranks may round differently
-        logprobs = [0.0] * len(owners)
-        if any(sequence.params.logprobs for sequence in owners):
-            logprobs = token_logprobs(logits, tokens).tolist()
-        chosen = list(zip(tokens.tolist(), logprobs, strict=True))
-        events, first = [], 0
-        for sequence, draft, part in rows:
-            events.append(self._append(sequence, draft, chosen[first : first + len(part)], part))
-            first += len(part)
-        return events
 
     def _append(
         self,
@@ -318,12 +316,9 @@ class Engine:
             self._prefixes.release(sequence.slot)
 
 
-def checked(output: torch.Tensor) -> torch.Tensor:
-    """Return a network's output.
-
-    Raises:
-        NotFinite: it holds an infinity or a NaN.
-    """
-    if not output.isfinite().all():
-        raise NotFinite
-    return output
+def _next_pieces(current: Pass) -> list[Piece]:
+    """Return the pieces of the pass that takes the tokens which one draws."""
+    return [
+        Piece(piece.sequence, piece.slot, piece.start + len(piece.tokens), [IN_FLIGHT], 1, 1)
+        for piece in current.pieces
+    ]

@@ -1,57 +1,108 @@
-"""Decoding steps, compiled: ``Llama.build(..., compile=True)``.
+"""Decoding steps that don't wait for Python: CUDA graphs, compiled code, or both.
 
-Prompts of all lengths aren't worth compiling; a decoding step, one token of each sequence, always
-looks the same. Its layers become one compiled function, and on CUDA all of it one graph that is
-replayed.
+Prompts of all lengths aren't worth it; a decoding step always looks the same. On CUDA it is
+recorded as one graph for a few numbers of tokens and a few lengths of the cache, and replayed.
+With ``compile=True`` its layers become compiled code first.
 """
 
+import functools
 import logging
 import os
 import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
-from llama.layers.batch import RaggedBatch, Segment, Span
+from llama import parallel
+from llama.cli import progress
+from llama.layers.batch import Segment, token_places
+from llama.layers.capability import Capability
+from llama.layers.varlen import MAX_DRAFT
 from llama.model import Transformer
-from llama.parallel import world_size
 
 logger = logging.getLogger(__name__)
 
+_FIRST_LENGTH = 1024  # positions that the shortest graphs read; the others four times as many each
 
-def compile_decoding(model: Transformer) -> "CompiledSteps":
-    """Compile all of the model's decoding steps now, and log how long that took.
+
+class CudaGraph:
+    """A step as one CUDA graph.
+
+    Args:
+        step: takes ``inputs`` and returns logits.
+        inputs: of any values; the graph reads where they are.
+        pool: the memory that all graphs of a device share (``torch.cuda.graph_pool_handle``).
+    """
+
+    def __init__(
+        self, step: Callable[[torch.Tensor], torch.Tensor], inputs: torch.Tensor, pool: Any
+    ):
+        self._inputs = inputs.clone()
+        # Streams are the current device's, which another thread's or model's may be.
+        with torch.cuda.device(inputs.device):
+            # A first run compiles the step and sets up memory and libraries, before it is recorded.
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(2):
+                    step(self._inputs)
+            torch.cuda.current_stream().wait_stream(stream)
+            self._graph = torch.cuda.CUDAGraph()
+            # Other threads may go on with other models on the same device.
+            with torch.cuda.graph(
+                self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"
+            ):
+                self._logits = step(self._inputs)
+
+    @staticmethod
+    def pool() -> Any:
+        """Return memory for graphs of which one runs at a time."""
+        return torch.cuda.graph_pool_handle()
+
+    def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Return the logits of inputs, until any graph of the pool is replayed."""
+        self._inputs.copy_(inputs, non_blocking=True)
+        self._graph.replay()
+        return self._logits
+
+
+def decoding_steps(model: Transformer, compile: bool = False) -> "DecodingSteps | None":
+    """Record or compile all of a model's decoding steps now, and log how long that took.
+
+    Args:
+        model: on CUDA its steps are recorded in any case, if its ranks can be.
+        compile: whether steps are compiled.
+
+    Returns:
+        None where there is nothing to record or compile.
 
     Raises:
         RuntimeError: PyTorch can't compile here; says what is missing.
     """
-    from torch import _dynamo as dynamo  # slow to import, which others needn't wait for
-
+    if compile:
+        check_compiler(model.capability)
+    if not compile and not _can_record(model):
+        return None
     start = time.monotonic()
-    device = model.freqs_cis.device
-    check_compiler(device)
-    steps = CompiledSteps(model)
-    # Otherwise the models of a process would share eight shapes; any more would not be compiled.
-    dynamo.config.cache_size_limit = max(dynamo.config.cache_size_limit, 256)
-    last = model.params.max_seq_len - 1
-    for n_slots in steps.slot_counts():
-        tokens = torch.zeros(n_slots, dtype=torch.long, device=device)
-        # On a CPU equal and different lengths differ, and each needs two lengths to be compiled
-        # for any.
-        for starts in ([0] * n_slots, [last] * n_slots, [min(1, last), *[0] * (n_slots - 1)]):
-            steps(tokens, [Segment(i, p, 1) for i, p in enumerate(starts)])
+    steps = DecodingSteps(model, compile)
+    steps.prepare()
     model.clear_cache()
-    logger.info("compiled decoding in %.1f seconds", time.monotonic() - start)
+    logger.info("prepared decoding steps in %.1f seconds", time.monotonic() - start)
     return steps
 
 
-def check_compiler(device: torch.device) -> None:
+def _can_record(model: Transformer) -> bool:
+    return model.capability.kind == "cuda" and parallel.can_capture()
+
+
+def check_compiler(capability: Capability) -> None:
     """Raise ``RuntimeError``, saying what is missing, unless PyTorch can compile for a device."""
-    if device.type == "mps":
+    if capability.kind == "mps":
         raise RuntimeError("compile=True is for CUDA and CPUs: leave it out on MPS")
-    if device.type == "cuda":
+    if capability.kind == "cuda":
         from torch.utils._triton import has_triton
 
         if not has_triton():
@@ -68,92 +119,114 @@ def check_compiler(device: torch.device) -> None:
         )
 
 
-class CompiledSteps:
+class DecodingSteps:
     """Decoding steps of a model, in as few shapes as possible.
 
-    A step covers the first 1, 2, 4, 8 … slots of the cache. A slot among them without a new token
-    gets one at the cache's last position, which no prompt can reuse: a last token is always new.
+    A step has 1, 2, 4, 8 … tokens, each of which attends on its own: of different sequences, or of
+    one sequence's draft. What is missing repeats the last token, which changes nothing.
+
+    Args:
+        model: whose steps they are.
+        compile: whether to compile the layers, or to record them as they are.
     """
 
-    def __init__(self, model: Transformer):
+    def __init__(self, model: Transformer, compile: bool):
         self._model = model
-        self._device = model.freqs_cis.device
-        # The modules stay as they are, for prompts. On a CPU the length of the cache varies.
-        dynamic = None if self._device.type == "cpu" else False
-        self._layers = [torch.compile(layer.forward, dynamic=dynamic) for layer in model.layers]
-        self._graphs: dict[int, _Graph] = {}
+        self._is_recorded = _can_record(model)
+        self._graphs: dict[tuple[int, int], CudaGraph] = {}
+        self._pool: Any = CudaGraph.pool() if self._is_recorded else None
+        self._layers: list[Callable[..., torch.Tensor]] = list(model.layers)
+        self._output: Callable[[torch.Tensor], torch.Tensor] = model.output_logits
+        if compile:
+            # The modules stay as they are, for prompts. On a CPU the length of the cache varies.
+            on_cpu = model.capability.kind == "cpu"
+            options = None if on_cpu else {"coordinate_descent_tuning": True}
+            how: Any = {"dynamic": None if on_cpu else False, "options": options}
+            self._layers = [torch.compile(layer.forward, **how) for layer in model.layers]
+            self._output = torch.compile(model.output_logits, **how)
 
-    def slot_counts(self) -> list[int]:
-        """Return the numbers of slots that steps can have."""
+    @property
+    def max_tokens(self) -> int:
+        """The most tokens of a step."""
         most = self._model.params.max_batch_size
+        return max(most, MAX_DRAFT) if self._is_recorded else most
+
+    def token_counts(self) -> list[int]:
+        """Return the numbers of tokens that steps can have."""
+        most = self.max_tokens
         return sorted({most, *(1 << power for power in range(most.bit_length()))})
 
-    @torch.inference_mode()
-    def __call__(self, tokens: torch.Tensor, segments: Sequence[Segment]) -> torch.Tensor:
-        """Return the logits of one new token of each of some sequences.
+    def lengths(self) -> list[int]:
+        """Return the lengths of the cache that graphs read at most.
 
-        Arguments as in ``Transformer.forward_ragged``.
+        Kernels read what is filled, and divide it by this length; SDPA reads all of it.
+        """
+        lengths, last = [_FIRST_LENGTH], self._model.params.max_seq_len
+        while lengths[-1] < last:
+            lengths.append(lengths[-1] * (4 if self._model.backend.paged else 2))
+        return [*lengths[:-1], last]
+
+    def prepare(self) -> None:
+        """Record or compile all steps."""
+        device = self._model.freqs_cis.device
+        counts, last = self.token_counts(), self._model.params.max_seq_len - 1
+        # Compiled code for CPUs differs where lengths do, and needs two of them to take any.
+        lengths = self.lengths() if self._is_recorded else [1, last + 1, min(2, last + 1)]
+        with progress(len(counts) * len(lengths), "preparing decoding", "steps") as show:
+            # From the largest on, whose memory the others share.
+            for i, n in enumerate(reversed(counts)):
+                for j, kv_len in enumerate(reversed(lengths)):
+                    positions = torch.zeros(n, dtype=torch.long, device=device)
+                    positions[0] = kv_len - 1
+                    inputs = torch.stack((torch.zeros_like(positions), positions * 0, positions))
+                    self._run(inputs, kv_len, is_ragged=n > 1)
+                    if not self._is_recorded:
+                        self._run(inputs, kv_len, is_ragged=False)
+                    show(i * len(lengths) + j + 1)
+
+    def places(self, segments: Sequence[Segment]) -> tuple[list[int], list[int]]:
+        """Return the slots and positions of a step's tokens, the repeated ones too."""
+        slots, positions = token_places(segments)
+        n_more = min(n for n in self.token_counts() if n >= len(slots)) - len(slots)
+        return slots + slots[-1:] * n_more, positions + positions[-1:] * n_more
+
+    @torch.inference_mode()
+    def __call__(
+        self,
+        tokens: torch.Tensor,
+        segments: Sequence[Segment],
+        slots: torch.Tensor,
+        positions: torch.Tensor,
+    ) -> torch.Tensor:
+        """Return the logits of some sequences' next tokens, float32, (n_tokens, n_outputs).
+
+        Args:
+            tokens: token ids of all segments one after another, shape (n_tokens,).
+            segments: where they go, each slot at most once.
+            slots, positions: what ``places`` returned, on the device.
         """
         self._model.begin_pass(tokens, segments)
-        max_seq_len = self._model.params.max_seq_len
-        n_slots = min(n for n in self.slot_counts() if n > segments[-1].slot)
-        starts = [segment.start_pos for segment in segments]
-        # A graph reads all of the cache each time; on a CPU that would take longer than it saves.
-        kv_len = max(starts) + 1 if self._device.type == "cpu" else max_seq_len
-        is_ragged = self._device.type != "cpu" or min(starts) + 1 < kv_len
-        token_of = [0] * n_slots  # which of the tokens each slot of the step brings
-        positions = [max_seq_len - 1] * n_slots
-        for i, (slot, start_pos, _) in enumerate(segments):
-            token_of[slot], positions[slot] = i, start_pos
-        inputs = (
-            tokens[torch.tensor(token_of, device=self._device)],
-            torch.tensor(positions, device=self._device),
-        )
-        if self._device.type == "cuda" and world_size() == 1:
-            if n_slots not in self._graphs:
-                self._graphs[n_slots] = _Graph(self._step, inputs, kv_len)
-            logits = self._graphs[n_slots](inputs)
-        else:
-            logits = self._step(*inputs, kv_len, is_ragged)
-        return logits[[segment.slot for segment in segments]]
+        n_more = len(slots) - len(tokens)
+        inputs = torch.stack((torch.cat((tokens, tokens[-1:].expand(n_more))), slots, positions))
+        lengths = [segment.start_pos + segment.length for segment in segments]
+        kv_len = max(lengths)
+        if self._is_recorded:
+            kv_len = min(length for length in self.lengths() if length >= kv_len)
+        is_ragged = min(s.start_pos for s in segments) + 1 < kv_len
+        # A graph's own output lasts until the next one is replayed.
+        return self._run(inputs, kv_len, is_ragged)[: len(tokens)].clone()
 
-    def _step(
-        self, tokens: torch.Tensor, positions: torch.Tensor, kv_len: int, is_ragged: bool = True
-    ) -> torch.Tensor:
-        """Return logits for the first ``len(tokens)`` slots; no tensor's values decide anything."""
-        mask = None
-        if is_ragged:
-            mask = torch.arange(kv_len, device=self._device) <= positions[:, None, None, None]
-        every = slice(0, len(tokens))
-        slots = torch.arange(len(tokens), device=self._device)
-        batch = RaggedBatch(slots, positions, [Span(every, every, kv_len, mask)])
-        h = self._model.forward_layers(tokens, batch, self._layers)
-        return self._model.logits(self._model.norm(h))
+    def _run(self, inputs: torch.Tensor, kv_len: int, is_ragged: bool) -> torch.Tensor:
+        if not self._is_recorded:
+            return self._step(inputs, kv_len, is_ragged)
+        key = (inputs.shape[1], kv_len)
+        if key not in self._graphs:
+            step = functools.partial(self._step, kv_len=kv_len, is_ragged=True)
+            self._graphs[key] = CudaGraph(step, inputs, self._pool)
+        return self._graphs[key](inputs)
 
-
-class _Graph:
-    """A step as one CUDA graph; its inputs are copied to where the recorded kernels read them."""
-
-    def __init__(
-        self, step: Callable[..., torch.Tensor], inputs: tuple[torch.Tensor, ...], kv_len: int
-    ):
-        self._inputs = tuple(tensor.clone() for tensor in inputs)
-        # Streams are the current device's, which another thread's or model's may be.
-        with torch.cuda.device(self._inputs[0].device):
-            # A first run compiles the step and sets up memory and libraries, before it is recorded.
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(2):
-                    step(*self._inputs, kv_len)
-            torch.cuda.current_stream().wait_stream(stream)
-            self._graph = torch.cuda.CUDAGraph()
-            # Other threads may go on with other models on the same device.
-            with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
-                self._logits = step(*self._inputs, kv_len)
-
-    def __call__(self, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        for static, tensor in zip(self._inputs, inputs, strict=True):
-            static.copy_(tensor)
-        self._graph.replay()
-        return self._logits
+    def _step(self, inputs: torch.Tensor, kv_len: int, is_ragged: bool) -> torch.Tensor:
+        """Return logits of (tokens, slots, positions); no tensor's values decide anything."""
+        tokens, slots, positions = inputs
+        batch = self._model.backend.decoding(slots, positions, kv_len, is_ragged)
+        return self._output(self._model.forward_layers(tokens, batch, self._layers))

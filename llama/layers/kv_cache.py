@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from llama.layers.batch import RaggedBatch, Span
+PAGE = 256  # positions, as CUDA's kernels want pages
 
 
 class KVCache(nn.Module):
@@ -13,9 +13,12 @@ class KVCache(nn.Module):
     head's key or value at a position has a scale of its own.
 
     Args:
-        shape: (max_batch_size, n_kv_heads, max_seq_len, head_dim); attention reads each head's
-            positions next to each other.
+        shape: (max_batch_size, n_kv_heads, max_seq_len, head_dim); each head's positions lie next
+            to each other.
         dtype: of the keys and values that go in and come out.
+        device: of the memory.
+        int8: whether entries have eight bits.
+        paged: whether the heads of a position lie next to each other instead, in whole pages.
     """
 
     k: torch.Tensor
@@ -29,9 +32,14 @@ class KVCache(nn.Module):
         dtype: torch.dtype,
         device: torch.device,
         int8: bool = False,
+        paged: bool = False,
     ):
         super().__init__()
         self.int8 = int8
+        self.paged = paged
+        if paged:
+            n_slots, n_kv_heads, max_seq_len, head_dim = shape
+            shape = (n_slots, -(-max_seq_len // PAGE) * PAGE, n_kv_heads, head_dim)
         scales = (*shape[:3], int(int8))  # no element where nothing is scaled
         for name in ("k", "v"):
             entries = torch.zeros(shape, dtype=torch.int8 if int8 else dtype, device=device)
@@ -39,27 +47,35 @@ class KVCache(nn.Module):
             scale = torch.zeros(scales, dtype=dtype, device=device)
             self.register_buffer(f"{name}_scale", scale, persistent=False)
 
-    def update(self, xk: torch.Tensor, xv: torch.Tensor, batch: RaggedBatch) -> None:
-        """Write the keys and values of new tokens, each (n_tokens, n_kv_heads, head_dim)."""
+    def update(
+        self, xk: torch.Tensor, xv: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor
+    ) -> None:
+        """Write new tokens' keys and values, each (n_tokens, n_kv_heads, head_dim)."""
+        places = (slots, positions) if self.paged else (slots, slice(None), positions)
         for entries, scales, x in ((self.k, self.k_scale, xk), (self.v, self.v_scale, xv)):
             if self.int8:
                 scale = x.abs().amax(dim=-1, keepdim=True) / 127
                 scale = torch.where(scale > 0, scale, 1)
-                scales[batch.slots, :, batch.positions] = scale
+                scales[places] = scale
                 x = (x / scale).round().clamp(-127, 127).to(torch.int8)
-            entries[batch.slots, :, batch.positions] = x
+            entries[places] = x
 
-    def read(self, span: Span) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the keys and values of a span, each (n_slots, n_kv_heads, kv_len, head_dim)."""
-        filled = (span.slots, slice(None), slice(span.kv_len))
+    def read(self, slots: slice | torch.Tensor, kv_len: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the first positions of slots: two of (n_slots, n_kv_heads, kv_len, head_dim)."""
+        filled = (slots, slice(None), slice(kv_len))
         if not self.int8:
             return self.k[filled], self.v[filled]
         return self.k[filled] * self.k_scale[filled], self.v[filled] * self.v_scale[filled]
 
+    def pages(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return all of a paged cache, slot after slot: two of (n, PAGE, n_kv_heads, head_dim)."""
+        return self.k.view(-1, PAGE, *self.k.shape[2:]), self.v.view(-1, PAGE, *self.v.shape[2:])
+
     def copy(self, source: int, target: int, n_tokens: int) -> None:
         """Copy the first ``n_tokens`` positions of one slot to another."""
         for buffer in self.buffers():
-            buffer[target, :, :n_tokens] = buffer[source, :, :n_tokens]
+            slots = buffer if self.paged else buffer.transpose(1, 2)
+            slots[target, :n_tokens] = slots[source, :n_tokens]
 
     def clear(self) -> None:
         """Set everything to zero: a NaN in the cache would spread to later sequences."""

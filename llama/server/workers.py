@@ -11,12 +11,13 @@ from dataclasses import asdict
 from typing import Any
 
 from llama import parallel
-from llama.engine.engine import PREFILL_CHUNK, Engine
+from llama.engine.engine import Engine
 from llama.engine.sequence import Sequence
 from llama.errors import NotFinite
 from llama.sampling import SamplingParams
 
-PREFILL_BESIDE_DECODING = 64  # tokens of prompts in a step, on a CPU
+# Tokens of prompts in a step that also decodes.
+PREFILL_BESIDE_DECODING = {"cpu": 64, "cuda": 512, "mps": 512}
 MAX_DECODED = 12  # tokens that a step decodes, drafts included: more slow it down
 HEARTBEAT = 5.0  # seconds between messages to the other ranks while idle
 _STOP = b"stop"
@@ -24,8 +25,7 @@ _STOP = b"stop"
 
 def configure(engine: Engine) -> None:
     """Set up an engine so that streams stay smooth while prompts are processed."""
-    on_cpu = engine.model.freqs_cis.device.type == "cpu"
-    engine.prefill_beside_decoding = PREFILL_BESIDE_DECODING if on_cpu else PREFILL_CHUNK
+    engine.prefill_beside_decoding = PREFILL_BESIDE_DECODING[engine.model.capability.kind]
     engine.max_decoded = MAX_DECODED
 
 

@@ -14,7 +14,7 @@ from llama import Llama, Tokenizer
 from llama.engine.engine import Engine
 from llama.engine.sequence import Sequence
 from llama.errors import NotFinite
-from llama.layers.batch import RaggedBatch
+from llama.layers.sdpa import Span
 
 
 @pytest.fixture
@@ -246,7 +246,8 @@ def test_long_prompts_go_in_pieces_and_their_logits_are_not_made(
     forward, passes = llama.model.hidden_states, []
 
     def watched(tokens: torch.Tensor, segments: list, select: torch.Tensor | None) -> torch.Tensor:
-        masks = [span.mask for span in RaggedBatch.of(segments, tokens.device).spans]
+        calls = llama.model.backend.layout(segments, tokens.device).calls
+        masks = [call.mask for call in calls if isinstance(call, Span)]
         assert all(mask is None or mask.shape[0] <= 512 for mask in masks)
         logits = forward(tokens, segments, select)
         passes.append((len(tokens), len(logits)))

@@ -12,8 +12,14 @@ from engine_client import check_sequences_come_and_go
 from llama import Llama
 from llama.engine import graphs
 from llama.layers.batch import Segment
+from llama.layers.capability import Capability
 from llama.layers.kernels import cpu
 from llama.layers.linear import ParallelLinear
+
+
+def decode(steps: graphs.DecodingSteps, ids: list[int], segments: list[Segment]) -> torch.Tensor:
+    return steps(torch.tensor(ids), segments, *map(torch.tensor, steps.places(segments)))
+
 
 PROMPTS = [[1, 300, 301], [1, *range(400, 430)], [1, 9], [1, *range(500, 505)], [1, 2, 3]]
 
@@ -30,7 +36,7 @@ def compiled() -> Llama:
     log.setLevel(logging.INFO)
     llama = Llama.build(dtype=torch.float32, device="cpu", max_batch_size=4, compile=True)
     log.removeHandler(handler)
-    assert any("compiled decoding in" in line for line in heard)
+    assert any("prepared decoding steps in" in line for line in heard)
     return llama
 
 
@@ -67,10 +73,12 @@ def test_slots_without_a_new_token_keep_their_cache(compiled: Llama) -> None:
     assert steps is not None
     tokens = torch.tensor([[1, 5, 9], [1, 6, 9], [1, 7, 9], [1, 8, 9]])
     found = []
-    for decode in (model.forward_ragged, steps):
+    for is_compiled in (False, True):
         model.forward(tokens)
-        for slots, ids in (([1, 3], [20, 21]), ([0, 2], [22, 23])):
-            found.append(decode(torch.tensor(ids), [Segment(slot, 3, 1) for slot in slots]))
+        for slots, ids in (([1, 3, 2], [20, 21, 24]), ([0, 2], [22, 23])):
+            segments = [Segment(slot, 3, 1) for slot in slots]
+            plain = None if is_compiled else model.forward_ragged(torch.tensor(ids), segments)
+            found.append(decode(steps, ids, segments) if plain is None else plain)
     for plain, ours in zip(found[:2], found[2:], strict=True):
         torch.testing.assert_close(ours, plain, atol=1e-4, rtol=1e-4)
 
@@ -83,9 +91,11 @@ def test_packed_weights_are_read_by_compiled_steps(monkeypatch: pytest.MonkeyPat
     assert steps is not None
     assert all(layer.kernel for layer in model.modules() if isinstance(layer, ParallelLinear))
     found = []
-    for decode in (model.forward_ragged, steps):
+    segments = [Segment(0, 31, 1)]
+    for is_compiled in (False, True):
         model.forward(torch.tensor([PROMPTS[1]]))
-        found.append(decode(torch.tensor([7]), [Segment(0, 31, 1)]))
+        plain = None if is_compiled else model.forward_ragged(torch.tensor([7]), segments)
+        found.append(decode(steps, [7], segments) if plain is None else plain)
     torch.testing.assert_close(found[1], found[0], atol=1e-3, rtol=1e-3)
     assert not torch.equal(found[1], torch.zeros_like(found[1]))
 
@@ -105,7 +115,7 @@ def test_quantised_layers_are_compiled(plain_kernels: bool, checkpoint_dir, monk
 @pytest.mark.slow
 def test_compiled_models_are_freed_at_once() -> None:
     model = make_model(max_batch_size=1)
-    steps = graphs.CompiledSteps(model)
+    steps = graphs.DecodingSteps(model, compile=True)
     gone = weakref.ref(model)
     del model, steps
     assert gone() is None
@@ -119,7 +129,7 @@ def test_a_machine_without_a_compiler_is_told_so(monkeypatch) -> None:
 
 def test_other_devices_are_told_what_is_missing(monkeypatch) -> None:
     with pytest.raises(RuntimeError, match="MPS"):
-        graphs.check_compiler(torch.device("mps"))
+        graphs.check_compiler(Capability("mps"))
     monkeypatch.setattr("torch.utils._triton.has_triton", lambda: False)
     with pytest.raises(RuntimeError, match="needs Triton"):
-        graphs.check_compiler(torch.device("cuda"))
+        graphs.check_compiler(Capability("cuda"))

@@ -1,16 +1,23 @@
 """Attention of ragged batches: what a plain float32 computation gives, token by token."""
 
 import math
+from typing import Any
 
+import fake_cuda
 import pytest
 import torch
 from conftest import make_model
+from torch.nn.attention import varlen
 
-from llama.layers.attention import ragged_attention
-from llama.layers.batch import RaggedBatch, Segment, Span
+from llama.layers.attention import Backend, choose_backend, ragged_attention
+from llama.layers.batch import RaggedBatch, Segment, token_places
+from llama.layers.capability import Capability
 from llama.layers.kv_cache import KVCache
+from llama.layers.sdpa import Sdpa
+from llama.layers.varlen import Varlen
 
 CPU = torch.device("cpu")
+BACKENDS = ["sdpa", "sdpa on cuda", "sdpa on mps", "varlen"]
 HEAD_DIM, N_HEADS, N_SLOTS, MAX_SEQ_LEN = 16, 4, 4, 192
 BATCHES = {
     "a prompt": [Segment(1, 0, 9)],
@@ -20,6 +27,13 @@ BATCHES = {
     "neighbours of one length": [Segment(0, 12, 1), Segment(1, 12, 1)],
     "neighbours of several lengths": [Segment(1, 12, 1), Segment(2, 0, 1), Segment(3, 99, 1)],
     "slots with gaps": [Segment(0, 5, 1), Segment(2, 9, 1), Segment(3, 4, 1)],
+    "a draft and a token": [Segment(0, 40, 7), Segment(3, 0, 1)],
+    "decoding, then prompts": [
+        Segment(1, 3, 1),
+        Segment(3, 9, 4),
+        Segment(0, 0, 70),
+        Segment(2, 9, 20),
+    ],
     "both at once": [Segment(0, 3, 1), Segment(1, 0, 70), Segment(2, 40, 1), Segment(3, 7, 5)],
 }
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
@@ -29,18 +43,27 @@ def normal(*shape: int, seed: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
+def make_backend(name: str, dtype: torch.dtype = torch.float32) -> Backend:
+    if name == "varlen":
+        return Varlen(N_SLOTS, MAX_SEQ_LEN, CPU)
+    return Sdpa(name.rpartition(" ")[2].replace("sdpa", "cpu"), dtype)
+
+
 def filled_cache(
-    segments: list[Segment], n_kv_heads: int, dtype: torch.dtype, int8: bool = False
+    segments: list[Segment],
+    n_kv_heads: int,
+    dtype: torch.dtype,
+    int8: bool = False,
+    paged: bool = False,
 ) -> KVCache:
     """A cache with what came before the segments and what they bring; the rest is stale."""
-    kv_cache = KVCache((N_SLOTS, n_kv_heads, MAX_SEQ_LEN, HEAD_DIM), dtype, CPU, int8)
-    stale = RaggedBatch.of([Segment(i, 0, MAX_SEQ_LEN) for i in range(N_SLOTS)], CPU)
-    large = torch.full((N_SLOTS * MAX_SEQ_LEN, n_kv_heads, HEAD_DIM), 100, dtype=dtype)
-    kv_cache.update(large, large, stale)
+    kv_cache = KVCache((N_SLOTS, n_kv_heads, MAX_SEQ_LEN, HEAD_DIM), dtype, CPU, int8, paged)
+    for buffer in (kv_cache.k, kv_cache.v):
+        buffer.fill_(100)
     whole = [Segment(slot, 0, start_pos + length) for slot, start_pos, length in segments]
     n_tokens = sum(segment.length for segment in whole)
     xk, xv = (normal(n_tokens, n_kv_heads, HEAD_DIM, seed=i).to(dtype) for i in range(2))
-    kv_cache.update(xk, xv, RaggedBatch.of(whole, CPU))
+    kv_cache.update(xk, xv, *map(torch.tensor, token_places(whole)))
     return kv_cache
 
 
@@ -49,8 +72,11 @@ def naive_attention(q: torch.Tensor, kv_cache: KVCache, batch: RaggedBatch) -> t
     out = torch.zeros(len(batch.slots), *q.shape[1:])
     places = zip(batch.slots.tolist(), batch.positions.tolist(), strict=True)
     for i, (slot, position) in enumerate(places):
-        read = kv_cache.read(Span(slice(0), slice(slot, slot + 1), position + 1, None))
-        keys, values = (x[0].float() for x in read)  # (n_kv_heads, position + 1, head_dim)
+        if kv_cache.paged:
+            read = (x[slot, : position + 1].transpose(0, 1) for x in (kv_cache.k, kv_cache.v))
+        else:
+            read = (x[0] for x in kv_cache.read(slice(slot, slot + 1), position + 1))
+        keys, values = (x.float() for x in read)  # (n_kv_heads, position + 1, head_dim)
         for head in range(q.shape[1]):
             kv_head = head // (q.shape[1] // len(keys))
             scores = keys[kv_head] @ q[i, head].float() / math.sqrt(HEAD_DIM)
@@ -59,15 +85,22 @@ def naive_attention(q: torch.Tensor, kv_cache: KVCache, batch: RaggedBatch) -> t
 
 
 @pytest.mark.parametrize("n_kv_heads", [4, 2, 1], ids=["mha", "gqa", "mqa"])
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("name", BATCHES)
-def test_each_token_attends_to_its_own_past(name: str, dtype: torch.dtype, n_kv_heads: int) -> None:
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [*((BACKENDS[0], dtype) for dtype in TOLERANCE), *((b, torch.float32) for b in BACKENDS[1:])],
+    ids=str,
+)
+def test_each_token_attends_to_its_own_past(
+    backend: str, name: str, dtype: torch.dtype, n_kv_heads: int
+) -> None:
     """A failure means that a token reads others' keys, later ones, or the wrong heads' values.
 
     With ``mha`` in half precision a query is doubled, which must leave no trace.
     """
-    kv_cache = filled_cache(BATCHES[name], n_kv_heads, dtype)
-    batch = RaggedBatch.of(BATCHES[name], CPU)
+    layout = make_backend(backend, dtype)
+    kv_cache = filled_cache(BATCHES[name], n_kv_heads, dtype, paged=layout.paged)
+    batch = layout.layout(BATCHES[name], CPU)
     q = normal(len(batch.slots), N_HEADS, HEAD_DIM, seed=7).to(dtype)
     out = ragged_attention(q, kv_cache, batch)
     assert (out.dtype, out.shape) == (dtype, q.shape)
@@ -79,7 +112,7 @@ def test_each_token_attends_to_its_own_past(name: str, dtype: torch.dtype, n_kv_
 def test_an_int8_cache_is_read_as_its_rounded_values(name: str) -> None:
     """A failure means that entries are read without their own scales."""
     kv_cache = filled_cache(BATCHES[name], 2, torch.float32, int8=True)
-    batch = RaggedBatch.of(BATCHES[name], CPU)
+    batch = make_backend("sdpa").layout(BATCHES[name], CPU)
     q = normal(len(batch.slots), N_HEADS, HEAD_DIM, seed=7)
     out = ragged_attention(q, kv_cache, batch)
     torch.testing.assert_close(out, naive_attention(q, kv_cache, batch), atol=1e-5, rtol=0)
@@ -91,7 +124,7 @@ def test_an_int8_cache_is_read_as_its_rounded_values(name: str) -> None:
 def test_padding_gets_zeros_and_changes_nothing(name: str) -> None:
     """A failure means that rows which only fill up a kernel's batch reach real tokens."""
     kv_cache = filled_cache(BATCHES[name], 2, torch.float32)
-    batch = RaggedBatch.of(BATCHES[name], CPU)
+    batch = make_backend("sdpa").layout(BATCHES[name], CPU)
     q = normal(len(batch.slots) + 3, N_HEADS, HEAD_DIM, seed=7)
     q[-3:] = math.nan
     out = ragged_attention(q, kv_cache, batch)
@@ -110,3 +143,73 @@ def test_attention_reads_the_filled_part_of_the_cache_only() -> None:
         layer.attention.cache.v.fill_(float("nan"))
     pieces = [model(tokens[:, :7], 0), model(tokens[:, 7:11], 7), model(tokens[:, 11:], 11)]
     torch.testing.assert_close(torch.cat(pieces, 1), expected, atol=2e-5, rtol=0)
+
+
+DEVICE_GATHERS = [(0, 5), (2, 9), (2, 8), (3, 100)]  # slot and position of each token
+
+
+@pytest.mark.parametrize("n_kv_heads", [4, 2, 1], ids=["mha", "gqa", "mqa"])
+@pytest.mark.parametrize("kv_len", [101, MAX_SEQ_LEN])
+@pytest.mark.parametrize("name", BACKENDS)
+def test_tokens_whose_places_only_the_device_knows(name: str, kv_len: int, n_kv_heads: int) -> None:
+    """A failure means that a recorded step reads other slots, or more than is filled."""
+    segments = [Segment(slot, position, 1) for slot, position in DEVICE_GATHERS if position != 8]
+    backend = make_backend(name)
+    kv_cache = filled_cache(segments, n_kv_heads, torch.float32, paged=backend.paged)
+    slots, positions = torch.tensor(DEVICE_GATHERS).T
+    batch = backend.decoding(slots, positions, kv_len)
+    q = normal(len(slots), N_HEADS, HEAD_DIM, seed=7)
+    expected = naive_attention(q, kv_cache, batch)
+    torch.testing.assert_close(ragged_attention(q, kv_cache, batch), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("n_kv_heads", [4, 2, 1], ids=["mha", "gqa", "mqa"])
+def test_decoding_in_pages_can_be_divided_among_processors(n_kv_heads: int) -> None:
+    """A failure means that a GPU reads a long text with a few of its processors, at any length."""
+    segments = [Segment(0, 3, 1), Segment(3, 9, 4), Segment(1, 0, 70)]
+    kv_cache = filled_cache(segments, n_kv_heads, torch.float32, paged=True)
+    fake_cuda.varlen_calls.clear()
+    q = normal(75, N_HEADS, HEAD_DIM, seed=7)
+    ragged_attention(q, kv_cache, make_backend("varlen").layout(segments, CPU))
+    assert [(call["max_q"], call["is_swapped"]) for call in fake_cuda.varlen_calls] == [
+        (1, True),
+        (70, False),
+    ]
+
+
+def choose(
+    dtype: torch.dtype = torch.bfloat16, int8: bool = False, capability: Capability | None = None
+) -> Backend:
+    shape = (N_SLOTS, 2, MAX_SEQ_LEN, HEAD_DIM)
+    return choose_backend(shape, N_HEADS, dtype, CPU, int8, capability or fake_cuda.H100)
+
+
+def test_the_choice_of_a_backend() -> None:
+    """A failure means that a GPU takes a kernel which it lacks, or never its fastest one."""
+    assert isinstance(choose(), Varlen)
+    old = Capability("cuda", (7, 5))
+    for backend in (choose(int8=True), choose(capability=old), choose(capability=Capability())):
+        assert isinstance(backend, Sdpa)
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+@pytest.mark.parametrize("fault", ["wrong", "missing", "unwritten"])
+def test_an_operator_that_is_wrong_here_is_not_used_and_that_is_said(
+    fault: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A failure means garbage on a GPU whose kernel has a fault: no signature tells it."""
+    real = varlen.varlen_attn
+
+    def broken(q: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if fault == "missing":
+            raise RuntimeError("this build has no FlashAttention")
+        out = real(q, *args, **kwargs)
+        if fault == "unwritten":
+            out[-1] = math.nan
+        return out * 1.2 if fault == "wrong" else out
+
+    monkeypatch.setattr(varlen, "varlen_attn", broken)
+    with caplog.at_level("INFO", "llama.layers.attention"):
+        assert isinstance(choose(), Sdpa)
+    expected = {"wrong": "wrong by", "missing": "no FlashAttention", "unwritten": "wrong by nan"}
+    assert expected[fault] in caplog.text and "scaled_dot_product_attention" in caplog.text

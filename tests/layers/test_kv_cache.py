@@ -7,14 +7,18 @@ import torch
 
 from llama import Llama
 from llama.checkpoint.sharding import cache_bytes
-from llama.layers.batch import RaggedBatch, Segment, Span
+from llama.layers.batch import Segment, token_places
 from llama.layers.kv_cache import KVCache
 from llama.perplexity import perplexity
 
 CPU = torch.device("cpu")
 SHAPE = (3, 2, 8, 16)  # slots, heads, positions, head_dim
 SEGMENTS = [Segment(0, 0, 2), Segment(2, 3, 3)]
-BATCH = RaggedBatch.of(SEGMENTS, CPU)
+
+
+def places(segments: list[Segment]) -> list[torch.Tensor]:
+    """Slots and positions of the segments' tokens."""
+    return [torch.tensor(numbers) for numbers in token_places(segments)]
 
 
 def make_cache(dtype: torch.dtype = torch.float32, int8: bool = False) -> KVCache:
@@ -22,7 +26,7 @@ def make_cache(dtype: torch.dtype = torch.float32, int8: bool = False) -> KVCach
 
 
 def entries(seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values for BATCH."""
+    """Keys and values for SEGMENTS."""
     generator = torch.Generator().manual_seed(seed)
     xk, xv = (torch.randn(5, 2, 16, generator=generator).to(dtype) for _ in range(2))
     return xk, xv
@@ -30,17 +34,16 @@ def entries(seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple[torch.Te
 
 def whole(kv_cache: KVCache, slot: int) -> torch.Tensor:
     """All keys and values of a slot, (2, n_kv_heads, max_seq_len, head_dim)."""
-    return torch.cat(kv_cache.read(Span(slice(0), slice(slot, slot + 1), SHAPE[2], None)))
+    return torch.cat(kv_cache.read(slice(slot, slot + 1), SHAPE[2]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_what_is_written_is_read_at_its_place_and_nowhere_else(dtype: torch.dtype) -> None:
     """A failure means that a sequence attends to keys of another, or at other positions."""
     kv_cache, x = make_cache(dtype), entries(dtype=dtype)
-    kv_cache.update(*x, BATCH)
+    kv_cache.update(*x, *places(SEGMENTS))
     expected = torch.zeros(3, 2, *SHAPE[1:], dtype=dtype)
-    places = ((0, 0), (0, 1), (2, 3), (2, 4), (2, 5))
-    for i, (slot, position) in enumerate(places):
+    for i, (slot, position) in enumerate(((0, 0), (0, 1), (2, 3), (2, 4), (2, 5))):
         for which in range(2):
             expected[slot, which, :, position] = x[which][i]
     for slot in range(3):
@@ -50,8 +53,8 @@ def test_what_is_written_is_read_at_its_place_and_nowhere_else(dtype: torch.dtyp
 def test_a_read_ends_at_the_filled_part_and_covers_its_slots() -> None:
     """A failure means that attention reads more of the cache than it needs."""
     kv_cache = make_cache()
-    kv_cache.update(*entries(), BATCH)
-    for found in kv_cache.read(Span(slice(0), slice(1, 3), 5, None)):
+    kv_cache.update(*entries(), *places(SEGMENTS))
+    for found in kv_cache.read(slice(1, 3), 5):
         assert found.shape == (2, 2, 5, 16)
         assert not found[0].any() and found[1, :, 3:].all()
 
@@ -62,7 +65,7 @@ def test_a_copy_brings_the_beginning_and_leaves_the_rest(int8: bool) -> None:
     kv_cache = make_cache(int8=int8)
     for slot in (0, 1):
         segments = [Segment(slot, 0, 5)]
-        kv_cache.update(*entries(seed=slot), RaggedBatch.of(segments, CPU))
+        kv_cache.update(*entries(seed=slot), *places(segments))
     source, before = whole(kv_cache, 0), whole(kv_cache, 1)
     kv_cache.copy(0, 1, 3)
     assert torch.equal(whole(kv_cache, 1)[:, :, :3], source[:, :, :3])
@@ -75,7 +78,7 @@ def test_nothing_is_left_after_clear(int8: bool) -> None:
     """A failure means that a NaN spreads from a damaged pass to later sequences."""
     kv_cache = make_cache(int8=int8)
     xk, xv = entries()
-    kv_cache.update(xk.fill_(math.nan), xv, BATCH)
+    kv_cache.update(xk.fill_(math.nan), xv, *places(SEGMENTS))
     kv_cache.clear()
     assert all(not whole(kv_cache, slot).any() for slot in range(3))
 
@@ -94,9 +97,9 @@ def test_entries_are_within_half_a_step() -> None:
     x = torch.randn(5, 3, 16, generator=torch.Generator().manual_seed(0))
     x[2, 1] = 0
     segments = [Segment(0, 0, 2), Segment(1, 3, 3)]
-    kv_cache.update(x, x / 2, RaggedBatch.of(segments, CPU))
+    kv_cache.update(x, x / 2, *places(segments))
     for i, (slot, position) in enumerate(((0, 0), (0, 1), (1, 3), (1, 4), (1, 5))):
-        found = kv_cache.read(Span(slice(0), slice(slot, slot + 1), 8, None))
+        found = kv_cache.read(slice(slot, slot + 1), 8)
         for entries, exact in zip(found, (x[i], x[i] / 2), strict=True):
             step = exact.abs().amax(-1, keepdim=True) / 127
             assert ((entries[0, :, position] - exact).abs() <= step * 0.501).all()
@@ -105,8 +108,8 @@ def test_entries_are_within_half_a_step() -> None:
 def test_small_entries_are_as_exact_in_float16() -> None:
     kv_cache = KVCache((1, 1, 8, 32), torch.float16, CPU, int8=True)
     x = torch.randn(1, 1, 32, generator=torch.Generator().manual_seed(0)).half() / 1000
-    kv_cache.update(x, x, RaggedBatch.of([Segment(0, 0, 1)], CPU))
-    for entries in kv_cache.read(Span(slice(0), slice(0, 1), 1, None)):
+    kv_cache.update(x, x, *places([Segment(0, 0, 1)]))
+    for entries in kv_cache.read(slice(0, 1), 1):
         assert (entries[0, :, 0] - x[0]).norm() / x.norm() < 0.02
 
 

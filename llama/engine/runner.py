@@ -1,0 +1,177 @@
+"""Forward passes with the draws after them, which the host starts without waiting for them."""
+
+from collections.abc import Sequence as List
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+
+from llama import parallel
+from llama.engine.graphs import DecodingSteps
+from llama.engine.sequence import Sequence
+from llama.errors import NotFinite
+from llama.layers.batch import Segment, to_device
+from llama.model import Transformer
+from llama.sampling import sample, token_logprobs
+
+_CANDIDATES = 1024  # tokens that are sorted to draw one; if they aren't enough, all are
+IN_FLIGHT = -1  # stands for a token that only the device knows yet
+
+
+class Piece(NamedTuple):
+    """A sequence's part of a pass: tokens from a position on, some of which may be a draft."""
+
+    sequence: Sequence
+    slot: int
+    start: int
+    tokens: list[int]
+    n_outputs: int  # how many of the last tokens' outputs are needed
+    n_drawn: int  # after how many of the last tokens one is drawn
+
+    @property
+    def is_running(self) -> bool:
+        """True unless its sequence has ended, which may be known after the pass was started."""
+        return self.sequence.finish_reason is None
+
+
+class Draws(NamedTuple):
+    """The parameters of each draw, as ``sample`` takes them."""
+
+    temperature: torch.Tensor
+    top_p: torch.Tensor
+    uniforms: torch.Tensor
+
+
+class Pass(NamedTuple):
+    """A pass, which the device may still be computing."""
+
+    pieces: list[Piece]
+    outputs: tuple[torch.Tensor, ...]  # each piece's logits, or hidden states to be pooled
+    draws: Draws
+    tokens: torch.Tensor  # that were drawn
+    results: torch.Tensor | None  # tokens, their logprobs' bits, enough candidates; is it finite
+
+
+class Runner:
+    """Runs passes on a model: one upload each, and one download for all results.
+
+    Args:
+        model: of which nothing else may use the cache in the meantime.
+        n_words: how many of the outputs stand for tokens; a vocabulary may be padded beyond them.
+
+    Attributes:
+        decode: a faster way to the logits of passes that only decode.
+    """
+
+    def __init__(self, model: Transformer, n_words: int):
+        self._model = model
+        self._n_words = n_words
+        self.decode: DecodingSteps | None = None
+
+    @torch.inference_mode()
+    def start(self, pieces: list[Piece], drawn: torch.Tensor | None = None) -> Pass:
+        """Start a pass.
+
+        Args:
+            pieces: what to compute.
+            drawn: the tokens of the pass before, where they are the ids that this one takes.
+        """
+        owners = [piece.sequence for piece in pieces for _ in range(piece.n_drawn)]
+        ahead = 0 if drawn is None else 1  # draws that the sequences don't know of
+        floats = [
+            [float(sequence.params.temperature) for sequence in owners],
+            [float(sequence.params.top_p) for sequence in owners],
+            [piece.sequence.uniform(ahead + i) for piece in pieces for i in range(piece.n_drawn)],
+        ]
+        device = self._model.freqs_cis.device
+        segments = [Segment(piece.slot, piece.start, len(piece.tokens)) for piece in pieces]
+        ids = [token for piece in pieces for token in piece.tokens]
+        counts = [piece.n_outputs for piece in pieces]
+        decode = self.decode
+        if decode is not None and len(ids) == len(owners) <= decode.max_tokens:
+            whole = [ids, *decode.places(segments)]
+            tokens, slots, positions, *sampling = to_device(device, whole, floats)
+            tokens = tokens if drawn is None else drawn
+            outputs = decode(tokens, segments, slots, positions).split(counts)
+        else:
+            ends = accumulate(len(piece.tokens) for piece in pieces)
+            chosen = [i for end, n in zip(ends, counts, strict=True) for i in range(end - n, end)]
+            tokens, select, *sampling = to_device(device, [ids, chosen], floats)
+            tokens = tokens if drawn is None else drawn
+            hidden = self._model.hidden_states(
+                tokens, segments, select if len(chosen) < len(ids) else None
+            )
+            outputs = self._outputs(hidden, pieces)
+        draws = Draws(*sampling)
+        return Pass(pieces, outputs, draws, *self._draw(outputs, pieces, draws))
+
+    def _outputs(self, hidden: torch.Tensor, pieces: List[Piece]) -> tuple[torch.Tensor, ...]:
+        """Return each piece's hidden states if they are to be pooled, its logits otherwise."""
+        counts = [piece.n_outputs for piece in pieces]
+        pooled = [piece.sequence.output in ("mean", "last") for piece in pieces]
+        if not any(pooled):
+            return self._model.logits(hidden).split(counts)
+        return tuple(
+            part.float() if pools else self._model.logits(part)
+            for part, pools in zip(hidden.split(counts), pooled, strict=True)
+        )
+
+    def _draw(
+        self, outputs: List[torch.Tensor], pieces: List[Piece], draws: Draws
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Draw tokens; return them and all that the host will want to know."""
+        is_finite = [output.isfinite().all() for output in outputs if len(output)]
+        if not is_finite:
+            return torch.empty(0), None
+        finite = torch.stack(is_finite).all().int()[None]
+        if not len(draws.temperature):
+            return torch.empty(0), finite
+        logits = _drawn_rows(outputs, pieces)
+        params = [piece.sequence.params for piece in pieces if piece.n_drawn]
+        known = logits[:, : self._n_words]
+        if all(each.temperature == 0 for each in params):
+            tokens, is_enough = known.argmax(dim=-1), torch.ones_like(draws.top_p)
+        else:
+            tokens, is_enough = sample(known, *draws, _CANDIDATES)
+        logprobs = torch.zeros_like(draws.top_p)
+        if any(each.logprobs for each in params):
+            logprobs = token_logprobs(logits, tokens)
+        results = torch.cat((tokens.int(), logprobs.view(torch.int32), is_enough.int(), finite))
+        results = parallel.broadcast(results)  # ranks may round differently
+        return results[: len(tokens)].long(), results
+
+    def finish(self, started: Pass) -> tuple[list[tuple[int, float]], bool]:
+        """Wait for a pass.
+
+        Returns:
+            For each draw its token and, where a sequence asks for it, log-probability; and whether
+            tokens aren't those of the pass, since it had too few candidates.
+
+        Raises:
+            NotFinite: an output holds an infinity or a NaN.
+        """
+        if started.results is None:
+            return [], False
+        results = started.results.cpu()
+        if not results[-1]:
+            raise NotFinite
+        tokens, bits, is_enough = results[:-1].view(3, -1)
+        is_redrawn = not is_enough.all()
+        if is_redrawn:
+            logits = _drawn_rows(started.outputs, started.pieces)
+            redrawn, _ = sample(logits[:, : self._n_words], *started.draws)
+            redrawn = parallel.broadcast(redrawn)
+            bits = token_logprobs(logits, redrawn).cpu()
+            return list(zip(redrawn.tolist(), bits.tolist(), strict=True)), True
+        logprobs = bits.contiguous().view(torch.float32)
+        return list(zip(tokens.tolist(), logprobs.tolist(), strict=True)), False
+
+
+def _drawn_rows(outputs: List[torch.Tensor], pieces: List[Piece]) -> torch.Tensor:
+    """Return the logits that tokens are drawn from, (n_drawn, n_outputs)."""
+    rows = [
+        output[len(output) - piece.n_drawn :]
+        for output, piece in zip(outputs, pieces, strict=True)
+        if piece.n_drawn
+    ]
+    return rows[0] if len(rows) == 1 else torch.cat(rows)

@@ -1,0 +1,128 @@
+"""CUDA's branches on a CPU: the attention operator, and graphs that are replayed in earnest."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn.attention import varlen
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from llama.layers.capability import Capability
+from llama.layers.kv_cache import PAGE
+
+# An H100 whose attention operator takes float32 too, so that tokens can be compared.
+H100 = Capability("cuda", (9, 0), (torch.float32, torch.float16, torch.bfloat16))
+varlen_calls: list[dict[str, Any]] = []  # what the operator was asked for
+
+
+@varlen._varlen_attn.register_kernel("cpu")
+def _varlen_attn(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seq_q: torch.Tensor,
+    cu_seq_k: torch.Tensor | None,
+    max_q: int,
+    max_k: int,
+    is_causal: bool = False,
+    scale: float | None = None,
+    window_size: list[int] | None = None,
+    enable_gqa: bool = False,
+    seqused_k: torch.Tensor | None = None,
+    block_table: torch.Tensor | None = None,
+    num_splits: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``varlen_attn`` as CUDA has it for a paged cache, with its demands and its known fault."""
+    assert seqused_k is not None and block_table is not None and cu_seq_k is not None
+    numbers = (cu_seq_q, cu_seq_k, seqused_k, block_table)
+    assert all(tensor.dtype == torch.int32 for tensor in numbers)
+    assert all(tensor.is_contiguous() for tensor in numbers[:3])
+    assert all(tensor.stride(-1) == 1 for tensor in (query, key, value, block_table))
+    assert key.shape[1] == PAGE and query.dtype == key.dtype == value.dtype
+    n_sequences = len(seqused_k)
+    assert cu_seq_q.shape == cu_seq_k.shape == (n_sequences + 1,) == (len(block_table) + 1,)
+    assert cu_seq_q[-1] == len(query) and (seqused_k <= cu_seq_k.diff()).all()
+    assert int(cu_seq_q.diff().max()) <= max_q and int(seqused_k.max()) <= max_k
+    assert block_table.shape[1] * PAGE >= max_k
+    is_swapped = max_q == 1 and window_size == [-1, -1] and query.shape[1] > key.shape[2]
+    varlen_calls.append({"max_q": max_q, "max_k": max_k, "is_swapped": is_swapped})
+    n_rep = query.shape[1] // key.shape[2]
+    out = torch.full_like(query, torch.nan)
+    for i in range(n_sequences):
+        if i and num_splits != 1 and not is_swapped:
+            break  # a later sequence stays unwritten (pytorch issue 194167)
+        some = slice(int(cu_seq_q[i]), int(cu_seq_q[i + 1]))
+        used = int(seqused_k[i])
+        pages = block_table[i, : -(-used // PAGE)].long()
+        keys, values = (
+            x[pages].flatten(0, 1)[:used].transpose(0, 1).repeat_interleave(n_rep, 0).float()
+            for x in (key, value)
+        )
+        n = some.stop - some.start
+        mask = torch.ones(n, used, dtype=torch.bool)
+        if window_size == [-1, 0]:
+            mask = mask.tril(used - n)
+        q = query[some].transpose(0, 1).float()
+        attended = torch.nn.functional.scaled_dot_product_attention(q, keys, values, mask)
+        out[some] = attended.transpose(0, 1).to(out.dtype)
+    rng = torch.zeros(2, dtype=torch.uint64)
+    return out, query.new_zeros(query.shape[1], len(query), dtype=torch.float32), rng
+
+
+class _Tape(TorchDispatchMode):
+    """Records the operators of a step, with the tensors that they read and wrote."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        assert func is not torch.ops.aten._local_scalar_dense.default, "a graph can't wait"
+        out = func(*args, **(kwargs or {}))
+        self.ops.append((func, args, kwargs or {}, out))
+        return out
+
+
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+class ReplayedGraph:
+    """Stands for ``graphs.CudaGraph``: the same operators on the same memory, and nothing else.
+
+    A value of the host that went into the record stays what it was, an input that isn't copied too,
+    and another graph of the pool leaves NaN in this one's output.
+    """
+
+    def __init__(
+        self,
+        step: Callable[[torch.Tensor], torch.Tensor],
+        inputs: torch.Tensor,
+        pool: "list[ReplayedGraph]",
+    ):
+        self._inputs = inputs.clone()
+        with _Tape() as tape:
+            self._logits = step(self._inputs)
+        self._ops = tape.ops
+        self._pool = pool
+        pool.append(self)
+        self.n_replays = 0
+
+    @staticmethod
+    def pool() -> "list[ReplayedGraph]":
+        return []
+
+    def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
+        self.n_replays += 1
+        for graph in self._pool:
+            graph._logits.fill_(torch.nan)
+        self._inputs.copy_(inputs)
+        for func, args, kwargs, recorded in self._ops:
+            read = {x.untyped_storage().data_ptr() for x in _tensors((args, kwargs))}
+            for old, new in zip(_tensors(recorded), _tensors(func(*args, **kwargs)), strict=True):
+                if old.untyped_storage().data_ptr() not in read:  # views follow by themselves
+                    old.copy_(new)
+        return self._logits
