@@ -24,6 +24,7 @@ from llama.layers.linear import (
     ParallelLinear,
     RowParallelLinear,
     fused_linear,
+    joined_linear,
     pack,
 )
 from llama.layers.quantization import Scheme
@@ -133,12 +134,10 @@ class Attention(nn.Module):
         self.wo = RowParallelLinear(args.n_heads * self.head_dim, args.dim)
 
     def forward(self, x: torch.Tensor, freqs_cis: torch.Tensor, batch: RaggedBatch) -> torch.Tensor:
-        xq, xk, xv = fused_linear(x, self.wq, self.wk, self.wv)
-        xq = xq.unflatten(-1, (-1, self.head_dim))  # (n_tokens, n_local_heads, head_dim)
-        xk = xk.unflatten(-1, (-1, self.head_dim))  # (n_tokens, n_local_kv_heads, head_dim)
-        xv = xv.unflatten(-1, (-1, self.head_dim))  # (n_tokens, n_local_kv_heads, head_dim)
-        rotated = apply_rotary_emb(torch.cat((xq, xk), dim=1), freqs_cis)
-        xq, xk = rotated.split((self.n_local_heads, self.n_local_kv_heads), dim=1)
+        heads = self.n_local_heads, self.n_local_kv_heads
+        xqkv = joined_linear(x, self.wq, self.wk, self.wv).unflatten(-1, (-1, self.head_dim))
+        xqk, xv = xqkv.split((sum(heads), heads[1]), dim=1)  # (n_tokens, some heads, head_dim)
+        xq, xk = apply_rotary_emb(xqk, freqs_cis).split(heads, dim=1)
         n_tokens = len(batch.slots)  # without padding
         self.cache.update(xk[:n_tokens], xv[:n_tokens], batch.slots, batch.positions)
         out = ragged_attention(xq, self.cache, batch)

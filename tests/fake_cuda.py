@@ -1,13 +1,16 @@
 """CUDA's branches on a CPU: the attention operator, and graphs that are replayed in earnest."""
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.nn.attention import varlen
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from llama.engine import graphs
 from llama.layers.capability import Capability
 from llama.layers.kv_cache import PAGE
 
@@ -126,3 +129,82 @@ class ReplayedGraph:
                 if old.untyped_storage().data_ptr() not in read:  # views follow by themselves
                     old.copy_(new)
         return self._logits
+
+
+def pretend(setattr: Callable[..., None]) -> None:
+    """Take CUDA's branches from here on; ``setattr`` is the builtin, or monkeypatch's."""
+    setattr(Capability, "of", staticmethod(lambda device: H100))
+    setattr(graphs, "CudaGraph", ReplayedGraph)
+
+
+def n_replays(steps: graphs.DecodingSteps | None) -> int:
+    """Return how many steps were replayed so far."""
+    assert steps is not None
+    return sum(graph.n_replays for graph in steps._graphs.values())
+
+
+# Operators that launch nothing.
+_VIEWS = frozenset(
+    """
+    view _unsafe_view slice select unsqueeze squeeze permute transpose t expand split
+    split_with_sizes unbind alias detach as_strided unfold _reshape_alias empty empty_like
+    new_empty empty_strided lift_fresh unflatten narrow view_as
+    """.split()  # noqa: SIM905
+)
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operators that launch a kernel, on meta tensors, and the largest result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: Counter[str] = Counter()
+        self.largest = 0  # elements
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        tensors = _tensors((args, kwargs, out))
+        name = func.name().partition("::")[2].partition(".")[0]
+        if name not in _VIEWS and any(tensor.device.type == "meta" for tensor in tensors):
+            self.names[name] += 1
+            given = [id(tensor) for tensor in _tensors((args, kwargs))]
+            made = [tensor.numel() for tensor in _tensors(out) if id(tensor) not in given]
+            self.largest = max([self.largest, *made])
+        return out
+
+
+class Waits(TorchFunctionMode):
+    """Notes where the host waits for a device, on meta tensors, and answers with ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.downloads: list[str] = []
+        self.uploads = 0
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        name = getattr(func, "__name__", str(func))
+        tensor = args[0] if args and isinstance(args[0], torch.Tensor) else None
+        if tensor is not None and tensor.device.type == "meta":
+            if name in ("__bool__", "item", "__int__", "__index__", "__float__"):
+                self.downloads.append(name)
+                return 1
+            if name in ("cpu", "tolist", "nonzero"):
+                self.downloads.append(name)
+                ones = torch.ones(tensor.shape, dtype=tensor.dtype, device="cpu")
+                return ones.tolist() if name == "tolist" else ones
+            if name in ("__getitem__", "__setitem__"):
+                indices = args[1] if isinstance(args[1], tuple) else (args[1],)
+                for index in indices:
+                    if isinstance(index, list):
+                        self.downloads.append("a list as an index, which is sent and waited for")
+                    if isinstance(index, torch.Tensor) and index.dtype == torch.bool:
+                        self.downloads.append("a boolean index")
+        out = func(*args, **(kwargs or {}))
+        is_sent = isinstance(out, torch.Tensor) and out.device.type == "meta"
+        if is_sent and (name == "tensor" or (tensor is not None and tensor.device.type == "cpu")):
+            self.uploads += 1
+        return out

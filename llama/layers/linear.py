@@ -117,11 +117,22 @@ def fused_linear(x: torch.Tensor, *layers: ParallelLinear) -> Sequence[torch.Ten
     Returns:
         For each layer this rank's part, shape (n_tokens, out_features).
     """
-    kernel = layers[0].kernel
-    if kernel is None or any(layer.kernel is not kernel for layer in layers):
+    kernel = _shared_kernel(layers)
+    if kernel is None:
         return [layer.product(x) for layer in layers]
     out = kernel(x)
     return [out[:, layer.rows] for layer in layers]
+
+
+def joined_linear(x: torch.Tensor, *layers: ParallelLinear) -> torch.Tensor:
+    """Return ``fused_linear``'s parts side by side, without a copy where a kernel makes them so."""
+    kernel = _shared_kernel(layers)
+    return torch.cat([layer.product(x) for layer in layers], dim=1) if kernel is None else kernel(x)
+
+
+def _shared_kernel(layers: Sequence[ParallelLinear]) -> Kernel | None:
+    kernel = layers[0].kernel
+    return kernel if all(layer.kernel is kernel for layer in layers) else None
 
 
 def pack(layers: Sequence[ParallelLinear], capability: Capability) -> Kernel | None:
