@@ -12,7 +12,7 @@ from llama.layers.quantization import StoredWeight, hadamard, rotate
 
 INT8_TOKENS = 1024  # that are multiplied at a time: their sums have four bytes, then four more
 FEW_TOKENS = 64  # up to which the int4 operator is faster than widening the weight
-INT4_OUTPUTS = 2048  # whose weights are widened at a time
+INT4_OUTPUTS = 1024  # whose weights are widened at a time
 
 
 class Int8(Kernel):
@@ -78,10 +78,9 @@ class Int4(Kernel):
     @staticmethod
     def supports(weight: torch.Tensor, dtype: torch.dtype, capability: Capability) -> bool:
         """Return whether the operator takes a packed weight and inputs of a dtype."""
-        inner_tiles = _inner_tiles(2 * weight.shape[1])
-        if capability.kind != "cuda" or capability.compute < (8, 0) or not inner_tiles:
+        if capability.kind != "cuda" or capability.compute < (8, 0) or dtype != torch.bfloat16:
             return False
-        return dtype == torch.bfloat16 and nibble_order(inner_tiles, weight.device) is not None
+        return nibble_order(_inner_tiles(2 * weight.shape[1]), weight.device) is not None
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         if len(x) <= FEW_TOKENS:
@@ -110,8 +109,8 @@ class Int4(Kernel):
 
 
 def _inner_tiles(in_features: int) -> int:
-    """Return how many times 16 inputs a tile has, 8, 4 or 2; 0 if none of them divides a width."""
-    return next((n for n in (8, 4, 2) if in_features % (16 * n) == 0), 0)
+    """Return how many times 16 inputs a tile has; groups, and so widths, are multiples of 32."""
+    return next(n for n in (8, 4, 2) if in_features % (16 * n) == 0)
 
 
 def _pack(weight: torch.Tensor, inner_tiles: int) -> torch.Tensor:
