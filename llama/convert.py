@@ -62,7 +62,8 @@ def convert(
         with progress(count, "quantising", "weights") as show:
             source = quantized(source, args, scheme, show)
             # Quantise everything now, so that no file rounds a weight again.
-            source = replace(source, parts=[Weights.of(dict(source.parts[0]))])
+            whole = Weights.of(dict(source.parts[0]))
+            source = replace(source, parts=[whole], read_part=None)
     size = stored_bytes(args, target_dtype or source.dtype, source.scheme)
     with progress(size, "writing") as show:
         if to == "meta":

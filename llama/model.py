@@ -180,7 +180,7 @@ class Transformer(nn.Module):
     scheme: Scheme | None = None  # how the weights are quantised
     n_passes = 0  # forward passes so far, each of which changed the cache
     min_tokens = 1  # which a pass is padded to, as the kernels are fastest
-    prefill_tokens = 512  # of a prompt in a pass, so that memory is enough
+    prefill_tokens = 512  # of prompts that a pass takes at most
 
     def __init__(self, params: ModelArgs):
         super().__init__()

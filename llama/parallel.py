@@ -179,6 +179,13 @@ def broadcast(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def max_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    """Replace each element by the largest of all ranks, in place."""
+    if world_size() > 1:
+        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=get_model_parallel_group())
+    return tensor
+
+
 _FRAME = 1 << 12  # bytes of a message that is sent at once
 
 

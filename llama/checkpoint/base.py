@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from llama import parallel
 from llama.args import ModelArgs
 from llama.checkpoint.memory import release, trim
 from llama.checkpoint.sharding import (
@@ -17,6 +18,7 @@ from llama.checkpoint.sharding import (
     joined_shape,
     parameter_count,
     rank_part,
+    split_dim,
 )
 from llama.errors import listed, printable
 from llama.layers.quantization import Scheme, StoredWeight
@@ -65,6 +67,9 @@ class Weights(Mapping[str, torch.Tensor]):
             raise KeyError(name)
         return self._read(name)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.shapes  # Mapping's own would read the tensor
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)
 
@@ -87,6 +92,8 @@ class Checkpoint:
         in_float32: whether tensors are made in float32 when they are read, because they are
             dequantised or merged.
         scheme: the quantisation of the weights, which the network has as well.
+        read_part: reads a rank's part of a parameter, given its name, the rank and the number of
+            ranks; None if it is cut from the tensors of ``parts``.
     """
 
     source: str
@@ -97,6 +104,7 @@ class Checkpoint:
     files: dict[str, Path | bytes] = field(default_factory=dict)
     in_float32: bool = False
     scheme: Scheme | None = None
+    read_part: Callable[[str, int, int], torch.Tensor] | None = None
 
     def check(self, args: ModelArgs) -> None:
         """Raise ``ValueError`` unless the parts together make the network of ``args``."""
@@ -105,6 +113,8 @@ class Checkpoint:
 
     def rank_part(self, name: str, args: ModelArgs, rank: int, ranks: int) -> torch.Tensor:
         """Read the part of a parameter that one of ``ranks`` ranks holds."""
+        if self.read_part is not None:
+            return self.read_part(name, rank, ranks)
         if name.startswith("output.") and args.tie_word_embeddings:
             whole = self.rank_part(name.replace("output", "tok_embeddings"), args, 0, 1)
             return rank_part(name, [whole], args, rank, ranks)
@@ -151,14 +161,19 @@ def quantized(
     args: ModelArgs,
     scheme: Scheme,
     progress: Callable[[int], None] = lambda _: None,
+    device: torch.device | str = "cpu",
 ) -> Checkpoint:
     """Return a checkpoint whose weights are quantised, one at a time, when they are read.
+
+    Each rank reads and rounds its own part, to the codes and scales that the whole weight has. All
+    of them have to read the same parts in the same order.
 
     Args:
         source: a checkpoint of full precision, or one that has this scheme.
         args: its hyper-parameters (``make_args``).
         scheme: the scheme to quantise with.
-        progress: called with the number of weights that have been quantised.
+        progress: called with the number of weights that have been quantised, on all ranks.
+        device: where to round them.
 
     Raises:
         ValueError: the checkpoint has another scheme, a weight isn't finite, or a width isn't a
@@ -166,45 +181,73 @@ def quantized(
     """
     if source.scheme == scheme:
         return source
+    _check_scheme(source, args, scheme)
+    sizes = {name: prod(shape) for name, shape in full_shapes(args).items()}
+    # The parts of a stored weight are read one after another: it is quantised once for all.
+    last: tuple[str, int, int] = ("", 0, 0)
+    stored: StoredWeight = {}
+    done = 0
+
+    def read_part(name: str, rank: int, ranks: int) -> torch.Tensor:
+        nonlocal last, stored, done
+        module, part = name.rsplit(".", 1)
+        if not scheme.applies_to(module):
+            return source.rank_part(name, args, rank, ranks)
+        if (module, rank, ranks) != last:
+            stored = {}
+            weight = source.rank_part(f"{module}.weight", args, rank, ranks).to(device)
+            stored = _quantize_part(f"{module}.weight", weight, ranks, source.names[0], scheme)
+            last = (module, rank, ranks)
+            release(source.mapped(f"{module}.weight"))
+            trim()  # the temporary tensors of the rounding
+            done += sizes.get(f"{module}.weight", 0)
+            progress(done)
+        return stored[part]
+
+    def mapped(name: str) -> Sequence[torch.Tensor]:
+        return () if scheme.applies_to(name.rpartition(".")[0]) else source.mapped(name)
+
+    parts = [Weights(full_shapes(args, scheme), lambda name: read_part(name, 0, 1), mapped)]
+    return replace(
+        source,
+        parts=parts,
+        names=source.names[:1],
+        in_float32=False,
+        scheme=scheme,
+        read_part=read_part,
+    )
+
+
+def _check_scheme(source: Checkpoint, args: ModelArgs, scheme: Scheme) -> None:
+    """Raise ``ValueError`` unless a scheme can quantise a checkpoint."""
     if source.scheme is not None:
         raise ValueError(
             f"{source.names[0]} is quantised ({source.scheme}), and {scheme} was asked for: "
             "quantise the original weights"
         )
     source.check(args)
-    widths = input_widths(args)
-    indivisible = sorted(width for width in widths if width % scheme.block_size(width))
+    indivisible = sorted(w for w in input_widths(args) if w % scheme.block_size(w))
     if indivisible:
         raise ValueError(
             f"{scheme} doesn't fit {source.source}, where a weight's width is {indivisible[0]}: "
             "give a group_size that divides it, or use int8"
         )
-    # The parts of a stored weight are read one after another: it is quantised once for all.
-    last: tuple[str, StoredWeight] = ("", {})
-    done = 0
 
-    def read(name: str) -> torch.Tensor:
-        nonlocal last, done
-        module, part = name.rsplit(".", 1)
-        if not scheme.applies_to(module):
-            return source.rank_part(name, args, 0, 1)
-        if module != last[0]:
-            last = ("", {})
-            weight = source.rank_part(f"{module}.weight", args, 0, 1)
-            if not all(rows.isfinite().all() for rows in weight.split(256)):
-                raise ValueError(f"{module}.weight in {source.names[0]} isn't finite")
-            last = (module, scheme.quantize(weight))
-            release(source.mapped(f"{module}.weight"))
-            trim()  # the temporary tensors of the rounding
-            done += weight.numel()
-            progress(done)
-        return last[1][part]
 
-    def mapped(name: str) -> Sequence[torch.Tensor]:
-        return () if scheme.applies_to(name.rpartition(".")[0]) else source.mapped(name)
-
-    parts = [Weights(full_shapes(args, scheme), read, mapped)]
-    return replace(source, parts=parts, names=source.names[:1], in_float32=False, scheme=scheme)
+def _quantize_part(
+    name: str, weight: torch.Tensor, ranks: int, file: str, scheme: Scheme
+) -> StoredWeight:
+    """Round one of ``ranks`` parts of a weight as a part of the whole."""
+    is_finite = all(bool(rows.isfinite().all()) for rows in weight.split(256))
+    if ranks > 1:  # all of them raise the error, and none waits for one that has
+        failed = torch.tensor([not is_finite], dtype=torch.float32, device=weight.device)
+        is_finite = not parallel.max_over_ranks(failed)
+    if not is_finite:
+        raise ValueError(f"{name} in {file} isn't finite")
+    if ranks == 1 or split_dim(name) == 0:  # of which a rank has whole rows
+        return scheme.quantize(weight)
+    block = scheme.block_size(weight.shape[1] * ranks)
+    return scheme.quantize(weight, block, parallel.max_over_ranks)
 
 
 def check_shapes(

@@ -8,9 +8,17 @@ import torch
 from llama import parallel
 from llama.args import ModelArgs
 from llama.checkpoint.base import Checkpoint
-from llama.checkpoint.memory import device_memory, release, shares_memory, trim
+from llama.checkpoint.memory import (
+    device_memory,
+    prefill_tokens,
+    release,
+    shares_memory,
+    trim,
+    workspace_bytes,
+)
 from llama.checkpoint.sharding import cache_bytes, check_model_parallel_size, weight_bytes
 from llama.cli import progress
+from llama.layers.capability import Capability
 from llama.layers.quantization import Int4, Scheme
 from llama.model import Transformer
 
@@ -37,7 +45,7 @@ def load(
         int8_cache: store the cache in eight bits instead.
 
     Raises:
-        MemoryError: weights and cache need more memory than the machine has.
+        MemoryError: weights and cache need more memory than the device has.
         ValueError: a tensor is missing, unexpected or of the wrong shape, or the network can't be
             divided among the ranks.
     """
@@ -49,7 +57,7 @@ def load(
     if dtype is None:
         fast_bf16 = parallel.has_fast_bf16(device)
         dtype = parallel.choose_dtype(checkpoint.dtype, device.type, fast_bf16)
-    check_memory(args, dtype, device, ranks, scheme, int8_cache)
+    tokens = plan_memory(args, dtype, device, ranks, scheme, int8_cache)
     with torch.device("meta"):
         model = Transformer(args)
         if scheme:
@@ -57,6 +65,8 @@ def load(
     still_mapped = _fill(model, checkpoint, args, device, dtype)
     model.allocate_buffers(device, dtype, int8_cache)
     _pack(model, still_mapped)
+    # Ranks whose GPUs have less free memory than others' decide for all.
+    model.prefill_tokens = -int(parallel.max_over_ranks(torch.tensor(-tokens, device=device)))
     logger.info("loaded %s in %.2f seconds", checkpoint.names[0], time.monotonic() - start)
     return model
 
@@ -112,15 +122,15 @@ def _pack(model: Transformer, still_mapped: set[int]) -> None:
             show(n + 1)
 
 
-def check_memory(
+def plan_memory(
     args: ModelArgs,
     dtype: torch.dtype,
     device: torch.device,
     ranks: int,
     scheme: Scheme | None = None,
     int8_cache: bool = False,
-) -> None:
-    """Raise ``MemoryError``, saying what to change, if weights and cache can't fit the device.
+) -> int:
+    """Return how many tokens of prompts a pass takes at most, before anything is allocated.
 
     Args:
         args: the hyper-parameters, with the size of the cache.
@@ -129,26 +139,37 @@ def check_memory(
         ranks: the number of ranks that share the network.
         scheme: the quantisation of the weights.
         int8_cache: whether the cache has eight bits.
+
+    Raises:
+        MemoryError: weights, cache and, on CUDA, a pass's workspace don't fit the device. It says
+            what to change.
     """
     available = device_memory(device)
+    capability = Capability.of(device)
     local_ranks = parallel.local_ranks() if device.type == "cpu" else 1  # which share this memory
     weights = weight_bytes(args, dtype, ranks, scheme) * local_ranks
     cache = cache_bytes(args, dtype, ranks, int8_cache) * local_ranks
-    if available is None or weights + cache <= available:
-        return
-    left = (available - weights) * args.max_seq_len * args.max_batch_size // cache
+    tokens = prefill_tokens(args, dtype, ranks, capability, available, weights + cache)
+    on_cuda = capability.kind == "cuda"
+    workspace = workspace_bytes(args, dtype, ranks, tokens) if on_cuda else 0
+    if available is None or weights + cache + workspace <= available:
+        return tokens
+    room = available - workspace
+    left = (room - weights) * args.max_seq_len * args.max_batch_size // cache
     if left >= 1:
         advice = (
             f"max_seq_len={args.max_seq_len} times max_batch_size={args.max_batch_size} can be at "
             f"most {left}"
         )
-    elif scheme is None and weights * 2 // dtype.itemsize < available:
+    elif scheme is None and weights * 2 // dtype.itemsize < room:
         advice = f"dtype={dtype} could be torch.bfloat16"
-    elif scheme is None and weight_bytes(args, dtype, ranks, Int4()) * local_ranks < available:
+    elif scheme is None and weight_bytes(args, dtype, ranks, Int4()) * local_ranks < room:
         advice = "quantize could be 'int8' or 'int4'"
     else:
         advice = "the weights alone are too much: share them among more GPUs or more machines"
-    raise MemoryError(
-        f"weights of {weights / 1e9:.1f} GB and a cache of {cache / 1e9:.1f} GB don't fit the "
-        f"{available / 1e9:.1f} GB of this machine's {device.type}: {advice}"
-    )
+    sizes = f"weights of {weights / 1e9:.1f} GB and a cache of {cache / 1e9:.1f} GB"
+    memory = f"{available / 1e9:.1f} GB of this machine's {device.type}"
+    if on_cuda:
+        sizes += f", with a workspace of {workspace / 1e9:.1f} GB,"
+        memory = f"{available / 1e9:.1f} GB that are free on {device} (nvidia-smi lists its uses)"
+    raise MemoryError(f"{sizes} don't fit the {memory}: {advice}")

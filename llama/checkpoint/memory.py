@@ -1,4 +1,4 @@
-"""The memory of a device, and its early release to the system.
+"""The memory of a device: what is free, what a pass needs, and early release to the system.
 
 A mapped weight costs memory once its pages are read. Where it is copied, to another dtype or into
 a kernel's order, both would stay resident; while a checkpoint is loaded, that doubles the peak.
@@ -12,6 +12,13 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+
+from llama.args import ModelArgs
+from llama.layers.capability import Capability
+
+_LIBRARIES = 256 << 20  # bytes of cuBLAS's workspaces and of the decoding steps' graphs
+_NCCL = 512 << 20  # bytes of its buffers
+_PREFILL_TOKENS = (8192, 4096, 2048)  # on CUDA
 
 
 def release(tensors: Iterable[torch.Tensor]) -> None:
@@ -44,9 +51,13 @@ def shares_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def device_memory(device: torch.device) -> int | None:
-    """Return the bytes of memory that a device has in all; None where that is unknown."""
+    """Return the bytes of memory that a device has; None where that is unknown.
+
+    Of a GPU's, those that are free or kept for reuse by this process; elsewhere, all of them.
+    """
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[1])
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + kept
     if device.type == "mps":
         return int(torch.mps.recommended_max_memory())
     try:
@@ -76,3 +87,51 @@ def memory_limits(root: Path) -> list[int]:
                         with contextlib.suppress(OSError, ValueError):  # "max" is no number
                             limits.append(int((directory / name).read_text()))
     return limits
+
+
+def workspace_bytes(args: ModelArgs, dtype: torch.dtype, ranks: int, prefill_tokens: int) -> int:
+    """Return about how many bytes a pass on CUDA needs beside weights and cache.
+
+    Args:
+        args: the hyper-parameters.
+        dtype: of the computation.
+        ranks: the number of ranks that share the network.
+        prefill_tokens: those of the largest pass.
+    """
+    q_dim = args.n_heads * args.head_dim // ranks
+    kv_dim = max(args.kv_heads, ranks) // ranks * args.head_dim
+    hidden_dim = args.hidden_dim // ranks
+    # Queries and keys are rotated in float32: themselves, their neighbours, a product and the sum.
+    attention = (2 * q_dim + 2 * kv_dim) * dtype.itemsize
+    attention += (q_dim + kv_dim) * (dtype.itemsize + 4 * 4)
+    feed_forward = 4 * hidden_dim * dtype.itemsize  # gate and up, silu, and the product
+    states = 3 * args.dim * dtype.itemsize  # the residual, its norm and what is added
+    tokens = prefill_tokens * (states + max(attention, feed_forward))
+    # Logits in float32, their probabilities and order.
+    logits = args.max_batch_size * args.n_outputs * (dtype.itemsize + 6 * 4)
+    return tokens + logits + _LIBRARIES + _NCCL * (ranks > 1)
+
+
+def prefill_tokens(
+    args: ModelArgs,
+    dtype: torch.dtype,
+    ranks: int,
+    capability: Capability,
+    available: int | None,
+    taken: int = 0,
+) -> int:
+    """Return how many tokens of prompts a pass takes at most.
+
+    On CUDA the most whose workspace is a twentieth of the memory, and fits beside the rest.
+
+    Args:
+        args, dtype, ranks: see ``workspace_bytes``.
+        capability: of the device.
+        available: the bytes of its memory; None if unknown.
+        taken: those of weights and cache.
+    """
+    if capability.kind != "cuda" or available is None:
+        return 512
+    limit = min(available // 20, available - taken)
+    fitting = (n for n in _PREFILL_TOKENS if workspace_bytes(args, dtype, ranks, n) <= limit)
+    return next(fitting, _PREFILL_TOKENS[-1])

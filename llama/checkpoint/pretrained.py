@@ -82,6 +82,6 @@ def load_model(config: LoadConfig) -> tuple[Transformer, BaseTokenizer, ChatForm
     if config.quantize is not None:
         scheme = make_scheme(config.quantize, config.group_size, source.scheme)
         show = progress(quantized_count(args, scheme), "quantising", "weights")
-        source = quantized(source, args, scheme, show)
+        source = quantized(source, args, scheme, show, device)
     int8_cache = config.kv_cache_dtype == "int8"
     return load(source, args, device, config.dtype, int8_cache), tokenizer, chat

@@ -148,8 +148,11 @@ def pack(layers: Sequence[ParallelLinear], capability: Capability) -> Kernel | N
     first = layers[0]
     if any(weight.requires_grad for layer in layers for weight in layer.parameters()):
         return None  # which are trained
-    if first.scheme is None and (first.is_shared or not OneDnn.is_fastest_for(first.weight)):
-        return None  # of a shared weight a packed copy would be a second one
+    if first.scheme is None:
+        on_cuda = capability.kind == "cuda"
+        packs = len(layers) > 1 if on_cuda else OneDnn.is_fastest_for(first.weight)
+        if not packs or first.is_shared:
+            return None  # of a shared weight a packed copy would be a second one
     own = [layer.stored() for layer in layers]
     joined = own[0]
     if len(layers) > 1:

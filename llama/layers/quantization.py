@@ -9,7 +9,7 @@ int4: a group of a row's weights has its own scale and zero, chosen for a small 
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import gcd
 from typing import Any
@@ -23,7 +23,7 @@ StoredWeight = dict[str, torch.Tensor]
 """A weight as a checkpoint stores it: its tensors by the last part of their names."""
 
 _BLOCK = 64  # of the Hadamard matrix, at most
-_CHUNK = 1 << 17  # weights that are rounded at a time, so that they stay in a processor's cache
+_CHUNK = 1 << 17  # weights that a CPU rounds at a time, so that they stay in its cache
 GROUP_SIZES = (32, 64, 128, 256)
 
 
@@ -75,16 +75,28 @@ class Int8:
         """
         return max(1, gcd(in_features, 2 * _BLOCK) // 2)
 
-    def quantize(self, weight: torch.Tensor) -> StoredWeight:
-        """Round a whole weight of any dtype, shape (out_features, in_features)."""
-        matrix = hadamard(self.block_size(weight.shape[1]), torch.device("cpu"), torch.float32)
-        codes = torch.empty(weight.shape, dtype=torch.int8)
-        scale = torch.empty(len(weight), 1)
-        n_rows = max(1, _CHUNK // weight.shape[1])
+    def quantize(
+        self,
+        weight: torch.Tensor,
+        block: int | None = None,
+        over_ranks: Callable[[torch.Tensor], torch.Tensor] = lambda largest: largest,
+    ) -> StoredWeight:
+        """Round a weight of any dtype, shape (out_features, in_features), on its device.
+
+        Args:
+            weight: a whole weight, or a rank's part.
+            block: the whole weight's ``block_size``, if this is a part of its inputs.
+            over_ranks: returns the largest elements of the rows, of which ranks have parts.
+        """
+        block = block or self.block_size(weight.shape[1])
+        matrix = hadamard(block, weight.device, torch.float32)
+        codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+        scale = torch.empty(len(weight), 1, dtype=torch.float32, device=weight.device)
+        n_rows = _rows_at_a_time(weight)
         for first in range(0, len(weight), n_rows):
             rows = slice(first, first + n_rows)
             rotated = rotate(weight[rows].float(), matrix)
-            largest = rotated.abs().amax(dim=1, keepdim=True)
+            largest = over_ranks(rotated.abs().amax(dim=1, keepdim=True))
             scale[rows] = torch.where(largest > 0, largest / 127, 1)
             codes[rows] = rotated.div_(scale[rows]).round_()
         return {"weight": codes, "scale": scale}
@@ -124,12 +136,14 @@ class Int4:
         """Return how many inputs share a scale, which no two ranks can share."""
         return self.group_size
 
-    def quantize(self, weight: torch.Tensor) -> StoredWeight:
-        """Round a whole weight of any dtype, shape (out_features, in_features)."""
+    def quantize(self, weight: torch.Tensor, *_: object) -> StoredWeight:
+        """Round as ``Int8.quantize`` does; no two ranks share a group."""
         dtypes = self.dtypes()
-        shapes = self.shapes(*weight.shape)
-        whole = {name: torch.empty(shape, dtype=dtypes[name]) for name, shape in shapes.items()}
-        n_rows = max(1, _CHUNK // weight.shape[1])
+        whole = {
+            name: torch.empty(shape, dtype=dtypes[name], device=weight.device)
+            for name, shape in self.shapes(*weight.shape).items()
+        }
+        n_rows = _rows_at_a_time(weight)
         for first in range(0, len(weight), n_rows):
             rows = weight[first : first + n_rows]
             rounded = _round_groups(rows.reshape(-1, self.group_size))
@@ -173,6 +187,11 @@ class Int4:
 Scheme = Int8 | Int4
 # Fractions of a group's range that are cut at either end; values outside are clamped.
 _CUTS = [(low, high) for low in (0.0, 0.05, 0.1) for high in (0.0, 0.05, 0.1)]
+
+
+def _rows_at_a_time(weight: torch.Tensor) -> int:
+    """Return how many rows are rounded at a time, on GPUs more than on a CPU."""
+    return max(1, (_CHUNK if weight.is_cpu else 64 * _CHUNK) // weight.shape[1])
 
 
 def _round_groups(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

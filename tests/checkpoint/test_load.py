@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from llama import Llama
+from llama import Llama, ModelArgs
 from llama.checkpoint import load as load_module
 from llama.checkpoint import memory
 from llama.checkpoint.save import reshard
+from llama.layers.capability import Capability
+from llama.layers.quantization import Int4
 
 
 def build(path: Path, **more: object) -> Llama:
@@ -119,3 +121,73 @@ class TestMemory:
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / name).write_text(text)
         assert sorted(memory.memory_limits(tmp_path)) == [2000, 3000]
+
+
+LLAMA_7B = {"dim": 4096, "n_layers": 32, "n_heads": 32, "vocab_size": 32000, "multiple_of": 256}
+GPU = torch.device("cuda", 1)
+
+
+class TestMemoryOfGPUs:
+    """Sizes are decided by arithmetic, before anything is allocated."""
+
+    @pytest.fixture
+    def free(self, monkeypatch: pytest.MonkeyPatch):
+        """Sets how much memory of an H100 is free."""
+
+        def set_free(n_bytes: float) -> None:
+            monkeypatch.setattr(load_module, "device_memory", lambda device: int(n_bytes))
+
+        capability = Capability("cuda", (9, 0))
+        monkeypatch.setattr(Capability, "of", staticmethod(lambda device: capability))
+        return set_free
+
+    def plan(self, scheme: Int4 | None = None, ranks: int = 1, **params: int) -> int:
+        args = ModelArgs(**LLAMA_7B, **{"max_seq_len": 4096, "max_batch_size": 8, **params})
+        return load_module.plan_memory(args, torch.bfloat16, GPU, ranks, scheme)
+
+    def test_what_other_processes_hold_is_not_free(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A failure means that loading ends with CUDA's own error, after minutes."""
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5_000, 80_000))
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 300)
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 100)
+        assert memory.device_memory(GPU) == 5_200  # of which PyTorch keeps 200 for reuse
+
+    def test_passes_are_as_long_as_a_twentieth_of_the_memory_allows(self, free) -> None:
+        found = {}
+        for gigabytes, options in ((79, {}), (39, {}), (23, {"max_batch_size": 1})):
+            free(gigabytes * 1e9)
+            found[gigabytes] = self.plan(**options)
+        assert found == {79: 8192, 39: 4096, 23: 4096}
+        free(40e9)
+        assert self.plan(ranks=8) == 8192  # each of which has a part
+        free(11e9)
+        assert self.plan(Int4(), max_batch_size=1) == 2048
+
+    def test_passes_are_shorter_where_weights_and_cache_leave_little(self, free) -> None:
+        needed = 2 * 6.738e9 + 2**19 * 4096 * 8
+        tokens = []
+        for spare in (2.1e9, 1.5e9, 0.8e9):
+            free(needed + spare)
+            tokens.append(self.plan())
+        assert tokens == [4096, 4096, 2048]  # of 33 GB a twentieth is too little for 8192
+
+    def test_errors_say_what_is_free_and_what_to_change(self, free) -> None:
+        free(31.2e9)  # which weights and cache alone would fit
+        with pytest.raises(MemoryError) as error:
+            self.plan()
+        message = str(error.value)
+        assert "weights of 13.5 GB and a cache of 17.2 GB, with a workspace of 0." in message
+        assert "31.2 GB that are free on cuda:1" in message
+        most = int(message.split("at most ")[1])
+        assert 30_000 < most < 8 * 4096
+        assert self.plan(max_seq_len=most, max_batch_size=1) == 2048
+        free(10e9)
+        with pytest.raises(MemoryError, match="quantize could be 'int8' or 'int4'"):
+            self.plan()
+
+    def test_other_devices_need_no_workspace(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        args = ModelArgs(**LLAMA_7B)
+        for kind in ("cpu", "mps"):
+            tokens = memory.prefill_tokens(args, torch.float32, 1, Capability(kind), 10**12)
+            assert tokens == 512
+        assert Llama.build(device="cpu").model.prefill_tokens == 512

@@ -21,18 +21,21 @@ def make_kernel(
 
     Args:
         stored: the weight's tensors, which the kernel takes over.
-        scheme: how it is quantised; None for a plain weight, where ``cpu.OneDnn`` is the fastest.
+        scheme: how it is quantised; None for a plain weight: several layers' on CUDA, or one where
+            ``cpu.OneDnn`` is the fastest.
         dtype: of the inputs.
         block_size: how many inputs the weight was rotated by (int8).
         capability: of the device.
     """
     on_cpu = capability.kind == "cpu"
     if scheme is None:
-        return cpu.OneDnn(stored)
+        return plain.Joined(stored) if capability.kind == "cuda" else cpu.OneDnn(stored)
     if isinstance(scheme, Int8):
         if on_cpu and cpu.HAS_FBGEMM:
             return cpu.Int8(stored, block_size)
-        return plain.Int8(stored, block_size, dtype)
+        if cuda.Int8.supports(stored["weight"], capability):
+            return cuda.Int8(stored, block_size, dtype)
+        return plain.Int8(stored, block_size, dtype, capability)
     if on_cpu and cpu.int4_tile():
         return cpu.Int4(stored, scheme)
     if cuda.Int4.supports(stored["weight"], dtype, capability):

@@ -1,9 +1,10 @@
-"""Kernels for every device: quantised weights that are widened where they are multiplied."""
+"""Kernels for every device: weights as they are stored, widened where they are multiplied."""
 
 import torch
 import torch.nn.functional as F
 
 from llama.layers import quantization
+from llama.layers.capability import Capability
 from llama.layers.kernels.base import Kernel
 from llama.layers.quantization import StoredWeight, hadamard, rotate
 
@@ -17,22 +18,32 @@ class _Plain(Kernel):
         return self._stored
 
 
+class Joined(_Plain):
+    """Unquantised weights of layers that read the same input, in one product."""
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self._stored["weight"])
+
+
 class Int8(_Plain):
     """Widened before they are multiplied; with one token, while they are.
 
     The latter by PyTorch's operator, or by compiled code for a sum of products.
     """
 
-    def __init__(self, stored: StoredWeight, block_size: int, dtype: torch.dtype):
+    def __init__(
+        self, stored: StoredWeight, block_size: int, dtype: torch.dtype, capability: Capability
+    ):
         super().__init__(stored)
         self._matrix = hadamard(block_size, stored["weight"].device, dtype)
+        self._has_operator = capability.kind in ("cpu", "mps")
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         weight, scale = self._stored["weight"], self._stored["scale"][:, 0]
         x = rotate(x, self._matrix)
         if len(x) == 1 and torch.compiler.is_compiling():
             return ((weight * x.float()).sum(dim=1) * scale)[None].to(x.dtype)
-        if len(x) == 1 and x.device.type in ("cpu", "mps"):
+        if len(x) == 1 and self._has_operator:
             return torch._weight_int8pack_mm(x, weight, scale.to(x.dtype))
         if x.dtype == torch.float16:  # sums of integers would soon exceed its range
             return F.linear(x, (weight * scale[:, None]).to(x.dtype))

@@ -1,0 +1,95 @@
+"""``quantize=`` on several ranks: each rounds its own part, to the whole weight's codes."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_model
+from processes import script, torchrun
+
+from llama.checkpoint.base import Checkpoint, Weights, quantized
+from llama.checkpoint.save import save
+from llama.convert import convert
+from llama.generation import TINY
+from llama.layers.quantization import Int4, Int8, make_scheme
+
+# Each rank compares what it rounded with its part of the converted checkpoint.
+COMPARE = """
+import json, sys, torch
+from llama import Llama, parallel
+from llama.layers.quantization import Int4, Int8
+read = []
+for scheme in (Int4, Int8):
+    def counted(self, weight, *more, usual=scheme.quantize):
+        read.append(weight.numel())
+        return usual(self, weight, *more)
+    scheme.quantize = counted
+def build(path, **more):
+    return Llama.build(path, dtype=torch.float32, device="cpu", **more).model
+found = []
+for path, options, converted in json.loads(sys.argv[1]):
+    read.clear()
+    ours, theirs = build(path, **options).state_dict(), build(converted).state_dict()
+    assert ours.keys() == theirs.keys()
+    different = [name for name in ours if not torch.equal(ours[name], theirs[name])]
+    assert not different, (path, options, different)
+    found.append(sum(read))
+try:
+    build(sys.argv[2], quantize="int8")
+except ValueError as error:
+    found.append(str(error))
+with open(sys.argv[3] + str(parallel.rank()), "w") as file:
+    json.dump(found, file)
+"""
+
+
+@pytest.mark.slow
+def test_ranks_hold_the_parts_of_what_convert_writes(tmp_path: Path) -> None:
+    """A failure means that several ranks compute with other weights, or round all of them."""
+    shapes = {"gqa": {"dim": 192, "n_kv_heads": 2}, "mqa": {"n_kv_heads": 1, "dim": 128}}
+    shapes["tied"] = {"tie_word_embeddings": True, "dim": 128, "n_kv_heads": 4}
+    cases, counts = [], []
+    for name, params in shapes.items():
+        model = make_model(vocab_size=768, multiple_of=64, **params)
+        files = {"tokenizer.model": TINY / "tokenizer.model"}
+        path = tmp_path / name
+        save([model.state_dict()], model.params, path, files=files, dtype=torch.bfloat16)
+        for options in ({"quantize": "int8"}, {"quantize": "int4", "group_size": 32}):
+            converted = tmp_path / f"{name}-{options['quantize']}"
+            convert(str(path), str(converted), **options)
+            cases.append((str(path), options, str(converted)))
+            scheme = make_scheme(options["quantize"], options.get("group_size"))
+            weights = model.state_dict().items()
+            counts.append(
+                sum(w.numel() for n, w in weights if scheme.applies_to(n.rpartition(".")[0]))
+            )
+    tensors = model.state_dict()
+    tensors["layers.1.feed_forward.w2.weight"][3, -1] = math.nan  # in the second rank's part
+    del tensors["output.weight"]
+    save([tensors], model.params, tmp_path / "nan", files=files)
+    job = script(tmp_path, COMPARE)
+    out = str(tmp_path / "rank")
+    done = torchrun("--nproc_per_node", "2", job, json.dumps(cases), str(tmp_path / "nan"), out)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for rank in range(2):
+        *read, error = json.loads(Path(f"{out}{rank}").read_text())
+        assert "layers.1.feed_forward.w2.weight in" in error and "isn't finite" in error
+        for count, whole in zip(read, counts, strict=True):
+            assert count == pytest.approx(whole / 2, rel=0.1)  # a lone key/value head is copied
+
+
+@pytest.mark.parametrize("scheme", [Int8(), Int4(32)], ids=str)
+def test_weights_are_rounded_on_the_device_that_is_named(scheme: Int8 | Int4) -> None:
+    """A failure means that a GPU waits while one thread of the CPU rounds."""
+    model = make_model(dim=128)
+    weights = {name: part.detach() for name, part in model.named_parameters()}
+    source = Checkpoint("test", {}, [Weights.of(weights)], ["test"], torch.float32)
+    stored = scheme.quantize(torch.empty(64, 128, device="meta"))
+    assert {part.device.type for part in stored.values()} == {"meta"}
+    done: list[int] = []
+    result = quantized(source, model.params, scheme, done.append, torch.device("cpu"))
+    for name in result.parts[0]:
+        assert torch.equal(result.rank_part(name, model.params, 0, 1), result.parts[0][name])
+    assert done[-1] > 0

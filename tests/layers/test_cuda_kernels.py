@@ -1,0 +1,286 @@
+"""Kernels for CUDA, whose arithmetic and bytes are tested on any machine."""
+
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.utils._pytree as pytree
+from conftest import make_model
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from llama import Transformer
+from llama.layers import quantization
+from llama.layers.capability import Capability
+from llama.layers.kernels import cuda, make_kernel, plain
+from llama.layers.linear import ParallelLinear, pack
+from llama.layers.quantization import Int4, Int8, StoredWeight
+
+H100 = Capability("cuda", (9, 0))
+T4 = Capability("cuda", (7, 5))
+META = torch.device("meta")
+BF16 = torch.bfloat16
+
+
+def random_weight(out_features: int, in_features: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(out_features, in_features, generator=generator)
+
+
+def int8_kernel(dtype: torch.dtype) -> tuple[cuda.Int8, torch.Tensor]:
+    """A kernel and the float32 weight that it multiplies by."""
+    scheme, block = Int8(), Int8().block_size(128)
+    stored = scheme.quantize(random_weight(48, 128))
+    kernel = make_kernel(stored, scheme, dtype, block, H100)
+    assert type(kernel) is cuda.Int8
+    return kernel, scheme.dequantize(stored, block)
+
+
+class Bytes(TorchDispatchMode):
+    """Counts what operators read and write; views and empty tensors cost nothing."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name == "_weight_int4pack_mm":  # which has no shapes for meta tensors
+            out = args[0].new_empty(len(args[0]), 8 * len(args[1]))
+        else:
+            out = func(*args, **(kwargs or {}))
+        if func.is_view or name in ("empty", "empty_like", "new_empty", "_unsafe_view"):
+            return out
+        reads = pytree.tree_leaves(args[1:] if name == "copy_" else args)  # out= is in kwargs
+        for tensor in [*reads, *pytree.tree_leaves(out)]:
+            if isinstance(tensor, torch.Tensor):
+                self.count += tensor.nbytes
+        return out
+
+
+# The products of one of Llama 2 7B's layers: wq, wk and wv; wo; w1 and w3; w2.
+SHAPES_7B = [(12288, 4096), (4096, 4096), (22016, 4096), (4096, 11008)]
+
+
+def bytes_per_weight(scheme: quantization.Scheme, n_tokens: int) -> float:
+    n_bytes = n_weights = 0
+    for out_features, in_features in SHAPES_7B:
+        dtypes, shapes = scheme.dtypes(), scheme.shapes(out_features, in_features)
+        stored = {
+            name: torch.empty(shape, dtype=dtypes[name], device=META)
+            for name, shape in shapes.items()
+        }
+        kernel = make_kernel(stored, scheme, BF16, scheme.block_size(in_features), H100)
+        with Bytes() as counted:
+            kernel(torch.empty(n_tokens, in_features, dtype=BF16, device=META))
+        n_bytes += counted.count
+        n_weights += out_features * in_features
+    return n_bytes / n_weights
+
+
+@pytest.mark.parametrize("n_tokens", [1, 2, 4, 8, 16])
+def test_few_tokens_read_little_more_than_the_weights(n_tokens: int) -> None:
+    """A failure means that decoding waits for more memory than quantised weights have."""
+    assert bytes_per_weight(Int8(), n_tokens) <= 1.1
+    assert bytes_per_weight(Int4(), n_tokens) <= 0.7
+
+
+class TestInt8:
+    @pytest.mark.parametrize("dtype", [BF16, torch.float16, torch.float32], ids=str)
+    def test_products_are_those_of_the_dequantised_weight(
+        self, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(cuda, "INT8_TOKENS", 48)
+        kernel, exact = int8_kernel(dtype)
+        for n_tokens in (1, 2, 16, 17, 48, 49, 130):  # 49 and 130 in parts
+            x = random_weight(n_tokens, 128, seed=n_tokens).to(dtype)
+            out, expected = kernel(x), x.float() @ exact.T
+            assert out.dtype == dtype
+            assert out.is_contiguous()
+            assert (out.float() - expected).norm() / expected.norm() < 0.013
+
+    def test_a_tokens_product_does_not_depend_on_the_others(self) -> None:
+        kernel, _ = int8_kernel(BF16)
+        x = (random_weight(40, 128) * torch.logspace(-3, 3, 40)[:, None]).to(BF16)
+        together = kernel(x)
+        for row in (0, 17, 39):
+            assert torch.equal(kernel(x[row : row + 1])[0], together[row])
+
+    def test_zeros_give_zeros_and_not_a_number_stays_one(self) -> None:
+        kernel, _ = int8_kernel(BF16)
+        x = torch.zeros(4, 128, dtype=BF16)
+        x[1, 5], x[2, 5] = math.nan, math.inf
+        out = kernel(x)
+        assert torch.equal(out[[0, 3]], torch.zeros(2, 48, dtype=BF16))
+        assert out[1].isnan().all()
+        assert not out[2].isfinite().any()
+
+    def test_the_compiler_sees_one_graph(self) -> None:
+        """A failure means that compiled steps stop at each product."""
+        kernel, _ = int8_kernel(BF16)
+        compiled = torch.compile(kernel.product, fullgraph=True, backend="aot_eager")
+        for n_tokens in (1, 30):
+            x = random_weight(n_tokens, 128).to(BF16)
+            assert torch.equal(compiled(x), kernel(x))
+
+    @pytest.mark.parametrize(
+        ("shape", "capability"), [((48, 128), T4), ((44, 128), H100), ((48, 100), H100)]
+    )
+    def test_what_the_operator_does_not_take_is_widened(
+        self, shape: tuple[int, int], capability: Capability
+    ) -> None:
+        scheme, block = Int8(), Int8().block_size(shape[1])
+        stored = scheme.quantize(random_weight(*shape))
+        kernel = make_kernel(stored, scheme, torch.float32, block, capability)
+        assert type(kernel) is plain.Int8
+        x = random_weight(1, shape[1], seed=1)
+        torch.testing.assert_close(kernel(x), x @ scheme.dequantize(stored, block).T)
+
+
+class Tinygemm:
+    """The int4 operators of CUDA with an order of their own, on the CPU."""
+
+    def __init__(self, seed: int, spoil: bool = False):
+        self.seed, self.spoil = seed, spoil
+        self.rows: list[int] = []
+
+    def permutation(self, inner_tiles: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(self.seed)
+        return torch.randperm(128 * inner_tiles, generator=generator)
+
+    def pack(self, weight: torch.Tensor, inner_tiles: int) -> torch.Tensor:
+        n, k = len(weight), 2 * weight.shape[1]
+        assert weight.dtype == torch.uint8
+        assert n % 8 == 0 and k % (16 * inner_tiles) == 0
+        codes = torch.stack((weight >> 4, weight & 15), dim=2).view(n, k)
+        tiles = codes.view(n // 8, 8, -1, 16 * inner_tiles).transpose(1, 2).flatten(2)
+        nibbles = tiles[:, :, self.permutation(inner_tiles)]
+        if self.spoil:
+            nibbles[:, :, 0] = nibbles[:, :, 1]
+        packed = nibbles[..., ::2] | (nibbles[..., 1::2] << 4)
+        return packed.view(torch.int32).unflatten(2, (32, inner_tiles // 2))
+
+    def multiply(
+        self, x: torch.Tensor, packed: torch.Tensor, group_size: int, scales: torch.Tensor
+    ) -> torch.Tensor:
+        assert x.is_contiguous() and x.dtype == scales.dtype == BF16
+        self.rows.append(len(x))
+        inner_tiles = 2 * packed.shape[3]
+        bytes_ = packed.flatten(2).contiguous().view(torch.uint8)
+        nibbles = torch.stack((bytes_ & 15, bytes_ >> 4), dim=3).flatten(2)
+        tiles = torch.empty_like(nibbles)
+        tiles[:, :, self.permutation(inner_tiles)] = nibbles
+        codes = tiles.unflatten(2, (8, -1)).transpose(1, 2).flatten(2).flatten(0, 1)
+        scale, zero = scales.float().transpose(0, 1).repeat_interleave(group_size, 1).unbind(2)
+        return (x.float() @ ((codes.float() - 8) * scale + zero).T).to(BF16)
+
+
+@pytest.fixture(params=[0, 1])
+def tinygemm(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Tinygemm]:
+    yield from install(Tinygemm(request.param), monkeypatch)
+
+
+def install(operators: Tinygemm, monkeypatch: pytest.MonkeyPatch) -> Iterator[Tinygemm]:
+    monkeypatch.setattr(torch, "_convert_weight_to_int4pack", operators.pack)
+    monkeypatch.setattr(torch, "_weight_int4pack_mm", operators.multiply)
+    cuda.nibble_order.cache_clear()
+    yield operators
+    cuda.nibble_order.cache_clear()
+
+
+def int4_stored(shape: tuple[int, int], group_size: int = 32) -> StoredWeight:
+    return Int4(group_size).quantize(random_weight(*shape))
+
+
+class TestInt4:
+    @pytest.mark.parametrize(
+        ("shape", "inner_tiles"), [((44, 256), 8), ((48, 192), 4), ((100, 96), 2)]
+    )
+    def test_products_are_those_of_the_dequantised_weight(
+        self,
+        tinygemm: Tinygemm,
+        shape: tuple[int, int],
+        inner_tiles: int,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """Whatever the operator's order is, for few tokens and many, and back."""
+        monkeypatch.setattr(cuda, "INT4_OUTPUTS", 32)  # the last ones are fewer
+        scheme, stored = Int4(32), int4_stored(shape)
+        kernel = make_kernel(stored, scheme, BF16, 1, H100)
+        assert type(kernel) is cuda.Int4
+        assert all(torch.equal(kernel.stored()[name], part) for name, part in stored.items())
+        exact = scheme.dequantize(stored, 1)
+        for n_tokens in (1, 16, 64, 65):
+            x = random_weight(n_tokens, shape[1], seed=n_tokens).to(BF16)
+            out, expected = kernel(x), x.float() @ exact.T
+            assert out.shape == expected.shape
+            assert out.is_contiguous()  # as a collective wants it
+            assert (out.float() - expected).norm() / expected.norm() < 5e-3
+        assert tinygemm.rows == [1, 16, 64]
+        assert kernel._packed.shape[3] == inner_tiles // 2
+
+    def test_an_order_that_loses_codes_is_not_used(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for _ in install(Tinygemm(0, spoil=True), monkeypatch):
+            kernel = make_kernel(int4_stored((16, 128)), Int4(32), BF16, 1, H100)
+            assert type(kernel) is plain.Int4
+
+    @pytest.mark.parametrize(
+        ("dtype", "capability"),
+        [(torch.float16, H100), (torch.float32, H100), (BF16, T4), (BF16, Capability())],
+    )
+    def test_what_the_operator_does_not_take(
+        self, dtype: torch.dtype, capability: Capability
+    ) -> None:
+        assert not cuda.Int4.supports(torch.empty(8, 64, device=META), dtype, capability)
+
+    @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+    @pytest.mark.parametrize(
+        ("dim", "hidden"),
+        [(576, 1536), (2048, 5632), (4096, 11008), (5120, 13824), (8192, 22016), (8192, 28672)]
+        + [(4096, 14336), (3072, 8192), (2048, 8192)],
+        ids=["SmolLM2 135M", "TinyLlama", "7B", "13B", "34B", "70B"]
+        + ["Llama 3 8B", "Llama 3.2 3B", "Llama 3.2 1B"],
+    )
+    def test_every_weight_of_published_networks_goes_to_the_operator(
+        self, dim: int, hidden: int, ranks: int
+    ) -> None:
+        """A failure means that some layers of a network are read eight times as slowly."""
+        for width in (dim, dim // ranks, hidden // ranks):
+            if dim % (64 * ranks) == hidden % (64 * ranks) == 0:  # no group is cut
+                weight = torch.empty(8, width // 2, dtype=torch.uint8, device=META)
+                assert cuda.Int4.supports(weight, BF16, H100), width
+
+
+def plain_model(**params: object) -> Transformer:
+    model = make_model(n_kv_heads=2, **params).requires_grad_(False)
+    model.allocate_buffers(torch.device("cpu"), torch.float32)
+    return model
+
+
+class TestJoined:
+    def test_weights_that_read_the_same_input_are_one_product(self) -> None:
+        plain_one, model = plain_model(), plain_model()
+        model.capability = H100
+        expected = {name: part.clone() for name, part in model.state_dict().items()}
+        model.pack()
+        for layers in model.linear_groups():
+            assert all(type(layer.kernel) is plain.Joined for layer in layers[1:])
+            assert len({layer.kernel for layer in layers}) == 1
+            assert (layers[0].kernel is None) == (len(layers) == 1)
+            assert sum(layer.weight.numel() for layer in layers) == 0 or len(layers) == 1
+        found = model.state_dict()
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+        tokens = torch.tensor([[3, 1, 4]])
+        torch.testing.assert_close(model.forward(tokens), plain_one.forward(tokens))
+        model.load_state_dict(plain_model(seed=1).state_dict())
+        assert type(model.layers[0].attention.wk.kernel) is plain.Joined
+
+    def test_nothing_is_joined_elsewhere_or_where_weights_are_trained(self) -> None:
+        layers = plain_model().layers[0].attention
+        group: list[ParallelLinear] = [layers.wq, layers.wk, layers.wv]
+        assert pack(group, Capability("mps")) is None
+        assert pack(group, Capability("cpu")) is None  # float32
+        layers.wk.requires_grad_(True)
+        assert pack(group, H100) is None
+        layers.wk.requires_grad_(False)
+        group[0].is_shared = True
+        assert pack(group, H100) is None
