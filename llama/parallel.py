@@ -167,6 +167,33 @@ def print_once(*values: object, end: str = "\n") -> None:
         print(*values, end=end, flush=True)
 
 
+_ops = torch.ops._c10d_functional  # which torch.compile can trace
+
+
+def all_reduce(x: torch.Tensor) -> torch.Tensor:
+    """Return the sum of all ranks' ``x``, in the memory of ``x`` if it is contiguous."""
+    if world_size() == 1:
+        return x
+    # A compiler takes the form that changes nothing, and saves the copy itself.
+    reduce = _ops.all_reduce if torch.compiler.is_compiling() else _ops.all_reduce_
+    return _ops.wait_tensor(reduce(x.contiguous(), "sum", get_model_parallel_group().group_name))
+
+
+def all_gather(x: torch.Tensor) -> torch.Tensor:
+    """Join all ranks' ``x`` along the last dimension."""
+    if world_size() == 1:
+        return x
+    name = get_model_parallel_group().group_name
+    parts = _ops.all_gather_into_tensor(x.contiguous(), world_size(), name)
+    parts = _ops.wait_tensor(parts).unflatten(0, (world_size(), x.shape[0]))
+    return parts.movedim(0, -2).flatten(-2)  # (…, n_ranks * x.shape[-1])
+
+
+def can_capture() -> bool:
+    """Return whether a CUDA graph can hold the collectives, if any are needed."""
+    return world_size() == 1 or dist.get_backend(get_model_parallel_group()) == "nccl"
+
+
 def broadcast(tensor: torch.Tensor) -> torch.Tensor:
     """Copy rank 0's values of ``tensor`` to every rank, in place."""
     if world_size() > 1:
