@@ -68,14 +68,26 @@ def has_fast_bf16(device: torch.device) -> bool:
 
 
 def detect_device(wanted: str | torch.device | None = None) -> torch.device:
-    """Return ``choose_device`` of this machine and process."""
-    return choose_device(
+    """Return ``choose_device`` of this machine and process.
+
+    Raises:
+        ValueError: PyTorch doesn't offer the device here, or all processes would take one GPU.
+    """
+    device = choose_device(
         wanted,
         torch.cuda.is_available(),
         torch.backends.mps.is_available(),
         local_rank=int(os.environ.get("LOCAL_RANK", "0")),
         ranks=int(os.environ.get("WORLD_SIZE", "1")),
     )
+    # NCCL refuses two processes on a GPU. A script may have chosen gloo, which doesn't.
+    by_gloo = dist.is_initialized() and dist.get_backend() == "gloo"
+    if str(wanted).startswith("cuda:") and local_ranks() > 1 and not by_gloo:
+        raise ValueError(
+            f"device is {str(wanted)!r} in every process of this machine, but each needs its own "
+            "GPU: write device='cuda', or leave it out, and each process takes its own"
+        )
+    return device
 
 
 _cpu_group: dist.ProcessGroup | None = None  # of all ranks, for messages between CPUs
@@ -88,17 +100,18 @@ def initialize(device: torch.device | None = None) -> int:
     group lives in memory. Calling it again changes nothing.
 
     Args:
-        device: of the tensors: ``nccl`` connects CUDA devices, ``gloo`` all others.
+        device: of the tensors. Several processes with CUDA devices are connected by ``nccl``, all
+            others by ``gloo``. Processes that are connected already stay as they are.
 
     Returns:
         The number of processes.
 
     Raises:
-        ValueError: there are more processes than GPUs, or the processes are connected for another
-            kind of device.
+        ValueError: there are more processes than GPUs, NCCL is missing, or the processes are
+            connected by ``nccl`` and the device isn't a GPU.
     """
-    device = detect_device(device)
-    backend = "nccl" if device.type == "cuda" else "gloo"
+    if device is None or device.index is None:
+        device = detect_device(device)
     if device.type == "cuda":
         if device.index >= torch.cuda.device_count():
             raise ValueError(
@@ -107,27 +120,39 @@ def initialize(device: torch.device | None = None) -> int:
             )
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        if "RANK" in os.environ and "WORLD_SIZE" in os.environ:  # as torchrun sets them
-            dist.init_process_group(backend)
-        else:
-            store = dist.HashStore()  # type: ignore[attr-defined]
-            dist.init_process_group(backend, store=store, rank=0, world_size=1)
-        atexit.register(_leave)
+        _connect(device)
     global _cpu_group
     if not model_parallel_is_initialized():
         with contextlib.redirect_stdout(io.StringIO()):  # fairscale announces its groups
             initialize_model_parallel(dist.get_world_size())
+        atexit.register(_leave)
         # A rank may wait indefinitely: the launcher notices that others have died, not a timeout.
         # fairscale's groups take no timeout when they are made.
         dist.distributed_c10d._set_pg_timeout(timedelta(days=365), get_model_parallel_group())
     if _cpu_group is None and dist.get_world_size() > 1:
         _cpu_group = dist.new_group(backend="gloo", timeout=timedelta(days=365))
-    if dist.get_world_size() > 1 and dist.get_backend() != backend:
+    if world_size() > 1 and dist.get_backend() == "nccl" and device.type != "cuda":
         raise ValueError(
-            f"the processes are connected by {dist.get_backend()}, but {device} needs {backend}: "
-            "start again to change the kind of device"
+            f"the processes are connected by nccl, which is for GPUs, but the device is {device}: "
+            "use device='cuda', or start again"
         )
     return world_size()
+
+
+def _connect(device: torch.device) -> None:
+    """Make the process group: NCCL's for several processes with GPUs, else gloo's."""
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:  # which torchrun sets
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+        return
+    backend = "nccl" if device.type == "cuda" and int(os.environ["WORLD_SIZE"]) > 1 else "gloo"
+    if backend == "nccl" and not dist.is_nccl_available():
+        raise ValueError(
+            "several processes with GPUs need NCCL, which this PyTorch lacks (on Windows all do): "
+            "start one process, use device='cpu', or call "
+            "torch.distributed.init_process_group('gloo') first, which is slower"
+        )
+    dist.init_process_group(backend)
 
 
 def _leave() -> None:
@@ -167,9 +192,31 @@ def print_once(*values: object, end: str = "\n") -> None:
         print(*values, end=end, flush=True)
 
 
+_ops = torch.ops._c10d_functional  # which torch.compile can trace
+
+
+def all_reduce(x: torch.Tensor) -> torch.Tensor:
+    """Return the sum of all ranks' ``x``, in the memory of ``x`` if it is contiguous."""
+    if world_size() == 1:
+        return x
+    # A compiler takes the form that changes nothing, and saves the copy itself.
+    reduce = _ops.all_reduce if torch.compiler.is_compiling() else _ops.all_reduce_
+    return _ops.wait_tensor(reduce(x.contiguous(), "sum", get_model_parallel_group().group_name))
+
+
+def all_gather(x: torch.Tensor) -> torch.Tensor:
+    """Join all ranks' ``x`` along the last dimension."""
+    if world_size() == 1:
+        return x
+    name = get_model_parallel_group().group_name
+    parts = _ops.all_gather_into_tensor(x.contiguous(), world_size(), name)
+    parts = _ops.wait_tensor(parts).unflatten(0, (world_size(), x.shape[0]))
+    return parts.movedim(0, -2).flatten(-2)  # (…, n_ranks * x.shape[-1])
+
+
 def can_capture() -> bool:
-    """Return whether the ranks' collectives can be part of a CUDA graph."""
-    return world_size() == 1 or dist.get_backend() == "nccl"
+    """Return whether a CUDA graph can hold the collectives, if any are needed."""
+    return world_size() == 1 or dist.get_backend(get_model_parallel_group()) == "nccl"
 
 
 def broadcast(tensor: torch.Tensor) -> torch.Tensor:

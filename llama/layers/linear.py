@@ -11,17 +11,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from fairscale.nn.model_parallel import layers as fairscale_layers
-from fairscale.nn.model_parallel.mappings import (
-    gather_from_model_parallel_region,
-    reduce_from_model_parallel_region,
-)
 from torch import nn
 
 from llama.layers.capability import Capability
 from llama.layers.kernels import Kernel, make_kernel
 from llama.layers.kernels.cpu import OneDnn
 from llama.layers.quantization import Scheme, StoredWeight
-from llama.parallel import world_size
+from llama.parallel import all_gather, all_reduce, world_size
 
 
 def _split(features: int, name: str) -> int:
@@ -181,8 +177,7 @@ class ColumnParallelLinear(ParallelLinear, fairscale_layers.ColumnParallelLinear
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out = self.product(x)
-        is_part = self.gather_output and out.shape[-1] != self.out_features
-        return gather_from_model_parallel_region(out) if is_part else out
+        return all_gather(out) if self.gather_output else out
 
 
 class RowParallelLinear(ParallelLinear, fairscale_layers.RowParallelLinear):
@@ -193,9 +188,7 @@ class RowParallelLinear(ParallelLinear, fairscale_layers.RowParallelLinear):
         ParallelLinear.__init__(self, in_features, out_features, shape)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out = self.product(x)
-        is_part = x.shape[-1] != self.in_features
-        return reduce_from_model_parallel_region(out) if is_part else out
+        return all_reduce(self.product(x))
 
 
 class ParallelEmbedding(_Stored, fairscale_layers.ParallelEmbedding):
@@ -213,5 +206,4 @@ class ParallelEmbedding(_Stored, fairscale_layers.ParallelEmbedding):
             stored = {name: part[tokens] for name, part in self.named_parameters()}
             block_size = self.scheme.block_size(self.embedding_dim)
             out = self.scheme.dequantize(stored, block_size).to(self.dtype)
-        is_part = out.shape[1] != self.embedding_dim
-        return gather_from_model_parallel_region(out) if is_part else out
+        return all_gather(out)
