@@ -125,8 +125,11 @@ class ReplayedGraph:
         self._inputs.copy_(inputs)
         for func, args, kwargs, recorded in self._ops:
             read = {x.untyped_storage().data_ptr() for x in _tensors((args, kwargs))}
-            for old, new in zip(_tensors(recorded), _tensors(func(*args, **kwargs)), strict=True):
+            results = func(*args, **kwargs)
+            for old, new in zip(_tensors(recorded), _tensors(results), strict=True):
                 if old.untyped_storage().data_ptr() not in read:  # views follow by themselves
+                    if func.namespace == "_c10d_functional":
+                        new = torch.ops._c10d_functional.wait_tensor(new)
                     old.copy_(new)
         return self._logits
 
@@ -143,16 +146,6 @@ def n_replays(steps: graphs.DecodingSteps | None) -> int:
     return sum(graph.n_replays for graph in steps._graphs.values())
 
 
-# Operators that launch nothing.
-_VIEWS = frozenset(
-    """
-    view _unsafe_view slice select unsqueeze squeeze permute transpose t expand split
-    split_with_sizes unbind alias detach as_strided unfold _reshape_alias empty empty_like
-    new_empty empty_strided lift_fresh unflatten narrow view_as
-    """.split()  # noqa: SIM905
-)
-
-
 class Launches(TorchDispatchMode):
     """Counts the operators that launch a kernel, on meta tensors, and the largest result."""
 
@@ -165,13 +158,14 @@ class Launches(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        tensors = _tensors((args, kwargs, out))
         name = func.name().partition("::")[2].partition(".")[0]
-        if name not in _VIEWS and any(tensor.device.type == "meta" for tensor in tensors):
+        given = {x.untyped_storage()._cdata for x in _tensors((args, kwargs))}
+        made = [x for x in _tensors(out) if x.untyped_storage()._cdata not in given]
+        is_launch = made or func._schema.is_mutable  # neither is a view
+        on_device = any(x.device.type == "meta" for x in _tensors((args, kwargs, out)))
+        if is_launch and on_device and not name.startswith(("empty", "new_empty")):
             self.names[name] += 1
-            given = [id(tensor) for tensor in _tensors((args, kwargs))]
-            made = [tensor.numel() for tensor in _tensors(out) if id(tensor) not in given]
-            self.largest = max([self.largest, *made])
+            self.largest = max([self.largest, *(x.numel() for x in made)])
         return out
 
 
