@@ -11,6 +11,7 @@ import torch
 from llama import parallel
 from llama.args import ModelArgs
 from llama.checkpoint.memory import release, trim
+from llama.checkpoint.rounding import round_weight
 from llama.checkpoint.sharding import (
     distinct_pieces,
     full_shapes,
@@ -245,9 +246,9 @@ def _quantize_part(
     if not is_finite:
         raise ValueError(f"{name} in {file} isn't finite")
     if ranks == 1 or split_dim(name) == 0:  # of which a rank has whole rows
-        return scheme.quantize(weight)
+        return round_weight(scheme, weight)
     block = scheme.block_size(weight.shape[1] * ranks)
-    return scheme.quantize(weight, block, parallel.max_over_ranks)
+    return round_weight(scheme, weight, block, parallel.max_over_ranks)
 
 
 def check_shapes(

@@ -7,10 +7,10 @@ decoded, together with pieces of the prompts that wait to be read.
 from collections import deque
 from collections.abc import Sequence as List
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
-from llama.engine.graphs import DecodingSteps
 from llama.engine.prefix_cache import PrefixCache, common_prefix
 from llama.engine.runner import IN_FLIGHT, Pass, Piece, Runner
 from llama.engine.sequence import Alternatives, Event, FinishReason, Sequence
@@ -19,6 +19,9 @@ from llama.layers.varlen import MAX_DRAFT
 from llama.model import Transformer
 from llama.sampling import token_logprobs
 from llama.tokenizer import BaseTokenizer
+
+if TYPE_CHECKING:
+    from llama.engine.graphs import DecodingSteps
 
 PREFILL_TOKENS = 2048  # tokens of all prompts in a step, unless the model takes more of one
 _SCORED = 512  # tokens of a prompt in a step if all of their outputs are kept
@@ -63,12 +66,12 @@ class Engine:
         self._n_passes = model.n_passes  # any other pass changes the cache
 
     @property
-    def decode(self) -> DecodingSteps | None:
+    def decode(self) -> "DecodingSteps | None":
         """A faster way to the logits of passes that only decode."""
         return self._runner.decode
 
     @decode.setter
-    def decode(self, steps: DecodingSteps | None) -> None:
+    def decode(self, steps: "DecodingSteps | None") -> None:
         self._runner.decode = steps
 
     @property

@@ -2,17 +2,19 @@
 
 from collections.abc import Sequence as List
 from itertools import accumulate
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from llama import parallel
-from llama.engine.graphs import DecodingSteps
 from llama.engine.sequence import Sequence
 from llama.errors import NotFinite
 from llama.layers.batch import Segment, to_device
 from llama.model import Transformer
 from llama.sampling import sample, token_logprobs
+
+if TYPE_CHECKING:
+    from llama.engine.graphs import DecodingSteps
 
 _CANDIDATES = 1024  # tokens that are sorted to draw one; if they aren't enough, all are
 IN_FLIGHT = -1  # stands for a token that only the device knows yet

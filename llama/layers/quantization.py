@@ -1,4 +1,4 @@
-"""Quantised weights: how they are rounded, and how a checkpoint stores them.
+"""Quantised weights: how a checkpoint stores them (``checkpoint.rounding`` makes them).
 
 int8: a row (output) has one scale, and codes lie symmetrically around zero. Kernels may round
 inputs to eight bits as well, so both are first multiplied, in blocks, by a Hadamard matrix: this
@@ -9,7 +9,7 @@ int4: a group of a row's weights has its own scale and zero, chosen for a small 
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import gcd
 from typing import Any
@@ -23,7 +23,6 @@ StoredWeight = dict[str, torch.Tensor]
 """A weight as a checkpoint stores it: its tensors by the last part of their names."""
 
 _BLOCK = 64  # of the Hadamard matrix, at most
-_CHUNK = 1 << 17  # weights that a CPU rounds at a time, so that they stay in its cache
 GROUP_SIZES = (32, 64, 128, 256)
 
 
@@ -75,32 +74,6 @@ class Int8:
         """
         return max(1, gcd(in_features, 2 * _BLOCK) // 2)
 
-    def quantize(
-        self,
-        weight: torch.Tensor,
-        block: int | None = None,
-        over_ranks: Callable[[torch.Tensor], torch.Tensor] = lambda largest: largest,
-    ) -> StoredWeight:
-        """Round a weight of any dtype, shape (out_features, in_features), on its device.
-
-        Args:
-            weight: a whole weight, or a rank's part.
-            block: the whole weight's ``block_size``, if this is a part of its inputs.
-            over_ranks: returns the largest elements of the rows, of which ranks have parts.
-        """
-        block = block or self.block_size(weight.shape[1])
-        matrix = hadamard(block, weight.device, torch.float32)
-        codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-        scale = torch.empty(len(weight), 1, dtype=torch.float32, device=weight.device)
-        n_rows = _rows_at_a_time(weight)
-        for first in range(0, len(weight), n_rows):
-            rows = slice(first, first + n_rows)
-            rotated = rotate(weight[rows].float(), matrix)
-            largest = over_ranks(rotated.abs().amax(dim=1, keepdim=True))
-            scale[rows] = torch.where(largest > 0, largest / 127, 1)
-            codes[rows] = rotated.div_(scale[rows]).round_()
-        return {"weight": codes, "scale": scale}
-
     def dequantize(self, stored: Mapping[str, torch.Tensor], block: int) -> torch.Tensor:
         """Return the float32 weight of whole tensors, or of some rows or blocks of them."""
         rotated = stored["weight"].float() * stored["scale"]
@@ -136,22 +109,6 @@ class Int4:
         """Return how many inputs share a scale, which no two ranks can share."""
         return self.group_size
 
-    def quantize(self, weight: torch.Tensor, *_: object) -> StoredWeight:
-        """Round as ``Int8.quantize`` does; no two ranks share a group."""
-        dtypes = self.dtypes()
-        whole = {
-            name: torch.empty(shape, dtype=dtypes[name], device=weight.device)
-            for name, shape in self.shapes(*weight.shape).items()
-        }
-        n_rows = _rows_at_a_time(weight)
-        for first in range(0, len(weight), n_rows):
-            rows = weight[first : first + n_rows]
-            rounded = _round_groups(rows.reshape(-1, self.group_size))
-            codes, scales, zeros = (part.view(len(rows), -1) for part in rounded)
-            for name, part in self.pack(codes, scales, zeros).items():
-                whole[name][first : first + n_rows] = part
-        return whole
-
     def dequantize(self, stored: Mapping[str, torch.Tensor], block: int) -> torch.Tensor:
         """Return the float32 weight of whole tensors, or of some rows or groups of them."""
         codes = self.unpack(stored["weight"]).float() - 8
@@ -185,54 +142,6 @@ class Int4:
 
 
 Scheme = Int8 | Int4
-# Fractions of a group's range that are cut at either end; values outside are clamped.
-_CUTS = [(low, high) for low in (0.0, 0.05, 0.1) for high in (0.0, 0.05, 0.1)]
-
-
-def _rows_at_a_time(weight: torch.Tensor) -> int:
-    """Return how many rows are rounded at a time, on GPUs more than on a CPU."""
-    return max(1, (_CHUNK if weight.is_cpu else 64 * _CHUNK) // weight.shape[1])
-
-
-def _round_groups(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return codes, scales and zeros of groups, shape (n, group_size), with a small squared error.
-
-    Try several ranges: round, then fit scale and offset to the codes by least squares.
-    """
-    weight = weight.float()
-    low = weight.amin(dim=1, keepdim=True)
-    span = weight.amax(dim=1, keepdim=True) - low
-    tiny = torch.finfo(torch.float32).tiny
-    best_error = torch.full_like(low, torch.inf)
-    best_scale, best_offset = torch.ones_like(low), low
-    for cut_low, cut_high in _CUTS:
-        scale = (span * ((1 - cut_low - cut_high) / 15)).clamp_(min=tiny)
-        scale, offset = _fit(weight, _codes(weight, scale, low + span * cut_low))
-        rounded = _codes(weight, scale, offset)
-        error = torch.addcmul(offset - weight, rounded, scale).square_().sum(dim=1, keepdim=True)
-        better = error < best_error
-        best_error = torch.where(better, error, best_error)
-        best_scale = torch.where(better, scale, best_scale)
-        best_offset = torch.where(better, offset, best_offset)
-    scale, offset = _fit(weight, _codes(weight, best_scale, best_offset))
-    scales = scale.bfloat16()
-    zeros = (offset + 8 * scales.float()).bfloat16()
-    codes = _codes(weight, scales.float(), zeros.float() - 8 * scales.float())
-    return codes.to(torch.uint8), scales, zeros
-
-
-def _codes(weight: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
-    return torch.sub(weight, offset).div_(scale).round_().clamp_(0, 15)
-
-
-def _fit(weight: torch.Tensor, codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the scale and offset with the least squared error of ``codes * scale + offset``."""
-    mean, target = codes.mean(dim=1, keepdim=True), weight.mean(dim=1, keepdim=True)
-    centred = codes - mean
-    variance = centred.square().sum(dim=1, keepdim=True)
-    scale = (centred * weight).sum(dim=1, keepdim=True) / variance.clamp(min=0.25)
-    scale = scale.clamp_(min=1e-30)  # a group of equal weights is its offset
-    return scale, target - scale * mean
 
 
 def make_scheme(name: str, group_size: int | None = None, present: Scheme | None = None) -> Scheme:

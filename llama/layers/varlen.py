@@ -77,32 +77,19 @@ class Varlen:
 
         Neighbours of a kind share a call: bring short ones first, then long ones.
         """
-        groups = [
-            (is_prompt, list(group))
-            for is_prompt, group in itertools.groupby(segments, key=lambda s: s.length > MAX_DRAFT)
-        ]
-        prompts = [group for is_prompt, group in groups if is_prompt]
-        # Of each group of prompts: slots, lengths and where their tokens begin and end.
-        numbers: list[list[int]] = []
-        for group in prompts:
-            numbers.append([segment.slot for segment in group])
-            numbers.append([segment.start_pos + segment.length for segment in group])
-            numbers.append([0, *itertools.accumulate(segment.length for segment in group)])
-        slots, positions, *tensors = to_device(device, [*token_places(segments), *numbers])
-        of_prompts = iter(tensors)
-        calls = []
+        calls: list[tuple[slice, int, int]] = []  # tokens, queries and positions at most
+        numbers: list[list[int]] = []  # of each call: slots, filled positions, ends of the queries
         first = 0
-        for is_prompt, group in groups:
-            tokens = slice(first, first + sum(segment.length for segment in group))
-            kv_len = max(segment.start_pos + segment.length for segment in group)
-            if is_prompt:
-                places, used, ends = (next(of_prompts) for _ in range(3))
-                max_q = max(segment.length for segment in group)
-                calls.append(self._call(tokens, ends, used, places, max_q, kv_len))
-            else:
-                calls.append(self._decoding(tokens, slots[tokens], positions[tokens], kv_len))
-            first = tokens.stop
-        return RaggedBatch(slots, positions, calls)
+        for is_prompt, group in itertools.groupby(segments, key=lambda s: s.length > MAX_DRAFT):
+            sequences = [one for s in group for one in ([s] if is_prompt else _tokens(s))]
+            lengths = [sequence.length for sequence in sequences]
+            used = [sequence.start_pos + sequence.length for sequence in sequences]
+            numbers += [[s.slot for s in sequences], used, [0, *itertools.accumulate(lengths)]]
+            calls.append((slice(first, first + sum(lengths)), max(lengths), max(used)))
+            first += sum(lengths)
+        slots, positions, *sent = to_device(device, [*token_places(segments), *numbers])
+        of_calls = zip(calls, sent[::3], sent[1::3], sent[2::3], strict=True)
+        return RaggedBatch(slots, positions, [self._call(*call, *rest) for call, *rest in of_calls])
 
     def decoding(
         self, slots: torch.Tensor, positions: torch.Tensor, kv_len: int, is_ragged: bool = True
@@ -114,25 +101,26 @@ class Varlen:
             kv_len: positions that a token reads at most.
             is_ragged: makes no difference here.
         """
-        call = self._decoding(slice(0, len(slots)), slots, positions, kv_len)
-        return RaggedBatch(slots, positions, [call])
-
-    def _decoding(
-        self, tokens: slice, slots: torch.Tensor, positions: torch.Tensor, kv_len: int
-    ) -> PagedCall:
         ends = torch.arange(len(slots) + 1, device=slots.device)
-        return self._call(tokens, ends, positions + 1, slots, 1, kv_len)
+        call = self._call(slice(0, len(slots)), 1, kv_len, slots, positions + 1, ends)
+        return RaggedBatch(slots, positions, [call])
 
     def _call(
         self,
         tokens: slice,
-        ends: torch.Tensor,
-        used: torch.Tensor,
-        slots: torch.Tensor,
         max_q: int,
         kv_len: int,
+        slots: torch.Tensor,
+        used: torch.Tensor,
+        ends: torch.Tensor,
     ) -> PagedCall:
         n_pages = -(-kv_len // PAGE)
         cu_seq_k = torch.arange(len(ends), dtype=torch.int32, device=ends.device) * n_pages * PAGE
         table = self._pages[slots, :n_pages]
         return PagedCall(tokens, ends.int(), cu_seq_k, used.int(), table, max_q, n_pages * PAGE)
+
+
+def _tokens(segment: Segment) -> list[Segment]:
+    """Return each token of a segment as one of its own."""
+    slot, start_pos, length = segment
+    return [Segment(slot, position, 1) for position in range(start_pos, start_pos + length)]

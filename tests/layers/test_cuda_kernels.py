@@ -10,6 +10,7 @@ from conftest import make_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llama import Transformer
+from llama.checkpoint.rounding import round_weight
 from llama.layers import quantization
 from llama.layers.capability import Capability
 from llama.layers.kernels import cuda, make_kernel, plain
@@ -30,7 +31,7 @@ def random_weight(out_features: int, in_features: int, seed: int = 0) -> torch.T
 def int8_kernel(dtype: torch.dtype) -> tuple[cuda.Int8, torch.Tensor]:
     """A kernel and the float32 weight that it multiplies by."""
     scheme, block = Int8(), Int8().block_size(128)
-    stored = scheme.quantize(random_weight(48, 128))
+    stored = round_weight(scheme, random_weight(48, 128))
     kernel = make_kernel(stored, scheme, dtype, block, H100)
     assert type(kernel) is cuda.Int8
     return kernel, scheme.dequantize(stored, block)
@@ -128,7 +129,7 @@ class TestInt8:
         self, shape: tuple[int, int], capability: Capability
     ) -> None:
         scheme, block = Int8(), Int8().block_size(shape[1])
-        stored = scheme.quantize(random_weight(*shape))
+        stored = round_weight(scheme, random_weight(*shape))
         kernel = make_kernel(stored, scheme, torch.float32, block, capability)
         assert type(kernel) is plain.Int8
         x = random_weight(1, shape[1], seed=1)
@@ -187,7 +188,7 @@ def install(operators: Tinygemm, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ti
 
 
 def int4_stored(shape: tuple[int, int], group_size: int = 32) -> StoredWeight:
-    return Int4(group_size).quantize(random_weight(*shape))
+    return round_weight(Int4(group_size), random_weight(*shape))
 
 
 class TestInt4:
