@@ -179,6 +179,7 @@ FAKE = """
 import contextlib, io, sys, torch
 sys.path.insert(0, sys.argv[1])
 import torch.distributed as dist
+import torch.distributed._functional_collectives  # which has the shapes of their results
 from fairscale.nn.model_parallel import initialize as fairscale
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from llama import ModelArgs, Transformer
