@@ -7,10 +7,10 @@ from pathlib import Path
 from llama.checkpoint import apply_adapter, open_checkpoint
 from llama.checkpoint.base import Weights, quantized, vocabulary_size
 from llama.checkpoint.params import make_args
+from llama.checkpoint.rounding import make_scheme
 from llama.checkpoint.save import save_meta
 from llama.checkpoint.sharding import check_model_parallel_size, quantized_count, stored_bytes
 from llama.cli import dtype_of, progress, run
-from llama.layers.quantization import make_scheme
 
 
 def convert(

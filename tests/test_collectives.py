@@ -239,7 +239,7 @@ import sys, torch
 sys.path.insert(0, sys.argv[1])
 from conftest import make_model
 from llama import parallel
-from llama.layers.batch import RaggedBatch, Segment
+from llama.layers.batch import Segment
 from llama.layers.quantization import Int4, Int8
 from torch._dynamo import lookup_backend
 graphs = []
@@ -265,7 +265,7 @@ model = make_model(n_layers=1, n_kv_heads=4).requires_grad_(False)
 several = parallel.world_size() > 1
 with torch.inference_mode():
     for segments in batches:
-        batch = RaggedBatch.of(segments, CPU)
+        batch = model.backend.layout(segments, CPU)
         x = torch.randn(len(batch.slots), 64, generator=torch.Generator().manual_seed(0))
         same(model.layers[0].forward, x, model.freqs_cis[batch.positions], batch)
         assert collectives("all_reduce") == 2 * several

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from llama.args import ModelArgs
+from llama.checkpoint.rounding import make_scheme
 from llama.errors import LARGEST, listed, short
-from llama.layers.quantization import Scheme, make_scheme
+from llama.layers.quantization import Scheme
 
 
 def read_params(path: Path) -> dict[str, Any]:

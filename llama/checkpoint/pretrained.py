@@ -12,9 +12,9 @@ from llama.checkpoint import apply_adapter, open_checkpoint
 from llama.checkpoint.base import quantized, replace_tokenizer, vocabulary_size
 from llama.checkpoint.load import load
 from llama.checkpoint.params import make_args
+from llama.checkpoint.rounding import make_scheme
 from llama.checkpoint.sharding import quantized_count
 from llama.cli import progress
-from llama.layers.quantization import make_scheme
 from llama.model import Transformer
 from llama.tokenizer import BaseTokenizer
 from llama.tokenizers import load_tokenizer

@@ -4,11 +4,38 @@ from collections.abc import Callable
 
 import torch
 
+from llama.errors import short
 from llama.layers.quantization import Int4, Int8, Scheme, StoredWeight, hadamard, rotate
 
+GROUP_SIZES = (32, 64, 128, 256)
 _CHUNK = 1 << 17  # weights that a CPU rounds at a time, so that they stay in its cache
 # Fractions of a group's range that are cut at either end; values outside are clamped.
 _CUTS = [(low, high) for low in (0.0, 0.05, 0.1) for high in (0.0, 0.05, 0.1)]
+
+
+def make_scheme(name: str, group_size: int | None = None, present: Scheme | None = None) -> Scheme:
+    """Return the scheme that a caller or a file names.
+
+    Args:
+        name: int8 or int4.
+        group_size: of int4.
+        present: the checkpoint's own scheme, whose group size is the default.
+
+    Raises:
+        ValueError: there is none of that name or group size.
+    """
+    if name == Int8.name:
+        if group_size is not None:
+            raise ValueError("group_size is for int4: int8 has one scale a row, leave it out")
+        return Int8()
+    if name != Int4.name:
+        raise ValueError(f"quantize is {short(name)}: expected 'int8' or 'int4'")
+    if group_size is None:
+        group_size = (present if isinstance(present, Int4) else Int4()).group_size
+    if type(group_size) is not int or group_size not in GROUP_SIZES:
+        sizes = ", ".join(map(str, GROUP_SIZES))
+        raise ValueError(f"group_size is {short(group_size)}: expected one of {sizes}")
+    return Int4(group_size)
 
 
 def round_weight(

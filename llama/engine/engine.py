@@ -47,6 +47,7 @@ class Engine:
         prefill_beside_decoding: tokens of prompts that a step reads while others are being
             decoded: few keep their streams smooth, many get a batch done sooner.
         max_decoded: tokens that a step decodes at most, drafts included; None for no limit.
+        decode: a faster way to the logits of passes that only decode.
         runs_ahead: whether to start the next pass before the results of one are known, so that
             the device never waits for the host.
     """
@@ -56,6 +57,7 @@ class Engine:
         self.tokenizer = tokenizer
         self.prefill_beside_decoding = PREFILL_TOKENS
         self.max_decoded: int | None = None
+        self.decode: DecodingSteps | None = None
         self.runs_ahead = model.capability.kind == "cuda"
         self.counts = Counts()
         self._runner = Runner(model, tokenizer.n_words)
@@ -64,15 +66,6 @@ class Engine:
         self._running: list[Sequence] = []  # in the order in which they came
         self._prefixes = PrefixCache(model.params.max_batch_size)
         self._n_passes = model.n_passes  # any other pass changes the cache
-
-    @property
-    def decode(self) -> "DecodingSteps | None":
-        """A faster way to the logits of passes that only decode."""
-        return self._runner.decode
-
-    @decode.setter
-    def decode(self, steps: "DecodingSteps | None") -> None:
-        self._runner.decode = steps
 
     @property
     def n_running(self) -> int:
@@ -207,7 +200,7 @@ class Engine:
         if drawn is None:
             for piece in pieces:
                 self._prefixes.write(piece.slot, piece.start, piece.tokens)
-        return self._runner.start(pieces, drawn)
+        return self._runner.start(pieces, self.decode, drawn)
 
     def _goes_on_after(self, current: Pass) -> bool:
         """Return whether the next pass is clear before this one's results are known.

@@ -36,20 +36,12 @@ class Piece(NamedTuple):
         return self.sequence.finish_reason is None
 
 
-class Draws(NamedTuple):
-    """The parameters of each draw, as ``sample`` takes them."""
-
-    temperature: torch.Tensor
-    top_p: torch.Tensor
-    uniforms: torch.Tensor
-
-
 class Pass(NamedTuple):
     """A pass, which the device may still be computing."""
 
     pieces: list[Piece]
     outputs: tuple[torch.Tensor, ...]  # each piece's logits, or hidden states to be pooled
-    draws: Draws
+    sampling: list[torch.Tensor]  # of each draw: temperature, top_p and random number
     tokens: torch.Tensor  # that were drawn
     results: torch.Tensor | None  # tokens, their logprobs' bits, enough candidates; is it finite
 
@@ -60,22 +52,24 @@ class Runner:
     Args:
         model: of which nothing else may use the cache in the meantime.
         n_words: how many of the outputs stand for tokens; a vocabulary may be padded beyond them.
-
-    Attributes:
-        decode: a faster way to the logits of passes that only decode.
     """
 
     def __init__(self, model: Transformer, n_words: int):
         self._model = model
         self._n_words = n_words
-        self.decode: DecodingSteps | None = None
 
     @torch.inference_mode()
-    def start(self, pieces: list[Piece], drawn: torch.Tensor | None = None) -> Pass:
+    def start(
+        self,
+        pieces: list[Piece],
+        decode: "DecodingSteps | None",
+        drawn: torch.Tensor | None = None,
+    ) -> Pass:
         """Start a pass.
 
         Args:
             pieces: what to compute.
+            decode: a faster way to the logits, if all pieces decode; None if there is none.
             drawn: the tokens of the pass before, where they are the ids that this one takes.
         """
         owners = [piece.sequence for piece in pieces for _ in range(piece.n_drawn)]
@@ -89,7 +83,6 @@ class Runner:
         segments = [Segment(piece.slot, piece.start, len(piece.tokens)) for piece in pieces]
         ids = [token for piece in pieces for token in piece.tokens]
         counts = [piece.n_outputs for piece in pieces]
-        decode = self.decode
         if decode is not None and len(ids) == len(owners) <= decode.max_tokens:
             whole = [ids, *decode.places(segments)]
             tokens, slots, positions, *sampling = to_device(device, whole, floats)
@@ -104,8 +97,7 @@ class Runner:
                 tokens, segments, select if len(chosen) < len(ids) else None
             )
             outputs = self._outputs(hidden, pieces)
-        draws = Draws(*sampling)
-        return Pass(pieces, outputs, draws, *self._draw(outputs, pieces, draws))
+        return Pass(pieces, outputs, sampling, *self._draw(outputs, pieces, sampling))
 
     def _outputs(self, hidden: torch.Tensor, pieces: List[Piece]) -> tuple[torch.Tensor, ...]:
         """Return each piece's hidden states if they are to be pooled, its logits otherwise."""
@@ -119,23 +111,24 @@ class Runner:
         )
 
     def _draw(
-        self, outputs: List[torch.Tensor], pieces: List[Piece], draws: Draws
+        self, outputs: List[torch.Tensor], pieces: List[Piece], sampling: List[torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Draw tokens; return them and all that the host will want to know."""
         is_finite = [output.isfinite().all() for output in outputs if len(output)]
         if not is_finite:
             return torch.empty(0), None
         finite = torch.stack(is_finite).all().int()[None]
-        if not len(draws.temperature):
+        temperature, top_p, uniforms = sampling
+        if not len(temperature):
             return torch.empty(0), finite
         logits = _drawn_rows(outputs, pieces)
         params = [piece.sequence.params for piece in pieces if piece.n_drawn]
         known = logits[:, : self._n_words]
         if all(each.temperature == 0 for each in params):
-            tokens, is_enough = known.argmax(dim=-1), torch.ones_like(draws.top_p)
+            tokens, is_enough = known.argmax(dim=-1), torch.ones_like(top_p)
         else:
-            tokens, is_enough = sample(known, *draws, _CANDIDATES)
-        logprobs = torch.zeros_like(draws.top_p)
+            tokens, is_enough = sample(known, temperature, top_p, uniforms, _CANDIDATES)
+        logprobs = torch.zeros_like(top_p)
         if any(each.logprobs for each in params):
             logprobs = token_logprobs(logits, tokens)
         results = torch.cat((tokens.int(), logprobs.view(torch.int32), is_enough.int(), finite))
@@ -161,7 +154,8 @@ class Runner:
         is_redrawn = not is_enough.all()
         if is_redrawn:
             logits = _drawn_rows(started.outputs, started.pieces)
-            redrawn, _ = sample(logits[:, : self._n_words], *started.draws)
+            temperature, top_p, uniforms = started.sampling
+            redrawn, _ = sample(logits[:, : self._n_words], temperature, top_p, uniforms)
             redrawn = parallel.broadcast(redrawn)
             bits = token_logprobs(logits, redrawn).cpu()
             return list(zip(redrawn.tolist(), bits.tolist(), strict=True)), True

@@ -17,13 +17,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from llama.errors import short
-
 StoredWeight = dict[str, torch.Tensor]
 """A weight as a checkpoint stores it: its tensors by the last part of their names."""
 
 _BLOCK = 64  # of the Hadamard matrix, at most
-GROUP_SIZES = (32, 64, 128, 256)
 
 
 @functools.cache
@@ -142,28 +139,3 @@ class Int4:
 
 
 Scheme = Int8 | Int4
-
-
-def make_scheme(name: str, group_size: int | None = None, present: Scheme | None = None) -> Scheme:
-    """Return the scheme that a caller or a file names.
-
-    Args:
-        name: int8 or int4.
-        group_size: of int4.
-        present: the checkpoint's own scheme, whose group size is the default.
-
-    Raises:
-        ValueError: there is none of that name or group size.
-    """
-    if name == Int8.name:
-        if group_size is not None:
-            raise ValueError("group_size is for int4: int8 has one scale a row, leave it out")
-        return Int8()
-    if name != Int4.name:
-        raise ValueError(f"quantize is {short(name)}: expected 'int8' or 'int4'")
-    if group_size is None:
-        group_size = (present if isinstance(present, Int4) else Int4()).group_size
-    if type(group_size) is not int or group_size not in GROUP_SIZES:
-        sizes = ", ".join(map(str, GROUP_SIZES))
-        raise ValueError(f"group_size is {short(group_size)}: expected one of {sizes}")
-    return Int4(group_size)

@@ -47,7 +47,7 @@ class Sdpa:
 
     def __init__(self, kind: str, dtype: torch.dtype):
         self._kind = kind
-        self._dtype = dtype
+        self.dtype = dtype
 
     def layout(self, segments: Sequence[Segment], device: torch.device) -> RaggedBatch:
         """Return the batch of some segments, each of another slot."""
@@ -92,7 +92,7 @@ class Sdpa:
         mask = None
         if ends is not None:  # sequences of different lengths
             later = torch.arange(kv_len, device=ends.device) > ends[:, None, None, None]
-            zeros = torch.zeros(later.shape, dtype=self._dtype, device=ends.device)
+            zeros = torch.zeros(later.shape, dtype=self.dtype, device=ends.device)
             mask = zeros.masked_fill_(later, float("-inf"))
         return Span(tokens, slots, kv_len, mask, self._kind)
 
@@ -106,7 +106,7 @@ class Sdpa:
         past = start_pos + (length - 1) // step * step  # of the last span
         whole = None  # a mask that ends in a triangle; each span's is a part of it
         if (past and self._kind != "cuda") or self._kind == "mps":
-            whole = torch.zeros(step, past + step, dtype=self._dtype, device=device)
+            whole = torch.zeros(step, past + step, dtype=self.dtype, device=device)
             whole[:, past:] = whole.new_full((step, step), float("-inf")).triu_(1)
         for begin in range(0, length, step):
             n, before = min(step, length - begin), start_pos + begin

@@ -10,23 +10,22 @@ from conftest import make_model
 from processes import script, torchrun
 
 from llama.checkpoint.base import Checkpoint, Weights, quantized
-from llama.checkpoint.rounding import round_weight
+from llama.checkpoint.rounding import make_scheme, round_weight
 from llama.checkpoint.save import save
 from llama.convert import convert
 from llama.generation import TINY
-from llama.layers.quantization import Int4, Int8, make_scheme
+from llama.layers.quantization import Int4, Int8
 
 # Each rank compares what it rounded with its part of the converted checkpoint.
 COMPARE = """
 import json, sys, torch
 from llama import Llama, parallel
-from llama.layers.quantization import Int4, Int8
+from llama.checkpoint import base
 read = []
-for scheme in (Int4, Int8):
-    def counted(self, weight, *more, usual=scheme.quantize):
-        read.append(weight.numel())
-        return usual(self, weight, *more)
-    scheme.quantize = counted
+def counted(scheme, weight, *more, usual=base.round_weight):
+    read.append(weight.numel())
+    return usual(scheme, weight, *more)
+base.round_weight = counted
 def build(path, **more):
     return Llama.build(path, dtype=torch.float32, device="cpu", **more).model
 found = []

@@ -20,7 +20,7 @@ from processes import script, torchrun
 from llama import Llama, cli
 from llama.checkpoint.base import Checkpoint, Weights, quantized
 from llama.checkpoint.load import load
-from llama.checkpoint.rounding import round_weight
+from llama.checkpoint.rounding import make_scheme, round_weight
 from llama.checkpoint.save import reshard
 from llama.checkpoint.sharding import full_shapes, parameter_count, stored_bytes
 from llama.convert import convert
@@ -28,7 +28,7 @@ from llama.generation import TINY
 from llama.layers.capability import Capability
 from llama.layers.kernels import cpu, make_kernel
 from llama.layers.linear import ParallelEmbedding, ParallelLinear, pack
-from llama.layers.quantization import Int4, Int8, Scheme, hadamard, make_scheme, rotate
+from llama.layers.quantization import Int4, Int8, Scheme, hadamard, rotate
 from llama.perplexity import main
 
 # Inputs have fewer levels on processors without VNNI, and a rounding error as much larger.
