@@ -4,7 +4,7 @@
 
 The weights are the embedded checkpoint's, or random ones. In float32 tokens must be equal. In
 bfloat16 they may differ where the float32 network, reading the same text, finds the two tokens
-equally good: by less than ``BF16`` times the standard deviation of its logits.
+equally good: they differ by less than ``GREEDY`` times the standard deviation of its logits.
 """
 
 import json
@@ -38,10 +38,10 @@ pytestmark = [
 ]
 
 DEVICE = torch.device("cuda", 0)
-# Errors as parts of the standard deviation of the float32 network's logits. A wrong position, head
-# or mask gives 1 and more.
-FLOAT32, BF16, INT8_CACHE = 1e-3, 0.15, 0.3
-TOLERANCE = {torch.float32: FLOAT32, torch.bfloat16: BF16}
+# The norm of the logits' error, as a part of their norm. In bfloat16 0.007 is usual (on a CPU); one
+# position of 65 that is left out gives 0.016 and more.
+LOGITS = {torch.float32: 1e-4, torch.bfloat16: 0.012}
+GREEDY, GREEDY_INT8 = 0.1, 0.3
 WORKSPACE = 3e9  # bytes beside weights and cache: graphs, a prefill of some thousand tokens
 
 # Query heads and key/value heads of networks with heads of 64 and 128 elements.
@@ -83,12 +83,12 @@ def logits_of(llama: Llama, ids: Sequence[int], segments: list[Segment]) -> torc
 
 
 def check_logits(found: torch.Tensor, wanted: torch.Tensor, tolerance: float) -> None:
-    error = (found - wanted).abs().max() / wanted.std()
-    assert error <= tolerance, f"logits differ by {error:.3f} of their standard deviation"
+    error = (found - wanted).norm() / wanted.norm()
+    assert error <= tolerance, f"the logits' error is {error:.4f} of their norm"
 
 
 def check_greedy(
-    reference: Llama, prompt: list[int], tokens: list[int], tolerance: float = BF16
+    reference: Llama, prompt: list[int], tokens: list[int], tolerance: float = GREEDY
 ) -> None:
     """Each token is the best one, or as good, by the reference that reads the same text."""
     text = [*prompt, *tokens]
@@ -105,7 +105,7 @@ def check_answers(
     reference: Llama,
     prompts: list[list[int]],
     n_new: int = 32,
-    tolerance: float = BF16,
+    tolerance: float = GREEDY,
     **options: Any,
 ) -> list[list[int]]:
     """Greedy answers have the length that was asked for, and are those of the reference."""
@@ -134,7 +134,7 @@ def half() -> Llama:
     return build(max_batch_size=4)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("dtype", LOGITS, ids=str)
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("heads", HEADS)
 def test_logits_are_those_of_the_float32_network(
@@ -156,7 +156,7 @@ def test_logits_are_those_of_the_float32_network(
         n_tokens = sum(segment.length for segment in segments)
         ids = torch.randint(768, (n_tokens,), generator=generator).tolist()
         found, wanted = (logits_of(llama, ids, segments) for llama in (ours, theirs))
-        check_logits(found, wanted, TOLERANCE[dtype])
+        check_logits(found, wanted, LOGITS[dtype])
 
 
 def test_greedy_tokens_of_the_embedded_checkpoint(
@@ -204,7 +204,7 @@ def test_a_cache_in_eight_bits(heads: str, tmp_path: Path) -> None:
         tmp_path / "ckpt", dim=64 * n_heads, n_heads=n_heads, n_kv_heads=n_kv_heads
     )
     ours = build(path, max_batch_size=4, kv_cache_dtype="int8")
-    check_answers(ours, reference_of(path), PROMPTS, 64, INT8_CACHE)
+    check_answers(ours, reference_of(path), PROMPTS, 64, GREEDY_INT8)
 
 
 def come_and_go(llama: Llama, **settings: Any) -> list[list[int]]:
@@ -309,7 +309,7 @@ def test_quantised_networks(quantize: str, tmp_path: Path) -> None:
     path = tmp_path / quantize
     convert(str(plain), str(path), quantize=quantize)
     # int8 rounds inputs to eight bits, as the reference does on its own.
-    check_answers(build(path, max_batch_size=4), reference_of(path), PROMPTS, 32, INT8_CACHE)
+    check_answers(build(path, max_batch_size=4), reference_of(path), PROMPTS, 32, GREEDY_INT8)
 
 
 RANKS = """
