@@ -3,6 +3,7 @@
     pip install -e '.[bench]'
     python benchmarks/speed.py --shape 1.1B --out results.json --plots plots/
     python benchmarks/speed.py --quantized --grow=False    # int8 and int4 of every engine
+    python benchmarks/speed.py --device cuda    # on a GPU: see gpu_speed.py
 
 Each engine gets the weights in its own format (bfloat16; CTranslate2 int8, as it has no bfloat16
 products on a CPU). Engines alternate for ``repeats`` rounds; the table shows medians. The limits
@@ -25,7 +26,9 @@ from typing import Any
 import engines
 import growth
 import torch
+from gpu_speed import DeviceConfig, compare
 from plots import draw_growth, draw_peers
+from shapes import SHAPES
 
 from llama import ModelArgs, cli
 from llama.checkpoint.base import Checkpoint, Weights
@@ -36,11 +39,6 @@ from llama.checkpoint.sharding import full_shapes, parameter_count
 from llama.convert import convert
 from llama.generation import TINY
 
-SHAPES = {
-    "110M": ModelArgs(dim=768, n_layers=12, n_heads=12, vocab_size=32000),
-    "1.1B": ModelArgs(dim=2048, n_layers=22, n_heads=32, n_kv_heads=4, vocab_size=32000),
-    "7B": ModelArgs(dim=4096, n_layers=32, n_heads=32, vocab_size=32000),
-}
 Tensors = dict[str, torch.Tensor]
 
 
@@ -274,19 +272,36 @@ def table(shape: str, results: dict[str, Any]) -> str:
 
 
 def main(
-    shape: str = "1.1B",
+    shape: str | None = None,
     peers: str | None = None,
     quantized: bool = False,
     repeats: int = 1,
     out: str | None = None,
     plots: str | None = None,
     grow: bool = True,
+    *,
+    on: DeviceConfig,
 ) -> None:
     """Measure this library and ``peers``, print tables, write ``out`` as JSON and draw ``plots``.
 
-    ``quantized`` selects all engines with int8 or int4 weights; an engine is compared with this
-    library's weights of as many bits. ``grow=False`` skips growth.py.
+    With ``device`` everything runs there, and gpu_speed.py does the work.
+
+    Args:
+        shape: of the random weights, 1.1B by default, with ``device`` 7B; see shapes.py.
+        peers: the engines to compare with, with commas between them; those installed by default.
+        quantized: select all engines with int8 or int4 weights; an engine is compared with this
+            library's weights of as many bits.
+        repeats: rounds, of which the tables show medians.
+        out: the JSON file to write.
+        plots: the directory for plots.
+        grow: whether growth.py runs, too.
     """
+    if on.device is not None:
+        if quantized or plots is not None:
+            raise ValueError("--quantized and --plots are for runs without --device")
+        compare(on, shape or "7B", peers, repeats, out)
+        return
+    shape = shape or "1.1B"
     if peers is None:
         peers = ",".join(QUANTIZED_PEERS if quantized else DEFAULT_PEERS)
     selected = ("llama", *(peers.split(",") if isinstance(peers, str) else peers))

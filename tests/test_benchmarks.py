@@ -1,5 +1,6 @@
 """The benchmarks measure what they say: the same weights in every format, and honest arithmetic."""
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,10 +14,15 @@ from llama.checkpoint.sharding import full_shapes
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import engines
+import expected
+import gpu_engines
+import gpu_speed
+import gpu_worker
 import growth
 import plots
 import quality
 import serving
+import shapes
 import soak
 import speed
 
@@ -185,3 +191,126 @@ def test_servers_are_compared() -> None:
     assert lines[3].endswith("| 0.50 x | 2.00 x |")
     # A step of eight rows takes 8 / 60 s.
     assert "5.00 x" in lines[5] and "takes 1.5 decoding steps longer" in lines[5]
+
+
+@pytest.fixture
+def short_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("WARM", 2), ("STEPS", 4), ("WINDOWS", 2)):
+        monkeypatch.setattr(gpu_engines, name, value)
+    monkeypatch.setattr(gpu_worker, "limits", lambda device: {"bandwidth": 1e9, "peak": 1e9})
+
+
+@pytest.mark.parametrize("engine", ["llama", "transformers"])
+def test_an_engine_is_measured_on_a_device(engine: str, short_runs: None) -> None:
+    """Prompts that are reused where a prefill is measured, or steps that bring no tokens."""
+    found: list[dict] = []
+    gpu_worker.measure(engine, "1M", [8, 24], [1, 3], torch.device("cpu"), found.append)
+    result = gpu_speed.Result.of(found)
+    assert [(cell["batch"], cell["context"]) for cell in result.cells] == [
+        (1, 8),
+        (1, 24),
+        (3, 8),
+        (3, 24),
+    ]
+    for cell in result.cells:
+        assert cell["prefill_tokens_per_s"] > 0 and cell["decode_tokens_per_s"] > 0
+        assert cell["context"] < cell["filled"] < cell["context"] + 12
+    assert len(result.limits) == 2 and result.about["device"] == "CPU"
+
+
+def test_the_whole_prompt_passes_through_the_network(short_runs: None, monkeypatch) -> None:
+    """Where a prefill is measured, the cache holds nothing of the prompt."""
+    cpu = torch.device("cpu")
+    llama = gpu_engines.build(shapes.SHAPES["1M"], cpu, max_seq_len=200, max_batch_size=2)
+    passed = passed_tokens(llama, monkeypatch)
+    gpu_engines.Ours(llama, cpu).measure(2, 24)
+    assert passed[:4] == [48, 48, 48, 48]
+    assert passed[4] == 2  # decoding begins with the prompts in the cache
+
+
+def test_what_does_not_fit_is_left_out_with_its_reason(short_runs: None) -> None:
+    found: list[dict] = []
+    cpu = torch.device("cpu")
+    gpu_worker.measure("llama", "1M", [8, 1 << 40], [1], cpu, found.append)
+    result = gpu_speed.Result.of(found)
+    assert [cell["context"] for cell in result.cells] == [8]
+    text = gpu_speed.report("1M", {"llama": result})
+    assert "batch 1, context 1,099,511,627,776 left out: " in text
+
+
+def test_fractions_of_a_device_and_targets() -> None:
+    args = shapes.SHAPES["7B"]
+    # All weights but the embedding; at 16,384 positions keys and values of 32 layers and heads.
+    weights = 2 * (sum(torch.Size(s).numel() for s in full_shapes(args).values()) - 32000 * 4096)
+    cache = 16384 * 2 * 32 * 32 * 128 * 2
+    assert shapes.read_bytes(args) == weights
+    assert 16384 * shapes.position_bytes(args) == cache
+    # Two operations for each weight and token, four for each of a query's elements and positions.
+    per_token = weights - 2 * 32000 * 4096
+    attention = 4 * 32 * 4096 * 4096 * 4097 / 2
+    flops = per_token * 4096 + 2 * 32000 * 4096 + attention
+    assert shapes.prompt_flops(args, 4096) == pytest.approx(flops)
+
+    def result(*cells: tuple[int, int, float, float]) -> gpu_speed.Result:
+        names = ("batch", "context", "prefill_tokens_per_s", "decode_tokens_per_s")
+        more = {"peak_bytes": 2e10}
+        found = [dict(zip(names, cell, strict=True), filled=cell[1], **more) for cell in cells]
+        limits = [{"bandwidth": 1e12, "peak": 2e14}, {"bandwidth": 2e12, "peak": 4e14}]
+        return gpu_speed.Result(found, limits, [], [], {})
+
+    step = 2e12 / (weights + cache)  # steps per second at the bandwidth
+    results = {
+        "llama": result((1, 512, 9e3, 100.0), (64, 512, 9e3, 3100.0), (1, 16384, 9e3, 0.75 * step)),
+        "llama compiled": result((1, 4096, 0.5 * 4e14 / flops * 4096, 100.0)),
+        "llama int4": result((1, 512, 9e3, 170.0)),
+    }
+    lines = gpu_speed.targets("7B", results).splitlines()
+    assert "| llama | the same at 16,384 positions, with the cache | 0.70 | 0.75 | yes |" in lines
+    assert "| llama | decoding, batch 64 over batch 1 | 30.00 | 31.00 | yes |" in lines
+    prefill = "prefill of 4,096 tokens, of the matrix peak"
+    assert f"| llama compiled | {prefill} | 0.60 | 0.50 | no |" in lines
+    assert f"| llama | {prefill} | 0.60 | not measured |  |" in lines
+    assert "| llama int4 | decoding, batch 1, int4 over bf16 | 1.80 | 1.70 | no |" in lines
+    # int4 reads fewer bytes at the same speed.
+    cell = results["llama int4"].cells[0]
+    plain = gpu_speed.fractions("7B", "llama", results["llama int4"], cell)[1]
+    assert gpu_speed.fractions("7B", "llama int4", results["llama int4"], cell)[1] < 0.31 * plain
+
+
+@pytest.mark.slow
+def test_a_device_is_compared_in_one_command() -> None:
+    command = [sys.executable, speed.__file__, "--device", "cpu", "--shape", "1M", "--peers", ""]
+    command += ["--contexts", "8", "--batches", "1,2", "--quantize", "int4"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("1M in bfloat16, device CPU")
+    assert done.stdout.count("| llama int4 | 1 | 8 |") == 1
+    assert "| llama int4 | decoding, batch 1, int4 over bf16 | 1.80 | not measured |" in done.stdout
+
+
+def test_an_engine_that_fails_is_named(short_runs: None, monkeypatch) -> None:
+    odd = ModelArgs(dim=72, n_layers=1, n_heads=2, vocab_size=1024, multiple_of=8)
+    monkeypatch.setitem(shapes.SHAPES, "odd", odd)
+    found: list[dict] = []
+    with pytest.raises(ValueError, match="group_size"):
+        gpu_worker.measure("llama int4", "odd", [8], [1], torch.device("cpu"), found.append)
+    assert "llama int4: failed: ValueError" in gpu_speed.report(
+        "1M", {"llama int4": gpu_speed.Result.of(found)}
+    )
+
+
+def test_expected_speeds() -> None:
+    """gpt-fast's README: 104.9 tokens/s of 7B on an A100, 62.5 of 70B on eight."""
+    one = expected.step_of("7B", "A100 80GB", 1, "bf16", 512)
+    eight = expected.step_of("70B", "A100 80GB", 8, "bf16", 512)
+    assert 1 / one.with_graphs == pytest.approx(104.9, rel=0.1)
+    assert 1 / eight.with_graphs == pytest.approx(62.5, rel=0.1)
+    # What is aimed at: 0.8 of a copy, 0.7 with 16,384 positions, int4 1.8 times as fast.
+    copy = expected.COPY * expected.BANDWIDTH["A100 80GB"]
+    long = expected.step_of("7B", "A100 80GB", 1, "bf16", 16384)
+    assert (long.weights + long.cache) / long.reading / copy == pytest.approx(0.7, abs=0.01)
+    int4 = expected.step_of("7B", "A100 80GB", 1, "int4", 512)
+    assert one.reading / int4.reading == pytest.approx(1.8, abs=0.05)
+    # The documentation shows what the command prints today.
+    page = Path(__file__).resolve().parent.parent / "docs" / "gpu.md"
+    assert expected.table() in page.read_text(encoding="utf-8")
