@@ -3,8 +3,9 @@
 import torch
 
 from llama import ModelArgs
+from llama.checkpoint.rounding import make_scheme
 from llama.checkpoint.sharding import cache_bytes, parameter_count, weight_bytes
-from llama.layers.quantization import Scheme, make_scheme
+from llama.layers.quantization import Scheme
 
 SHAPES = {
     "1M": ModelArgs(dim=128, n_layers=2, n_heads=2, n_kv_heads=1, vocab_size=1024),

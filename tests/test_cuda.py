@@ -26,6 +26,7 @@ from llama.convert import convert
 from llama.engine.graphs import check_compiler
 from llama.generation import TINY
 from llama.layers.batch import Segment
+from llama.layers.capability import Capability
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import gpu_engines
@@ -270,7 +271,7 @@ def test_graphs_follow_the_length(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_compiled_steps(reference: Llama) -> None:
     try:
-        check_compiler(DEVICE)
+        check_compiler(Capability.of(DEVICE))
     except RuntimeError as error:
         pytest.skip(str(error))
     compiled = build(max_batch_size=2, compile=True)
