@@ -12,6 +12,7 @@ part of it that a product with one row should reach. The all-reduces are there w
 only. Without CUDA graphs a step also takes no less than ``layers * LAUNCHES * LAUNCH_COST``.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from shapes import SHAPES, position_bytes, read_bytes
@@ -64,17 +65,17 @@ def step_of(shape: str, gpu: str, ranks: int, weights: str, positions: int) -> S
     )
 
 
-def table() -> str:
+def table(contexts: Sequence[int] = POSITIONS) -> str:
     """Return the expected speeds as a Markdown table."""
-    cells = "".join(f"| GB at {n:,} positions | tokens/s | without graphs " for n in POSITIONS)
-    lines = [f"| model | GPU | weights {cells}|", "|---|---|---|" + "---|---|---|" * len(POSITIONS)]
+    cells = "".join(f"| GB at {n:,} positions | tokens/s | without graphs " for n in contexts)
+    lines = [f"| model | GPU | weights {cells}|", "|---|---|---|" + "---|---|---|" * len(contexts)]
     cases = [("7B", gpu, 1) for gpu in BANDWIDTH]
     cases += [("70B", gpu, 8) for gpu in ("A100 80GB", "H100")]
     for shape, gpu, ranks in cases:
         for weights in AIM:
             name = f"{ranks} × {gpu}" if ranks > 1 else gpu
             line = f"| {shape} | {name} | {weights} |"
-            for positions in POSITIONS:
+            for positions in contexts:
                 step = step_of(shape, gpu, ranks, weights, positions)
                 line += f" {(step.weights + step.cache) / 1e9:.1f}"
                 line += f" | {1 / step.with_graphs:.0f} | {1 / step.without_graphs:.0f} |"
@@ -82,13 +83,16 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def main(contexts: str = "512,16384") -> None:
     """Print the expected speeds of Llama 2 7B on one GPU and of 70B on eight.
 
     All of them are computed, from the bytes that a step reads, the bandwidth of data sheets and the
     constants at the top of this file.
+
+    Args:
+        contexts: filled positions of the sequence; several with commas.
     """
-    print(table())
+    print(table([int(context) for context in contexts.split(",")]))
 
 
 if __name__ == "__main__":

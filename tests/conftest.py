@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 
 from llama import Llama, ModelArgs, Tokenizer, Transformer, parallel
+from llama.engine import runner
 from llama.generation import TINY
 
 SMALL = {"dim": 64, "n_layers": 2, "n_heads": 8, "multiple_of": 32, "vocab_size": 96}
@@ -60,6 +61,15 @@ def checkpoint_dir(tmp_path: Path) -> Callable[..., Path]:
         return directory
 
     return make
+
+
+def follow_script(monkeypatch: pytest.MonkeyPatch, ids: Iterator[int]) -> None:
+    """Let a lone sequence draw these tokens, one after another."""
+
+    def next_of_script(*_: object) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.tensor([next(ids)]), torch.ones(1, dtype=torch.bool)
+
+    monkeypatch.setattr(runner, "sample", next_of_script)
 
 
 def passed_tokens(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> list[int]:

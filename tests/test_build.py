@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import follow_script
 from hf_files import make_hf, save_hf, write_adapter
 from transformers import AutoModelForCausalLM
 
@@ -14,7 +15,6 @@ from llama.checkpoint import apply_adapter, open_checkpoint
 from llama.checkpoint.params import make_args
 from llama.checkpoint.sharding import full_shapes, split_dim
 from llama.convert import convert
-from llama.engine import engine
 from llama.generation import TINY
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
@@ -105,7 +105,7 @@ def test_a_formats_stop_strings_end_an_answer_whole_and_streamed(monkeypatch) ->
     ids = llama.tokenizer.encode("It says moo.\n### Human: And", bos=False, eos=False)
     for stream in (False, True):
         script = iter(ids)
-        monkeypatch.setattr(engine, "sample", lambda *_, s=script: torch.tensor([next(s)]))
+        follow_script(monkeypatch, script)
         if stream:
             assert "".join(llama.chat_completion_stream(DIALOG)) == "It says moo."
         else:

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_model
+from conftest import follow_script, make_model
 
 from llama import Dialog, Llama, Tokenizer
 from llama.chat.prompts import UNSAFE_ERROR
-from llama.engine import engine, runner
+from llama.engine import engine
 from llama.engine.sequence import StreamPiece
 from llama.generation import TINY
 from llama.guards import StreamGuard, Verdict, guarded, refusal
@@ -132,11 +132,6 @@ class TestLengths:
         assert len(tokens[0]) == len(ids) + 10
 
 
-def scripted(script: Iterator[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """What ``sample`` returns of one row: the script's next token."""
-    return torch.tensor([next(script)]), torch.ones(1, dtype=torch.bool)
-
-
 class TestStop:
     def test_a_stop_token_ends_a_row_and_is_left_out(self, tiny: Llama) -> None:
         ids = encode(tiny, STORY)
@@ -175,7 +170,7 @@ class TestStop:
         eot, eos = tiny.tokenizer.eot_id, tiny.tokenizer.eos_id
         for end in (eot, eos):
             script = iter([ids[3], ids[4], end, ids[5]])
-            monkeypatch.setattr(runner, "sample", lambda *_, s=script: scripted(s))
+            follow_script(monkeypatch, script)
             result = tiny.text_infilling(["a"], ["b"], logprobs=True)[0]
             assert len(result["tokens"]) == 2
 
@@ -187,7 +182,7 @@ class TestStop:
         hello = codellama_70b_tokenizer.encode("Hello there", False, False)
         for end in (codellama_70b_tokenizer.step_id, codellama_70b_tokenizer.eos_id):
             script = iter([*hello, end, 7])
-            monkeypatch.setattr(runner, "sample", lambda *_, s=script: scripted(s))
+            follow_script(monkeypatch, script)
             answer = llama.chat_completion([ask("Hi")])[0]["generation"]
             assert answer == {
                 "role": "assistant",

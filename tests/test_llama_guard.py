@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import passed_tokens
+from conftest import follow_script, passed_tokens
 
 from llama import Dialog, Llama, Tokenizer
-from llama.engine import engine
 from llama.generation import TINY
 from llama.guards import Verdict
 from llama.llama_guard import LlamaGuard
@@ -251,7 +250,7 @@ def test_a_llama_judges_through_its_network(monkeypatch: pytest.MonkeyPatch) -> 
         ("unsafe\nO4", Verdict(False, ("O4",), "Guns and Illegal Weapons")),
     ):
         script = iter([*llama.tokenizer.encode(answer, False, False), llama.tokenizer.eos_id])
-        monkeypatch.setattr(engine, "sample", lambda *_, s=script: torch.tensor([next(s)]))
+        follow_script(monkeypatch, script)
         assert guard.output_guard(ANSWERED, "No idea.") == expected
         assert next(script, None) is None  # read to its end, not further
 

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from dataclasses import replace
 
 import torch
 
@@ -19,6 +20,7 @@ from llama.checkpoint.memory import (
 from llama.checkpoint.sharding import cache_bytes, check_model_parallel_size, weight_bytes
 from llama.cli import progress
 from llama.layers.capability import Capability
+from llama.layers.kv_cache import PAGE
 from llama.layers.quantization import Int4, Scheme
 from llama.model import Transformer
 
@@ -148,7 +150,10 @@ def plan_memory(
     capability = Capability.of(device)
     local_ranks = parallel.local_ranks() if device.type == "cpu" else 1  # which share this memory
     weights = weight_bytes(args, dtype, ranks, scheme) * local_ranks
-    cache = cache_bytes(args, dtype, ranks, int8_cache) * local_ranks
+    stored = args
+    if dtype in capability.varlen_dtypes and not int8_cache:  # in whole pages
+        stored = replace(args, max_seq_len=-(-args.max_seq_len // PAGE) * PAGE)
+    cache = cache_bytes(stored, dtype, ranks, int8_cache) * local_ranks
     tokens = prefill_tokens(args, dtype, ranks, capability, available, weights + cache)
     on_cuda = capability.kind == "cuda"
     workspace = workspace_bytes(args, dtype, ranks, tokens) if on_cuda else 0

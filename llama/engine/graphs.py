@@ -88,8 +88,15 @@ def decoding_steps(model: Transformer, compile: bool = False) -> "DecodingSteps 
         return None
     start = time.monotonic()
     steps = DecodingSteps(model, compile)
-    steps.prepare()
-    model.clear_cache()
+    try:
+        steps.prepare()
+    except RuntimeError as error:  # out of memory, or a kernel that can't be recorded
+        if compile or parallel.world_size() > 1:  # where other ranks would wait
+            raise
+        logger.warning("decoding waits for Python, since steps can't be recorded: %s", error)
+        return None
+    finally:
+        model.clear_cache()
     logger.info("prepared decoding steps in %.1f seconds", time.monotonic() - start)
     return steps
 
@@ -128,6 +135,10 @@ class DecodingSteps:
     Args:
         model: whose steps they are.
         compile: whether to compile the layers, or to record them as they are.
+
+    Attributes:
+        max_tokens: the most tokens of a step.
+        lengths: how many positions graphs read at most.
     """
 
     def __init__(self, model: Transformer, compile: bool):
@@ -135,6 +146,14 @@ class DecodingSteps:
         self._is_recorded = _can_record(model)
         self._graphs: dict[tuple[int, int], CudaGraph] = {}
         self._pool: Any = CudaGraph.pool() if self._is_recorded else None
+        most, last = model.params.max_batch_size, model.params.max_seq_len
+        self.max_tokens = most = max(most, MAX_DRAFT) if self._is_recorded else most
+        self._counts = sorted({most, *(1 << power for power in range(most.bit_length()))})
+        # Kernels read what is filled, and divide it by this length; SDPA reads all of it.
+        self.lengths = [_FIRST_LENGTH]
+        while self.lengths[-1] < last:
+            self.lengths.append(self.lengths[-1] * (4 if model.backend.paged else 2))
+        self.lengths[-1] = last
         self._layers: list[Callable[..., torch.Tensor]] = list(model.layers)
         self._output: Callable[[torch.Tensor], torch.Tensor] = model.output_logits
         if compile:
@@ -145,33 +164,13 @@ class DecodingSteps:
             self._layers = [torch.compile(layer.forward, **how) for layer in model.layers]
             self._output = torch.compile(model.output_logits, **how)
 
-    @property
-    def max_tokens(self) -> int:
-        """The most tokens of a step."""
-        most = self._model.params.max_batch_size
-        return max(most, MAX_DRAFT) if self._is_recorded else most
-
-    def token_counts(self) -> list[int]:
-        """Return the numbers of tokens that steps can have."""
-        most = self.max_tokens
-        return sorted({most, *(1 << power for power in range(most.bit_length()))})
-
-    def lengths(self) -> list[int]:
-        """Return the lengths of the cache that graphs read at most.
-
-        Kernels read what is filled, and divide it by this length; SDPA reads all of it.
-        """
-        lengths, last = [_FIRST_LENGTH], self._model.params.max_seq_len
-        while lengths[-1] < last:
-            lengths.append(lengths[-1] * (4 if self._model.backend.paged else 2))
-        return [*lengths[:-1], last]
-
+    @torch.inference_mode()
     def prepare(self) -> None:
         """Record or compile all steps."""
         device = self._model.freqs_cis.device
-        counts, last = self.token_counts(), self._model.params.max_seq_len - 1
+        counts, last = self._counts, self._model.params.max_seq_len
         # Compiled code for CPUs differs where lengths do, and needs two of them to take any.
-        lengths = self.lengths() if self._is_recorded else [1, last + 1, min(2, last + 1)]
+        lengths = self.lengths if self._is_recorded else [1, last, min(2, last)]
         with progress(len(counts) * len(lengths), "preparing decoding", "steps") as show:
             # From the largest on, whose memory the others share.
             for i, n in enumerate(reversed(counts)):
@@ -187,7 +186,7 @@ class DecodingSteps:
     def places(self, segments: Sequence[Segment]) -> tuple[list[int], list[int]]:
         """Return the slots and positions of a step's tokens, the repeated ones too."""
         slots, positions = token_places(segments)
-        n_more = min(n for n in self.token_counts() if n >= len(slots)) - len(slots)
+        n_more = min(n for n in self._counts if n >= len(slots)) - len(slots)
         return slots + slots[-1:] * n_more, positions + positions[-1:] * n_more
 
     @torch.inference_mode()
@@ -208,10 +207,9 @@ class DecodingSteps:
         self._model.begin_pass(tokens, segments)
         n_more = len(slots) - len(tokens)
         inputs = torch.stack((torch.cat((tokens, tokens[-1:].expand(n_more))), slots, positions))
-        lengths = [segment.start_pos + segment.length for segment in segments]
-        kv_len = max(lengths)
+        kv_len = max(segment.start_pos + segment.length for segment in segments)
         if self._is_recorded:
-            kv_len = min(length for length in self.lengths() if length >= kv_len)
+            kv_len = min(length for length in self.lengths if length >= kv_len)
         is_ragged = min(s.start_pos for s in segments) + 1 < kv_len
         # A graph's own output lasts until the next one is replayed.
         return self._run(inputs, kv_len, is_ragged)[: len(tokens)].clone()

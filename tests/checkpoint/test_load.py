@@ -137,7 +137,7 @@ class TestMemoryOfGPUs:
         def set_free(n_bytes: float) -> None:
             monkeypatch.setattr(load_module, "device_memory", lambda device: int(n_bytes))
 
-        capability = Capability("cuda", (9, 0))
+        capability = Capability("cuda", (9, 0), (torch.bfloat16,))
         monkeypatch.setattr(Capability, "of", staticmethod(lambda device: capability))
         return set_free
 
@@ -171,6 +171,13 @@ class TestMemoryOfGPUs:
             tokens.append(self.plan())
         assert tokens == [4096, 4096, 2048]  # of 33 GB a twentieth is too little for 8192
 
+    def test_a_cache_in_pages_takes_whole_ones(self, free) -> None:
+        """A failure means that short sequences of a large batch end with CUDA's own error."""
+        free(25e9)
+        assert self.plan(max_seq_len=256, max_batch_size=64)
+        with pytest.raises(MemoryError):  # as much as 512 positions
+            self.plan(max_seq_len=257, max_batch_size=64)
+
     def test_errors_say_what_is_free_and_what_to_change(self, free) -> None:
         free(31.2e9)  # which weights and cache alone would fit
         with pytest.raises(MemoryError) as error:
@@ -180,7 +187,7 @@ class TestMemoryOfGPUs:
         assert "31.2 GB that are free on cuda:1" in message
         most = int(message.split("at most ")[1])
         assert 30_000 < most < 8 * 4096
-        assert self.plan(max_seq_len=most, max_batch_size=1) == 2048
+        assert self.plan(max_seq_len=most // 256 * 256, max_batch_size=1) == 2048
         free(10e9)
         with pytest.raises(MemoryError, match="quantize could be 'int8' or 'int4'"):
             self.plan()

@@ -142,7 +142,7 @@ def test_longer_texts_take_longer_graphs(
     monkeypatch.setattr("llama.engine.graphs._FIRST_LENGTH", 32)
     llama = build(max_batch_size=1, max_seq_len=600)
     steps = llama.engine.decode
-    assert steps is not None and steps.lengths() == [32, 128, 512, 600]
+    assert steps is not None and steps.lengths == [32, 128, 512, 600]
     prompt = llama.tokenizer.encode(STORY, True, False)
     fake_cuda.varlen_calls.clear()
     long = llama.generate([(prompt * 40)[:505]], 20, temperature=0)[0]
@@ -278,3 +278,19 @@ def test_a_model_that_cannot_be_recorded_runs_without(monkeypatch: pytest.Monkey
     llama = Llama.build(dtype=torch.float32, device="cpu")
     assert llama.engine.decode is None
     assert make_model().backend.paged
+
+
+def test_steps_that_cannot_be_recorded_are_told_and_computed_anyway(
+    tiny: Llama, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A failure means that a GPU without room for graphs can't be used, or is slow in silence."""
+    fake_cuda.pretend(monkeypatch.setattr)
+
+    def full(*arguments: Any) -> None:
+        raise torch.OutOfMemoryError("no room for graphs")
+
+    monkeypatch.setattr(fake_cuda.ReplayedGraph, "__init__", full)
+    with caplog.at_level("WARNING", "llama.engine.graphs"):
+        llama = Llama.build(dtype=torch.float32, device="cpu")
+    assert llama.engine.decode is None and "no room for graphs" in caplog.text
+    assert llama.generate(PROMPTS, 9, temperature=0) == tiny.generate(PROMPTS, 9, temperature=0)

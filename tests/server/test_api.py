@@ -21,6 +21,7 @@ import httpx
 import openai
 import pytest
 import torch
+from conftest import follow_script
 from servers import idle, post, serve, wait_until
 
 from llama import Dialog, Llama
@@ -223,7 +224,7 @@ def test_offsets_are_positions_in_the_answer(
     _check_offsets(found["text"], scores["tokens"][1:], scores["text_offset"][1:])
 
     script = iter(whole[len(ids) :] * 4)
-    monkeypatch.setattr("llama.engine.engine.sample", lambda *_: torch.tensor([next(script)]))
+    follow_script(monkeypatch, script)
     for echo in (True, False):
         for stream in (True, False):
             settings = {"echo": echo, "max_tokens": len(whole) - len(ids), "stream": stream}

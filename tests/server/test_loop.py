@@ -5,6 +5,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 
 from llama import Llama, parallel
 from llama.sampling import SamplingParams
+from llama.server import workers
 from llama.server.loop import Draining, EngineLoop, Job, QueueFull, Update
 from llama.server.workers import worker_loop
 
@@ -119,8 +121,8 @@ def test_ranks_do_the_same(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(llama.model, "hidden_states", recorded)
     with monkeypatch.context() as patch:
-        patch.setattr(parallel, "world_size", lambda: 2)
-        patch.setattr(parallel, "broadcast_bytes", lambda message=b"": sent.append(message))
+        group = SimpleNamespace(world_size=lambda: 2, broadcast_bytes=sent.append)
+        patch.setattr(workers, "parallel", group)
         client = Client(llama)
         jobs = [client.submit(p, seed=i, stop=["cow"]) for i, p in enumerate(PROMPTS * 3)]
         jobs[4].cancelled = True  # before the engine has seen it
