@@ -66,10 +66,10 @@ def checkpoint_dir(tmp_path: Path) -> Callable[..., Path]:
 def follow_script(monkeypatch: pytest.MonkeyPatch, ids: Iterator[int]) -> None:
     """Let a lone sequence draw these tokens, one after another."""
 
-    def next_of_script(*_: object) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.tensor([next(ids)]), torch.ones(1, dtype=torch.bool)
+    def finish(self: runner.Runner, started: runner.Pass) -> tuple[list[tuple[int, float]], bool]:
+        return [(next(ids), 0.0) for piece in started.pieces for _ in range(piece.n_drawn)], False
 
-    monkeypatch.setattr(runner, "sample", next_of_script)
+    monkeypatch.setattr(runner.Runner, "finish", finish)
 
 
 def passed_tokens(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> list[int]:
