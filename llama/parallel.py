@@ -4,6 +4,7 @@ import atexit
 import contextlib
 import io
 import os
+import weakref
 from collections.abc import Mapping
 from datetime import timedelta
 
@@ -91,6 +92,7 @@ def detect_device(wanted: str | torch.device | None = None) -> torch.device:
 
 
 _cpu_group: dist.ProcessGroup | None = None  # of all ranks, for messages between CPUs
+graphs: "weakref.WeakSet[torch.cuda.CUDAGraph]" = weakref.WeakSet()  # that have been recorded
 
 
 def initialize(device: torch.device | None = None) -> int:
@@ -159,8 +161,10 @@ def _leave() -> None:
     """Leave the process groups while Python is still running.
 
     gloo's threads take Python's lock to release a last tensor. Where the interpreter is already
-    shutting down, that ends the process with SIGABRT.
+    shutting down, that ends the process with SIGABRT. NCCL waits for graphs that hold its calls.
     """
+    for graph in graphs:
+        graph.reset()
     if dist.is_initialized():  # a script may have left on its own
         destroy_model_parallel()
         dist.destroy_process_group()
@@ -208,9 +212,13 @@ def all_gather(x: torch.Tensor) -> torch.Tensor:
     """Join all ranks' ``x`` along the last dimension."""
     if world_size() == 1:
         return x
-    name = get_model_parallel_group().group_name
-    parts = _ops.all_gather_into_tensor(x.contiguous(), world_size(), name)
-    parts = _ops.wait_tensor(parts).unflatten(0, (world_size(), x.shape[0]))
+    name, n_ranks = get_model_parallel_group().group_name, world_size()
+    if torch.compiler.is_compiling():
+        parts = _ops.all_gather_into_tensor(x.contiguous(), n_ranks, name)
+    else:  # which gloo has for CUDA tensors too
+        out = x.new_empty(n_ranks * x.shape[0], *x.shape[1:])
+        parts = _ops.all_gather_into_tensor_out(x.contiguous(), n_ranks, name, out=out)
+    parts = _ops.wait_tensor(parts).unflatten(0, (n_ranks, x.shape[0]))
     return parts.movedim(0, -2).flatten(-2)  # (…, n_ranks * x.shape[-1])
 
 

@@ -167,7 +167,7 @@ def test_networks_of_all_kinds_keep_nccls_rules(n: int, generate) -> None:
     for name, found in ranks[0].items():
         counts = {kind: number for kind, number in found.items() if kind != "tokens"}
         n_passes = 8  # the prompts' and 7 of single tokens; each ends with one device broadcast
-        expected = {"all_reduce_": 2 * 2, "all_gather_into_tensor": 2, "broadcast_": 1}
+        expected = {"all_reduce_": 2 * 2, "all_gather_into_tensor_out": 2, "broadcast_": 1}
         expected = {kind: number * n_passes for kind, number in expected.items()}
         assert counts == (expected if n > 1 else {}), name
         if CASES[name][0] == "float32" and name != "int8":  # others round differently
@@ -207,7 +207,7 @@ def check(args, scheme, ranks):
             assert model.logits(x).shape == (n_tokens, 32016)
         kinds = [call.split(".")[1] for call in strict.calls]
         assert kinds[1:3] == ["all_reduce_"] * 2
-        assert kinds[::3] == ["all_gather_into_tensor"] * 2
+        assert kinds[::3] == ["all_gather_into_tensor_out"] * 2
 
 for ranks, shape in (
     (4, {"dim": 4096, "n_heads": 32, "multiple_of": 256}),  # 7B

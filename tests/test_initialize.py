@@ -152,3 +152,20 @@ def test_two_processes_are_told_the_same_and_share_a_gpu_by_gloo(tmp_path: Path)
             "cpu by gloo": "2",
             "capture by nccl": "True",
         }
+
+
+def test_graphs_are_released_before_a_process_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A failure means that ranks over NCCL wait forever at their end: it waits for graphs."""
+    order: list[str] = []
+
+    class Graph:
+        def reset(self) -> None:
+            order.append("reset")
+
+    graph = Graph()
+    monkeypatch.setattr(parallel, "graphs", {graph})
+    monkeypatch.setattr(parallel, "destroy_model_parallel", lambda: order.append("leave"))
+    monkeypatch.setattr(parallel.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(parallel.dist, "destroy_process_group", lambda: order.append("leave"))
+    parallel._leave()
+    assert order == ["reset", "leave", "leave"]

@@ -16,7 +16,7 @@ import torch
 from llama.args import ModelArgs
 from llama.layers.capability import Capability
 
-_LIBRARIES = 256 << 20  # bytes of cuBLAS's workspaces and of the decoding steps' graphs
+_LIBRARIES = 768 << 20  # bytes of kernels, cuBLAS's workspaces and the decoding steps' graphs
 _NCCL = 512 << 20  # bytes of its buffers
 _PREFILL_TOKENS = (8192, 4096, 2048)  # on CUDA
 
@@ -40,7 +40,9 @@ def release(tensors: Iterable[torch.Tensor]) -> None:
 
 
 def trim() -> None:
-    """Return freed memory to the system where the C library, such as glibc, would keep it."""
+    """Return freed memory to the system, which the C library or PyTorch on CUDA would keep."""
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
     if os.name == "posix" and hasattr(ctypes.CDLL(None), "malloc_trim"):
         ctypes.CDLL(None).malloc_trim(0)
 
@@ -109,7 +111,8 @@ def workspace_bytes(args: ModelArgs, dtype: torch.dtype, ranks: int, prefill_tok
     tokens = prefill_tokens * (states + max(attention, feed_forward))
     # Logits in float32, their probabilities and order.
     logits = args.max_batch_size * args.n_outputs * (dtype.itemsize + 6 * 4)
-    return tokens + logits + _LIBRARIES + _NCCL * (ranks > 1)
+    rotary = 8 * args.max_seq_len * args.head_dim
+    return tokens + logits + rotary + _LIBRARIES + _NCCL * (ranks > 1)
 
 
 def prefill_tokens(

@@ -213,6 +213,7 @@ class Engine:
             piece.is_running
             and piece.n_drawn == 1
             and not piece.sequence.params.prompt_lookup_num_tokens
+            and not piece.sequence.params.top_logprobs  # whose reading waits for the device
             and len(piece.sequence.tokens) + 1 < piece.sequence.max_new_tokens
             for piece in current.pieces
         )

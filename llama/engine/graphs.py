@@ -34,33 +34,34 @@ class CudaGraph:
     Args:
         step: takes ``inputs`` and returns logits.
         inputs: of any values; the graph reads where they are.
-        pool: the memory that all graphs of a device share (``torch.cuda.graph_pool_handle``).
+        pool: the memory that all graphs of a model share, and the stream that it belongs to.
     """
 
     def __init__(
         self, step: Callable[[torch.Tensor], torch.Tensor], inputs: torch.Tensor, pool: Any
     ):
         self._inputs = inputs.clone()
+        memory, stream = pool
         # Streams are the current device's, which another thread's or model's may be.
         with torch.cuda.device(inputs.device):
             # A first run compiles the step and sets up memory and libraries, before it is recorded.
-            stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 for _ in range(2):
                     step(self._inputs)
             torch.cuda.current_stream().wait_stream(stream)
             self._graph = torch.cuda.CUDAGraph()
+            parallel.graphs.add(self._graph)
             # Other threads may go on with other models on the same device.
             with torch.cuda.graph(
-                self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"
+                self._graph, pool=memory, stream=stream, capture_error_mode="thread_local"
             ):
                 self._logits = step(self._inputs)
 
     @staticmethod
-    def pool() -> Any:
+    def pool(device: torch.device) -> Any:
         """Return memory for graphs of which one runs at a time."""
-        return torch.cuda.graph_pool_handle()
+        return torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
 
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
         """Return the logits of inputs, until any graph of the pool is replayed."""
@@ -145,9 +146,12 @@ class DecodingSteps:
         self._model = model
         self._is_recorded = _can_record(model)
         self._graphs: dict[tuple[int, int], CudaGraph] = {}
-        self._pool: Any = CudaGraph.pool() if self._is_recorded else None
+        self._pool: Any = CudaGraph.pool(model.freqs_cis.device) if self._is_recorded else None
         most, last = model.params.max_batch_size, model.params.max_seq_len
-        self.max_tokens = most = max(most, MAX_DRAFT) if self._is_recorded else most
+        # SDPA reads a copy of each token's slot: of a draft's tokens that would be too many.
+        if self._is_recorded and model.backend.paged:
+            most = max(most, MAX_DRAFT)
+        self.max_tokens = most
         self._counts = sorted({most, *(1 << power for power in range(most.bit_length()))})
         # Kernels read what is filled, and divide it by this length; SDPA reads all of it.
         self.lengths = [_FIRST_LENGTH]
@@ -157,6 +161,11 @@ class DecodingSteps:
         self._layers: list[Callable[..., torch.Tensor]] = list(model.layers)
         self._output: Callable[[torch.Tensor], torch.Tensor] = model.output_logits
         if compile:
+            from torch import _dynamo as dynamo  # slow to import, which others needn't wait for
+
+            # All layers of all models share these numbers; any more would not be compiled.
+            dynamo.config.cache_size_limit = max(dynamo.config.cache_size_limit, 4096)
+            dynamo.config.accumulated_cache_size_limit = 4096
             # The modules stay as they are, for prompts. On a CPU the length of the cache varies.
             on_cpu = model.capability.kind == "cpu"
             options = None if on_cpu else {"coordinate_descent_tuning": True}

@@ -1,5 +1,6 @@
 """Forward passes with the draws after them, which the host starts without waiting for them."""
 
+from collections.abc import Callable
 from collections.abc import Sequence as List
 from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple
@@ -9,7 +10,7 @@ import torch
 from llama import parallel
 from llama.engine.sequence import Sequence
 from llama.errors import NotFinite
-from llama.layers.batch import Segment, to_device
+from llama.layers.batch import Segment, to_device, to_host
 from llama.model import Transformer
 from llama.sampling import sample, token_logprobs
 
@@ -41,9 +42,12 @@ class Pass(NamedTuple):
 
     pieces: list[Piece]
     outputs: tuple[torch.Tensor, ...]  # each piece's logits, or hidden states to be pooled
+    logits: torch.Tensor  # (n_drawn, n_outputs), that tokens are drawn from
     sampling: list[torch.Tensor]  # of each draw: temperature, top_p and random number
     tokens: torch.Tensor  # that were drawn
-    results: torch.Tensor | None  # tokens, their logprobs' bits, enough candidates; is it finite
+    # Waits for the tokens, their log-probabilities' bits, whether candidates were enough, and
+    # whether all outputs are finite: int32, (3 * n_drawn + 1,). None if there are no outputs.
+    wait: Callable[[], torch.Tensor] | None
 
 
 class Runner:
@@ -87,7 +91,8 @@ class Runner:
             whole = [ids, *decode.places(segments)]
             tokens, slots, positions, *sampling = to_device(device, whole, floats)
             tokens = tokens if drawn is None else drawn
-            outputs = decode(tokens, segments, slots, positions).split(counts)
+            logits = decode(tokens, segments, slots, positions)
+            outputs = logits.split(counts)
         else:
             ends = accumulate(len(piece.tokens) for piece in pieces)
             chosen = [i for end, n in zip(ends, counts, strict=True) for i in range(end - n, end)]
@@ -97,7 +102,10 @@ class Runner:
                 tokens, segments, select if len(chosen) < len(ids) else None
             )
             outputs = self._outputs(hidden, pieces)
-        return Pass(pieces, outputs, sampling, *self._draw(outputs, pieces, sampling))
+            logits = _drawn_rows(outputs, pieces)
+        tokens, results = self._draw(logits, outputs, pieces, sampling)
+        wait = None if results is None else to_host(results)
+        return Pass(pieces, outputs, logits, sampling, tokens, wait)
 
     def _outputs(self, hidden: torch.Tensor, pieces: List[Piece]) -> tuple[torch.Tensor, ...]:
         """Return each piece's hidden states if they are to be pooled, its logits otherwise."""
@@ -111,17 +119,21 @@ class Runner:
         )
 
     def _draw(
-        self, outputs: List[torch.Tensor], pieces: List[Piece], sampling: List[torch.Tensor]
+        self,
+        logits: torch.Tensor,
+        outputs: List[torch.Tensor],
+        pieces: List[Piece],
+        sampling: List[torch.Tensor],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Draw tokens; return them and all that the host will want to know."""
-        is_finite = [output.isfinite().all() for output in outputs if len(output)]
-        if not is_finite:
-            return torch.empty(0), None
-        finite = torch.stack(is_finite).all().int()[None]
         temperature, top_p, uniforms = sampling
-        if not len(temperature):
-            return torch.empty(0), finite
-        logits = _drawn_rows(outputs, pieces)
+        if not any(len(output) for output in outputs):
+            return logits, None
+        rest = [o for o, p in zip(outputs, pieces, strict=True) if len(o) > p.n_drawn]
+        is_finite = torch.stack([part.isfinite().all() for part in (logits, *rest)]).all()
+        finite = is_finite.int()[None]
+        if not len(logits):
+            return logits, finite
         params = [piece.sequence.params for piece in pieces if piece.n_drawn]
         known = logits[:, : self._n_words]
         if all(each.temperature == 0 for each in params):
@@ -145,22 +157,19 @@ class Runner:
         Raises:
             NotFinite: an output holds an infinity or a NaN.
         """
-        if started.results is None:
+        if started.wait is None:
             return [], False
-        results = started.results.cpu()
+        results = started.wait()
         if not results[-1]:
             raise NotFinite
         tokens, bits, is_enough = results[:-1].view(3, -1)
-        is_redrawn = not is_enough.all()
+        logprobs, is_redrawn = bits.contiguous().view(torch.float32), not is_enough.all()
         if is_redrawn:
-            logits = _drawn_rows(started.outputs, started.pieces)
             temperature, top_p, uniforms = started.sampling
-            redrawn, _ = sample(logits[:, : self._n_words], temperature, top_p, uniforms)
-            redrawn = parallel.broadcast(redrawn)
-            bits = token_logprobs(logits, redrawn).cpu()
-            return list(zip(redrawn.tolist(), bits.tolist(), strict=True)), True
-        logprobs = bits.contiguous().view(torch.float32)
-        return list(zip(tokens.tolist(), logprobs.tolist(), strict=True)), False
+            known = started.logits[:, : self._n_words]
+            tokens = parallel.broadcast(sample(known, temperature, top_p, uniforms)[0])
+            logprobs = token_logprobs(started.logits, tokens)
+        return list(zip(tokens.tolist(), logprobs.tolist(), strict=True)), is_redrawn
 
 
 def _drawn_rows(outputs: List[torch.Tensor], pieces: List[Piece]) -> torch.Tensor:
@@ -170,4 +179,6 @@ def _drawn_rows(outputs: List[torch.Tensor], pieces: List[Piece]) -> torch.Tenso
         for output, piece in zip(outputs, pieces, strict=True)
         if piece.n_drawn
     ]
-    return rows[0] if len(rows) == 1 else torch.cat(rows)
+    if len(rows) == 1:
+        return rows[0]
+    return torch.cat(rows) if rows else outputs[0][:0]

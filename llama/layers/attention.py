@@ -5,6 +5,7 @@ import logging
 import torch
 import torch.nn.functional as F
 
+from llama import parallel
 from llama.layers.batch import RaggedBatch, Segment
 from llama.layers.capability import Capability
 from llama.layers.kv_cache import KVCache
@@ -60,8 +61,11 @@ def choose_backend(
     sdpa = Sdpa(capability.kind, dtype)
     reason = "an int8 cache" if int8_cache else f"{dtype} on {capability.kind}"
     if dtype in capability.varlen_dtypes and not int8_cache:
-        reason = "" if device.type == "meta" else _difference(shape, n_heads, device, sdpa)
-        if not reason:
+        if device.type == "meta":
+            return Varlen(shape[0], shape[2], device)
+        reason = _difference(shape, n_heads, device, sdpa)
+        # Ranks whose attention differs would record other steps.
+        if not parallel.max_over_ranks(torch.tensor(float(bool(reason)), device=device)):
             logger.info("attention by varlen_attn, in pages")
             return Varlen(shape[0], shape[2], device)
         logger.warning("varlen_attn isn't used: %s", reason)
@@ -89,9 +93,14 @@ def _difference(
     for ours, theirs in ((plain.k, paged.k), (plain.v, paged.v)):
         ours.copy_(random(*shape))
         theirs[:, : shape[2]] = ours.transpose(1, 2)
-    for name, n_tokens in (("reading", MAX_DRAFT + 1), ("decoding", 3)):
-        segments = [Segment(0, _LONG, n_tokens), Segment(1, _SHORT, n_tokens)]
-        q = random(2 * n_tokens, n_heads, head_dim)
+    both = (Segment(0, _LONG, 1), Segment(1, _SHORT, 1))
+    steps = {
+        "reading": [segment._replace(length=MAX_DRAFT + 1) for segment in both],
+        "decoding drafts": [segment._replace(length=3) for segment in both],
+        "decoding": both[:1],  # which is divided among more processors
+    }
+    for name, segments in steps.items():
+        q = random(sum(segment.length for segment in segments), n_heads, head_dim)
         expected = ragged_attention(q, plain, sdpa.layout(segments, device))
         try:
             found = ragged_attention(q, paged, varlen.layout(segments, device))

@@ -1,6 +1,6 @@
 """The layout of several sequences' new tokens in one forward pass."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -68,6 +68,25 @@ def to_device(
         *sent[: len(numbers)].long().split([len(each) for each in whole]),
         *sent[len(numbers) :].view(torch.float32).split([len(each) for each in floats]),
     ]
+
+
+def to_host(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """Begin to copy a tensor to the host; what is returned waits for that, and for nothing after.
+
+    A copy that is only begun when it is needed would wait for all that was started since.
+    """
+    if tensor.device.type != "cuda":
+        return tensor.cpu
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
+    host.copy_(tensor, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def wait() -> torch.Tensor:
+        copied.synchronize()
+        return host
+
+    return wait
 
 
 def check_segments(

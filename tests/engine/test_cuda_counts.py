@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.attention.bias import CausalBias
 
 from llama import ModelArgs, Tokenizer, Transformer, parallel
+from llama.engine import graphs
 from llama.engine.engine import Engine
 from llama.engine.graphs import DecodingSteps, decoding_steps
 from llama.engine.sequence import Sequence
@@ -137,3 +138,42 @@ def test_a_whole_step_is_one_graph_for_the_compiler() -> None:
     with torch.inference_mode():
         compiled(inputs, kv_len=1024, is_ragged=True)
     assert counts == [2]
+
+
+def test_all_steps_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A failure means that the compiler gives up after some shapes, a lone stream's among them."""
+    compile = torch.compile
+    shapes: Counter[tuple[int, ...]] = Counter()
+
+    def backend(graph: torch.fx.GraphModule, examples: list[Any]) -> Any:
+        tensors = [x for x in examples if isinstance(x, torch.Tensor) and x.dim() == 2]
+        shapes[min(len(x) for x in tensors),] += 1
+        return graph.forward
+
+    def counted(function: Any, dynamic: bool | None, options: Any) -> Any:
+        assert options == {"coordinate_descent_tuning": True}
+        return compile(function, dynamic=dynamic, backend=backend)
+
+    class Graph(fake_cuda.ReplayedGraph):
+        """Computes: while operators are recorded, nothing is compiled."""
+
+        def __init__(self, step: Any, inputs: torch.Tensor, pool: Any):
+            self._step = step
+
+        def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
+            return self._step(inputs)
+
+    monkeypatch.setattr(graphs, "CudaGraph", Graph)
+    monkeypatch.setattr(torch, "compile", counted)
+    model = meta_model(2, **{**LLAMA3_8B, "max_seq_len": 20_000})
+    steps = DecodingSteps(model, compile=True)
+    steps.prepare()
+    n_lengths = len(steps.lengths)
+    assert n_lengths == 4 and shapes.keys() == {(n,) for n in (1, 2, 4, 8, 16)}
+    assert all(count >= n_lengths for count in shapes.values())
+    before = shapes.total()
+    with torch.compiler.set_stance("fail_on_recompile"):
+        segments = [Segment(0, 5000, 1)]
+        places = [torch.tensor(x, device="meta") for x in steps.places(segments)]
+        steps(torch.zeros(1, dtype=torch.long, device="meta"), segments, *places)
+    assert shapes.total() == before

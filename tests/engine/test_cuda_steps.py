@@ -124,7 +124,7 @@ def test_a_graph_that_holds_a_host_value_would_be_found(build: Callable[..., Lla
     """A failure means that the test's graphs compute more than CUDA would."""
     inputs = torch.tensor([[1.0], [2.0]])
     numbers = iter([10.0, 20.0])
-    pool = fake_cuda.ReplayedGraph.pool()
+    pool = fake_cuda.ReplayedGraph.pool(torch.device("cpu"))
     graph = fake_cuda.ReplayedGraph(lambda x: x[0] * 2 + next(numbers), inputs, pool)
     other = fake_cuda.ReplayedGraph(lambda x: x.sum(0), inputs, pool)
     first = graph(inputs + 1)
@@ -165,23 +165,29 @@ class TestPassesAhead:
             streamed = "".join(llama.text_completion_stream(prompts[0], **settings))
             assert streamed == "".join(tiny.text_completion_stream(prompts[0], **settings))
 
-    def test_the_next_pass_starts_before_results_are_read(
+    def test_results_are_sent_before_the_next_pass_starts_and_read_after(
         self, build: Callable[..., Llama], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """A failure means that the device waits for stop strings and texts."""
+        """A failure means that the device waits for stop strings and texts, or they for it."""
         client = Client(build(max_batch_size=2))
         order: list[str] = []
-        for name in ("start", "finish"):
-            real = getattr(client.engine._runner, name)
+        start, to_host = client.engine._runner.start, runner.to_host
 
-            def logged(*arguments: Any, name: str = name, real: Any = real) -> Any:
-                order.append(name)
-                return real(*arguments)
+        def sent(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+            order.append("send")
+            wait = to_host(tensor)
+            return lambda: order.append("read") or wait()
 
-            monkeypatch.setattr(client.engine._runner, name, logged)
+        def started(*arguments: Any) -> runner.Pass:
+            order.append("start")
+            return start(*arguments)
+
+        monkeypatch.setattr(client.engine._runner, "start", started)
+        monkeypatch.setattr(runner, "to_host", sent)
         client.submit("Once upon a time", temperature=0, max_gen_len=5)
         client.run()
-        assert order == ["start", "start", *["finish", "start"] * 3, "finish", "finish"]
+        again = ["start", "send", "read"]
+        assert order == ["start", "send", *again * 4, "read"]
 
     def test_cancelled_sequences_leave_no_trace(
         self, build: Callable[..., Llama], tiny: Llama
