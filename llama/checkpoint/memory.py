@@ -125,7 +125,7 @@ def prefill_tokens(
 ) -> int:
     """Return how many tokens of prompts a pass takes at most.
 
-    On CUDA the most whose workspace is a twentieth of the memory, and fits beside the rest.
+    On CUDA the most whose states take a twentieth of the memory, and fit beside the rest.
 
     Args:
         args, dtype, ranks: see ``workspace_bytes``.
@@ -135,6 +135,6 @@ def prefill_tokens(
     """
     if capability.kind != "cuda" or available is None:
         return 512
-    limit = min(available // 20, available - taken)
+    limit = min(available // 20 + _LIBRARIES, available - taken)
     fitting = (n for n in _PREFILL_TOKENS if workspace_bytes(args, dtype, ranks, n) <= limit)
     return next(fitting, _PREFILL_TOKENS[-1])
