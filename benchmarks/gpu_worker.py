@@ -73,7 +73,7 @@ def options_of(engine: str) -> dict[str, Any]:
 @contextlib.contextmanager
 def heard(lines: list[str]) -> Iterator[None]:
     """Collect what the library logs of the attention's backend, and its last line on graphs."""
-    attention = logging.getLogger("llama.layers.attention")
+    attention = logging.getLogger("llama.checkpoint.backend")
     graphs = logging.getLogger("llama.engine.graphs")
     logged: list[logging.LogRecord] = []
     handler = logging.Handler()

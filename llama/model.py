@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from llama.args import ModelArgs as ModelArgs
-from llama.layers.attention import choose_backend, ragged_attention
+from llama.layers.attention import Backend, Sdpa, ragged_attention
 from llama.layers.batch import RaggedBatch, Segment, check_segments
 from llama.layers.capability import Capability
 from llama.layers.kv_cache import KVCache
@@ -195,9 +195,15 @@ class Transformer(nn.Module):
         self.allocate_buffers(torch.get_default_device(), torch.get_default_dtype())
 
     def allocate_buffers(
-        self, device: torch.device, dtype: torch.dtype, int8_cache: bool = False
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        int8_cache: bool = False,
+        backend: Backend | None = None,
     ) -> None:
         """Make the rotary table and an empty key/value cache on ``device``, where weights are.
+
+        Attention is by ``backend``, or by SDPA, which any device has.
 
         The cache has ``max_batch_size * max_seq_len`` positions a layer; those that are written
         take up memory.
@@ -206,10 +212,9 @@ class Transformer(nn.Module):
         self.capability = Capability.of(device)
         table = precompute_freqs_cis(params, device)
         self.register_buffer("freqs_cis", table, persistent=False)
-        attention = next(self._blocks()).attention
-        n_heads, n_kv_heads = attention.n_local_heads, attention.n_local_kv_heads
+        self.backend = backend or Sdpa(self.capability.kind, dtype)
+        n_kv_heads = next(self._blocks()).attention.n_local_kv_heads
         shape = (params.max_batch_size, n_kv_heads, params.max_seq_len, params.head_dim)
-        self.backend = choose_backend(shape, n_heads, dtype, device, int8_cache, self.capability)
         for block in self._blocks():
             cache = KVCache(shape, dtype, device, int8_cache, self.backend.paged)
             block.attention.cache = cache

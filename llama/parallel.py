@@ -230,7 +230,8 @@ def can_capture() -> bool:
 def broadcast(tensor: torch.Tensor) -> torch.Tensor:
     """Copy rank 0's values of ``tensor`` to every rank, in place."""
     if world_size() > 1:
-        dist.broadcast(tensor, src=0, group=get_model_parallel_group())
+        group = _cpu_group if tensor.is_cpu else get_model_parallel_group()
+        dist.broadcast(tensor, src=0, group=group)
     return tensor
 
 
@@ -239,24 +240,3 @@ def max_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     if world_size() > 1:
         dist.all_reduce(tensor, dist.ReduceOp.MAX, group=get_model_parallel_group())
     return tensor
-
-
-_FRAME = 1 << 12  # bytes of a message that is sent at once
-
-
-def broadcast_bytes(message: bytes = b"") -> bytes:
-    """Send rank 0's message to every rank through CPUs: in one piece, if it is short.
-
-    Raises:
-        RuntimeError: a rank is gone.
-    """
-    frame = torch.zeros(_FRAME, dtype=torch.uint8, device="cpu")
-    data = torch.frombuffer(bytearray(len(message).to_bytes(8, "big") + message), dtype=torch.uint8)
-    frame[: min(len(data), _FRAME)] = data[:_FRAME]
-    dist.broadcast(frame, src=0, group=_cpu_group)
-    size = int.from_bytes(bytes(frame[:8].tolist()), "big")
-    rest = torch.zeros(max(0, size + 8 - _FRAME), dtype=torch.uint8, device="cpu")
-    if len(rest):
-        rest[: max(0, len(data) - _FRAME)] = data[_FRAME:]
-        dist.broadcast(rest, src=0, group=_cpu_group)
-    return bytes(torch.cat((frame, rest))[8 : 8 + size].tolist())

@@ -175,11 +175,12 @@ def test_ranks_together_generate_what_one_does(
 MESSAGES = """
 import hashlib, json, os, sys, torch
 from llama import parallel
+from llama.server.workers import broadcast_bytes
 parallel.initialize(torch.device("cpu"))
 found = []
 for size in json.loads(sys.argv[2]):
     message = bytes(i * 7 % 251 for i in range(size)) if parallel.rank() == 0 else b""
-    found.append(hashlib.sha256(parallel.broadcast_bytes(message)).hexdigest())
+    found.append(hashlib.sha256(broadcast_bytes(message)).hexdigest())
 with open(sys.argv[1] + os.environ["RANK"], "w") as file:
     json.dump(found, file)
 """

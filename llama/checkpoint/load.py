@@ -8,6 +8,7 @@ import torch
 
 from llama import parallel
 from llama.args import ModelArgs
+from llama.checkpoint.backend import choose_backend
 from llama.checkpoint.base import Checkpoint
 from llama.checkpoint.memory import (
     device_memory,
@@ -65,7 +66,8 @@ def load(
         if scheme:
             model.quantize(scheme, dtype)
     still_mapped = _fill(model, checkpoint, args, device, dtype)
-    model.allocate_buffers(device, dtype, int8_cache)
+    backend = choose_backend(args, ranks, dtype, device, int8_cache)
+    model.allocate_buffers(device, dtype, int8_cache, backend)
     _pack(model, still_mapped)
     # Ranks whose GPUs have less free memory than others' decide for all.
     model.prefill_tokens = -int(parallel.max_over_ranks(torch.tensor(-tokens, device=device)))

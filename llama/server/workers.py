@@ -10,6 +10,8 @@ from collections.abc import Sequence as List
 from dataclasses import asdict
 from typing import Any
 
+import torch
+
 from llama import parallel
 from llama.engine.engine import Engine
 from llama.engine.sequence import Sequence
@@ -21,6 +23,7 @@ PREFILL_BESIDE_DECODING = {"cpu": 64, "cuda": 512, "mps": 512}
 MAX_DECODED = 12  # tokens that a step decodes, drafts included: more slow it down
 HEARTBEAT = 5.0  # seconds between messages to the other ranks while idle
 _STOP = b"stop"
+_FRAME = 1 << 12  # bytes of a message that is sent at once
 
 
 def configure(engine: Engine) -> None:
@@ -54,7 +57,7 @@ class Workers:
             message["submitted"] = [_describe(sequence) for sequence in submitted]
         if cancelled:  # perhaps one that has just been submitted
             message["cancelled"] = [self._numbers[sequence] for sequence in cancelled]
-        parallel.broadcast_bytes(json.dumps(message).encode())
+        broadcast_bytes(json.dumps(message).encode())
 
     def heartbeat(self) -> None:
         """Show the other ranks that rank 0 is alive, while there is nothing to do.
@@ -63,12 +66,12 @@ class Workers:
             RuntimeError: a rank has ended.
         """
         if parallel.world_size() > 1:
-            parallel.broadcast_bytes(b"")
+            broadcast_bytes(b"")
 
     def stop(self) -> None:
         """End ``worker_loop`` on the other ranks."""
         if parallel.world_size() > 1:
-            parallel.broadcast_bytes(_STOP)
+            broadcast_bytes(_STOP)
 
 
 def worker_loop(engine: Engine) -> None:
@@ -80,7 +83,7 @@ def worker_loop(engine: Engine) -> None:
     configure(engine)
     sequences: dict[int, Sequence] = {}
     n_submitted = 0
-    while (data := parallel.broadcast_bytes()) != _STOP:
+    while (data := broadcast_bytes()) != _STOP:
         if not data:
             continue
         message = json.loads(data)
@@ -105,3 +108,21 @@ def _describe(sequence: Sequence) -> dict[str, Any]:
 
 def _restore(fields: dict[str, Any]) -> Sequence:
     return Sequence(**{**fields, "params": SamplingParams(**fields["params"])})
+
+
+def broadcast_bytes(message: bytes = b"") -> bytes:
+    """Send rank 0's message to every rank through CPUs: in one piece, if it is short.
+
+    Raises:
+        RuntimeError: a rank is gone.
+    """
+    frame = torch.zeros(_FRAME, dtype=torch.uint8, device="cpu")
+    data = torch.frombuffer(bytearray(len(message).to_bytes(8, "big") + message), dtype=torch.uint8)
+    frame[: min(len(data), _FRAME)] = data[:_FRAME]
+    parallel.broadcast(frame)
+    size = int.from_bytes(bytes(frame[:8].tolist()), "big")
+    rest = torch.zeros(max(0, size + 8 - _FRAME), dtype=torch.uint8, device="cpu")
+    if len(rest):
+        rest[: max(0, len(data) - _FRAME)] = data[_FRAME:]
+        parallel.broadcast(rest)
+    return bytes(torch.cat((frame, rest))[8 : 8 + size].tolist())

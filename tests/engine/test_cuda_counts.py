@@ -15,8 +15,9 @@ from llama.engine import graphs
 from llama.engine.engine import Engine
 from llama.engine.graphs import DecodingSteps, decoding_steps
 from llama.engine.sequence import Sequence
+from llama.layers.attention import Sdpa
 from llama.layers.batch import Segment
-from llama.layers.sdpa import Sdpa
+from llama.layers.varlen import Varlen
 from llama.sampling import SamplingParams
 
 CPU = torch.device("cpu")
@@ -42,7 +43,8 @@ def meta_model(n_layers: int = 2, dtype: torch.dtype = torch.bfloat16, **shape: 
     for module in model.modules():
         for name, weight in list(module.named_parameters(recurse=False)):
             setattr(module, name, nn.Parameter(weight.to(dtype), requires_grad=False))
-    model.allocate_buffers(torch.device("meta"), dtype)
+    backend = Varlen(args.max_batch_size, args.max_seq_len, torch.device("meta"))
+    model.allocate_buffers(torch.device("meta"), dtype, backend=backend)
     model.pack()
     return model
 

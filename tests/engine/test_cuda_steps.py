@@ -8,7 +8,6 @@ from typing import Any
 import fake_cuda
 import pytest
 import torch
-from conftest import make_model
 from engine_client import Client, check_sequences_come_and_go
 from hf_files import make_hf, save_hf
 from processes import script, torchrun
@@ -283,7 +282,7 @@ def test_a_model_that_cannot_be_recorded_runs_without(monkeypatch: pytest.Monkey
     monkeypatch.setattr("llama.parallel.can_capture", lambda: False)
     llama = Llama.build(dtype=torch.float32, device="cpu")
     assert llama.engine.decode is None
-    assert make_model().backend.paged
+    assert llama.model.backend.paged
 
 
 def test_steps_that_cannot_be_recorded_are_told_and_computed_anyway(

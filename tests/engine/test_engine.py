@@ -14,7 +14,7 @@ from llama import Llama, Tokenizer
 from llama.engine.engine import Engine
 from llama.engine.sequence import Sequence
 from llama.errors import NotFinite
-from llama.layers.sdpa import Span
+from llama.layers.attention import Span
 
 
 @pytest.fixture

@@ -1,19 +1,15 @@
 """Attention of ragged batches: what a plain float32 computation gives, token by token."""
 
 import math
-from typing import Any
 
 import fake_cuda
 import pytest
 import torch
 from conftest import make_model
-from torch.nn.attention import varlen
 
-from llama.layers.attention import Backend, choose_backend, ragged_attention
+from llama.layers.attention import Backend, Sdpa, ragged_attention
 from llama.layers.batch import RaggedBatch, Segment, token_places
-from llama.layers.capability import Capability
 from llama.layers.kv_cache import KVCache
-from llama.layers.sdpa import Sdpa
 from llama.layers.varlen import Varlen
 
 CPU = torch.device("cpu")
@@ -175,41 +171,3 @@ def test_decoding_in_pages_can_be_divided_among_processors(n_kv_heads: int) -> N
         (1, True),
         (70, False),
     ]
-
-
-def choose(
-    dtype: torch.dtype = torch.bfloat16, int8: bool = False, capability: Capability | None = None
-) -> Backend:
-    shape = (N_SLOTS, 2, MAX_SEQ_LEN, HEAD_DIM)
-    return choose_backend(shape, N_HEADS, dtype, CPU, int8, capability or fake_cuda.H100)
-
-
-def test_the_choice_of_a_backend() -> None:
-    """A failure means that a GPU takes a kernel which it lacks, or never its fastest one."""
-    assert isinstance(choose(), Varlen)
-    old = Capability("cuda", (7, 5))
-    for backend in (choose(int8=True), choose(capability=old), choose(capability=Capability())):
-        assert isinstance(backend, Sdpa)
-    assert not torch.backends.cuda.cudnn_sdp_enabled()
-
-
-@pytest.mark.parametrize("fault", ["wrong", "missing", "unwritten"])
-def test_an_operator_that_is_wrong_here_is_not_used_and_that_is_said(
-    fault: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """A failure means garbage on a GPU whose kernel has a fault: no signature tells it."""
-    real = varlen.varlen_attn
-
-    def broken(q: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if fault == "missing":
-            raise RuntimeError("this build has no FlashAttention")
-        out = real(q, *args, **kwargs)
-        if fault == "unwritten":
-            out[-1] = math.nan
-        return out * 1.2 if fault == "wrong" else out
-
-    monkeypatch.setattr(varlen, "varlen_attn", broken)
-    with caplog.at_level("INFO", "llama.layers.attention"):
-        assert isinstance(choose(), Sdpa)
-    expected = {"wrong": "wrong by", "missing": "no FlashAttention", "unwritten": "wrong by nan"}
-    assert expected[fault] in caplog.text and "scaled_dot_product_attention" in caplog.text

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention.bias import CausalBias
 
+from llama.layers.attention import Sdpa, Span
 from llama.layers.batch import Segment
-from llama.layers.sdpa import Sdpa, Span
 
 CPU = torch.device("cpu")
 F32 = torch.float32

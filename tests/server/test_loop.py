@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from llama import Llama, parallel
+from llama import Llama
 from llama.sampling import SamplingParams
 from llama.server import workers
 from llama.server.loop import Draining, EngineLoop, Job, QueueFull, Update
@@ -101,7 +101,7 @@ def test_other_ranks_outlive_a_pass_that_fails(
     prompt = {"prompt": [1, 2], "params": {"temperature": 0}, "seed": "0", "max_new_tokens": 3}
     work = json.dumps({"submitted": [prompt]}).encode()
     messages = iter([work, b"", b"{}", work, b"{}", b"stop"])
-    monkeypatch.setattr(parallel, "broadcast_bytes", lambda *_: next(messages))
+    monkeypatch.setattr(workers, "broadcast_bytes", lambda *_: next(messages))
     damaged = iter([math.nan, 0.0, 0.0])
     monkeypatch.setattr(llama.model, "logits", lambda h: torch.full((1, 768), next(damaged)))
     worker_loop(llama.engine)
@@ -121,8 +121,8 @@ def test_ranks_do_the_same(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(llama.model, "hidden_states", recorded)
     with monkeypatch.context() as patch:
-        group = SimpleNamespace(world_size=lambda: 2, broadcast_bytes=sent.append)
-        patch.setattr(workers, "parallel", group)
+        patch.setattr(workers, "parallel", SimpleNamespace(world_size=lambda: 2))
+        patch.setattr(workers, "broadcast_bytes", sent.append)
         client = Client(llama)
         jobs = [client.submit(p, seed=i, stop=["cow"]) for i, p in enumerate(PROMPTS * 3)]
         jobs[4].cancelled = True  # before the engine has seen it
@@ -133,7 +133,7 @@ def test_ranks_do_the_same(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> Non
     first, passes[:] = list(passes), []
     llama.reset_cache()
     messages = iter([*sent, b"stop"])
-    monkeypatch.setattr(parallel, "broadcast_bytes", lambda *_: next(messages))
+    monkeypatch.setattr(workers, "broadcast_bytes", lambda *_: next(messages))
     worker_loop(Llama(llama.model, llama.tokenizer).engine)
     assert passes == first and len(first) > 10
 

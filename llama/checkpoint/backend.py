@@ -1,0 +1,85 @@
+"""The choice of an attention backend, while a model is loaded."""
+
+import logging
+
+import torch
+
+from llama import parallel
+from llama.args import ModelArgs
+from llama.layers.attention import Backend, Sdpa, ragged_attention
+from llama.layers.batch import Segment
+from llama.layers.capability import Capability
+from llama.layers.kv_cache import KVCache
+from llama.layers.varlen import MAX_DRAFT, Varlen
+
+logger = logging.getLogger(__name__)
+
+_LONG, _SHORT = 700, 5  # positions of the sequences that a backend is tried with
+
+
+def choose_backend(
+    args: ModelArgs, ranks: int, dtype: torch.dtype, device: torch.device, int8_cache: bool
+) -> Backend:
+    """Return the fastest backend that is right on a device, and log which it is.
+
+    Args:
+        args: the hyper-parameters, with the size of the cache.
+        ranks: the number of ranks that share the network.
+        dtype: of queries, keys and values.
+        device: of the cache.
+        int8_cache: whether the cache has eight bits.
+    """
+    capability = Capability.of(device)
+    if capability.kind == "cuda":
+        # It plans anew for each length, and is wrong for few heads (pytorch issue 193893).
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    sdpa = Sdpa(capability.kind, dtype)
+    reason = "an int8 cache" if int8_cache else f"{dtype} on {capability.kind}"
+    if dtype in capability.varlen_dtypes and not int8_cache:
+        n_kv_heads = max(args.kv_heads, ranks) // ranks
+        heads = args.n_heads // ranks, n_kv_heads, args.head_dim
+        reason = _difference(heads, device, sdpa)
+        # Ranks whose attention differs would record other steps.
+        if not parallel.max_over_ranks(torch.tensor(float(bool(reason)), device=device)):
+            logger.info("attention by varlen_attn, in pages")
+            return Varlen(args.max_batch_size, args.max_seq_len, device)
+        logger.warning("varlen_attn isn't used: %s", reason or "another rank can't")
+    logger.info("attention by scaled_dot_product_attention (%s)", reason)
+    return sdpa
+
+
+@torch.inference_mode()
+def _difference(heads: tuple[int, int, int], device: torch.device, sdpa: Sdpa) -> str:
+    """Return how ``varlen_attn`` differs from SDPA on a device; an empty string if it doesn't.
+
+    A signature doesn't tell what works: a short and a long sequence are tried, in both forms.
+    """
+    n_heads, n_kv_heads, head_dim = heads
+    shape = (2, n_kv_heads, _LONG + 2 * MAX_DRAFT, head_dim)
+    varlen = Varlen(2, shape[2], device)
+    plain, paged = (KVCache(shape, sdpa.dtype, device, paged=p) for p in (False, True))
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, device="cpu").to(device, sdpa.dtype)
+
+    for ours, theirs in ((plain.k, paged.k), (plain.v, paged.v)):
+        ours.copy_(random(*shape))
+        theirs[:, : shape[2]] = ours.transpose(1, 2)
+    both = (Segment(0, _LONG, 1), Segment(1, _SHORT, 1))
+    steps = {
+        "reading": [segment._replace(length=MAX_DRAFT + 1) for segment in both],
+        "decoding drafts": [segment._replace(length=3) for segment in both],
+        "decoding": both[:1],  # which is divided among more processors
+    }
+    for name, segments in steps.items():
+        q = random(sum(segment.length for segment in segments), n_heads, head_dim)
+        expected = ragged_attention(q, plain, sdpa.layout(segments, device))
+        try:
+            found = ragged_attention(q, paged, varlen.layout(segments, device))
+        except (RuntimeError, ValueError, NotImplementedError) as problem:
+            return f"it fails while {name}: {problem}"
+        error = float((found - expected).abs().max())
+        if not error < 0.05:
+            return f"it is wrong by {error:.2g} while {name}"
+    return ""
