@@ -1,11 +1,10 @@
-"""Devices, dtypes, and the ranks that share the network."""
+"""Devices, and the ranks that share the network."""
 
 import atexit
 import contextlib
 import io
 import os
 import weakref
-from collections.abc import Mapping
 from datetime import timedelta
 
 import torch
@@ -41,31 +40,6 @@ def choose_device(
     if not {"cpu": True, "cuda": cuda, "mps": mps}.get(device.type, False):
         raise ValueError(f"device is {wanted!r}, which PyTorch doesn't offer here: try 'cpu'")
     return torch.device("cuda", local_rank) if str(device) == "cuda" else device
-
-
-def choose_dtype(checkpoint: torch.dtype, device_type: str, fast_bf16: bool) -> torch.dtype:
-    """Return the dtype to compute in, for weights stored as ``checkpoint``.
-
-    Half-precision weights become bfloat16 where the device is fast at it (float16's small range
-    overflows in some checkpoints), else float16 on an accelerator and float32 on the CPU. All
-    other weights become float32.
-    """
-    if checkpoint not in (torch.float16, torch.bfloat16):
-        return torch.float32
-    if fast_bf16:
-        return torch.bfloat16
-    return torch.float32 if device_type == "cpu" else torch.float16
-
-
-def has_fast_bf16(device: torch.device) -> bool:
-    """Return whether a device multiplies bfloat16 matrices in hardware."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "mps":
-        return torch.backends.mps.is_macos_or_newer(14, 0)
-    # Before torch 2.11 there is no public way to ask, and float32 is the safe answer.
-    capabilities: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
-    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def detect_device(wanted: str | torch.device | None = None) -> torch.device:

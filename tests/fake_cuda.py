@@ -97,7 +97,7 @@ class ReplayedGraph:
     """Stands for ``graphs.CudaGraph``: the same operators on the same memory, and nothing else.
 
     A value of the host that went into the record stays what it was, an input that isn't copied too,
-    and another graph of the pool leaves NaN in this one's output.
+    and another graph of the pool leaves NaN in all that this one made.
     """
 
     def __init__(
@@ -110,8 +110,12 @@ class ReplayedGraph:
         with _Tape() as tape:
             self._logits = step(self._inputs)
         self._ops = tape.ops
+        self._made: list[torch.Tensor] = []  # in the pool's memory
+        for _, args, kwargs, results in tape.ops:
+            given = {x.untyped_storage().data_ptr() for x in _tensors((args, kwargs))}
+            made = [x for x in _tensors(results) if x.untyped_storage().data_ptr() not in given]
+            self._made += [x for x in made if x.is_floating_point()]
         self._pool = pool
-        pool.append(self)
         self.n_replays = 0
 
     @staticmethod
@@ -120,8 +124,10 @@ class ReplayedGraph:
 
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
         self.n_replays += 1
-        for graph in self._pool:
-            graph._logits.fill_(torch.nan)
+        for graph in self._pool:  # the last one, whose memory this one uses
+            for tensor in graph._made:
+                tensor.fill_(torch.nan)
+        self._pool[:] = [self]
         self._inputs.copy_(inputs)
         for func, args, kwargs, recorded in self._ops:
             read = {x.untyped_storage().data_ptr() for x in _tensors((args, kwargs))}

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from llama import cli, parallel
+from llama import cli
+from llama.checkpoint import load
 from llama.convert import convert
 from llama.generation import TINY
 from llama.layers.kernels import cpu
@@ -102,7 +103,7 @@ def test_greedy_text_of_every_example_is_unchanged_in_int8(
 ) -> None:
     monkeypatch.syspath_prepend(str(EXAMPLES))
     # In bfloat16 the usual weights' text isn't float32's either: stories have near ties.
-    monkeypatch.setattr(parallel, "choose_dtype", lambda *_: torch.float32)
+    monkeypatch.setattr(load, "choose_dtype", lambda *_: torch.float32)
     run_here(name, "--temperature", "0")
     usual = capsys.readouterr().out
     run_here(name, "--ckpt_dir", str(int8), "--temperature", "0")

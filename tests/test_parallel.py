@@ -14,6 +14,7 @@ import torch
 from processes import TORCHRUN, free_port, script, torchrun
 
 from llama import Llama, parallel
+from llama.checkpoint.load import choose_dtype
 from llama.checkpoint.save import reshard, save
 from llama.checkpoint.sharding import parameter_count
 from llama.generation import TINY
@@ -96,7 +97,7 @@ F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 def test_choice_of_dtype(
     stored: torch.dtype, device: str, fast_bf16: bool, expected: torch.dtype
 ) -> None:
-    assert parallel.choose_dtype(stored, device, fast_bf16) == expected
+    assert choose_dtype(stored, device, fast_bf16) == expected
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -58,8 +59,8 @@ def load(
     scheme = checkpoint.scheme
     check_model_parallel_size(args, ranks, scheme)
     if dtype is None:
-        fast_bf16 = parallel.has_fast_bf16(device)
-        dtype = parallel.choose_dtype(checkpoint.dtype, device.type, fast_bf16)
+        fast_bf16 = has_fast_bf16(device)
+        dtype = choose_dtype(checkpoint.dtype, device.type, fast_bf16)
     tokens = plan_memory(args, dtype, device, ranks, scheme, int8_cache)
     with torch.device("meta"):
         model = Transformer(args)
@@ -124,6 +125,31 @@ def _pack(model: Transformer, still_mapped: set[int]) -> None:
                 del weights
                 trim()  # the gaps that plain weights leave are too small for what comes next
             show(n + 1)
+
+
+def choose_dtype(checkpoint: torch.dtype, device_type: str, fast_bf16: bool) -> torch.dtype:
+    """Return the dtype to compute in, for weights stored as ``checkpoint``.
+
+    Half-precision weights become bfloat16 where the device is fast at it (float16's small range
+    overflows in some checkpoints), else float16 on an accelerator and float32 on the CPU. All
+    other weights become float32.
+    """
+    if checkpoint not in (torch.float16, torch.bfloat16):
+        return torch.float32
+    if fast_bf16:
+        return torch.bfloat16
+    return torch.float32 if device_type == "cpu" else torch.float16
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Return whether a device multiplies bfloat16 matrices in hardware."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "mps":
+        return torch.backends.mps.is_macos_or_newer(14, 0)
+    # Before torch 2.11 there is no public way to ask, and float32 is the safe answer.
+    capabilities: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def plan_memory(

@@ -205,7 +205,8 @@ class Engine:
     def _goes_on_after(self, current: Pass) -> bool:
         """Return whether the next pass is clear before this one's results are known.
 
-        It is computed in vain for sequences that these results end.
+        It is computed in vain for sequences that these results end. One sequence that may draft, or
+        whose alternatives are read, makes all wait.
         """
         if not self.runs_ahead or (self._waiting and self._prefixes.free):
             return False

@@ -130,8 +130,9 @@ def check_compiler(capability: Capability) -> None:
 class DecodingSteps:
     """Decoding steps of a model, in as few shapes as possible.
 
-    A step has 1, 2, 4, 8 … tokens, each of which attends on its own: of different sequences, or of
-    one sequence's draft. What is missing repeats the last token, which changes nothing.
+    A graph has 1, 2, 4, 8 … tokens, each of which attends on its own: of different sequences, or of
+    one sequence's draft. What is missing repeats the last token, which changes nothing. Compiled
+    code without graphs covers as many of the first slots instead.
 
     Args:
         model: whose steps they are.
@@ -164,8 +165,7 @@ class DecodingSteps:
             from torch import _dynamo as dynamo  # slow to import, which others needn't wait for
 
             # All layers of all models share these numbers; any more would not be compiled.
-            dynamo.config.cache_size_limit = max(dynamo.config.cache_size_limit, 4096)
-            dynamo.config.accumulated_cache_size_limit = 4096
+            dynamo.config.cache_size_limit = dynamo.config.accumulated_cache_size_limit = 4096
             # The modules stay as they are, for prompts. On a CPU the length of the cache varies.
             on_cpu = model.capability.kind == "cpu"
             options = None if on_cpu else {"coordinate_descent_tuning": True}
@@ -192,11 +192,21 @@ class DecodingSteps:
                         self._run(inputs, kv_len, is_ragged=False)
                     show(i * len(lengths) + j + 1)
 
+    def takes(self, segments: Sequence[Segment]) -> bool:
+        """Return whether a step can have all of the segments' tokens."""
+        lengths = [segment.length for segment in segments]
+        return sum(lengths) <= self.max_tokens and (self._is_recorded or max(lengths) == 1)
+
     def places(self, segments: Sequence[Segment]) -> tuple[list[int], list[int]]:
-        """Return the slots and positions of a step's tokens, the repeated ones too."""
+        """Return the slots and positions of a step's rows, also of those without a token."""
         slots, positions = token_places(segments)
-        n_more = min(n for n in self._counts if n >= len(slots)) - len(slots)
-        return slots + slots[-1:] * n_more, positions + positions[-1:] * n_more
+        if self._is_recorded:
+            n_more = min(n for n in self._counts if n >= len(slots)) - len(slots)
+            return slots + slots[-1:] * n_more, positions + positions[-1:] * n_more
+        # Compiled code reads the first slots where they are. No prompt reuses the last position.
+        rows = range(min(n for n in self._counts if n > max(slots)))
+        found, last = dict(zip(slots, positions, strict=True)), self._model.params.max_seq_len - 1
+        return list(rows), [found.get(slot, last) for slot in rows]
 
     @torch.inference_mode()
     def __call__(
@@ -214,16 +224,19 @@ class DecodingSteps:
             slots, positions: what ``places`` returned, on the device.
         """
         self._model.begin_pass(tokens, segments)
-        n_more = len(slots) - len(tokens)
-        inputs = torch.stack((torch.cat((tokens, tokens[-1:].expand(n_more))), slots, positions))
         kv_len = max(segment.start_pos + segment.length for segment in segments)
         if self._is_recorded:
             kv_len = min(length for length in self.lengths if length >= kv_len)
+            repeated = tokens[-1:].expand(len(slots) - len(tokens))
+            inputs = torch.stack((torch.cat((tokens, repeated)), slots, positions))
+            # A graph's own output lasts until the next one is replayed.
+            return self._run(inputs, kv_len)[: len(tokens)].clone()
+        rows = [segment.slot for segment in segments]
+        of_slots = torch.zeros_like(slots).index_copy_(0, slots[rows], tokens)
         is_ragged = min(s.start_pos for s in segments) + 1 < kv_len
-        # A graph's own output lasts until the next one is replayed.
-        return self._run(inputs, kv_len, is_ragged)[: len(tokens)].clone()
+        return self._run(torch.stack((of_slots, slots, positions)), kv_len, is_ragged)[rows]
 
-    def _run(self, inputs: torch.Tensor, kv_len: int, is_ragged: bool) -> torch.Tensor:
+    def _run(self, inputs: torch.Tensor, kv_len: int, is_ragged: bool = True) -> torch.Tensor:
         if not self._is_recorded:
             return self._step(inputs, kv_len, is_ragged)
         key = (inputs.shape[1], kv_len)

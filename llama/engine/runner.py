@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from llama.engine.graphs import DecodingSteps
 
 _CANDIDATES = 1024  # tokens that are sorted to draw one; if they aren't enough, all are
+_AFTER_REDRAWING = 64  # passes that sort all tokens, after one whose candidates weren't enough
 IN_FLIGHT = -1  # stands for a token that only the device knows yet
 
 
@@ -61,6 +62,7 @@ class Runner:
     def __init__(self, model: Transformer, n_words: int):
         self._model = model
         self._n_words = n_words
+        self._sorts_all = 0  # passes to come whose draws are likely to need all tokens
 
     @torch.inference_mode()
     def start(
@@ -87,7 +89,7 @@ class Runner:
         segments = [Segment(piece.slot, piece.start, len(piece.tokens)) for piece in pieces]
         ids = [token for piece in pieces for token in piece.tokens]
         counts = [piece.n_outputs for piece in pieces]
-        if decode is not None and len(ids) == len(owners) <= decode.max_tokens:
+        if decode is not None and len(ids) == len(owners) and decode.takes(segments):
             whole = [ids, *decode.places(segments)]
             tokens, slots, positions, *sampling = to_device(device, whole, floats)
             tokens = tokens if drawn is None else drawn
@@ -139,7 +141,9 @@ class Runner:
         if all(each.temperature == 0 for each in params):
             tokens, is_enough = known.argmax(dim=-1), torch.ones_like(top_p)
         else:
-            tokens, is_enough = sample(known, temperature, top_p, uniforms, _CANDIDATES)
+            n_candidates = None if self._sorts_all else _CANDIDATES
+            self._sorts_all = max(self._sorts_all - 1, 0)
+            tokens, is_enough = sample(known, temperature, top_p, uniforms, n_candidates)
         logprobs = torch.zeros_like(top_p)
         if any(each.logprobs for each in params):
             logprobs = token_logprobs(logits, tokens)
@@ -165,9 +169,13 @@ class Runner:
         tokens, bits, is_enough = results[:-1].view(3, -1)
         logprobs, is_redrawn = bits.contiguous().view(torch.float32), not is_enough.all()
         if is_redrawn:
+            self._sorts_all = _AFTER_REDRAWING
             temperature, top_p, uniforms = started.sampling
             known = started.logits[:, : self._n_words]
-            tokens = parallel.broadcast(sample(known, temperature, top_p, uniforms)[0])
+            among_all, _ = sample(known, temperature, top_p, uniforms)
+            enough = is_enough.bool().to(among_all.device)  # neighbours keep their tokens
+            among_all = torch.where(enough, tokens.to(among_all), among_all)
+            tokens = parallel.broadcast(among_all)
             logprobs = token_logprobs(started.logits, tokens)
         return list(zip(tokens.tolist(), logprobs.tolist(), strict=True)), is_redrawn
 

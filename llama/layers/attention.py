@@ -98,12 +98,13 @@ class Sdpa:
         """Return the batch of one token of each of some sequences; no tensor's values matter.
 
         Args:
-            slots, positions: of the tokens, shape (n_tokens,).
+            slots, positions: of the tokens, shape (n_tokens,); on a CPU, of the first slots.
             kv_len: cached positions to read, enough for all.
             is_ragged: whether a token may have fewer.
         """
         every = slice(0, len(slots))
-        span = self._decoding_span(every, slots, positions if is_ragged else None, kv_len)
+        read = every if self._kind == "cpu" else slots  # a graph gathers any
+        span = self._decoding_span(every, read, positions if is_ragged else None, kv_len)
         return RaggedBatch(slots, positions, [span])
 
     def _decoding_span(

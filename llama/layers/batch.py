@@ -59,8 +59,10 @@ def to_device(
         A tensor for each list: int64 for whole numbers, then float32 for floats.
     """
     numbers = torch.tensor([n for each in whole for n in each], dtype=torch.int32, device="cpu")
-    fractions = torch.tensor([n for each in floats for n in each], device="cpu")
-    host = torch.cat((numbers, fractions.float().view(torch.int32)))
+    fractions = torch.tensor(
+        [n for each in floats for n in each], dtype=torch.float32, device="cpu"
+    )
+    host = torch.cat((numbers, fractions.view(torch.int32)))
     if device.type == "cuda":
         host = host.pin_memory()  # which PyTorch keeps until it is read
     sent = host.to(device, non_blocking=True)

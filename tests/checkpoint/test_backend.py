@@ -35,7 +35,10 @@ def test_the_choice_of_a_backend() -> None:
     assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
-@pytest.mark.parametrize("fault", ["wrong", "missing", "unwritten"])
+FAULTS = ["wrong", "missing", "unwritten", "wrong in decoding", "wrong in long texts"]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
 def test_an_operator_that_is_wrong_here_is_not_used_and_that_is_said(
     fault: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -48,10 +51,19 @@ def test_an_operator_that_is_wrong_here_is_not_used_and_that_is_said(
         out = real(q, *args, **kwargs)
         if fault == "unwritten":
             out[-1] = math.nan
-        return out * 1.2 if fault == "wrong" else out
+        max_q, max_k = args[4:6]
+        is_wrong = {
+            "wrong": True,
+            "wrong in decoding": max_q == 1 and len(q) == 1,
+            "wrong in long texts": max_k > 512,
+        }
+        return out * 1.2 if is_wrong.get(fault) else out
 
     monkeypatch.setattr(varlen, "varlen_attn", broken)
     with caplog.at_level("INFO", "llama.checkpoint.backend"):
         assert isinstance(choose(), Sdpa)
-    expected = {"wrong": "wrong by", "missing": "no FlashAttention", "unwritten": "wrong by nan"}
-    assert expected[fault] in caplog.text and "scaled_dot_product_attention" in caplog.text
+    expected = {"missing": "no FlashAttention", "unwritten": "wrong by nan"}
+    assert (
+        expected.get(fault, "wrong by") in caplog.text
+        and "scaled_dot_product_attention" in caplog.text
+    )

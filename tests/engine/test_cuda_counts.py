@@ -146,6 +146,7 @@ def test_all_steps_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """A failure means that the compiler gives up after some shapes, a lone stream's among them."""
     compile = torch.compile
     shapes: Counter[tuple[int, ...]] = Counter()
+    compiled: list[str] = []
 
     def backend(graph: torch.fx.GraphModule, examples: list[Any]) -> Any:
         tensors = [x for x in examples if isinstance(x, torch.Tensor) and x.dim() == 2]
@@ -154,6 +155,7 @@ def test_all_steps_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def counted(function: Any, dynamic: bool | None, options: Any) -> Any:
         assert options == {"coordinate_descent_tuning": True}
+        compiled.append(function.__name__)
         return compile(function, dynamic=dynamic, backend=backend)
 
     class Graph(fake_cuda.ReplayedGraph):
@@ -171,6 +173,7 @@ def test_all_steps_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     steps = DecodingSteps(model, compile=True)
     steps.prepare()
     n_lengths = len(steps.lengths)
+    assert compiled == ["forward", "forward", "output_logits"]
     assert n_lengths == 4 and shapes.keys() == {(n,) for n in (1, 2, 4, 8, 16)}
     assert all(count >= n_lengths for count in shapes.values())
     before = shapes.total()
@@ -179,3 +182,26 @@ def test_all_steps_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
         places = [torch.tensor(x, device="meta") for x in steps.places(segments)]
         steps(torch.zeros(1, dtype=torch.long, device="meta"), segments, *places)
     assert shapes.total() == before
+
+
+def test_outside_the_network_a_batch_launches_what_a_lone_stream_does(
+    tiny_tokenizer: Tokenizer,
+) -> None:
+    """A failure means that 64 streams wait for Python, each for its own part of the results."""
+
+    def outside(n_sequences: int) -> int:
+        model = meta_model(1, **{**LLAMA2_7B, "max_batch_size": 64})
+        engine = Engine(model, tiny_tokenizer)
+        engine.decode = decoding_steps(model)
+        prompts = [Sequence([1, 2], seed=str(i), max_new_tokens=30) for i in range(n_sequences)]
+        for prompt in prompts:
+            prompt.output = "ids"
+        engine.submit(prompts)
+        with Waits():
+            engine.step()
+        with Launches() as counted, Waits():
+            engine.step()
+        return counted.names.total()
+
+    lone = outside(1)
+    assert lone <= outside(64) <= lone + 2

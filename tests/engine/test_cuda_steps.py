@@ -64,7 +64,7 @@ def test_texts_are_those_of_a_cpu(
 ) -> None:
     """Ragged batches, chunks, drafts and reused beginnings, greedy and sampled.
 
-    In bfloat16 logits are compared, which may differ by 0.15 of their own size.
+    In bfloat16 logits are compared, which may differ by 0.02 of their own size.
     """
     how: dict[str, Any] = {}
     if kind == "int8 cache":
@@ -85,7 +85,7 @@ def test_texts_are_those_of_a_cpu(
             tokens = torch.tensor([prompt])
             logits = torch.cat((llama.model(tokens[:, :-1]), step(llama, prompt)), dim=1)
             error = (logits - tiny.model(tokens)).norm() / tiny.model(tokens).norm()
-            assert error < 0.15
+            assert error < 0.02
         return
     for settings in ({"temperature": 0}, {"temperature": 0.9, "seed": 5}):
         settings = {"prompt_lookup_num_tokens": 6, **settings}
@@ -152,6 +152,88 @@ def test_longer_texts_take_longer_graphs(
 
 
 class TestPassesAhead:
+    def test_who_waits_is_admitted_while_others_stream(self, build: Callable[..., Llama]) -> None:
+        """A failure means that a request waits for the end of all earlier ones."""
+        client = Client(build(max_batch_size=2))
+        client.submit("The cow", temperature=0, max_gen_len=60)
+        for _ in range(4):
+            client.step()
+        late = client.submit("One day", temperature=0, max_gen_len=5)
+        for _ in range(3):
+            client.step()
+        assert late.tokens
+
+    def test_answers_are_reused(self, build: Callable[..., Llama]) -> None:
+        """A failure means that each turn of a chat reads the last answer again."""
+        llama = build(max_batch_size=1)
+        prompt = llama.tokenizer.encode(STORY, True, False)
+        [answer], _ = llama.generate([prompt], 20, temperature=0)
+        before = llama.engine.counts.reused_tokens
+        llama.generate([[*prompt, *answer, 300]], 1, temperature=0)
+        # The last token's keys and values haven't been computed.
+        assert llama.engine.counts.reused_tokens - before >= len(prompt) + len(answer) - 1
+
+    def test_drafts_are_still_made(self, build: Callable[..., Llama]) -> None:
+        """A failure means that prompt lookup does nothing on GPUs."""
+        llama = build(max_batch_size=1)
+        prompt = llama.tokenizer.encode(REPEATED, True, False)
+        before = llama.engine.counts.passes
+        llama.generate([prompt], 40, temperature=0, prompt_lookup_num_tokens=8)
+        assert llama.engine.counts.passes - before < 35
+
+    def test_an_interrupt_loses_nothing(
+        self, build: Callable[..., Llama], tiny: Llama, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A failure means that a text goes on from a pass which nobody has read."""
+        client = Client(build(max_batch_size=1))
+        sequence = client.submit(STORY, temperature=0, max_gen_len=30)
+        for _ in range(4):
+            client.step()
+        with monkeypatch.context() as patch:
+            patch.setattr(client.engine._runner, "finish", lambda started: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                client.step()
+        client.run()
+        expected = tiny.text_completion([STORY], 0, max_gen_len=30)[0]["generation"]
+        assert client.texts[sequence] == expected
+
+    def test_one_row_that_is_not_finite_is_enough(self, build: Callable[..., Llama]) -> None:
+        """A failure means that a sequence is answered with garbage beside a sound one."""
+        client = Client(build(max_batch_size=2))
+        for text in ("The cow", "One day"):
+            client.submit(text, temperature=0, max_gen_len=30)
+        for _ in range(3):
+            client.step()
+        client.llama.model.layers[0].attention.cache.v[1].fill_(torch.nan)
+        with pytest.raises(NotFinite):
+            client.run()
+
+    def test_redrawing_leaves_neighbours_alone(
+        self, build: Callable[..., Llama], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A failure means that a text depends on what else is in its batch; or passes in vain."""
+        monkeypatch.setattr(runner, "_CANDIDATES", 2)
+        llama = build(max_batch_size=2)
+        engine_runner, asked = llama.engine._runner, []
+        sample = runner.sample
+
+        def shifted(logits: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
+            asked.append(rest[3] if len(rest) > 3 else "all")
+            tokens, is_enough = sample(logits, *rest)
+            # A second draw among all that differs, as rounding may let it.
+            return (tokens if len(rest) > 3 else tokens * 0 + 7), is_enough
+
+        monkeypatch.setattr(runner, "sample", shifted)
+        prompts, settings = [PROMPTS[1], PROMPTS[3]], {"temperature": 1.0, "top_p": 0.95, "seed": 2}
+        found, _ = llama.generate(prompts, 1, **settings)
+        monkeypatch.setattr(runner, "sample", sample)
+        engine_runner._sorts_all = 0
+        expected, _ = llama.generate(
+            [PROMPTS[1], PROMPTS[3]], 1, temperature=1.0, top_p=0.95, seed=2
+        )
+        changed = [ours != theirs for ours, theirs in zip(found, expected, strict=True)]
+        assert asked == [2, "all"] and not all(changed), (asked, changed)
+
     def test_streams_end_where_they_would(self, build: Callable[..., Llama], tiny: Llama) -> None:
         """A failure means that a token computed in vain reaches a text, or another one's cache."""
         llama = build(max_batch_size=2)
@@ -251,6 +333,8 @@ import fake_cuda
 from llama import Llama, parallel
 fake_cuda.pretend(setattr)
 parallel.can_capture = lambda: True
+from llama.engine import runner
+runner._CANDIDATES = 2  # so that draws are done again
 llama = Llama.build(device="cpu", dtype=torch.float32, max_batch_size=3)
 settings = {"logprobs": True, "prompt_lookup_num_tokens": 5}
 found = [

@@ -258,3 +258,17 @@ def test_long_prompts_go_in_pieces_and_their_logits_are_not_made(
     assert sum(tokens for tokens, _ in passes) == 5 * 1100
     assert max(tokens for tokens, _ in passes) <= 2048
     assert sum(logits for _, logits in passes) == 5
+
+
+def test_long_pieces_stand_behind_the_others(llama: Llama) -> None:
+    """A failure means a call of attention for each change between decoding and reading."""
+    client = Client(llama)
+    client.engine.prefill_beside_decoding = 2048
+    texts = ["The cow", "The sun was warm. " * 9, "One day", "Tom ran to the river. " * 9]
+    client.submit(texts[0], temperature=0, max_gen_len=20)
+    client.step()
+    for text in texts[1:]:
+        client.submit(text, temperature=0, max_gen_len=20)
+    client.engine._admit()
+    lengths = [len(piece.tokens) for piece in client.engine._schedule()]
+    assert [length > 16 for length in lengths] == [False, False, True, True]

