@@ -178,8 +178,9 @@ class DecodingSteps:
         """Record or compile all steps."""
         device = self._model.freqs_cis.device
         counts, last = self._counts, self._model.params.max_seq_len
-        # Compiled code for CPUs differs where lengths do, and needs two of them to take any.
-        lengths = self.lengths if self._is_recorded else [1, last, min(2, last)]
+        # Compiled code for CPUs differs where lengths do, and needs two of them to take any; behind
+        # a prompt they are 2 at least.
+        lengths = self.lengths if self._is_recorded else [min(2, last), last]
         with progress(len(counts) * len(lengths), "preparing decoding", "steps") as show:
             # From the largest on, whose memory the others share.
             for i, n in enumerate(reversed(counts)):
