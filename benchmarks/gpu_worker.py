@@ -185,7 +185,7 @@ def measure_peer(
             try:
                 check_fits(args, bsz, context, device)
                 if engine == "transformers static" and context != min(contexts):
-                    raise MemoryError("each length would be compiled anew")
+                    raise MemoryError("each length would be compiled again")
                 cells.setdefault(bsz, []).append(context)
             except MemoryError as error:
                 note({"skipped": [bsz, context], "reason": str(error)})

@@ -412,7 +412,7 @@ def test_a_long_prompt_needs_no_mask_of_its_square(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kv_cache_dtype", [None, "int8"])
 def test_cudnn_is_never_chosen_for_attention(kv_cache_dtype: str | None, tmp_path: Path) -> None:
-    """It plans anew for each length of the cache."""
+    """It plans again for each length of the cache."""
     path = make_checkpoint(tmp_path / "ckpt", dim=512, n_heads=4, n_kv_heads=2)
     llama = build(path, max_batch_size=2, kv_cache_dtype=kv_cache_dtype)
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]

@@ -31,7 +31,7 @@ def choose_backend(
     """
     capability = Capability.of(device)
     if capability.kind == "cuda":
-        # It plans anew for each length, and is wrong for few heads (pytorch issue 193893).
+        # It plans again for each length, and is wrong for few heads (pytorch issue 193893).
         torch.backends.cuda.enable_cudnn_sdp(False)
     sdpa = Sdpa(capability.kind, dtype)
     reason = "an int8 cache" if int8_cache else f"{dtype} on {capability.kind}"
