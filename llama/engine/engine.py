@@ -184,11 +184,9 @@ class Engine:
     def _prompt_piece(self, sequence: Sequence, slot: int, budget: int) -> Piece:
         """Return the next tokens of a prompt: some, so that scores and masks stay small."""
         keeps_all = sequence.params.scores_prompt or sequence.output == "mean"
-        longest = (
-            min(self.model.prefill_tokens, _SCORED) if keeps_all else self.model.prefill_tokens
-        )
+        n_tokens = min(budget, self.model.prefill_tokens, _SCORED if keeps_all else budget)
         start = sequence.n_cached
-        tokens = sequence.prompt[start : start + min(budget, longest)]
+        tokens = sequence.prompt[start : start + n_tokens]
         is_last = start + len(tokens) == len(sequence.prompt)
         is_continued = not sequence.is_read_only and sequence.max_new_tokens > 0
         n_outputs = len(tokens) if keeps_all else int(is_last)
@@ -205,8 +203,8 @@ class Engine:
     def _goes_on_after(self, current: Pass) -> bool:
         """Return whether the next pass is clear before this one's results are known.
 
-        It is computed in vain for sequences that these results end. One sequence that may draft, or
-        whose alternatives are read, makes all wait.
+        What it computes for sequences that these results end is thrown away. One sequence that may
+        draft, or whose alternatives are read, makes all wait.
         """
         if not self.runs_ahead or (self._waiting and self._prefixes.free):
             return False

@@ -178,8 +178,7 @@ class DecodingSteps:
         """Record or compile all steps."""
         device = self._model.freqs_cis.device
         counts, last = self._counts, self._model.params.max_seq_len
-        # Compiled code for CPUs differs where lengths do, and needs two of them to take any; behind
-        # a prompt they are 2 at least.
+        # Compiled code for CPUs needs two lengths to take any; behind a prompt they are 2 at least.
         lengths = self.lengths if self._is_recorded else [min(2, last), last]
         with progress(len(counts) * len(lengths), "preparing decoding", "steps") as show:
             # From the largest on, whose memory the others share.
@@ -188,12 +187,10 @@ class DecodingSteps:
                     positions = torch.zeros(n, dtype=torch.long, device=device)
                     positions[0] = kv_len - 1
                     inputs = torch.stack((torch.zeros_like(positions), positions * 0, positions))
-                    self._run(inputs, kv_len, is_ragged=n > 1)
-                    if not self._is_recorded:
-                        self._run(inputs, kv_len, is_ragged=False)
+                    self._run(inputs, kv_len)
                     show(i * len(lengths) + j + 1)
 
-    def takes(self, segments: Sequence[Segment]) -> bool:
+    def supports(self, segments: Sequence[Segment]) -> bool:
         """Return whether a step can have all of the segments' tokens."""
         lengths = [segment.length for segment in segments]
         return sum(lengths) <= self.max_tokens and (self._is_recorded or max(lengths) == 1)
@@ -234,20 +231,19 @@ class DecodingSteps:
             return self._run(inputs, kv_len)[: len(tokens)].clone()
         rows = [segment.slot for segment in segments]
         of_slots = torch.zeros_like(slots).index_copy_(0, slots[rows], tokens)
-        is_ragged = min(s.start_pos for s in segments) + 1 < kv_len
-        return self._run(torch.stack((of_slots, slots, positions)), kv_len, is_ragged)[rows]
+        return self._run(torch.stack((of_slots, slots, positions)), kv_len)[rows]
 
-    def _run(self, inputs: torch.Tensor, kv_len: int, is_ragged: bool = True) -> torch.Tensor:
+    def _run(self, inputs: torch.Tensor, kv_len: int) -> torch.Tensor:
         if not self._is_recorded:
-            return self._step(inputs, kv_len, is_ragged)
+            return self._step(inputs, kv_len)
         key = (inputs.shape[1], kv_len)
         if key not in self._graphs:
-            step = functools.partial(self._step, kv_len=kv_len, is_ragged=True)
+            step = functools.partial(self._step, kv_len=kv_len)
             self._graphs[key] = CudaGraph(step, inputs, self._pool)
         return self._graphs[key](inputs)
 
-    def _step(self, inputs: torch.Tensor, kv_len: int, is_ragged: bool) -> torch.Tensor:
+    def _step(self, inputs: torch.Tensor, kv_len: int) -> torch.Tensor:
         """Return logits of (tokens, slots, positions); no tensor's values decide anything."""
         tokens, slots, positions = inputs
-        batch = self._model.backend.decoding(slots, positions, kv_len, is_ragged)
+        batch = self._model.backend.decoding(slots, positions, kv_len)
         return self._output(self._model.forward_layers(tokens, batch, self._layers))

@@ -89,7 +89,7 @@ class Runner:
         segments = [Segment(piece.slot, piece.start, len(piece.tokens)) for piece in pieces]
         ids = [token for piece in pieces for token in piece.tokens]
         counts = [piece.n_outputs for piece in pieces]
-        if decode is not None and len(ids) == len(owners) and decode.takes(segments):
+        if decode is not None and len(ids) == len(owners) and decode.supports(segments):
             whole = [ids, *decode.places(segments)]
             tokens, slots, positions, *sampling = to_device(device, whole, floats)
             tokens = tokens if drawn is None else drawn

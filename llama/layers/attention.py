@@ -92,20 +92,16 @@ class Sdpa:
             first, i = tokens.stop, i + len(group)
         return RaggedBatch(slots, positions, spans)
 
-    def decoding(
-        self, slots: torch.Tensor, positions: torch.Tensor, kv_len: int, is_ragged: bool = True
-    ) -> RaggedBatch:
+    def decoding(self, slots: torch.Tensor, positions: torch.Tensor, kv_len: int) -> RaggedBatch:
         """Return the batch of one token of each of some sequences; no tensor's values matter.
 
         Args:
             slots, positions: of the tokens, shape (n_tokens,); on a CPU, of the first slots.
             kv_len: cached positions to read, enough for all.
-            is_ragged: whether a token may have fewer.
         """
         every = slice(0, len(slots))
         read = every if self._kind == "cpu" else slots  # a graph gathers any
-        span = self._decoding_span(every, read, positions if is_ragged else None, kv_len)
-        return RaggedBatch(slots, positions, [span])
+        return RaggedBatch(slots, positions, [self._decoding_span(every, read, positions, kv_len)])
 
     def _decoding_span(
         self,

@@ -1,6 +1,7 @@
 """The layout of several sequences' new tokens in one forward pass."""
 
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import NamedTuple, Protocol
 
 import torch
@@ -58,10 +59,8 @@ def to_device(
     Returns:
         A tensor for each list: int64 for whole numbers, then float32 for floats.
     """
-    numbers = torch.tensor([n for each in whole for n in each], dtype=torch.int32, device="cpu")
-    fractions = torch.tensor(
-        [n for each in floats for n in each], dtype=torch.float32, device="cpu"
-    )
+    numbers = torch.tensor([*chain(*whole)], dtype=torch.int32, device="cpu")
+    fractions = torch.tensor([*chain(*floats)], dtype=torch.float32, device="cpu")
     host = torch.cat((numbers, fractions.view(torch.int32)))
     if device.type == "cuda":
         host = host.pin_memory()  # which PyTorch keeps until it is read

@@ -91,15 +91,12 @@ class Varlen:
         of_calls = zip(calls, sent[::3], sent[1::3], sent[2::3], strict=True)
         return RaggedBatch(slots, positions, [self._call(*call, *rest) for call, *rest in of_calls])
 
-    def decoding(
-        self, slots: torch.Tensor, positions: torch.Tensor, kv_len: int, is_ragged: bool = True
-    ) -> RaggedBatch:
+    def decoding(self, slots: torch.Tensor, positions: torch.Tensor, kv_len: int) -> RaggedBatch:
         """Return the batch of tokens that attend each on its own; no tensor's values matter.
 
         Args:
             slots, positions: of the tokens, shape (n_tokens,).
             kv_len: positions that a token reads at most.
-            is_ragged: makes no difference here.
         """
         ends = torch.arange(len(slots) + 1, device=slots.device)
         call = self._call(slice(0, len(slots)), 1, kv_len, slots, positions + 1, ends)

@@ -138,7 +138,7 @@ def test_a_whole_step_is_one_graph_for_the_compiler() -> None:
 
     compiled = torch.compile(steps._step, fullgraph=True, dynamic=False, backend=backend)
     with torch.inference_mode():
-        compiled(inputs, kv_len=1024, is_ragged=True)
+        compiled(inputs, kv_len=1024)
     assert counts == [2]
 
 
