@@ -238,7 +238,7 @@ class TestPassesAhead:
         assert asked == [2, "all"] and not all(changed), (asked, changed)
 
     def test_streams_end_where_they_would(self, build: Callable[..., Llama], tiny: Llama) -> None:
-        """A failure means that a token that was computed too much reaches a text, or another one's cache."""
+        """A failure means that a token after the end reaches a text, or another one's cache."""
         llama = build(max_batch_size=2)
         prompts = [STORY, "The cow", REPEATED, "One day", STORY + " It"]
         for settings in ({"stop": ["."]}, {"stop": ["e"]}, {}, {"temperature": 1.0, "seed": 3}):
