@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -181,10 +182,9 @@ class Llama:
         """
         if not isinstance(stop_token, int | None):
             raise TypeError(f"stop_token is {stop_token!r}: give one token id")
-        stops = () if stop_token is None else (stop_token,)
-        params = SamplingParams(
-            temperature, top_p, max_gen_len, logprobs, echo, stop_token_ids=stops, **options
-        )
+        params = SamplingParams(temperature, top_p, max_gen_len, logprobs, echo, **options)
+        if stop_token is not None:
+            params = replace(params, stop_token_ids={*params.stop_token_ids, stop_token})
         sequences = self.tasks.generate(prompt_tokens, params, "text" if params.stop else "ids")
         self._run(sequences)
         tokens = [s.prompt * params.echo + s.tokens for s in sequences]

@@ -1,13 +1,28 @@
 """Sampling of the next tokens from logits, and its parameters (``SamplingParams``)."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from numbers import Real
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 
 from llama.errors import checked_list
+
+_FINITE = 3.4e38
+# The least and the largest value of a parameter.
+_RANGES: dict[str, tuple[float, float, str]] = {
+    "temperature": (0.0, _FINITE, "0 (greedy) or more"),
+    "top_p": (0.0, 1.0, "a probability mass from 0 to 1"),
+    "min_p": (0.0, 1.0, "a share of the largest probability from 0 to 1"),
+    "repetition_penalty": (1e-3, 1e3, "a factor above 0, where 1 changes nothing"),
+    "presence_penalty": (-_FINITE, _FINITE, "a finite number"),
+    "frequency_penalty": (-_FINITE, _FINITE, "a finite number"),
+}
+_COUNTS = ("prompt_lookup_num_tokens", "top_logprobs", "top_k", "min_tokens", "n")
+
+LogitsProcessor = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -16,19 +31,37 @@ class SamplingOptions(TypedDict, total=False):
     stop: Sequence[str]
     seed: int | None
     prompt_lookup_num_tokens: int
+    top_k: int
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: Mapping[int, float]
+    min_tokens: int
+    n: int
+    stop_token_ids: Iterable[int]
+    ignore_eos: bool
+    include_stop: bool
+    logits_processor: LogitsProcessor | None
+    response_format: Mapping[str, Any] | None
+    sampling: str | None
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """Parameters of generation: sampling, length and results.
+    """Parameters of generation: which token comes next, where a text ends, and the results.
+
+    Penalties and biases change the logits first; temperature divides them; then top-k, top-p and
+    min-p choose the tokens to draw from, each among those that the one before has left.
 
     Args:
         temperature: divides the logits; 0 takes the most probable token each time.
         top_p: the probability mass to draw from.
         max_gen_len: new tokens at most; None for as many as the cache has room for.
-        logprobs: whether to return the tokens' log-probabilities (before temperature and top-p).
+        logprobs: whether to return the tokens' log-probabilities, which are the model's own.
         echo: whether to return the prompt too; its first token has the log-probability 0.0.
-        stop: strings that end a sequence, looked for in the text of its new tokens.
+        stop: strings that end a sequence, looked for in the text of its new tokens; one that is
+            a control piece of the tokenizer ends it as a token.
         seed: makes draws repeatable: sequence i of a call draws by the seed and i alone,
             whatever other sequences run with it. None takes the next seed of the ``Llama``.
         prompt_lookup_num_tokens: draft tokens at most that are proposed from the sequence's own
@@ -36,6 +69,25 @@ class SamplingParams:
             the same result. 10 suits edits of code; 0 proposes none.
         stop_token_ids: ids that end a sequence, besides the tokenizer's own.
         top_logprobs: how many of the most probable tokens to keep at each position.
+        top_k: how many of the most probable tokens to draw from; 0 for all.
+        min_p: draw from tokens at least this many times as probable as the most probable one.
+        repetition_penalty: divides positive logits of tokens in the prompt or the answer, and
+            multiplies negative ones (CTRL, https://arxiv.org/abs/1909.05858, section 4.1).
+        presence_penalty: is subtracted from the logits of tokens in the answer.
+        frequency_penalty: is subtracted from a token's logit as often as the answer has it.
+        logit_bias: numbers that are added to logits, by token id; -100 or less bans a token.
+        min_tokens: new tokens before which no token ends a sequence.
+        n: how many answers to give to each prompt, which is read once.
+        ignore_eos: whether the tokenizer's own end tokens end no sequence.
+        include_stop: whether a text ends with the stop string that ended it.
+        logits_processor: called with a sequence's ids, (1, n_tokens), and the next token's logits,
+            float32, (1, n_words); returns logits. transformers' processors fit.
+        response_format: the form of the answer, as in OpenAI's API: ``{"type": "json_object"}`` or
+            ``{"type": "json_schema", "json_schema": {"schema": ...}}``; or ``{"type": "regex",
+            "regex": ...}``, ``{"type": "choice", "choice": [...]}``, ``{"type": "grammar",
+            "grammar": ...}`` (Lark or GBNF). See ``llama.structure``.
+        sampling: "checkpoint" takes what the checkpoint's ``generation_config.json`` recommends
+            for parameters that have their default values here.
 
     Raises:
         TypeError, ValueError: a value is of the wrong type or out of its range.
@@ -51,27 +103,51 @@ class SamplingParams:
     prompt_lookup_num_tokens: int = 0
     stop_token_ids: Iterable[int] = ()
     top_logprobs: int = 0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    min_tokens: int = 0
+    n: int = 1
+    ignore_eos: bool = False
+    include_stop: bool = False
+    logits_processor: LogitsProcessor | None = None
+    response_format: Mapping[str, Any] | None = None
+    sampling: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("temperature", "top_p"):
-            if not isinstance(getattr(self, name), Real):
-                raise TypeError(f"{name} is {getattr(self, name)!r}: give a number")
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature is {self.temperature!r}: expected 0 (greedy) or more")
-        if not 0 <= self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p!r}: expected a probability mass from 0 to 1")
+        for name, (least, most, meaning) in _RANGES.items():
+            if isinstance(value := getattr(self, name), bool) or not isinstance(value, Real):
+                raise TypeError(f"{name} is {value!r}: give a number")
+            if not least <= float(value) <= most:
+                raise ValueError(f"{name} is {value!r}: expected {meaning}")
         has_limit = self.max_gen_len is not None
-        for name in ["prompt_lookup_num_tokens", "top_logprobs"] + ["max_gen_len"] * has_limit:
-            if not isinstance(value := getattr(self, name), int) or value < 0:
-                raise ValueError(f"{name} is {value!r}: expected a whole number, 0 or more")
+        for name in [*_COUNTS, *["max_gen_len"] * has_limit]:
+            least = int(name == "n")
+            if type(value := getattr(self, name)) is not int or value < least:
+                raise ValueError(f"{name} is {value!r}: expected a whole number, {least} or more")
         if not isinstance(self.seed, int | None):
             raise TypeError(f"seed is {self.seed!r}: give a whole number")
         stop = tuple(checked_list(self.stop, "stop"))
         if not all(isinstance(text, str) and text for text in stop):
             raise ValueError(f"stop is {stop!r}: expected strings that are not empty")
-        ids = frozenset(self.stop_token_ids)
+        ids = frozenset(checked_list(self.stop_token_ids, "stop_token_ids"))
         if not all(isinstance(i, int) for i in ids):
             raise TypeError(f"stop token ids are {sorted(map(repr, ids))}: give token ids")
+        if not isinstance(self.logit_bias, Mapping) or not all(
+            type(i) is int and isinstance(bias, Real) and not math.isnan(bias)
+            for i, bias in self.logit_bias.items()
+        ):
+            raise TypeError(f"logit_bias is {self.logit_bias!r}: give numbers by token ids")
+        if not isinstance(self.response_format, Mapping | None):
+            raise TypeError(
+                f"response_format is {self.response_format!r}: give a dictionary such as "
+                "{'type': 'json_object'}"
+            )
+        if self.sampling not in (None, "checkpoint"):
+            raise ValueError(f"sampling is {self.sampling!r}: expected None or 'checkpoint'")
         object.__setattr__(self, "stop", stop)
         object.__setattr__(self, "stop_token_ids", ids)
         object.__setattr__(self, "echo", bool(self.echo))

@@ -49,6 +49,7 @@ class Sequence:
     prompt_top_logprobs: list[Alternatives] = field(default_factory=list)
     pooled: torch.Tensor | None = None  # the result of a prompt that is only read
     finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None  # the stop string or the id of the token that ended it
     slot: int | None = None  # of the cache
     n_cached: int = 0  # tokens of the prompt in the cache
     n_reused: int = 0  # of which the cache held so many before
