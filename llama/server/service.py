@@ -5,8 +5,9 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 from llama.chat.formats import FORMATS
 from llama.chat.prompts import UNSAFE_ERROR, Dialog, Message
@@ -180,38 +181,39 @@ class Service:
             raise ApiError(503, str(error), headers={"Retry-After": "10"}) from error
         return jobs, updates
 
-    def params(self, temperature: float, top_p: float, max_tokens: int | None) -> SamplingParams:
-        """Return sampling parameters with the server's own prompt lookup."""
-        n_lookup = self.config.prompt_lookup_num_tokens
-        return SamplingParams(temperature, top_p, max_tokens, prompt_lookup_num_tokens=n_lookup)
+    def params(self, **given: Any) -> SamplingParams:
+        """Return sampling parameters: those that are given, and the server's own."""
+        return SamplingParams(
+            prompt_lookup_num_tokens=self.config.prompt_lookup_num_tokens,
+            sampling=self.config.sampling,
+            **given,
+        )
 
     async def chat(
-        self, dialog: list[Message], temperature: float, top_p: float, max_tokens: int | None
+        self, dialog: list[Message], options: Mapping[str, Any]
     ) -> AsyncGenerator[str, None]:
         """Yield the answer to a dialog, piece by piece, for the page.
 
         Raises:
             ValueError: an argument is wrong, or the request failed; its message is for the user.
         """
-        tasks, params = self.llama.tasks, partial(self.params, temperature, top_p, max_tokens)
+        tasks, params = self.llama.tasks, partial(self.params, **options)
         answers = self.submit(lambda: tasks.chat([dialog], params()), 1, dialogs=[dialog])
         async for text in _texts(answers):
             yield text
 
-    async def complete(
-        self, prompt: str, temperature: float, top_p: float, max_tokens: int | None
-    ) -> AsyncGenerator[str, None]:
+    async def complete(self, prompt: str, options: Mapping[str, Any]) -> AsyncGenerator[str, None]:
         """Yield a text's continuation, as ``chat`` does."""
-        tasks, params = self.llama.tasks, partial(self.params, temperature, top_p, max_tokens)
+        tasks, params = self.llama.tasks, partial(self.params, **options)
         answers = self.submit(lambda: tasks.text([prompt], params(), in_context=True), 1)
         async for text in _texts(answers):
             yield text
 
     async def infill(
-        self, prefix: str, suffix: str, temperature: float, top_p: float, max_tokens: int | None
+        self, prefix: str, suffix: str, options: Mapping[str, Any]
     ) -> AsyncGenerator[str, None]:
         """Yield the middle between two texts, as ``chat`` does."""
-        tasks, params = self.llama.tasks, partial(self.params, temperature, top_p, max_tokens)
+        tasks, params = self.llama.tasks, partial(self.params, **options)
         answers = self.submit(lambda: tasks.infilling([prefix], [suffix], params()), 1)
         async for text in _texts(answers):
             yield text
