@@ -41,7 +41,8 @@ class PageBackend(Protocol):
     """The part of the server that the page uses.
 
     The tasks return async generators of pieces of text. Closing one stops the generation. If one
-    raises ``ValueError``, its message is for the user. ``options`` are fields of ``SamplingParams``.
+    raises ``ValueError``, its message is for the user. ``options`` are arguments of
+    ``SamplingParams``.
     """
 
     name: str  # of the model

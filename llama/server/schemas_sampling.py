@@ -4,7 +4,6 @@ They have the names of OpenAI's API, and those of vLLM where OpenAI has no such 
 for the default everywhere.
 """
 
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import (
