@@ -150,9 +150,14 @@ def tool_options(
     Raises:
         ValueError: two functions have the same name, or the choice can't be made.
     """
-    tools = [function.as_tool() for function in functions]
-    chosen = {"tools": tools, "tool_choice": choice, "parallel_tool_calls": parallel is not False}
-    return chosen if ChatOptions(**chosen).offered else {}
+    is_named = choice not in (None, "auto", "none", "required")
+    chosen = {
+        "tools": [function.as_tool() for function in functions],
+        "tool_choice": choice,
+        # A named function is called once, as OpenAI's models do.
+        "parallel_tool_calls": parallel is not False and not is_named,
+    }
+    return chosen if ChatOptions(**chosen).offered else {}  # type: ignore[arg-type]
 
 
 class ChatRequest(TextRequest):
