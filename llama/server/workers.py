@@ -109,7 +109,7 @@ def _describe(sequence: Sequence) -> dict[str, Any]:
 
 def _restore(fields: dict[str, Any]) -> Sequence:
     params = SamplingParams(**fields["params"])
-    ends, visible = frozenset(fields["ends"]), dict(fields["visible"])
+    ends, visible = frozenset(fields.get("ends", ())), dict(fields.get("visible", ()))
     return Sequence(**{**fields, "params": params, "ends": ends, "visible": visible})
 
 
