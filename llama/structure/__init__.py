@@ -64,9 +64,7 @@ def compile_format(
     if error or kept.error:
         raise ValueError(fault(error or kept.error, response_format))
     unenforced = (*kept.unenforced, *unchecked(response_format))
-    return TokenGrammar(
-        kept.matcher.deep_copy(), vocabulary, stop_ids, not in_context, unenforced
-    )
+    return TokenGrammar(kept.matcher.deep_copy(), vocabulary, stop_ids, not in_context, unenforced)
 
 
 def _compile(vocabulary: Vocabulary, grammar: str) -> Compiled:

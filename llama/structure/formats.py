@@ -69,7 +69,9 @@ def _json_grammar(schema: Mapping[str, Any]) -> str:
 
 def _check_size(text: str) -> None:
     if len(text) > _MAX_BYTES:
-        raise ValueError(f"response_format has {len(text):,} bytes: expected {_MAX_BYTES:,} at most")
+        raise ValueError(
+            f"response_format has {len(text):,} bytes: expected {_MAX_BYTES:,} at most"
+        )
 
 
 def _schema(response_format: Mapping[str, Any]) -> Mapping[str, Any]:
