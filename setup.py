@@ -63,6 +63,7 @@ setup(
         "llama.engine",
         "llama.layers",
         "llama.layers.kernels",
+        "llama.logits",
         "llama.server",
         "llama.tokenizers",
     ],

@@ -12,6 +12,7 @@ from llama.args import ModelArgs
 from llama.engine.detokenizer import Detokenizer
 from llama.engine.prompt_lookup import PromptLookup
 from llama.errors import PromptTooLong, checked_list
+from llama.logits.masks import Grammar
 from llama.sampling import SamplingParams
 from llama.tokenizer import BaseTokenizer
 
@@ -48,6 +49,7 @@ class Sequence:
     prompt_logprobs: list[float] = field(default_factory=list)
     prompt_top_logprobs: list[Alternatives] = field(default_factory=list)
     pooled: torch.Tensor | None = None  # the result of a prompt that is only read
+    grammar: Grammar | None = None  # the form that the answer must have
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None  # the stop string or the id of the token that ended it
     slot: int | None = None  # of the cache
@@ -103,7 +105,8 @@ class Sequence:
         if self._lookup is None:
             return []
         room = self.max_new_tokens - len(self.tokens) - 1
-        return self._lookup.draft(room if limit is None else min(room, limit))
+        draft = self._lookup.draft(room if limit is None else min(room, limit))
+        return draft if self.grammar is None else draft[: self.grammar.accepted(draft)]
 
     def append(self, draft: List[int], chosen: List[tuple[int, float]]) -> str:
         """Append tokens: as many as the draft has right, and one more.
@@ -126,6 +129,8 @@ class Sequence:
         return text
 
     def _append(self, token: int, logprob: float) -> str:
+        if self.grammar is not None:
+            self.grammar.push(token)
         if token in self.params.stop_token_ids:
             return self.finish("stop")
         self.tokens.append(token)
