@@ -17,7 +17,7 @@ from llama.checkpoint.pretrained import LoadConfig, load_model
 from llama.engine.engine import Engine
 from llama.engine.graphs import decoding_steps
 from llama.engine.lock import CacheLock
-from llama.engine.sequence import Event, Output, StreamPiece
+from llama.engine.sequence import Event, FinishReason, Output, StreamPiece
 from llama.engine.sequence import Sequence as EngineSequence
 from llama.engine.tasks import Tasks
 from llama.errors import checked_list
@@ -30,8 +30,14 @@ if TYPE_CHECKING:
 
 
 class Prediction(TypedDict, total=False):
-    """The new tokens (pieces) and their log-probabilities, with ``logprobs``."""
+    """Why a text ended; with ``logprobs``, its tokens (pieces) and their log-probabilities.
 
+    ``finish_reason`` is "stop", "length", or "content_filter" for a refused answer; ``stop_reason``
+    is the stop string or id of the caller's that was met, and None for any other end.
+    """
+
+    finish_reason: FinishReason
+    stop_reason: str | int | None
     tokens: list[str]
     logprobs: list[float]
 
@@ -174,7 +180,8 @@ class Llama:
             stop_token: an id that ends a sequence, besides the end of sequence.
 
         Returns:
-            The sequences' tokens, without stop token or string, and log-probabilities or None.
+            The sequences' tokens, without stop token or string unless ``include_stop``, and
+            log-probabilities or None.
 
         Raises:
             TypeError, ValueError: an argument is wrong, or a prompt doesn't fit.
@@ -247,6 +254,7 @@ class Llama:
                 refused = guards.output_refusal(self.output_guard, dialog, sequence.text)
             if refused is not None:
                 sequence.tokens, sequence.logprobs = [], []
+                sequence.finish_reason, sequence.stop_reason = "content_filter", None
             answer = Message(role="assistant", content=refused or sequence.text)
             if self.chat is FORMATS["turn-based"]:
                 answer["destination"] = "user"
@@ -311,7 +319,7 @@ class Llama:
         sequences = self.tasks.chat([dialog], params)
         refused = self._refusal(dialog)
         if refused is not None:
-            return (piece for piece in [StreamPiece(refused, finish_reason="stop")])
+            return (piece for piece in [StreamPiece(refused, finish_reason="content_filter")])
         pieces = self._stream(sequences)
         if self.output_guard is None:
             return pieces
@@ -393,7 +401,8 @@ class Llama:
             n = sequence.n_decoded
             if text or sequence.finish_reason is not None:
                 tokens, logprobs = sequence.tokens[n_before:n], sequence.logprobs[n_before:n]
-                yield StreamPiece(text, tokens, logprobs, sequence.finish_reason)
+                ended = (sequence.finish_reason, sequence.stop_reason)
+                yield StreamPiece(text, tokens, logprobs, *ended)
                 n_before = n
 
     def _read(self, texts: Sequence[str], output: Output) -> torch.Tensor:
@@ -410,6 +419,8 @@ class Llama:
 
     def _scored(self, prediction: Any, sequence: EngineSequence) -> Any:
         params = sequence.params
+        prediction["finish_reason"] = sequence.finish_reason
+        prediction["stop_reason"] = sequence.stop_reason
         if params.logprobs:
             ids = sequence.prompt * params.echo + sequence.tokens
             prediction["tokens"] = [self.tokenizer.token_piece(t) for t in ids]

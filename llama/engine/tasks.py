@@ -1,17 +1,20 @@
 """Text completion, chat and infilling as sequences for the engine."""
 
 import random
+from collections.abc import Collection
 from collections.abc import Sequence as List
-from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 from llama.args import ModelArgs
+from llama.chat.ends import answer_ends
 from llama.chat.formats import ChatFormat
 from llama.chat.prompts import Dialog, has_tags, infilling_prompt_tokens
 from llama.engine.sequence import Output, Sequence, checked_prompts
 from llama.errors import checked_list
 from llama.sampling import SamplingParams
 from llama.tokenizer import BaseTokenizer
+from llama.tokenizers.control import End, with_ends
 
 
 class Tasks:
@@ -34,22 +37,26 @@ class Tasks:
         params: SamplingParams,
         output: Output = "text",
         in_context: bool = False,
+        ends: Collection[End] = (),
     ) -> list[Sequence]:
         """Continue prompts of token ids.
+
+        Args:
+            ends: ids and strings that end a sequence as the tokenizer's own end tokens do.
 
         Raises:
             TypeError, ValueError: a prompt doesn't fit, or the model generates nothing.
         """
         if self.args.labels is not None:
             raise ValueError("this checkpoint classifies and writes no text: use classify")
-        params = _with_stop_ids(params, self.tokenizer.stop_ids)
+        params, own = with_ends(params, self.tokenizer, ends)
         seed = self._seeds.getrandbits(63) if params.seed is None else params.seed
         sequences = []
         for i, ids in enumerate(checked_prompts(self.args, prompts)):
             limit = self.args.max_seq_len - len(ids)
             if params.max_gen_len is not None:
                 limit = min(limit, params.max_gen_len)
-            sequences.append(Sequence(ids, params, f"{seed} {i}", limit, output, in_context))
+            sequences.append(Sequence(ids, params, f"{seed} {i}", limit, output, in_context, own))
         return sequences
 
     def text(
@@ -68,15 +75,16 @@ class Tasks:
 
     def chat(self, dialogs: List[Dialog], params: SamplingParams) -> list[Sequence]:
         """Answer dialogs; one that holds the format's own tags gets an empty prompt."""
-        tokenizer, chat = self.tokenizer, self.chat_format
-        controls = [tokenizer.step_id, *(tokenizer.control_ids.get(text) for text in chat.stop)]
-        params = replace(params, stop=(*params.stop, *chat.stop))
-        params = _with_stop_ids(params, [i for i in controls if i is not None])
-        ids = []
+        ids, chat = [], self.chat_format
         for dialog in checked_list(dialogs, "dialogs"):
-            prompt = chat.prompt(tokenizer, dialog)
+            prompt = chat.prompt(self.tokenizer, dialog)
             ids.append([] if has_tags(dialog, chat.tags) else prompt)
-        return self.generate(ids, params)
+        return self.generate(ids, params, ends=self.answer_ends)
+
+    @cached_property
+    def answer_ends(self) -> frozenset[End]:
+        """The ids and strings that end an answer, besides the tokenizer's own end tokens."""
+        return answer_ends(self.chat_format, self.tokenizer)
 
     def infilling(
         self,
@@ -92,9 +100,8 @@ class Tasks:
             raise ValueError(f"{len(prefixes)} prefixes but {len(suffixes)} suffixes: give pairs")
         pairs = zip(prefixes, suffixes, strict=True)
         ids = [infilling_prompt_tokens(self.tokenizer, *pair, suffix_first) for pair in pairs]
-        if self.tokenizer.eot_id is not None:
-            params = _with_stop_ids(params, [self.tokenizer.eot_id])
-        return self.generate(ids, params, "infilling")
+        end = self.tokenizer.eot_id
+        return self.generate(ids, params, "infilling", ends=() if end is None else (end,))
 
     def read(self, texts: List[str | list[int]], output: Output) -> list[Sequence]:
         """Read texts for the result that ``output`` names."""
@@ -114,7 +121,3 @@ class Tasks:
 
 def _is_token_ids(prompt: Any) -> bool:
     return isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], int)
-
-
-def _with_stop_ids(params: SamplingParams, ids: Any) -> SamplingParams:
-    return replace(params, stop_token_ids=frozenset({*params.stop_token_ids, *ids}))
