@@ -12,6 +12,8 @@ class Script:
         pushed: the tokens of the answer so far, the end too.
     """
 
+    error = None
+
     def __init__(self, places: Sequence[Collection[int]], end: int, n_words: int):
         self._places, self._rest = places, (end, n_words)
         self._end = end

@@ -143,6 +143,8 @@ class Sequence:
     def _append(self, token: int, logprob: float) -> str:
         if self.grammar is not None:
             self.grammar.push(token)
+            if self.grammar.error:
+                return self.finish("error")
         if token in self.params.stop_token_ids:
             self.stop_reason = None if token in self.ends else self._spelled.get(token, token)
             if not (self.detokenizer and self.params.include_stop and token in self._spelled):
@@ -153,6 +155,8 @@ class Sequence:
             self._lookup.push(token)
         text = self.detokenizer.push(token) if self.detokenizer else ""
         if self.detokenizer and self.detokenizer.stopped:
+            return text + self.finish("stop")
+        if self.grammar is not None and self.grammar.is_finished:
             return text + self.finish("stop")
         if len(self.tokens) >= self.max_new_tokens:
             return text + self.finish("length")

@@ -14,6 +14,9 @@ _N_THREADS = 4  # that build masks; more would wait for Python
 class Grammar(Protocol):
     """The form that a sequence's answer must have, at the place that the answer has reached."""
 
+    error: str | None
+    """Why the grammar was given up; None while it holds."""
+
     def masks(self, draft: Sequence[int]) -> torch.Tensor:
         """Return which tokens may come next, and which after each token of a draft.
 

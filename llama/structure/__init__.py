@@ -1,7 +1,7 @@
 """Answers of a form: ``response_format`` becomes a grammar of tokens, through llguidance."""
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -17,16 +17,18 @@ from llama.tokenizer import BaseTokenizer
 
 logger = logging.getLogger(__name__)
 
+Ranks = Literal["alone", "together", "later"]
+
 _FRAME = 1024  # bytes of rank 0's verdict
 
 
 def compile_format(
     response_format: Mapping[str, Any],
     tokenizer: BaseTokenizer,
-    stop_ids: Collection[int],
+    stop_ids: Iterable[int],
     in_context: bool,
     visible: Mapping[int, str] | None = None,
-    ranks: Literal["alone", "together", "later"] = "alone",
+    ranks: Ranks = "alone",
 ) -> TokenGrammar | None:
     """Return the grammar of an answer, which several sequences may ``copy``.
 
@@ -64,9 +66,7 @@ def compile_format(
     if error or kept.error:
         raise ValueError(fault(error or kept.error, response_format))
     unenforced = (*kept.unenforced, *unchecked(response_format))
-    return TokenGrammar(
-        kept.matcher.deep_copy(), vocabulary, stop_ids, not in_context, unenforced
-    )
+    return TokenGrammar(kept.matcher.deep_copy(), vocabulary, stop_ids, not in_context, unenforced)
 
 
 def _compile(vocabulary: Vocabulary, grammar: str) -> Compiled:

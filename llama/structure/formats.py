@@ -11,6 +11,7 @@ _FORMS = "text, json_object, json_schema, regex, choice, grammar"
 _MAX_BYTES = 1 << 20  # of a form
 # Without forced tokens: every piece that goes on rightly may be drawn, as the model prefers.
 _OPTIONS = '\n%llguidance {"no_forcing": true}\n'
+_OUR_KEYS = {"json_schema", "schema", "strict", "name"}
 # What grammars can't hold an answer to; other keywords that llguidance lacks are errors.
 _LENIENT = {"uniqueItems"}
 # llguidance's words for the keywords that it finds fault with.
@@ -20,6 +21,7 @@ _FAULTS = (
     (r"multiple", ("multipleOf",)),
     (r"Resource|Pointer|\bref\b|\$ref", ("$ref",)),
     (r"[Ii]nvalid type", ("type",)),
+    (r"anyOf is empty", ("anyOf", "oneOf", "enum")),
     (r"min/?max ?Properties|Properties", ("minProperties", "maxProperties")),
 )
 
@@ -69,7 +71,9 @@ def _json_grammar(schema: Mapping[str, Any]) -> str:
 
 def _check_size(text: str) -> None:
     if len(text) > _MAX_BYTES:
-        raise ValueError(f"response_format has {len(text):,} bytes: expected {_MAX_BYTES:,} at most")
+        raise ValueError(
+            f"response_format has {len(text):,} bytes: expected {_MAX_BYTES:,} at most"
+        )
 
 
 def _schema(response_format: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -142,8 +146,8 @@ def check_warnings(warnings: Sequence[str]) -> tuple[str, ...]:
             missing = [key for key in keys if key not in _LENIENT]
             if missing:
                 raise ValueError(
-                    f"response_format's schema has {', '.join(map(repr, missing))}, which can't "
-                    "be enforced: leave it out, and check the answer yourself"
+                    f"{', '.join(map(repr, missing))} can't be enforced: leave it out, and check "
+                    "the answer yourself"
                 )
             unenforced |= dict.fromkeys(keys)
         elif name == "Unknown format":
@@ -164,7 +168,7 @@ def unchecked(response_format: Mapping[str, Any]) -> tuple[str, ...]:
 
 def fault(error: str, response_format: Mapping[str, Any]) -> str:
     """Return the message for a form that llguidance can't compile; it names the keyword."""
-    present = {key for node in _nodes(response_format) for key in node}
+    present = {key for node in _nodes(response_format) for key in node} - _OUR_KEYS
     named = [key for key in present if re.search(rf"(?<![\w$]){re.escape(key)}(?!\w)", error)]
     for words, keywords in _FAULTS:
         if not named and re.search(words, error):

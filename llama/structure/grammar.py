@@ -1,7 +1,7 @@
 """The grammar of one sequence: the tokens that may come next."""
 
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ class TokenGrammar:
         self,
         matcher: Any,
         vocabulary: Vocabulary,
-        stop_ids: Collection[int],
+        stop_ids: Iterable[int],
         is_opening: bool,
         unenforced: tuple[str, ...] = (),
     ):
@@ -42,14 +42,14 @@ class TokenGrammar:
         self._matcher = matcher
         self._vocabulary = vocabulary
         self._stop_ids = frozenset(stop_ids)
-        self._is_opening = is_opening and vocabulary.opening is not None
+        self._is_opening = is_opening and vocabulary.drops_spaces
         self._has_ended = False
         stops = torch.zeros(vocabulary.n_words, dtype=torch.bool)
-        known = [i for i in stop_ids if 0 <= i < vocabulary.n_words]
+        known = [i for i in self._stop_ids if 0 <= i < vocabulary.n_words]
         stops[torch.tensor(known, dtype=torch.long)] = True
         self._stops = pack(stops)
         self._text = vocabulary.text & ~self._stops  # (ceil(n_words / 32),)
-        self._end = self._stops if stop_ids else torch.full_like(self._stops, -1)
+        self._end = self._stops if known else torch.full_like(self._stops, -1)
 
     def copy(self) -> "TokenGrammar":
         """Return this grammar for another sequence, at the same place of the text."""
@@ -74,13 +74,14 @@ class TokenGrammar:
         rows = self._end.repeat(1 + len(draft), 1)
         if self.is_finished:
             return rows
-        ids, n_consumed = self._matched(draft), 0
+        ids, openings = self._matched(draft)
+        n_consumed = 0
         for i in range(self.accepted(draft) + 1):
-            if i and ids[i - 1] is not None:
-                if not self._matcher.consume_token(ids[i - 1]):
+            if i and (matched := ids[i - 1]) is not None:
+                if not self._matcher.consume_token(matched):
                     break
                 n_consumed += 1
-            if not self._fill(rows[i], self._is_opening and i == 0):
+            if not self._fill(rows[i], openings[i]):
                 break
         self._matcher.rollback(n_consumed)
         self._check()
@@ -91,7 +92,7 @@ class TokenGrammar:
         if self.is_finished:
             return 0
         stop = next((i for i, token in enumerate(draft) if token in self._stop_ids), len(draft))
-        ids = self._matched(draft[:stop])
+        ids, _ = self._matched(draft[:stop])
         known = [i for i in ids if i is not None]
         n_valid: int = self._matcher.validate_tokens(known) if known else 0
         self._check()
@@ -102,20 +103,25 @@ class TokenGrammar:
         if token in self._stop_ids:
             self._has_ended = True
         elif not self.is_finished:
-            (matched,) = self._matched([token])
-            self._is_opening = False
+            (matched,), (_, self._is_opening) = self._matched([token])
             if matched is not None:
                 self._matcher.consume_token(matched)
                 self._check()
 
-    def _matched(self, tokens: Sequence[int]) -> list[int | None]:
-        """Return the pieces that tokens are to the grammar; None for a space that is dropped."""
-        ids: list[int | None] = list(tokens)
-        if ids and self._is_opening and 0 <= tokens[0] < self._vocabulary.n_words:
-            assert self._vocabulary.opening is not None
-            is_blank = bool(self._vocabulary.blank[tokens[0]])
-            ids[0] = None if is_blank else int(self._vocabulary.opening[tokens[0]])
-        return ids
+    def _matched(self, tokens: Sequence[int]) -> tuple[list[int | None], list[bool]]:
+        """Return the pieces that tokens are to the grammar; None for a space that is dropped.
+
+        And whether the text opens before each of the tokens, and after the last: at its beginning,
+        and after a mark, where decoding begins again.
+        """
+        vocabulary, opens = self._vocabulary, [self._is_opening]
+        ids: list[int | None] = []
+        for token in tokens:
+            is_known = opens[-1] and 0 <= token < vocabulary.n_words
+            is_blank = is_known and bool(vocabulary.blank[token])
+            ids.append(None if is_blank else vocabulary.opened(token) if is_known else token)
+            opens.append(token in vocabulary.reopening)
+        return ids, opens
 
     def _fill(self, row: torch.Tensor, is_opening: bool) -> bool:
         """Write the tokens that are allowed next; return False if the matcher gave up."""
@@ -127,7 +133,7 @@ class TokenGrammar:
         may_end = int(words[vocabulary.end // 32]) >> vocabulary.end % 32 & 1
         allowed = words[: len(row)]
         if is_opening:
-            allowed = pack(self._opened(unpack(words)))
+            allowed = pack(vocabulary.may_open(unpack(words)))
         allowed = allowed & self._text
         if may_end:
             allowed |= self._end
@@ -136,12 +142,6 @@ class TokenGrammar:
             return False
         row.copy_(allowed)
         return True
-
-    def _opened(self, bits: torch.Tensor) -> torch.Tensor:
-        """Return which tokens may open the text, (n_words,), from the pieces that may."""
-        vocabulary = self._vocabulary
-        assert vocabulary.opening is not None
-        return bits[vocabulary.opening] | vocabulary.blank
 
     def _check(self) -> None:
         if self.error is None and self._matcher.is_error():

@@ -3,7 +3,7 @@
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import count
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -39,18 +39,25 @@ class Vocabulary:
         pieces: bytes; none for control pieces.
         n_words: of the tokenizer's pieces.
         text: int32 bits of the ids that have a text, (ceil(n_words / 32),).
-        opening: for each of the tokenizer's pieces the one that it is where it opens an answer,
-            (n_words,); None if none is another.
+        opening: for each of the tokenizer's pieces the one that it is where it opens a text,
+            (n_words,).
         blank: whether a piece is a space that is dropped there, (n_words,).
+        reopening: the marks after which a text opens again.
         grammars: compiled ones, the latest last.
     """
 
-    def __init__(self, pieces: Sequence[bytes], shortened: Sequence[int]):
+    def __init__(
+        self,
+        pieces: Sequence[bytes],
+        shortened: Sequence[int],
+        reopening: Collection[int] = (),
+    ):
         """Build a vocabulary.
 
         Args:
             pieces: bytes; none for control pieces.
-            shortened: ids of those that lose the space before them where they open an answer.
+            shortened: ids of those that lose the space before them where they open a text.
+            reopening: see above.
         """
         self.number = next(_numbers)
         self.n_words = len(pieces)
@@ -66,11 +73,21 @@ class Vocabulary:
                 self.pieces.append(rest)
             opening[i] = ids[rest]
             self.blank[i] = not rest
-        self.opening = torch.tensor(opening) if shortened else None
+        self.opening = torch.tensor(opening)
+        self.drops_spaces = bool(shortened)
+        self.reopening = frozenset(reopening if shortened else ())
         self.end = len(self.pieces)
         self.pieces.append(b"<end>")
         self.tokenizer = build_tokenizer(self.pieces)
         self.grammars: OrderedDict[str, Compiled] = OrderedDict()
+
+    def opened(self, token: int) -> int:
+        """Return the piece that a token is to a grammar where it opens a text."""
+        return int(self.opening[token])
+
+    def may_open(self, bits: torch.Tensor) -> torch.Tensor:
+        """Return which tokens may open a text, (n_words,), from which pieces may come next."""
+        return bits[self.opening] | self.blank
 
     def keep(self, grammar: str, compiled: Compiled) -> None:
         """Keep a compiled grammar, and drop the one that wasn't used for longest."""
@@ -107,7 +124,10 @@ def vocabulary_of(tokenizer: BaseTokenizer, visible: Mapping[int, str]) -> Vocab
             pieces = piece_bytes(tokenizer)
             for i, text in visible.items():
                 pieces[i] = text.encode()
-            built[key] = Vocabulary(pieces, _shortened(tokenizer, pieces))
+            shortened = _shortened(tokenizer, pieces)
+            # After a mark the text begins anew (``llama.tokenizers.control.with_marks``).
+            reopening = visible if tokenizer.spaced else ()
+            built[key] = Vocabulary(pieces, shortened, reopening)
         return built[key]
 
 

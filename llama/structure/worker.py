@@ -1,4 +1,4 @@
-"""Compiles grammars in a process of its own, which its parent may kill: no module of ours is imported.
+"""Compiles grammars in a process that its parent may kill, and imports no module of ours.
 
 The parent writes pickled requests to standard input, and reads JSON, a line each.
 """
@@ -13,7 +13,11 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 # Per token: fuel for about 15 ms in the lexer and 3 ms in the parser; and about 100 MB of states.
-_LIMITS = {"step_lexer_fuel": 200_000, "step_max_items": 50_000, "max_lexer_states": 50_000}
+_LIMITS: dict[str, Any] = {
+    "step_lexer_fuel": 200_000,
+    "step_max_items": 50_000,
+    "max_lexer_states": 50_000,
+}
 _MEMORY = 4 << 30  # bytes that a compilation may take
 
 
