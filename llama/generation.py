@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import torch
 
 from llama import guards
-from llama.chat.formats import FORMATS, ChatFormat, choose_chat
+from llama.chat.formats import choose_chat
+from llama.chat.layout import ChatFormat
 from llama.chat.prompts import *  # noqa: F403 (Meta's names are imported from here)
 from llama.chat.prompts import UNSAFE_ERROR, Dialog, Message, has_tags
 from llama.checkpoint.pretrained import TINY as TINY
@@ -105,6 +106,8 @@ class Llama:
         quantize: str | None = None,
         group_size: int | None = None,
         kv_cache_dtype: str | None = None,
+        chat_template: str | Path | None = None,
+        tool_format: str | None = None,
     ) -> "Llama":
         """Load a checkpoint, in one process or with the others that ``torchrun`` started.
 
@@ -128,6 +131,10 @@ class Llama:
             group_size: how many weights share a scale in int4: 32, 64 (by default), 128 or 256.
             kv_cache_dtype: "int8" halves the cache's memory, and makes steps after a long text
                 slower; by default it is ``dtype``.
+            chat_template: a template in Jinja's language, or its file, in place of the
+                checkpoint's own.
+            tool_format: "hermes" describes tools in the system message, for chat formats without a
+                place for them (``llama.chat.hermes``).
 
         Raises:
             FileNotFoundError: the directory, a weight file or the tokenizer is missing.
@@ -149,6 +156,8 @@ class Llama:
             quantize,
             group_size,
             kv_cache_dtype,
+            chat_template,
+            tool_format,
         )
         model, tokenizer, chat = load_model(config)
         llama = Llama(model, tokenizer, seed, chat)
@@ -248,7 +257,7 @@ class Llama:
             if refused is not None:
                 sequence.tokens, sequence.logprobs = [], []
             answer = Message(role="assistant", content=refused or sequence.text)
-            if self.chat is FORMATS["turn-based"]:
+            if self.chat.name == "turn-based":
                 answer["destination"] = "user"
             predictions.append(self._scored(ChatPrediction(generation=answer), sequence))
         return predictions

@@ -166,6 +166,7 @@ def write_files(directory: Path, files: Mapping[str, Path | bytes]) -> None:
     """Write files, given by path or by content, into a directory."""
     for name, source in files.items():
         data = source if isinstance(source, bytes) else source.read_bytes()
+        (directory / name).parent.mkdir(exist_ok=True)
         (directory / name).write_bytes(data)
 
 

@@ -1,7 +1,7 @@
 """A sequence in the engine: its prompt, its parameters and its results."""
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as List
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
@@ -49,6 +49,7 @@ class Sequence:
     prompt_top_logprobs: list[Alternatives] = field(default_factory=list)
     pooled: torch.Tensor | None = None  # the result of a prompt that is only read
     finish_reason: FinishReason | None = None
+    visible: Mapping[int, str] = field(default_factory=dict)  # control ids that have a text here
     stop_reason: str | int | None = None  # the stop string or the id of the token that ended it
     slot: int | None = None  # of the cache
     n_cached: int = 0  # tokens of the prompt in the cache

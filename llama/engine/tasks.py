@@ -6,8 +6,12 @@ from dataclasses import replace
 from typing import Any
 
 from llama.args import ModelArgs
-from llama.chat.formats import ChatFormat
+from llama.chat.layout import ChatFormat
+from llama.chat.options import NO_OPTIONS, ChatOptions
 from llama.chat.prompts import Dialog, has_tags, infilling_prompt_tokens
+from llama.chat.request import ChatRequest, answer_parser
+from llama.chat.roles import prompt_tokens
+from llama.chat.tools import AnswerParser
 from llama.engine.sequence import Output, Sequence, checked_prompts
 from llama.errors import checked_list
 from llama.sampling import SamplingParams
@@ -66,17 +70,26 @@ class Tasks:
         ]
         return self.generate(ids, params, in_context=in_context or params.echo)
 
-    def chat(self, dialogs: List[Dialog], params: SamplingParams) -> list[Sequence]:
+    def chat(
+        self, dialogs: List[Dialog], params: SamplingParams, options: ChatOptions = NO_OPTIONS
+    ) -> list[Sequence]:
         """Answer dialogs; one that holds the format's own tags gets an empty prompt."""
         tokenizer, chat = self.tokenizer, self.chat_format
-        controls = [tokenizer.step_id, *(tokenizer.control_ids.get(text) for text in chat.stop)]
-        params = replace(params, stop=(*params.stop, *chat.stop))
-        params = _with_stop_ids(params, [i for i in controls if i is not None])
+        request = ChatRequest(chat, tokenizer, options)
+        params = _with_stop_ids(request.params(params), request.stop_ids)
         ids = []
         for dialog in checked_list(dialogs, "dialogs"):
-            prompt = chat.prompt(tokenizer, dialog)
+            prompt = prompt_tokens(chat, tokenizer, dialog, options)
             ids.append([] if has_tags(dialog, chat.tags) else prompt)
-        return self.generate(ids, params)
+        # What continues a text keeps the space between them.
+        sequences = self.generate(ids, params, in_context=options.continue_final_message)
+        for sequence in sequences:
+            sequence.visible = request.visible
+        return sequences
+
+    def answer_parser(self, options: ChatOptions) -> AnswerParser | None:
+        """Return the parser of an answer's tool calls; None if the options offer no tools."""
+        return answer_parser(self.chat_format, options)
 
     def infilling(
         self,

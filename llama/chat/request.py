@@ -1,0 +1,76 @@
+"""What a chat format makes of a request's options: its end, its marks, the form of its answer."""
+
+from dataclasses import replace
+from typing import Any
+
+from llama.chat.grammar import calls_grammar
+from llama.chat.layout import ChatFormat
+from llama.chat.options import ChatOptions
+from llama.chat.tools import AnswerParser
+from llama.sampling import SamplingParams
+from llama.tokenizer import BaseTokenizer
+
+
+class ChatRequest:
+    """The options of a request to a chat format.
+
+    Attributes:
+        stop_ids: ids that end an answer.
+        visible: the spelling of control pieces that are part of the answer's text: marks of calls.
+    """
+
+    def __init__(self, chat: ChatFormat, tokenizer: BaseTokenizer, options: ChatOptions):
+        """Check the options.
+
+        Raises:
+            ValueError: the format has no place for one.
+        """
+        if options.documents and not chat.documents:
+            raise ValueError(
+                f"the chat format ({chat.name}) has no place for documents: make them part of a "
+                "message"
+            )
+        self._chat, self._options = chat, options
+        self._notation = _notation(chat, options)
+        stop, marks = [*chat.stop], []
+        if self._notation is not None:
+            stop += self._notation.stop
+            marks += self._notation.marks
+        ids = tokenizer.control_ids
+        self.stop_ids = [i for i in (tokenizer.step_id, *map(ids.get, stop)) if i is not None]
+        self.visible = {ids[mark]: mark for mark in marks if mark in ids}
+
+    def params(self, params: SamplingParams) -> SamplingParams:
+        """Return the parameters of the answer, which the format and the tools add to.
+
+        Raises:
+            ValueError: ``response_format`` and the tools don't fit together.
+        """
+        changes: dict[str, Any] = {"stop": (*params.stop, *self._chat.stop)}
+        if self._notation is not None:
+            grammar = calls_grammar(self._notation, self._options, params.response_format)
+            if grammar is not None:
+                changes["response_format"] = {"type": "grammar", "grammar": grammar}
+        return replace(params, **changes)
+
+
+def _notation(chat: ChatFormat, options: ChatOptions) -> Any:
+    """Return the notation of a request's calls; None if it offers no tools."""
+    if not options.offered:
+        return None
+    if chat.notation is None:
+        raise ValueError(
+            f"the chat format ({chat.name}) has no place for tools, or writes calls in a notation "
+            "that isn't known: Llama.build(tool_format='hermes') describes them in the system "
+            "message, and tool_choice='none' offers none"
+        )
+    return chat.notation
+
+
+def answer_parser(chat: ChatFormat, options: ChatOptions) -> AnswerParser | None:
+    """Return the parser of an answer's tool calls; None if the options offer no tools."""
+    notation = _notation(chat, options)
+    if notation is None:
+        return None
+    names = [tool["function"]["name"] for tool in options.offered]
+    return AnswerParser(notation, names, options.parallel_tool_calls)
