@@ -4,21 +4,23 @@ from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 import torch
 
 from llama import guards
 from llama.chat.formats import choose_chat
 from llama.chat.layout import ChatFormat
+from llama.chat.options import ChatArguments, split_options
 from llama.chat.prompts import *  # noqa: F403 (Meta's names are imported from here)
 from llama.chat.prompts import UNSAFE_ERROR, Dialog, Message, has_tags
+from llama.chat.tools import answer_message
 from llama.checkpoint.pretrained import TINY as TINY
 from llama.checkpoint.pretrained import LoadConfig, load_model
 from llama.engine.engine import Engine
 from llama.engine.graphs import decoding_steps
 from llama.engine.lock import CacheLock
-from llama.engine.sequence import Event, Output, StreamPiece
+from llama.engine.sequence import Event, FinishReason, Output, StreamPiece
 from llama.engine.sequence import Sequence as EngineSequence
 from llama.engine.tasks import Tasks
 from llama.errors import checked_list
@@ -31,8 +33,15 @@ if TYPE_CHECKING:
 
 
 class Prediction(TypedDict, total=False):
-    """The new tokens (pieces) and their log-probabilities, with ``logprobs``."""
+    """Why a text ended; with ``logprobs``, its tokens (pieces) and their log-probabilities.
 
+    ``finish_reason`` is "stop", "length", "tool_calls" for an answer that calls tools, or
+    "content_filter" for a refused one; ``stop_reason`` is the stop string or id of the caller's
+    that was met, and None for any other end.
+    """
+
+    finish_reason: FinishReason | Literal["tool_calls"]
+    stop_reason: str | int | None
     tokens: list[str]
     logprobs: list[float]
 
@@ -183,7 +192,8 @@ class Llama:
             stop_token: an id that ends a sequence, besides the end of sequence.
 
         Returns:
-            The sequences' tokens, without stop token or string, and log-probabilities or None.
+            The sequences' tokens, without stop token or string unless ``include_stop``, and
+            log-probabilities or None.
 
         Raises:
             TypeError, ValueError: an argument is wrong, or a prompt doesn't fit.
@@ -231,22 +241,23 @@ class Llama:
         top_p: float = 0.9,
         max_gen_len: int | None = None,
         logprobs: bool = False,
-        **options: "Unpack[SamplingOptions]",
+        **options: "Unpack[ChatArguments]",
     ) -> list[ChatPrediction]:
-        """Answer dialogs. Arguments as in ``generate``.
+        """Answer dialogs. Arguments as in ``generate``, and as in ``ChatOptions``.
 
         Returns:
-            For each dialog ``{"generation": {"role": "assistant", "content": text}}``. A dialog
-            whose messages contain the format's own tags is answered with an error text, and one
-            that a guard refuses with its reason.
+            For each dialog ``{"generation": {"role": "assistant", "content": text}}``, with
+            "tool_calls" where the answer calls tools. A dialog whose messages contain the format's
+            own tags is answered with an error text, and one that a guard refuses with its reason.
 
         Raises:
             ValueError: a dialog is not well formed (``llama.chat.prompts.check_dialog``), or as in
                 ``generate``.
         """
-        params = SamplingParams(temperature, top_p, max_gen_len, logprobs, **options)
+        chat, rest = split_options(options)
+        params = SamplingParams(temperature, top_p, max_gen_len, logprobs, **rest)
         dialogs = list(checked_list(dialogs, "dialogs"))
-        sequences = self.tasks.chat(dialogs, params)
+        sequences = self.tasks.chat(dialogs, params, chat)
         refusals = [self._refusal(dialog) for dialog in dialogs]
         asked = zip(sequences, refusals, strict=True)
         self._run([sequence for sequence, refused in asked if refused is None])
@@ -256,10 +267,15 @@ class Llama:
                 refused = guards.output_refusal(self.output_guard, dialog, sequence.text)
             if refused is not None:
                 sequence.tokens, sequence.logprobs = [], []
-            answer = Message(role="assistant", content=refused or sequence.text)
+                sequence.finish_reason, sequence.stop_reason = "content_filter", None
+            parser = None if refused else self.tasks.answer_parser(chat)
+            answer = answer_message(refused or sequence.text, parser)
             if self.chat.name == "turn-based":
                 answer["destination"] = "user"
-            predictions.append(self._scored(ChatPrediction(generation=answer), sequence))
+            prediction: ChatPrediction = self._scored({"generation": answer}, sequence)
+            if "tool_calls" in answer and sequence.finish_reason == "stop":
+                prediction["finish_reason"] = "tool_calls"
+            predictions.append(prediction)
         return predictions
 
     def text_infilling(
@@ -313,14 +329,18 @@ class Llama:
         temperature: float = 0.6,
         top_p: float = 0.9,
         max_gen_len: int | None = None,
-        **options: "Unpack[SamplingOptions]",
+        **options: "Unpack[ChatArguments]",
     ) -> Generator[StreamPiece, None, None]:
-        """Yield ``chat_completion``'s answer to a dialog; an ``output_guard`` may hold it back."""
-        params = SamplingParams(temperature, top_p, max_gen_len, True, False, **options)
-        sequences = self.tasks.chat([dialog], params)
+        """Yield ``chat_completion``'s answer to a dialog; an ``output_guard`` may hold it back.
+
+        Calls of tools come as the model writes them: ``llama.tasks.answer_parser`` parses them.
+        """
+        chat, rest = split_options(options)
+        params = SamplingParams(temperature, top_p, max_gen_len, True, False, **rest)
+        sequences = self.tasks.chat([dialog], params, chat)
         refused = self._refusal(dialog)
         if refused is not None:
-            return (piece for piece in [StreamPiece(refused, finish_reason="stop")])
+            return (piece for piece in [StreamPiece(refused, finish_reason="content_filter")])
         pieces = self._stream(sequences)
         if self.output_guard is None:
             return pieces
@@ -402,7 +422,8 @@ class Llama:
             n = sequence.n_decoded
             if text or sequence.finish_reason is not None:
                 tokens, logprobs = sequence.tokens[n_before:n], sequence.logprobs[n_before:n]
-                yield StreamPiece(text, tokens, logprobs, sequence.finish_reason)
+                ended = (sequence.finish_reason, sequence.stop_reason)
+                yield StreamPiece(text, tokens, logprobs, *ended)
                 n_before = n
 
     def _read(self, texts: Sequence[str], output: Output) -> torch.Tensor:
@@ -419,6 +440,8 @@ class Llama:
 
     def _scored(self, prediction: Any, sequence: EngineSequence) -> Any:
         params = sequence.params
+        prediction["finish_reason"] = sequence.finish_reason
+        prediction["stop_reason"] = sequence.stop_reason
         if params.logprobs:
             ids = sequence.prompt * params.echo + sequence.tokens
             prediction["tokens"] = [self.tokenizer.token_piece(t) for t in ids]

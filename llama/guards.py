@@ -136,13 +136,13 @@ def guarded(
 
     After a refusal ``pieces`` is closed, and the last piece contains the refusal.
     """
-    end: FinishReason | None = None
+    end: tuple[FinishReason | None, str | int | None] = (None, None)
     token_ids: list[int] = []
     logprobs: list[float] = []
     with closing(pieces):
         for piece in pieces:
             token_ids, logprobs = token_ids + piece.token_ids, logprobs + piece.logprobs
-            end = piece.finish_reason
+            end = piece.finish_reason, piece.stop_reason
             if text := guard.push(piece):
                 yield StreamPiece(text, token_ids, logprobs)
                 token_ids, logprobs = [], []
@@ -151,7 +151,7 @@ def guarded(
     # The stream is closed by now, so that neither the guard nor the reader keeps its slot.
     text = guard.finish()
     if guard.refused:
-        token_ids, logprobs, end = [], [], "stop"
+        token_ids, logprobs, end = [], [], ("content_filter", None)
         text += "\n\n" * bool(guard.released) + refusal(guard.refused)
-    if text or end is not None:
-        yield StreamPiece(text, token_ids, logprobs, end)
+    if text or end[0] is not None:
+        yield StreamPiece(text, token_ids, logprobs, *end)

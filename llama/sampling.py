@@ -61,7 +61,8 @@ class SamplingParams:
         logprobs: whether to return the tokens' log-probabilities, which are the model's own.
         echo: whether to return the prompt too; its first token has the log-probability 0.0.
         stop: strings that end a sequence, looked for in the text of its new tokens; one that is
-            a control piece of the tokenizer ends it as a token.
+            a control piece of the tokenizer, as its vocabulary spells it, ends it as a token. Other
+            control pieces aren't part of the text: a longer string with one in it is never found.
         seed: makes draws repeatable: sequence i of a call draws by the seed and i alone,
             whatever other sequences run with it. None takes the next seed of the ``Llama``.
         prompt_lookup_num_tokens: draft tokens at most that are proposed from the sequence's own
@@ -78,8 +79,9 @@ class SamplingParams:
         logit_bias: numbers that are added to logits, by token id; -100 or less bans a token.
         min_tokens: new tokens before which no token ends a sequence.
         n: how many answers to give to each prompt, which is read once.
-        ignore_eos: whether the tokenizer's own end tokens end no sequence.
-        include_stop: whether a text ends with the stop string that ended it.
+        ignore_eos: whether the tokenizer's and the chat format's own ends end no sequence.
+        include_stop: whether a text ends with the stop string that ended it, and its tokens with
+            this string's.
         logits_processor: called with a sequence's ids, (1, n_tokens), and the next token's logits,
             float32, (1, n_words); returns logits. transformers' processors fit.
         response_format: the form of the answer, as in OpenAI's API: ``{"type": "json_object"}`` or

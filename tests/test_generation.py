@@ -107,7 +107,8 @@ class TestLogprobs:
         assert "".join(result["tokens"]).replace("▁", " ") == result["generation"]
 
     def test_without_asking_there_are_none(self, tiny: Llama) -> None:
-        assert set(tiny.text_completion([STORY], max_gen_len=3)[0]) == {"generation"}
+        result = tiny.text_completion([STORY], max_gen_len=3)[0]
+        assert set(result) == {"generation", "finish_reason", "stop_reason"}
 
 
 class TestLengths:
@@ -293,7 +294,7 @@ class TestStreams:
         assert "".join(shown) == judged[1] and len(shown) == 2
         assert ids(shown) == ids(plain)[: len(ids(shown))] != []
         assert last == "\n\n" + refusal(Verdict(False, (), "enough"))
-        assert (last.token_ids, last.logprobs, last.finish_reason) == ([], [], "stop")
+        assert (last.token_ids, last.logprobs, last.finish_reason) == ([], [], "content_filter")
 
     def test_an_output_guard_holds_a_streams_tokens_back_too(self, tiny: Llama) -> None:
         """A failure means that the guard of a ``Llama`` isn't asked, or loses the end."""
@@ -308,7 +309,7 @@ class TestStreams:
         llama.output_guard = lambda *_: Verdict(False, (), "enough")
         (piece,) = llama.chat_completion_stream(dialog, 0)
         assert piece == refusal(Verdict(False, (), "enough"))
-        assert (piece.token_ids, piece.finish_reason) == ([], "stop")
+        assert (piece.token_ids, piece.finish_reason) == ([], "content_filter")
 
     def test_a_refusal_is_one_piece_without_tokens_that_ends_the_stream(self, tiny: Llama) -> None:
         """A failure means that the reader of a refused stream waits for its end."""
@@ -320,7 +321,7 @@ class TestStreams:
             refused, (UNSAFE_ERROR, "Refused by a content guard: "), strict=True
         ):
             assert len(pieces) == 1 and pieces[0].startswith(text)
-            assert (pieces[0].token_ids, pieces[0].finish_reason) == ([], "stop")
+            assert (pieces[0].token_ids, pieces[0].finish_reason) == ([], "content_filter")
 
     def test_text_arrives_before_the_end(self, tiny: Llama) -> None:
         assert len(list(tiny.text_completion_stream(STORY, 0, max_gen_len=30))) > 10

@@ -13,14 +13,12 @@ class Notation:
         marks: all marks of calls, which are part of the answer's text also where the tokenizer has
             control pieces for them.
         arguments: the name of the arguments in a call's JSON.
-        stop: control pieces that end an answer with calls.
     """
 
     name: str
     begin: str
     marks: tuple[str, ...]
     arguments: str = "arguments"
-    stop: tuple[str, ...] = ()
 
 
 # <tool_call>\n{"name": ..., "arguments": {...}}\n</tool_call>, once for each call
@@ -29,7 +27,7 @@ HERMES = Notation("hermes", "<tool_call>", ("<tool_call>", "</tool_call>"))
 # {"name": ..., "parameters": {...}} as the whole answer, or after <|python_tag|>, where
 # tool.call(name="value") may stand too
 # Source: https://github.com/meta-llama/llama-models (models/llama3_1/prompt_format.md)
-LLAMA = Notation("llama", "<|python_tag|>", ("<|python_tag|>",), "parameters", ("<|eom_id|>",))
+LLAMA = Notation("llama", "<|python_tag|>", ("<|python_tag|>",), "parameters")
 # [TOOL_CALLS][{"name": ..., "arguments": {...}}, ...]
 # Source: https://github.com/mistralai/mistral-common (tokens/tokenizers/instruct.py)
 MISTRAL = Notation("mistral", "[TOOL_CALLS]", ("[TOOL_CALLS]",))

@@ -1,10 +1,10 @@
-"""What a chat format makes of a request's options: its end, its marks, the form of its answer."""
+"""What a chat format makes of a request's options: the marks of calls, the form of its answer."""
 
 from dataclasses import replace
-from typing import Any
 
 from llama.chat.grammar import calls_grammar
 from llama.chat.layout import ChatFormat
+from llama.chat.notations import Notation
 from llama.chat.options import ChatOptions
 from llama.chat.tools import AnswerParser
 from llama.sampling import SamplingParams
@@ -15,7 +15,6 @@ class ChatRequest:
     """The options of a request to a chat format.
 
     Attributes:
-        stop_ids: ids that end an answer.
         visible: the spelling of control pieces that are part of the answer's text: marks of calls.
     """
 
@@ -30,31 +29,27 @@ class ChatRequest:
                 f"the chat format ({chat.name}) has no place for documents: make them part of a "
                 "message"
             )
-        self._chat, self._options = chat, options
+        self._options = options
         self._notation = _notation(chat, options)
-        stop, marks = [*chat.stop], []
-        if self._notation is not None:
-            stop += self._notation.stop
-            marks += self._notation.marks
+        marks = () if self._notation is None else self._notation.marks
         ids = tokenizer.control_ids
-        self.stop_ids = [i for i in (tokenizer.step_id, *map(ids.get, stop)) if i is not None]
         self.visible = {ids[mark]: mark for mark in marks if mark in ids}
 
     def params(self, params: SamplingParams) -> SamplingParams:
-        """Return the parameters of the answer, which the format and the tools add to.
+        """Return the parameters of the answer, whose form the tools may decide.
 
         Raises:
             ValueError: ``response_format`` and the tools don't fit together.
         """
-        changes: dict[str, Any] = {"stop": (*params.stop, *self._chat.stop)}
-        if self._notation is not None:
-            grammar = calls_grammar(self._notation, self._options, params.response_format)
-            if grammar is not None:
-                changes["response_format"] = {"type": "grammar", "grammar": grammar}
-        return replace(params, **changes)
+        if self._notation is None:
+            return params
+        grammar = calls_grammar(self._notation, self._options, params.response_format)
+        if grammar is None:
+            return params
+        return replace(params, response_format={"type": "grammar", "grammar": grammar})
 
 
-def _notation(chat: ChatFormat, options: ChatOptions) -> Any:
+def _notation(chat: ChatFormat, options: ChatOptions) -> Notation | None:
     """Return the notation of a request's calls; None if it offers no tools."""
     if not options.offered:
         return None

@@ -124,6 +124,7 @@ def open_hf(directory: Path) -> Checkpoint:
     embedding = tensors.get("tok_embeddings.weight")
     dtype = torch.float32 if embedding is None else embedding.dtype
     files: dict[str, Path | bytes] = dict(text_files(directory))
+    files["config.json"] = path
     if "generation_config.json" not in files:  # older directories keep these ids in config.json
         ids = {key: config[key] for key in ("bos_token_id", "eos_token_id") if key in config}
         files["generation_config.json"] = json.dumps(ids).encode()

@@ -163,8 +163,13 @@ def write_json(path: Path, value: object) -> None:
 
 
 def write_files(directory: Path, files: Mapping[str, Path | bytes]) -> None:
-    """Write files, given by path or by content, into a directory."""
+    """Write files, given by path or by content, into a directory.
+
+    ``config.json`` is left out: it describes weights in the layout that they were read from.
+    """
     for name, source in files.items():
+        if name == "config.json":
+            continue
         data = source if isinstance(source, bytes) else source.read_bytes()
         (directory / name).parent.mkdir(exist_ok=True)
         (directory / name).write_bytes(data)

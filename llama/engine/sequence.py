@@ -14,8 +14,9 @@ from llama.engine.prompt_lookup import PromptLookup
 from llama.errors import PromptTooLong, checked_list
 from llama.sampling import SamplingParams
 from llama.tokenizer import BaseTokenizer
+from llama.tokenizers.control import End, with_marks
 
-FinishReason = Literal["stop", "length", "cancelled", "timeout", "error"]
+FinishReason = Literal["stop", "length", "content_filter", "cancelled", "timeout", "error"]
 Output = Literal["text", "infilling", "ids", "mean", "last", "logits"]
 Alternatives = list[tuple[int, float]]  # token ids and log-probabilities, most probable first
 
@@ -33,6 +34,9 @@ class Sequence:
             or, of a prompt that is only read, the mean or last of its hidden states (dim,), or
             the last token's logits (n_outputs,).
         in_context: whether the text continues the prompt's, or begins a text.
+        ends: those of the stop strings and ids that are the tokenizer's or the format's own, which
+            no ``stop_reason`` names.
+        visible: control ids whose spelling is part of the text.
     """
 
     prompt: list[int]
@@ -41,6 +45,8 @@ class Sequence:
     max_new_tokens: int = 0
     output: Output = "text"
     in_context: bool = False
+    ends: frozenset[End] = frozenset()
+    visible: Mapping[int, str] = field(default_factory=dict)
 
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -49,22 +55,27 @@ class Sequence:
     prompt_top_logprobs: list[Alternatives] = field(default_factory=list)
     pooled: torch.Tensor | None = None  # the result of a prompt that is only read
     finish_reason: FinishReason | None = None
-    visible: Mapping[int, str] = field(default_factory=dict)  # control ids that have a text here
-    stop_reason: str | int | None = None  # the stop string or the id of the token that ended it
+    stop_reason: End | None = None  # the caller's stop string or id that ended it
     slot: int | None = None  # of the cache
     n_cached: int = 0  # tokens of the prompt in the cache
     n_reused: int = 0  # of which the cache held so many before
     detokenizer: Detokenizer | None = None
+    _spelled: dict[int, str] = field(default_factory=dict)  # stop strings that are control pieces
     _lookup: PromptLookup | None = None
     _rng: random.Random | None = None
     _draws: list[float] = field(default_factory=list)
 
     def begin(self, tokenizer: BaseTokenizer) -> None:
         """Get ready to generate, with the tokenizer that decodes the text."""
+        stop, controls = self.params.stop, tokenizer.control_ids
+        self._spelled = {controls[s]: s for s in stop if s in controls and s not in self.ends}
         if self.output in ("text", "infilling"):
+            kept = {s for s in stop if self.params.include_stop and s not in self.ends}
+            marks = {**self.visible, **{i: s for i, s in self._spelled.items() if s in kept}}
             decode = tokenizer.decode if self.output == "text" else tokenizer.decode_infilling
             context = self.prompt if self.in_context else ()
-            self.detokenizer = Detokenizer(decode, self.params.stop, context)
+            marked = with_marks(decode, tokenizer, marks)
+            self.detokenizer = Detokenizer(marked, stop, context, kept, marks)
         if self.params.prompt_lookup_num_tokens:
             self._lookup = PromptLookup(self.prompt, self.params.prompt_lookup_num_tokens)
         self._rng = random.Random(self.seed)
@@ -128,7 +139,9 @@ class Sequence:
 
     def _append(self, token: int, logprob: float) -> str:
         if token in self.params.stop_token_ids:
-            return self.finish("stop")
+            self.stop_reason = None if token in self.ends else self._spelled.get(token, token)
+            if not (self.detokenizer and self.params.include_stop and token in self._spelled):
+                return self.finish("stop")
         self.tokens.append(token)
         self.logprobs.append(logprob)
         if self._lookup is not None:
@@ -147,6 +160,8 @@ class Sequence:
             text = self.detokenizer.flush()
             if self.detokenizer.stopped:
                 reason, kept = "stop", self.detokenizer.n_tokens
+                stop = self.detokenizer.stopped
+                self.stop_reason = None if stop in self.ends else stop
                 self.tokens, self.logprobs = self.tokens[:kept], self.logprobs[:kept]
         self.finish_reason = reason
         return text
@@ -169,11 +184,13 @@ class StreamPiece(str):
     Attributes:
         token_ids, logprobs: of these tokens.
         finish_reason: why the stream ends here; None where it goes on.
+        stop_reason: the caller's stop string or id that ended it; None for another end.
     """
 
     token_ids: list[int]
     logprobs: list[float]
     finish_reason: FinishReason | None
+    stop_reason: End | None
 
     def __new__(
         cls,
@@ -181,10 +198,11 @@ class StreamPiece(str):
         token_ids: Iterable[int] = (),
         logprobs: Iterable[float] = (),
         finish_reason: FinishReason | None = None,
+        stop_reason: End | None = None,
     ) -> "StreamPiece":
         piece = super().__new__(cls, text)
         piece.token_ids, piece.logprobs = list(token_ids), list(logprobs)
-        piece.finish_reason = finish_reason
+        piece.finish_reason, piece.stop_reason = finish_reason, stop_reason
         return piece
 
 

@@ -1,11 +1,13 @@
 """Text completion, chat and infilling as sequences for the engine."""
 
 import random
+from collections.abc import Collection
 from collections.abc import Sequence as List
-from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 from llama.args import ModelArgs
+from llama.chat.ends import answer_ends
 from llama.chat.layout import ChatFormat
 from llama.chat.options import NO_OPTIONS, ChatOptions
 from llama.chat.prompts import Dialog, has_tags, infilling_prompt_tokens
@@ -16,6 +18,7 @@ from llama.engine.sequence import Output, Sequence, checked_prompts
 from llama.errors import checked_list
 from llama.sampling import SamplingParams
 from llama.tokenizer import BaseTokenizer
+from llama.tokenizers.control import End, with_ends
 
 
 class Tasks:
@@ -38,22 +41,26 @@ class Tasks:
         params: SamplingParams,
         output: Output = "text",
         in_context: bool = False,
+        ends: Collection[End] = (),
     ) -> list[Sequence]:
         """Continue prompts of token ids.
+
+        Args:
+            ends: ids and strings that end a sequence as the tokenizer's own end tokens do.
 
         Raises:
             TypeError, ValueError: a prompt doesn't fit, or the model generates nothing.
         """
         if self.args.labels is not None:
             raise ValueError("this checkpoint classifies and writes no text: use classify")
-        params = _with_stop_ids(params, self.tokenizer.stop_ids)
+        params, own = with_ends(params, self.tokenizer, ends)
         seed = self._seeds.getrandbits(63) if params.seed is None else params.seed
         sequences = []
         for i, ids in enumerate(checked_prompts(self.args, prompts)):
             limit = self.args.max_seq_len - len(ids)
             if params.max_gen_len is not None:
                 limit = min(limit, params.max_gen_len)
-            sequences.append(Sequence(ids, params, f"{seed} {i}", limit, output, in_context))
+            sequences.append(Sequence(ids, params, f"{seed} {i}", limit, output, in_context, own))
         return sequences
 
     def text(
@@ -74,15 +81,15 @@ class Tasks:
         self, dialogs: List[Dialog], params: SamplingParams, options: ChatOptions = NO_OPTIONS
     ) -> list[Sequence]:
         """Answer dialogs; one that holds the format's own tags gets an empty prompt."""
-        tokenizer, chat = self.tokenizer, self.chat_format
-        request = ChatRequest(chat, tokenizer, options)
-        params = _with_stop_ids(request.params(params), request.stop_ids)
-        ids = []
+        """Answer dialogs; one that holds the format's own tags gets an empty prompt."""
+        chat, ids = self.chat_format, []
+        request = ChatRequest(chat, self.tokenizer, options)
         for dialog in checked_list(dialogs, "dialogs"):
-            prompt = prompt_tokens(chat, tokenizer, dialog, options)
+            prompt = prompt_tokens(chat, self.tokenizer, dialog, options)
             ids.append([] if has_tags(dialog, chat.tags) else prompt)
-        # What continues a text keeps the space between them.
-        sequences = self.generate(ids, params, in_context=options.continue_final_message)
+        in_context = options.continue_final_message  # which keeps the space after the message
+        params, ends = request.params(params), self.answer_ends
+        sequences = self.generate(ids, params, in_context=in_context, ends=ends)
         for sequence in sequences:
             sequence.visible = request.visible
         return sequences
@@ -90,6 +97,11 @@ class Tasks:
     def answer_parser(self, options: ChatOptions) -> AnswerParser | None:
         """Return the parser of an answer's tool calls; None if the options offer no tools."""
         return answer_parser(self.chat_format, options)
+
+    @cached_property
+    def answer_ends(self) -> frozenset[End]:
+        """The ids and strings that end an answer, besides the tokenizer's own end tokens."""
+        return answer_ends(self.chat_format, self.tokenizer)
 
     def infilling(
         self,
@@ -105,9 +117,8 @@ class Tasks:
             raise ValueError(f"{len(prefixes)} prefixes but {len(suffixes)} suffixes: give pairs")
         pairs = zip(prefixes, suffixes, strict=True)
         ids = [infilling_prompt_tokens(self.tokenizer, *pair, suffix_first) for pair in pairs]
-        if self.tokenizer.eot_id is not None:
-            params = _with_stop_ids(params, [self.tokenizer.eot_id])
-        return self.generate(ids, params, "infilling")
+        end = self.tokenizer.eot_id
+        return self.generate(ids, params, "infilling", ends=() if end is None else (end,))
 
     def read(self, texts: List[str | list[int]], output: Output) -> list[Sequence]:
         """Read texts for the result that ``output`` names."""
@@ -127,7 +138,3 @@ class Tasks:
 
 def _is_token_ids(prompt: Any) -> bool:
     return isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], int)
-
-
-def _with_stop_ids(params: SamplingParams, ids: Any) -> SamplingParams:
-    return replace(params, stop_token_ids=frozenset({*params.stop_token_ids, *ids}))

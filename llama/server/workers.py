@@ -103,11 +103,14 @@ def _describe(sequence: Sequence) -> dict[str, Any]:
     params = asdict(sequence.params)
     params["stop_token_ids"] = sorted(params["stop_token_ids"])
     names = ("prompt", "seed", "max_new_tokens", "output", "in_context")
-    return {"params": params, **{name: getattr(sequence, name) for name in names}}
+    sets = {"ends": list(sequence.ends), "visible": list(sequence.visible.items())}
+    return {"params": params, **sets, **{name: getattr(sequence, name) for name in names}}
 
 
 def _restore(fields: dict[str, Any]) -> Sequence:
-    return Sequence(**{**fields, "params": SamplingParams(**fields["params"])})
+    params = SamplingParams(**fields["params"])
+    ends, visible = frozenset(fields["ends"]), dict(fields["visible"])
+    return Sequence(**{**fields, "params": params, "ends": ends, "visible": visible})
 
 
 def broadcast_bytes(message: bytes = b"") -> bytes:

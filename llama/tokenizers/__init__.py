@@ -7,6 +7,7 @@ from typing import Any
 
 from llama.errors import need, printable
 from llama.tokenizer import BaseTokenizer, Tokenizer
+from llama.tokenizers.control import END_PIECES, end_ids
 from llama.tokenizers.json_tokenizer import JsonTokenizer
 
 Files = Mapping[str, Path | bytes]
@@ -38,7 +39,7 @@ def load_tokenizer(
         vocab_size = None
     added = _added(files, config, vocab_size)
     names = _special_names(files, config)
-    special = {name for name in names.values() if name}
+    special = {name for name in names.values() if name} | END_PIECES
     template = "".join(chat_templates(files).values())
 
     def is_structure(text: str) -> bool:
@@ -140,13 +141,23 @@ def _set_special_ids(tokenizer: BaseTokenizer, names: Mapping[str, str], files: 
     for role, name in names.items():
         if name in tokenizer.control_ids:
             setattr(tokenizer, f"{role}_id", tokenizer.control_ids[name])
-    stops = _read_json(files, "generation_config.json").get("eos_token_id")
-    stops = stops if isinstance(stops, list) else [stops]
-    ids = {i for i in stops if type(i) is int and 0 <= i < tokenizer.n_words}
+    ids = _ids(tokenizer, _read_json(files, "generation_config.json"))
     if tokenizer.eos_id < 0 and ids:
         tokenizer.eos_id = min(ids)
-    tokenizer.stop_ids = frozenset(ids | ({tokenizer.eos_id} if tokenizer.eos_id >= 0 else set()))
+    config = _read_json(files, "config.json")
+    for part in (config, config.get("text_config")):
+        if isinstance(part, dict):
+            # Of another tokenizer than the present one, such an id may be any word.
+            ids |= _ids(tokenizer, part) & set(tokenizer.control_ids.values())
+    tokenizer.stop_ids = end_ids(tokenizer, ids)
     tokenizer.add_bos = tokenizer.add_bos and tokenizer.bos_id >= 0
+
+
+def _ids(tokenizer: BaseTokenizer, config: Mapping[str, Any]) -> set[int]:
+    """Return the ids that a configuration says end a text."""
+    ends = config.get("eos_token_id")
+    ends = ends if isinstance(ends, list) else [ends]
+    return {i for i in ends if type(i) is int and 0 <= i < tokenizer.n_words}
 
 
 def _read(files: Files, name: str) -> bytes:

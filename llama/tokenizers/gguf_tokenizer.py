@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llama.errors import need, printable
+from llama.tokenizers.control import END_PIECES
 
 # The types of tokens, which are SentencePiece's.
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
@@ -54,9 +55,6 @@ _ALIASES = {
 _WHOLE_WORDS = ("llama3", "llama-bpe", "llama-v3", "falcon3", "tekken")
 _NFC = ("qwen2",)  # rules whose own tokenizer normalises text to NFC
 
-# The ends of Llama 3's texts, turns and tool calls; a file names only one of them.
-_ENDS = ("<|end_of_text|>", "<|eot_id|>", "<|eom_id|>")
-
 _ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 
 
@@ -86,9 +84,11 @@ def tokenizer_files(metadata: Mapping[str, Any], source: str = "the file") -> di
     types = _column(metadata, "token_type", source, len(tokens))
     special = _special_ids(metadata, model, len(tokens), source)
     control = {special.get("bos"), special.get("eos")}  # some files have them as plain tokens
-    types = [_CONTROL if i in control else kind for i, kind in enumerate(types)]
     # SentencePiece writes a space as ▁; llama.cpp writes it out in tokens that were added.
     names = [token.replace(" ", "▁") for token in tokens] if model == "llama" else tokens
+    for i, (name, kind) in enumerate(zip(names, types, strict=True)):
+        is_end = name in END_PIECES and kind in (_NORMAL, _USER_DEFINED)
+        types[i] = _CONTROL if is_end or i in control else kind
     ids = {name: i for i, name in enumerate(names)}
     if len(ids) < len(names) or "" in ids:
         repeated = next((name for i, name in enumerate(names) if ids[name] != i), "")
@@ -114,10 +114,9 @@ def tokenizer_files(metadata: Mapping[str, Any], source: str = "the file") -> di
     if model == "llama":
         config["legacy"] = True
     files["tokenizer_config.json"] = _json(config)
-    ends = [special[role] for role in ("eos", "eot", "eom") if role in special]
-    ends += [ids[end] for end in _ENDS if end in ids and types[ids[end]] == _CONTROL]
-    if len(set(ends)) > 1:
-        files["generation_config.json"] = _json({"eos_token_id": list(dict.fromkeys(ends))})
+    ends = _ends(ids, types, special)
+    if len(ends) > 1:
+        files["generation_config.json"] = _json({"eos_token_id": ends})
     return files
 
 
@@ -132,6 +131,16 @@ def _chat_templates(metadata: Mapping[str, Any]) -> dict[str, Any]:
     if len(templates) == 1 and templates[0]["name"] == "default":
         return {"chat_template": templates[0]["template"]}
     return {"chat_template": templates} if templates else {}
+
+
+def _ends(ids: Mapping[str, int], types: list[int], special: Mapping[str, int]) -> list[int]:
+    """Return the ids that end a text, ``eos`` first: those that the file names, and by name."""
+    named = [special[role] for role in ("eos", "eot", "eom") if role in special]
+    # Code Llama's files name the end of what is filled in, which ends no other text.
+    named = [i for i in named if i != ids.get("▁<EOT>")]
+    by_name = sorted(ids[end] for end in END_PIECES & ids.keys() if types[ids[end]] == _CONTROL)
+    found = dict.fromkeys(named + by_name)
+    return [i for i in found if i != special.get("bos") or i == special.get("eos")]
 
 
 def _json(value: object) -> bytes:

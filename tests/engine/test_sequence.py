@@ -10,10 +10,15 @@ from llama.sampling import SamplingParams
 
 
 class Letters:
-    """A tokenizer whose ids are letters."""
+    """A tokenizer whose ids are letters, and one control piece."""
+
+    control_ids = {"<end>": 1}  # noqa: RUF012
+    spaced = False
 
     def decode(self, ids: Any) -> str:
-        return "".join(map(chr, ids))
+        return "".join(chr(i) for i in ids if i > 1)
+
+    decode_infilling = decode
 
 
 def begun(max_new_tokens: int = 20, output: Any = "text", **params: Any) -> Sequence:

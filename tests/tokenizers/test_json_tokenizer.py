@@ -22,9 +22,11 @@ from json_tokenizers import (
     WORD,
     byte_level,
     like_llama2,
+    marked,
 )
 
 from llama import Llama, Tokenizer
+from llama.chat.marks import Marks, clean
 from llama.engine.detokenizer import Detokenizer
 from llama.generation import TINY
 from llama.tokenizer import BaseTokenizer
@@ -141,8 +143,8 @@ def test_added_pieces_that_the_template_names_are_structure_and_are_decoded() ->
     for name in (THINK, TURN):
         assert ours.control_ids[name] not in ours.encode(f"a{name}b", False, False)
         assert ours.decode(ours.encode(f"a{name}b", False, False)) == f"a{name}b"
-    assert ours.encode_rendered(f"{TURN}{THINK}") == [turn, think]
-    assert ours.encode_rendered(ours.protect(f"{TURN}{THINK}")) == ours.encode(
+    assert marked(ours, f"{TURN}{THINK}") == [turn, think]
+    assert Marks(ours).encode(clean(f"{TURN}{THINK}")) == ours.encode(
         f"{TURN}{THINK}", False, False
     )
     # What a model writes: the mark is a part of its text, the end of a turn isn't.
@@ -156,7 +158,8 @@ def test_an_added_piece_that_ends_texts_is_a_control_piece_although_it_is_not_ma
     data = byte_level()
     config = {"eos_token": {"content": THINK, "special": False}}
     ours = load_tokenizer(files(data, tokenizer_config__json=config))
-    assert ours.stop_ids == {ours.control_ids[THINK]} == {ours.eos_id}
+    ends = {ours.control_ids[text] for text in (THINK, END, TURN)}
+    assert ours.eos_id == ours.control_ids[THINK] and ours.stop_ids == ends
     assert ours.eos_id not in ours.encode(THINK, False, False)
     assert ours.decode([ours.eos_id]) == ""
 
@@ -166,29 +169,29 @@ ROLES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "post-processor": ({}, {"bos": BEGIN, "add_bos": True}),
     "configuration": (
         {"tokenizer_config__json": {"bos_token": BEGIN, "eos_token": END, "pad_token": TURN}},
-        {"bos": BEGIN, "eos": END, "pad": TURN, "stop": [END], "add_bos": True},
+        {"bos": BEGIN, "eos": END, "pad": TURN, "add_bos": True},
     ),
     "objects": (
         {"tokenizer_config__json": {"eos_token": {"content": END, "lstrip": False}}},
-        {"bos": BEGIN, "eos": END, "stop": [END], "add_bos": True},
+        {"bos": BEGIN, "eos": END, "add_bos": True},
     ),
     "map": (
         {
             "tokenizer_config__json": {"eos_token": None, "pad_token": END},
             "special_tokens_map__json": {"eos_token": TURN, "pad_token": {"content": TURN}},
         },
-        {"bos": BEGIN, "eos": TURN, "pad": END, "stop": [TURN], "add_bos": True},
+        {"bos": BEGIN, "eos": TURN, "pad": END, "add_bos": True},
     ),
     "generation, one": (
         {"generation_config__json": {"eos_token_id": 342}},
-        {"bos": BEGIN, "eos": TURN, "stop": [TURN], "add_bos": True},
+        {"bos": BEGIN, "eos": TURN, "add_bos": True},
     ),
     "generation, several": (
         {
             "tokenizer_config__json": {"eos_token": END},
             "generation_config__json": {"eos_token_id": [342]},
         },
-        {"bos": BEGIN, "eos": END, "stop": [END, TURN], "add_bos": True},
+        {"bos": BEGIN, "eos": END, "add_bos": True},
     ),
     "generation, absurd": (
         {"generation_config__json": {"eos_token_id": [-1, "x", None, 10**20, True, [3]]}},
@@ -211,7 +214,7 @@ def test_ids_of_begin_end_and_padding(name: str) -> None:
     ours = load_tokenizer(files(byte_level(), **others))
     for role in ("bos", "eos", "pad"):
         assert getattr(ours, f"{role}_id") == IDS.get(expected.get(role, ""), -1)
-    assert ours.stop_ids == {IDS[text] for text in expected.get("stop", [])}
+    assert ours.stop_ids == {IDS[END], IDS[TURN]}, "the vocabulary names both"
     assert ours.add_bos is expected["add_bos"]
 
 
@@ -241,7 +244,7 @@ class TestNextToSentencePiece:
         added = {"<|im_end|>": 769, "<|im_start|>": 768}
         ours = load_tokenizer(sentencepiece_files(added_tokens__json=added))
         assert ours.n_words == 770 and ours.control_ids.items() >= added.items()
-        assert ours.encode_rendered("<|im_end|><|im_start|>") == [769, 768]
+        assert marked(ours, "<|im_end|><|im_start|>") == [769, 768]
         self._never(ours, ["<|im_end|>", "<|im_start|>", "<s>", "</s>"])
 
     @pytest.mark.parametrize("special", [True, False])
@@ -259,8 +262,8 @@ class TestNextToSentencePiece:
             "chat_template": "{{ '<|im_start|>' }} Schmetterling",
         }
         ours = load_tokenizer(sentencepiece_files(tokenizer_config__json=config))
-        assert ours.eos_id == 769 and ours.stop_ids == {769}
-        assert ours.encode_rendered("<|im_end|><|im_start|>") == [769, 768]
+        assert ours.eos_id == 769 and ours.stop_ids == {2, 769}
+        assert marked(ours, "<|im_end|><|im_start|>") == [769, 768]
         self._never(ours, ["<|im_end|>", "<|im_start|>"])
         ids = ours.encode("ein Schmetterling fliegt", False, False)  # an ordinary word
         assert 770 in ids and ours.decode(ids) == "ein Schmetterling fliegt"
@@ -276,7 +279,7 @@ class TestNextToSentencePiece:
             ids = ours.encode(text, False, False)
             assert controls.isdisjoint(ids)
             assert ours.decode(ids) == text
-            assert controls.isdisjoint(ours.encode_rendered(ours.protect(text)))
+            assert controls.isdisjoint(Marks(ours).encode(clean(text)))
 
         check()
 
