@@ -4,14 +4,17 @@ from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 import torch
 
 from llama import guards
-from llama.chat.formats import FORMATS, ChatFormat, choose_chat
+from llama.chat.formats import choose_chat
+from llama.chat.layout import ChatFormat
+from llama.chat.options import ChatArguments, split_options
 from llama.chat.prompts import *  # noqa: F403 (Meta's names are imported from here)
 from llama.chat.prompts import UNSAFE_ERROR, Dialog, Message, has_tags
+from llama.chat.tools import answer_message
 from llama.checkpoint.pretrained import TINY as TINY
 from llama.checkpoint.pretrained import LoadConfig, load_model
 from llama.engine.engine import Engine
@@ -32,11 +35,12 @@ if TYPE_CHECKING:
 class Prediction(TypedDict, total=False):
     """Why a text ended; with ``logprobs``, its tokens (pieces) and their log-probabilities.
 
-    ``finish_reason`` is "stop", "length", or "content_filter" for a refused answer; ``stop_reason``
-    is the stop string or id of the caller's that was met, and None for any other end.
+    ``finish_reason`` is "stop", "length", "tool_calls" for an answer that calls tools, or
+    "content_filter" for a refused one; ``stop_reason`` is the stop string or id of the caller's
+    that was met, and None for any other end.
     """
 
-    finish_reason: FinishReason
+    finish_reason: FinishReason | Literal["tool_calls"]
     stop_reason: str | int | None
     tokens: list[str]
     logprobs: list[float]
@@ -111,6 +115,8 @@ class Llama:
         quantize: str | None = None,
         group_size: int | None = None,
         kv_cache_dtype: str | None = None,
+        chat_template: str | Path | None = None,
+        tool_format: str | None = None,
     ) -> "Llama":
         """Load a checkpoint, in one process or with the others that ``torchrun`` started.
 
@@ -134,6 +140,10 @@ class Llama:
             group_size: how many weights share a scale in int4: 32, 64 (by default), 128 or 256.
             kv_cache_dtype: "int8" halves the cache's memory, and makes steps after a long text
                 slower; by default it is ``dtype``.
+            chat_template: a template in Jinja's language, or its file, in place of the
+                checkpoint's own.
+            tool_format: "hermes" describes tools in the system message, for chat formats without a
+                place for them (``llama.chat.hermes``).
 
         Raises:
             FileNotFoundError: the directory, a weight file or the tokenizer is missing.
@@ -155,6 +165,8 @@ class Llama:
             quantize,
             group_size,
             kv_cache_dtype,
+            chat_template,
+            tool_format,
         )
         model, tokenizer, chat = load_model(config)
         llama = Llama(model, tokenizer, seed, chat)
@@ -229,22 +241,23 @@ class Llama:
         top_p: float = 0.9,
         max_gen_len: int | None = None,
         logprobs: bool = False,
-        **options: "Unpack[SamplingOptions]",
+        **options: "Unpack[ChatArguments]",
     ) -> list[ChatPrediction]:
-        """Answer dialogs. Arguments as in ``generate``.
+        """Answer dialogs. Arguments as in ``generate``, and as in ``ChatOptions``.
 
         Returns:
-            For each dialog ``{"generation": {"role": "assistant", "content": text}}``. A dialog
-            whose messages contain the format's own tags is answered with an error text, and one
-            that a guard refuses with its reason.
+            For each dialog ``{"generation": {"role": "assistant", "content": text}}``, with
+            "tool_calls" where the answer calls tools. A dialog whose messages contain the format's
+            own tags is answered with an error text, and one that a guard refuses with its reason.
 
         Raises:
             ValueError: a dialog is not well formed (``llama.chat.prompts.check_dialog``), or as in
                 ``generate``.
         """
-        params = SamplingParams(temperature, top_p, max_gen_len, logprobs, **options)
+        chat, rest = split_options(options)
+        params = SamplingParams(temperature, top_p, max_gen_len, logprobs, **rest)
         dialogs = list(checked_list(dialogs, "dialogs"))
-        sequences = self.tasks.chat(dialogs, params)
+        sequences = self.tasks.chat(dialogs, params, chat)
         refusals = [self._refusal(dialog) for dialog in dialogs]
         asked = zip(sequences, refusals, strict=True)
         self._run([sequence for sequence, refused in asked if refused is None])
@@ -255,10 +268,14 @@ class Llama:
             if refused is not None:
                 sequence.tokens, sequence.logprobs = [], []
                 sequence.finish_reason, sequence.stop_reason = "content_filter", None
-            answer = Message(role="assistant", content=refused or sequence.text)
-            if self.chat is FORMATS["turn-based"]:
+            parser = None if refused else self.tasks.answer_parser(chat)
+            answer = answer_message(refused or sequence.text, parser)
+            if self.chat.name == "turn-based":
                 answer["destination"] = "user"
-            predictions.append(self._scored(ChatPrediction(generation=answer), sequence))
+            prediction: ChatPrediction = self._scored({"generation": answer}, sequence)
+            if "tool_calls" in answer and sequence.finish_reason == "stop":
+                prediction["finish_reason"] = "tool_calls"
+            predictions.append(prediction)
         return predictions
 
     def text_infilling(
@@ -312,11 +329,15 @@ class Llama:
         temperature: float = 0.6,
         top_p: float = 0.9,
         max_gen_len: int | None = None,
-        **options: "Unpack[SamplingOptions]",
+        **options: "Unpack[ChatArguments]",
     ) -> Generator[StreamPiece, None, None]:
-        """Yield ``chat_completion``'s answer to a dialog; an ``output_guard`` may hold it back."""
-        params = SamplingParams(temperature, top_p, max_gen_len, True, False, **options)
-        sequences = self.tasks.chat([dialog], params)
+        """Yield ``chat_completion``'s answer to a dialog; an ``output_guard`` may hold it back.
+
+        Calls of tools come as the model writes them: ``llama.tasks.answer_parser`` parses them.
+        """
+        chat, rest = split_options(options)
+        params = SamplingParams(temperature, top_p, max_gen_len, True, False, **rest)
+        sequences = self.tasks.chat([dialog], params, chat)
         refused = self._refusal(dialog)
         if refused is not None:
             return (piece for piece in [StreamPiece(refused, finish_reason="content_filter")])

@@ -55,7 +55,9 @@ def input_refusal(guard: InputGuard | None, dialog: Dialog) -> str | None:
 
 def output_refusal(guard: OutputGuard | None, dialog: Dialog, answer: str) -> str | None:
     """Return the text that replaces an answer that a guard refuses; None for one that passes."""
-    return input_refusal(guard and (lambda dialog: guard(dialog, answer)), dialog)
+    if guard is None:
+        return None
+    return input_refusal(lambda dialog: guard(dialog, answer), dialog)
 
 
 # Where an answer is split for the guard: after a sentence or line, else after a word.

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llama.chat.prompts import Dialog, Message, check_dialog
+from llama.chat.prompts import Dialog, Message, check_dialog, content_text
 from llama.guards import Verdict
 
 if TYPE_CHECKING:
@@ -198,4 +198,4 @@ class LlamaGuard:
 def _text(message: Message) -> str:
     """Return all text of a message: some formats read more than its content."""
     others = (str(v) for k, v in message.items() if k not in ("role", "content") and v != "user")
-    return "\n\n".join(part.strip() for part in (message["content"], *others)).strip()
+    return "\n\n".join(part.strip() for part in (content_text(message), *others)).strip()

@@ -1,7 +1,6 @@
 """Text to token ids and back."""
 
-import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -10,10 +9,6 @@ from sentencepiece import SentencePieceProcessor
 # Appended to a serialised model, it is merged into the model by protobuf's rules: the field
 # normalizer_spec (3) with its field add_dummy_prefix (3) set to false.
 _NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
-
-# Separates the characters of a control piece's spelling in a message's text: a character that
-# Unicode reserves for such internal use, and that no text contains.
-_MARK = "\ufdd0"
 
 
 def _control_id(piece: str) -> "cached_property[int | None]":
@@ -78,11 +73,6 @@ class BaseTokenizer:
             spelled[control] = [*self._to_ids(text[:2], True), *self._to_ids(text[2:], True)]
         return spelled
 
-    @cached_property
-    def _controls(self) -> re.Pattern[str]:
-        longest_first = sorted((c for c in self.control_ids if len(c) > 1), key=len, reverse=True)
-        return re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
-
     def _encode(self, s: str, continued: bool) -> list[int]:
         if not isinstance(s, str):
             raise TypeError(f"the tokenizer encodes str, not {type(s).__name__}: {s!r}")
@@ -117,25 +107,18 @@ class BaseTokenizer:
         """Encode a text without the space that SentencePiece adds before it."""
         return self._encode(s, continued=True)
 
-    def protect(self, text: str) -> str:
-        """Mark control pieces in a message's text, which then is safe for ``encode_rendered``."""
-        text = text.replace(_MARK, "")
-        while self._controls.search(text):  # marking one piece can leave one that overlaps it
-            text = self._controls.sub(lambda match: match[0][0] + _MARK + match[0][1:], text)
-        return text
+    def encode_parts(self, parts: Iterable[str | int]) -> list[int]:
+        """Return the ids of a prompt: control ids as they are, and texts between, which stay text.
 
-    def encode_rendered(self, text: str) -> list[int]:
-        """Return the ids of a rendered prompt, where control pieces become their ids.
-
-        Text from a user has to be protected first (``protect``).
+        Raises:
+            TypeError, ValueError: as in ``encode``.
         """
-        ids = []
-        for part in self._controls.split(text):
-            if part in self.control_ids:
-                ids.append(self.control_ids[part])
+        ids: list[int] = []
+        for part in parts:
+            if isinstance(part, int):
+                ids.append(part)
             elif part:
-                continued = bool(ids) and not self.spaced
-                ids += self._encode(part.replace(_MARK, ""), continued)
+                ids += self._encode(part, continued=bool(ids) and not self.spaced)
         return ids
 
     def decode(self, t: Sequence[int]) -> str:

@@ -8,7 +8,9 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
 
 from llama import Tokenizer
+from llama.chat.marks import Marks
 from llama.generation import TINY
+from llama.tokenizer import BaseTokenizer
 
 LINES = [
     "The cat sat on the mat, and the dog ran after the ball: 1234 times!",
@@ -94,3 +96,9 @@ def like_llama2(scheme: str, source: Tokenizer | None = None) -> dict[str, Any]:
             "merges": merges,
         },
     }
+
+
+def marked(tokenizer: BaseTokenizer, text: str) -> list[int]:
+    """The ids of a prompt's structure, where control pieces become their ids."""
+    marks = Marks(tokenizer)
+    return marks.encode(marks.mark(text))

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from llama.chat.formats import ChatFormat
+from llama.chat.layout import ChatFormat
 from llama.chat.prompts import Dialog, Message
 from llama.tokenizer import BaseTokenizer
 

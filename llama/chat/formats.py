@@ -1,6 +1,6 @@
 """The chat formats of fine-tuned models of the Llama family, by name, and the choice of one.
 
-A format is given by its literal pieces; ``_lay_out`` puts a dialog into them. In a docstring's
+A format is given by its literal pieces; ``lay_out`` puts a dialog into them. In a docstring's
 layout, SYSTEM, USER, INPUT and ANSWER stand for the messages, which are stripped of the white
 space around them, and ``<s>`` and ``</s>`` for the tokenizer's begin and end of a sequence.
 
@@ -12,86 +12,18 @@ Formats for single questions have earlier turns one after another, each as in tr
 ends an answer, so that the model sees where the next one has to end.
 """
 
-import functools
-from collections.abc import Callable
-from typing import NamedTuple
-
-from llama.chat.prompts import (
-    SPECIAL_TAGS,
-    Dialog,
-    check_dialog,
-    check_messages,
-    inst_tokens,
-    refuse_inputs,
-    turn_based_tokens,
-)
-from llama.chat.template import ChatTemplate
+from llama.chat.hermes import with_tools
+from llama.chat.layout import ChatFormat, lay_out
+from llama.chat.options import NO_OPTIONS, ChatOptions
+from llama.chat.prompts import SPECIAL_TAGS, Dialog, inst_tokens, turn_based_tokens
+from llama.chat.rendering import template_format
 from llama.tokenizer import BaseTokenizer
-from llama.tokenizers import Files, chat_template
+from llama.tokenizers import Files, chat_templates
 
 
-class ChatFormat(NamedTuple):
-    """The chat format of a family of models.
-
-    Attributes:
-        prompt: returns the prompt for a dialog's next answer; raises TypeError or ValueError for
-            a dialog that is not well formed (see ``check_dialog``) or doesn't fit the format.
-        stop: the strings, other than the end of the sequence, that end an answer. A control piece
-            of the tokenizer among them is compared as an id, not as text.
-        tags: texts that no message may contain; one that does is answered with an error.
-    """
-
-    prompt: Callable[[BaseTokenizer, Dialog], list[int]]
-    stop: tuple[str, ...] = ()
-    tags: tuple[str, ...] = ()
-
-
-def _lay_out(
-    tokenizer: BaseTokenizer,
-    dialog: Dialog,
-    *,
-    head: str = "",
-    system: tuple[str, str] = ("", ""),
-    user: str,
-    task_input: str = "",
-    answer: str,
+def alpaca_tokens(
+    tokenizer: BaseTokenizer, dialog: Dialog, options: ChatOptions = NO_OPTIONS
 ) -> list[int]:
-    """Return the ids of a dialog laid out in a format's pieces.
-
-    Args:
-        tokenizer: encodes the text and gives the ``{eos}`` of all pieces.
-        dialog: the messages.
-        head: the beginning, with ``{system}`` if the format has a place for it.
-        system: the default system texts: for dialogs without and with an ``input``.
-        user: a user's turn, ``{user}``, up to the beginning of the answer.
-        task_input: the text after a ``{user}`` that has an ``{input}``; "" if the format has none.
-        answer: the ``{answer}``, up to the beginning of the next turn.
-    """
-    check_dialog(dialog)
-    if not task_input:
-        refuse_inputs(dialog)
-    eos = tokenizer.token_piece(tokenizer.eos_id) if tokenizer.eos_id >= 0 else ""
-    contents = [tokenizer.protect(message["content"]).strip() for message in dialog]
-    inputs = [tokenizer.protect(message.get("input", "")).strip() for message in dialog]
-
-    text = contents[0] if dialog[0]["role"] == "system" else system[any(inputs)]
-    if "{system}" in head:
-        before_user, rendered = "", head.format(system=text, eos=eos) if text else ""
-    else:
-        before_user, rendered = f"{text}\n\n" if text else "", head
-
-    for i, (message, content) in enumerate(zip(dialog, contents, strict=True)):
-        if message["role"] == "user":
-            if inputs[i]:
-                content += task_input.format(input=inputs[i])
-            rendered += user.format(user=before_user + content, eos=eos)
-            before_user = ""
-        elif message["role"] == "assistant":
-            rendered += answer.format(answer=content, eos=eos)
-    return [tokenizer.bos_id] * tokenizer.add_bos + tokenizer.encode_rendered(rendered)
-
-
-def alpaca_tokens(tokenizer: BaseTokenizer, dialog: Dialog) -> list[int]:
     r"""Return a dialog in Alpaca's format.
 
     <s>SYSTEM\n\n### Instruction:\nUSER\n\n### Response:ANSWER</s>### Instruction:\nUSER…
@@ -100,9 +32,10 @@ def alpaca_tokens(tokenizer: BaseTokenizer, dialog: Dialog) -> list[int]:
 
     Source: https://github.com/tatsu-lab/stanford_alpaca (train.py)
     """
-    return _lay_out(
+    return lay_out(
         tokenizer,
         dialog,
+        options,
         head="{system}\n\n",
         system=(
             "Below is an instruction that describes a task. "
@@ -116,7 +49,9 @@ def alpaca_tokens(tokenizer: BaseTokenizer, dialog: Dialog) -> list[int]:
     )
 
 
-def vicuna_tokens(tokenizer: BaseTokenizer, dialog: Dialog) -> list[int]:
+def vicuna_tokens(
+    tokenizer: BaseTokenizer, dialog: Dialog, options: ChatOptions = NO_OPTIONS
+) -> list[int]:
     """Return a dialog in Vicuna's format.
 
     <s>SYSTEM USER: USER ASSISTANT: ANSWER</s>USER: USER ASSISTANT:
@@ -131,9 +66,10 @@ def vicuna_tokens(tokenizer: BaseTokenizer, dialog: Dialog) -> list[int]:
         "A chat between a curious user and an artificial intelligence assistant. "
         "The assistant gives helpful, detailed, and polite answers to the user's questions."
     )
-    return _lay_out(
+    return lay_out(
         tokenizer,
         dialog,
+        options,
         head="{system} ",
         system=(chat, chat),
         user="USER: {user} ASSISTANT:",
@@ -141,7 +77,9 @@ def vicuna_tokens(tokenizer: BaseTokenizer, dialog: Dialog) -> list[int]:
     )
 
 
-def koala_tokens(tokenizer: BaseTokenizer, dialog: Dialog) -> list[int]:
+def koala_tokens(
+    tokenizer: BaseTokenizer, dialog: Dialog, options: ChatOptions = NO_OPTIONS
+) -> list[int]:
     """Return a dialog in Koala's format.
 
     <s>BEGINNING OF CONVERSATION: USER: USER GPT: ANSWER</s>USER: USER GPT:
@@ -151,16 +89,19 @@ def koala_tokens(tokenizer: BaseTokenizer, dialog: Dialog) -> list[int]:
     Source: https://github.com/young-geng/EasyLM (docs/koala.md) and
     https://github.com/lm-sys/FastChat (koala_v1 in fastchat/conversation.py)
     """
-    return _lay_out(
+    return lay_out(
         tokenizer,
         dialog,
+        options,
         head="BEGINNING OF CONVERSATION: ",
         user="USER: {user} GPT:",
         answer=" {answer}{eos}",
     )
 
 
-def wizardlm_tokens(tokenizer: BaseTokenizer, dialog: Dialog) -> list[int]:
+def wizardlm_tokens(
+    tokenizer: BaseTokenizer, dialog: Dialog, options: ChatOptions = NO_OPTIONS
+) -> list[int]:
     r"""Return a dialog in WizardLM 7B's format.
 
     <s>USER\n\n### Response:ANSWER</s>USER\n\n### Response:
@@ -169,10 +110,18 @@ def wizardlm_tokens(tokenizer: BaseTokenizer, dialog: Dialog) -> list[int]:
 
     Source: https://github.com/nlpxucan/WizardLM (WizardLM/src/train_freeform.py)
     """
-    return _lay_out(tokenizer, dialog, user="{user}\n\n### Response:", answer="{answer}{eos}")
+    return lay_out(
+        tokenizer,
+        dialog,
+        options,
+        user="{user}\n\n### Response:",
+        answer="{answer}{eos}",
+    )
 
 
-def openassistant_tokens(tokenizer: BaseTokenizer, dialog: Dialog) -> list[int]:
+def openassistant_tokens(
+    tokenizer: BaseTokenizer, dialog: Dialog, options: ChatOptions = NO_OPTIONS
+) -> list[int]:
     """Return a dialog in OpenAssistant's format.
 
     <s><|system|>SYSTEM</s><|prompter|>USER</s><|assistant|>ANSWER</s><|prompter|>USER</s>…
@@ -183,16 +132,19 @@ def openassistant_tokens(tokenizer: BaseTokenizer, dialog: Dialog) -> list[int]:
     model/model_training/custom_datasets/formatting.py, inference/worker/work.py) and
     https://github.com/lm-sys/FastChat (oasst_llama in fastchat/conversation.py)
     """
-    return _lay_out(
+    return lay_out(
         tokenizer,
         dialog,
+        options,
         head="<|system|>{system}{eos}",
         user="<|prompter|>{user}{eos}<|assistant|>",
         answer="{answer}{eos}",
     )
 
 
-def koalpaca_tokens(tokenizer: BaseTokenizer, dialog: Dialog) -> list[int]:
+def koalpaca_tokens(
+    tokenizer: BaseTokenizer, dialog: Dialog, options: ChatOptions = NO_OPTIONS
+) -> list[int]:
     r"""Return a dialog in KoAlpaca's format.
 
     <s>SYSTEM\n\n### Instruction(명령어):\nUSER\n\n### Response(응답):ANSWER</s>…
@@ -203,9 +155,10 @@ def koalpaca_tokens(tokenizer: BaseTokenizer, dialog: Dialog) -> list[int]:
 
     Source: https://github.com/Beomi/KoAlpaca (train.py, Inference Test.ipynb)
     """
-    return _lay_out(
+    return lay_out(
         tokenizer,
         dialog,
+        options,
         head="{system}\n\n",
         system=(
             "Below is an instruction that describes a task.\n"
@@ -225,7 +178,9 @@ def koalpaca_tokens(tokenizer: BaseTokenizer, dialog: Dialog) -> list[int]:
     )
 
 
-def kullm_tokens(tokenizer: BaseTokenizer, dialog: Dialog) -> list[int]:
+def kullm_tokens(
+    tokenizer: BaseTokenizer, dialog: Dialog, options: ChatOptions = NO_OPTIONS
+) -> list[int]:
     r"""Return a dialog in KULLM's format.
 
     <s>SYSTEM\n\n### 명령어:\nUSER\n\n### 응답:\nANSWER</s>### 명령어:\nUSER…
@@ -235,9 +190,10 @@ def kullm_tokens(tokenizer: BaseTokenizer, dialog: Dialog) -> list[int]:
     Source: https://github.com/nlpai-lab/KULLM (templates/kullm.json); used with Llama 2 by
     https://huggingface.co/kfkas/Llama-2-ko-7b-Chat
     """
-    return _lay_out(
+    return lay_out(
         tokenizer,
         dialog,
+        options,
         head="{system}\n\n",
         system=(
             "아래는 작업을 설명하는 명령어입니다. 요청을 적절히 완료하는 응답을 작성하세요.",
@@ -251,7 +207,9 @@ def kullm_tokens(tokenizer: BaseTokenizer, dialog: Dialog) -> list[int]:
     )
 
 
-def korani_tokens(tokenizer: BaseTokenizer, dialog: Dialog) -> list[int]:
+def korani_tokens(
+    tokenizer: BaseTokenizer, dialog: Dialog, options: ChatOptions = NO_OPTIONS
+) -> list[int]:
     r"""Return a dialog in KORani's format.
 
     <s>SYSTEM\n\n### Human: USER\n### Assistant: ANSWER\n### Human: USER\n### Assistant:
@@ -266,9 +224,10 @@ def korani_tokens(tokenizer: BaseTokenizer, dialog: Dialog) -> list[int]:
         "A chat between a curious human and an artificial intelligence assistant. "
         "The assistant gives helpful, detailed, and polite answers to the human's questions."
     )
-    return _lay_out(
+    return lay_out(
         tokenizer,
         dialog,
+        options,
         head="{system}\n\n",
         system=(chat, chat),
         user="### Human: {user}\n### Assistant:",
@@ -276,7 +235,9 @@ def korani_tokens(tokenizer: BaseTokenizer, dialog: Dialog) -> list[int]:
     )
 
 
-def chatml_tokens(tokenizer: BaseTokenizer, dialog: Dialog) -> list[int]:
+def chatml_tokens(
+    tokenizer: BaseTokenizer, dialog: Dialog, options: ChatOptions = NO_OPTIONS
+) -> list[int]:
     r"""Return a dialog in the ChatML format.
 
     <s><|im_start|>system\nSYSTEM<|im_end|>\n<|im_start|>user\nUSER<|im_end|>\n
@@ -286,16 +247,39 @@ def chatml_tokens(tokenizer: BaseTokenizer, dialog: Dialog) -> list[int]:
 
     Source: https://github.com/openai/openai-python (chatml.md)
     """
-    return _lay_out(
+    return lay_out(
         tokenizer,
         dialog,
+        options,
         head="<|im_start|>system\n{system}<|im_end|>\n",
         user="<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n",
         answer="{answer}<|im_end|>\n",
     )
 
 
-FORMATS = {
+def llama3_tokens(
+    tokenizer: BaseTokenizer, dialog: Dialog, options: ChatOptions = NO_OPTIONS
+) -> list[int]:
+    r"""Return a dialog in Llama 3's format.
+
+    <|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nSYSTEM<|eot_id|>
+    <|start_header_id|>user<|end_header_id|>\n\nUSER<|eot_id|>
+    <|start_header_id|>assistant<|end_header_id|>\n\nANSWER<|eot_id|>…
+
+    Source: https://github.com/meta-llama/llama3 (llama/tokenizer.py, class ChatFormat)
+    """
+    start, end = "<|start_header_id|>", "<|end_header_id|>\n\n"
+    return lay_out(
+        tokenizer,
+        dialog,
+        options,
+        head=f"{start}system{end}{{system}}<|eot_id|>",
+        user=f"{start}user{end}{{user}}<|eot_id|>{start}assistant{end}",
+        answer="{answer}<|eot_id|>",
+    )
+
+
+_FORMATS = {
     "inst": ChatFormat(inst_tokens, tags=SPECIAL_TAGS),
     "turn-based": ChatFormat(turn_based_tokens, tags=SPECIAL_TAGS),
     "alpaca": ChatFormat(alpaca_tokens),
@@ -308,10 +292,14 @@ FORMATS = {
     # Its answers weren't trained to end with </s>: its authors' code stops at these strings.
     "korani": ChatFormat(korani_tokens, stop=("\n### Human:", "\n### Assistant")),
     "chatml": ChatFormat(chatml_tokens, stop=("<|im_end|>",)),
+    "llama3": ChatFormat(llama3_tokens, stop=("<|eot_id|>",)),
 }
+FORMATS = {name: format._replace(name=name) for name, format in _FORMATS.items()}
 
 
-def choose_chat(name: str | None, files: Files, tokenizer: BaseTokenizer) -> ChatFormat:
+def choose_chat(
+    name: str | None, files: Files, tokenizer: BaseTokenizer, tool_format: str | None = None
+) -> ChatFormat:
     """Return the chat format of a name or, for None, the checkpoint's own.
 
     That is its chat template or, if it has none, the format of Meta's models with this tokenizer.
@@ -320,38 +308,20 @@ def choose_chat(name: str | None, files: Files, tokenizer: BaseTokenizer) -> Cha
         name: one of ``FORMATS``.
         files: the files next to the checkpoint's weights.
         tokenizer: the checkpoint's tokenizer.
+        tool_format: "hermes" describes tools in the system message (``llama.chat.hermes``); None
+            leaves them to the template.
 
     Raises:
         ValueError: there is no format of that name.
     """
-    if name is None:
-        template = chat_template(files)
-        if template is not None:
-            return template_format(template)
-        name = "inst" if tokenizer.step_id is None else "turn-based"
-    if name not in FORMATS:
-        raise ValueError(f"chat_format is {name!r}: known are {', '.join(FORMATS)}")
-    return FORMATS[name]
-
-
-def template_format(source: str) -> ChatFormat:
-    """Return the format that a chat template describes; it is parsed when it is first used."""
-    template = functools.cache(lambda: ChatTemplate(source))
-
-    def prompt(tokenizer: BaseTokenizer, dialog: Dialog) -> list[int]:
-        check_messages(dialog)
-        messages = [
-            {key: tokenizer.protect(str(text)) for key, text in message.items()}
-            for message in dialog
-        ]
-        names = {
-            f"{role}_token": tokenizer.token_piece(i) if i >= 0 else ""
-            for role, i in (
-                ("bos", tokenizer.bos_id),
-                ("eos", tokenizer.eos_id),
-                ("pad", tokenizer.pad_id),
-            )
-        }
-        return tokenizer.encode_rendered(template().render(messages, **names))
-
-    return ChatFormat(prompt)
+    if tool_format not in (None, "hermes"):
+        raise ValueError(f"tool_format is {tool_format!r}: expected None or 'hermes'")
+    templates = chat_templates(files)
+    if name is None and templates:
+        chat = template_format(templates)
+    else:
+        name = name or ("inst" if tokenizer.step_id is None else "turn-based")
+        if name not in FORMATS:
+            raise ValueError(f"chat_format is {name!r}: known are {', '.join(FORMATS)}")
+        chat = FORMATS[name]
+    return chat if tool_format is None else with_tools(chat)

@@ -1,10 +1,18 @@
 """Chat templates in Jinja's language, rendered in a sandbox."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
+from llama.chat.marks import Marks
+from llama.chat.template_tree import (
+    STEP,
+    count_work,
+    joins_arguments,
+    mark_structure,
+    reads_parts,
+)
 from llama.errors import need, printable
 
 # Names that no template needs, and those that make text of any size from a number.
@@ -12,37 +20,53 @@ _UNNEEDED_FILTERS = "batch center format indent pprint random round slice urlize
 _UNNEEDED_GLOBALS = "cycler joiner lipsum"
 _UNNEEDED_METHODS = "center expandtabs format format_map ljust rjust to_bytes translate zfill"
 
+# Methods that take characters, not a text to search for.
+_STRIPPING = ("strip", "lstrip", "rstrip")
+
 # The work that a rendering may do: characters that it joins, and steps of this many each.
 _MAX_WORK = 100_000_000
-_STEP = 1000
 # The variable that counts a rendering's work: a name that no template can write.
 _WORK = "work done"
 
 
 class ChatTemplate:
-    """A template in Jinja's language, as Hugging Face's checkpoints have it."""
+    """A template in Jinja's language, as Hugging Face's checkpoints have it.
 
-    def __init__(self, source: str):
+    Attributes:
+        reads_parts: whether it goes through the parts of a message's content.
+        joins_arguments: whether it takes a tool call's arguments for a text.
+    """
+
+    def __init__(self, source: str, marks: Marks | None = None):
         """Parse a template.
+
+        Args:
+            source: the template.
+            marks: of the control pieces that the template spells; None marks nothing.
 
         Raises:
             ImportError: the package ``jinja2`` is missing.
             ValueError: it isn't written in Jinja's language.
         """
-        environment = _environment()
+        environment = _environment(marks)
         try:
-            self._template = environment.from_string(_counting(environment.parse(source)))
+            tree = environment.parse(source)
+            self.reads_parts, self.joins_arguments = reads_parts(tree), joins_arguments(tree)
+            if marks is not None:
+                mark_structure(tree, marks.mark)
+            count_work(tree)
+            self._template = environment.from_string(tree)
         # Jinja's errors, and Python's about the code that Jinja generates from a strange template.
         except Exception as error:
             raise ValueError(
                 f"the checkpoint's chat template can't be read: {_reason(error)}"
             ) from error
 
-    def render(self, messages: Iterable[Mapping[str, Any]], **names: str) -> str:
-        """Return the prompt for the next answer, with the control pieces written out.
+    def render(self, messages: Iterable[Mapping[str, Any]], **names: Any) -> str:
+        """Return the prompt for the next answer, with the structure's control pieces marked.
 
         Args:
-            messages: the dialog.
+            messages: the dialog, without the characters of marks.
             names: other variables of the template, such as ``bos_token``.
 
         Raises:
@@ -52,19 +76,20 @@ class ChatTemplate:
 
         def limited_range(*bounds: int) -> Sequence[int]:
             numbers = range(*bounds)
-            work.spend(_STEP * len(numbers))
+            work.spend(STEP * len(numbers))
             return numbers
 
         variables: dict[str, Any] = {
-            "messages": [dict(message) for message in messages],
             "add_generation_prompt": True,
             "tools": None,
             "documents": None,
+            **names,
+            "messages": [dict(message) for message in messages],
             "range": limited_range,
             _WORK: work,
         }
         try:
-            text = self._template.render({**names, **variables})
+            text = self._template.render(variables)
         except Exception as error:  # a template can raise any error
             raise ValueError(f"the checkpoint's chat template failed: {_reason(error)}") from error
         return str(text)
@@ -87,7 +112,7 @@ class _Work:
 
     def weigh(self, value: object) -> None:
         """Count a value that is about to be copied or written out, with all its items."""
-        self.spend(len(value) if isinstance(value, str) else _STEP)
+        self.spend(len(value) if isinstance(value, str) else STEP)
         if isinstance(value, Mapping):
             value = [*value.keys(), *value.values()]
         if isinstance(value, list | tuple):
@@ -95,21 +120,9 @@ class _Work:
                 self.weigh(item)
 
 
-def _counting(tree: Any) -> Any:
-    """Make the loops and joined texts of a parsed template count as work."""
-    nodes: Any = need("jinja2.nodes")
-    for loop in tree.find_all(nodes.For):
-        size = sum(len(part.data) for part in loop.find_all(nodes.TemplateData))
-        weight = nodes.Const(_STEP + size)
-        loop.iter = nodes.Filter(loop.iter, "counted", [weight], [], None, None, lineno=loop.lineno)
-    for join in tree.find_all(nodes.Concat):
-        parts = nodes.List(join.nodes, lineno=join.lineno)
-        join.nodes = [nodes.Filter(parts, "join", [], [], None, None, lineno=join.lineno)]
-    return tree
-
-
-def _environment() -> Any:
+def _environment(marks: Marks | None) -> Any:
     """Return Jinja's sandbox, which hides Python's internals, with limits to a rendering's work."""
+    unmarked = _unmarked_by(marks)
     jinja2: Any = need("jinja2")
     sandbox: Any = need("jinja2.sandbox")
     ext: Any = need("jinja2.ext")
@@ -137,8 +150,10 @@ def _environment() -> Any:
             return super().call_binop(context, operator, left, right)
 
         def call(self, context: Any, function: Any, /, *args: Any, **kwargs: Any) -> Any:
-            context[_WORK].spend(_STEP)
+            context[_WORK].spend(STEP)
             name, text = (getattr(function, key, None) for key in ("__name__", "__self__"))
+            if isinstance(text, str) and name != "join":  # methods that search in a text
+                args = tuple(unmarked(arg, "" if name in _STRIPPING else text) for arg in args)
             if isinstance(text, str) and name == "join":
                 return _join(context, args[0] if args else "", text)
             if isinstance(text, str) and name == "replace":
@@ -168,6 +183,7 @@ def _environment() -> Any:
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)
 
+    environment.filters["unmarked"] = unmarked
     for function in (_counted, _join, _replace, _tojson):
         environment.filters[function.__name__[1:]] = jinja2.pass_context(function)
     environment.globals.update(
@@ -175,6 +191,18 @@ def _environment() -> Any:
         strftime_now=lambda format: datetime.now().strftime(format),
     )
     return environment
+
+
+def _unmarked_by(marks: Marks | None) -> Callable[..., Any]:
+    def unmarked(value: Any, searched: str = "") -> Any:
+        """Return a value that something is compared with, or that is searched for in a text."""
+        if isinstance(value, str):
+            return value if marks is None or (value and value in searched) else marks.unmark(value)
+        if isinstance(value, list | tuple):
+            return type(value)(unmarked(item, searched) for item in value)
+        return value
+
+    return unmarked
 
 
 def _counted(context: Any, items: Iterable[Any], weight: int) -> list[Any]:

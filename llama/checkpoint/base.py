@@ -23,6 +23,7 @@ from llama.checkpoint.sharding import (
 )
 from llama.errors import listed, printable
 from llama.layers.quantization import Scheme, StoredWeight
+from llama.tokenizers import TEMPLATES
 
 Shape = tuple[int, ...]
 
@@ -135,6 +136,7 @@ def vocabulary_size(checkpoint: Checkpoint) -> int:
 def text_files(directory: Path) -> dict[str, Path]:
     """Return the files of a directory that concern text, by name."""
     paths = {name: directory / name for name in _TEXT_FILES}
+    paths |= {f"{TEMPLATES}/{path.name}": path for path in directory.glob(f"{TEMPLATES}/*.jinja")}
     return {name: path for name, path in paths.items() if path.is_file()}
 
 

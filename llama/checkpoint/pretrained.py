@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from llama import parallel
-from llama.chat.formats import ChatFormat, choose_chat
+from llama.chat.formats import choose_chat
+from llama.chat.layout import ChatFormat
 from llama.checkpoint import apply_adapter, open_checkpoint
 from llama.checkpoint.base import quantized, replace_tokenizer, vocabulary_size
 from llama.checkpoint.load import load
@@ -17,7 +18,7 @@ from llama.checkpoint.sharding import quantized_count
 from llama.cli import progress
 from llama.model import Transformer
 from llama.tokenizer import BaseTokenizer
-from llama.tokenizers import load_tokenizer
+from llama.tokenizers import load_tokenizer, with_template
 
 TINY = Path(__file__).parents[1] / "tiny"
 """The checkpoint that comes with the package."""
@@ -39,6 +40,8 @@ class LoadConfig:
     quantize: str | None = None
     group_size: int | None = None
     kv_cache_dtype: str | None = None
+    chat_template: str | Path | None = None
+    tool_format: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.ckpt_dir, str | Path):
@@ -73,8 +76,13 @@ def load_model(config: LoadConfig) -> tuple[Transformer, BaseTokenizer, ChatForm
         source = apply_adapter(source, Path(adapter))
     if config.tokenizer_path is not None:
         source = replace_tokenizer(source, Path(config.tokenizer_path))
-    tokenizer = load_tokenizer(source.files, vocabulary_size(source), ckpt_dir)
-    chat = choose_chat(config.chat_format, source.files, tokenizer)
+    files = source.files
+    if config.chat_template is not None:
+        if config.chat_format is not None:
+            raise ValueError("chat_template and chat_format are both given: choose one of them")
+        files = with_template(files, config.chat_template)
+    tokenizer = load_tokenizer(files, vocabulary_size(source), ckpt_dir)
+    chat = choose_chat(config.chat_format, files, tokenizer, config.tool_format)
     n_words = tokenizer.n_words
     args = make_args(
         source.params, source.source, n_words, config.max_seq_len, config.max_batch_size

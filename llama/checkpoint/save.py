@@ -171,6 +171,7 @@ def write_files(directory: Path, files: Mapping[str, Path | bytes]) -> None:
         if name == "config.json":
             continue
         data = source if isinstance(source, bytes) else source.read_bytes()
+        (directory / name).parent.mkdir(exist_ok=True)
         (directory / name).write_bytes(data)
 
 

@@ -12,8 +12,7 @@ from pathlib import Path
 import torch
 
 from llama import parallel
-from llama.chat.formats import FORMATS
-from llama.chat.prompts import UNSAFE_ERROR, Message, check_messages, has_tags
+from llama.chat.prompts import UNSAFE_ERROR, Message, check_messages, content_text, has_tags
 from llama.commands.flags import BuildFlags, SamplingFlags
 from llama.engine.sequence import StreamPiece
 from llama.generation import Llama
@@ -74,7 +73,7 @@ class Chat:
                 new = [] if argument == '""' else [Message(role="system", content=argument)]
                 self.dialog = self.checked(new) + self.dialog[len(system) :]
             case "/system":
-                note(system[0]["content"] if system else "There is no system prompt.")
+                note(content_text(system[0]) if system else "There is no system prompt.")
             case "/clear":
                 self.dialog = system
             case "/save" if argument:
@@ -149,7 +148,7 @@ class Chat:
         print_once()
         note(f"{n_tokens} token{'s' * (n_tokens != 1)}, {first - begin:.2f} s to the first{rate}")
         reply = Message(role="assistant", content=text)
-        if self.llama.chat is FORMATS["turn-based"]:
+        if self.llama.chat.name == "turn-based":
             reply["destination"] = "user"
         self.dialog = self.checked([*dialog, reply])
 

@@ -8,8 +8,12 @@ from typing import Any
 
 from llama.args import ModelArgs
 from llama.chat.ends import answer_ends
-from llama.chat.formats import ChatFormat
+from llama.chat.layout import ChatFormat
+from llama.chat.options import NO_OPTIONS, ChatOptions
 from llama.chat.prompts import Dialog, has_tags, infilling_prompt_tokens
+from llama.chat.request import ChatRequest, answer_parser
+from llama.chat.roles import prompt_tokens
+from llama.chat.tools import AnswerParser
 from llama.engine.sequence import Output, Sequence, checked_prompts
 from llama.errors import checked_list
 from llama.sampling import SamplingParams
@@ -86,13 +90,26 @@ class Tasks:
         ]
         return self.generate(ids, params, in_context=in_context or params.echo)
 
-    def chat(self, dialogs: List[Dialog], params: SamplingParams) -> list[Sequence]:
+    def chat(
+        self, dialogs: List[Dialog], params: SamplingParams, options: ChatOptions = NO_OPTIONS
+    ) -> list[Sequence]:
         """Answer dialogs; one that holds the format's own tags gets an empty prompt."""
-        ids, chat = [], self.chat_format
+        """Answer dialogs; one that holds the format's own tags gets an empty prompt."""
+        chat, ids = self.chat_format, []
+        request = ChatRequest(chat, self.tokenizer, options)
         for dialog in checked_list(dialogs, "dialogs"):
-            prompt = chat.prompt(self.tokenizer, dialog)
+            prompt = prompt_tokens(chat, self.tokenizer, dialog, options)
             ids.append([] if has_tags(dialog, chat.tags) else prompt)
-        return self.generate(ids, params, ends=self.answer_ends)
+        in_context = options.continue_final_message  # which keeps the space after the message
+        params, ends = request.params(params), self.answer_ends
+        sequences = self.generate(ids, params, in_context=in_context, ends=ends)
+        for sequence in sequences:
+            sequence.visible = request.visible
+        return sequences
+
+    def answer_parser(self, options: ChatOptions) -> AnswerParser | None:
+        """Return the parser of an answer's tool calls; None if the options offer no tools."""
+        return answer_parser(self.chat_format, options)
 
     @cached_property
     def answer_ends(self) -> frozenset[End]:

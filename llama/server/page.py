@@ -16,7 +16,7 @@ from fastapi import FastAPI
 from gradio import processing_utils, queueing
 from starlette.middleware import Middleware
 
-from llama.chat.prompts import Message, Role
+from llama.chat.prompts import Message, Role, content_text
 from llama.server.errors import log_failure
 from llama.server.page_input import checked_input
 from llama.server.page_security import same_origin_only
@@ -286,7 +286,7 @@ def dialog(system: str, turns: Sequence[dict[str, str]]) -> list[Message]:
         role, content = cast(Role, turn["role"]), turn["content"]
         if content.strip():
             if messages and messages[-1]["role"] == role:
-                content = messages.pop()["content"] + "\n\n" + content
+                content = content_text(messages.pop()) + "\n\n" + content
             messages.append({"role": role, "content": content})
     return messages
 

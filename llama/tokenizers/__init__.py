@@ -13,6 +13,9 @@ from llama.tokenizers.json_tokenizer import JsonTokenizer
 Files = Mapping[str, Path | bytes]
 """Files by Hugging Face's names: paths or contents (``Checkpoint.files``)."""
 
+TEMPLATES = "additional_chat_templates"
+"""The folder of chat templates besides the default one."""
+
 _ROLES = ("bos", "eos", "pad")
 
 
@@ -37,7 +40,7 @@ def load_tokenizer(
     added = _added(files, config, vocab_size)
     names = _special_names(files, config)
     special = {name for name in names.values() if name} | END_PIECES
-    template = chat_template(files) or ""
+    template = "".join(chat_templates(files).values())
 
     def is_structure(text: str) -> bool:
         # White space and words may be in any template without being pieces of its structure.
@@ -72,15 +75,48 @@ def load_tokenizer(
     return tokenizer
 
 
-def chat_template(files: Files) -> str | None:
-    """Return the checkpoint's own chat template, in Jinja's language; None if it has none."""
-    if "chat_template.jinja" in files:
-        return _read(files, "chat_template.jinja").decode()
+def chat_templates(files: Files) -> dict[str, str]:
+    """Return the checkpoint's own chat templates, in Jinja's language, by name.
+
+    "default" is one of them; the mapping is empty if there is none.
+    """
     template = _read_json(files, "tokenizer_config.json").get("chat_template")
-    if isinstance(template, list):  # several, by name
-        by_name = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
-        template = by_name.get("default")
-    return template if isinstance(template, str) else None
+    named = template if isinstance(template, list) else [{"name": "default", "template": template}]
+    templates = {t.get("name"): t.get("template") for t in named if isinstance(t, dict)}
+    if "chat_template.jinja" in files:
+        templates["default"] = _read(files, "chat_template.jinja").decode()
+    for name in files:
+        folder, _, file = name.partition("/")
+        if folder == TEMPLATES:
+            templates[file.removesuffix(".jinja")] = _read(files, name).decode()
+    found = {n: t for n, t in templates.items() if isinstance(n, str) and isinstance(t, str)}
+    return found if "default" in found else {}
+
+
+def with_template(files: Files, template: str | Path) -> dict[str, Path | bytes]:
+    """Return the files with another chat template in place of the checkpoint's own.
+
+    Args:
+        files: the files next to the weights.
+        template: a file's path, or the template itself.
+
+    Raises:
+        FileNotFoundError: there is no such file, and the text can't be a template.
+    """
+    # A template has a tag, and hardly any path has one.
+    source: Path | bytes = Path(template)
+    if isinstance(template, str) and ("{{" in template or "{%" in template):
+        source = template.encode()
+    elif not Path(template).is_file():
+        raise FileNotFoundError(
+            f"no chat template at {template}: give the path of a file, or a template in Jinja's "
+            "language"
+        )
+    config = _read_json(files, "tokenizer_config.json")
+    config.pop("chat_template", None)
+    kept = {n: f for n, f in files.items() if n.partition("/")[0] != TEMPLATES}
+    kept |= {"tokenizer_config.json": json.dumps(config).encode()} if config else {}
+    return {**kept, "chat_template.jinja": source}
 
 
 def _special_names(files: Files, config: Mapping[str, Any]) -> dict[str, str]:

@@ -68,7 +68,7 @@ def with_marks(
 ) -> Callable[[Sequence[int]], str]:
     """Return a function that decodes as ``decode`` does, with some control pieces written out.
 
-    A text after such a piece begins as ``encode_rendered`` reads it.
+    A text after such a piece begins as ``encode_parts`` reads it.
 
     Args:
         decode: decodes the text up to the first of them.

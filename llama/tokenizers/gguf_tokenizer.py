@@ -110,8 +110,7 @@ def tokenizer_files(metadata: Mapping[str, Any], source: str = "the file") -> di
         files["tokenizer.json"] = _json(data)
     config = {f"{role}_token": names[i] for role, i in special.items() if role in _ROLES}
     config |= {f"add_{role}_token": add for role, add in adds.items()}
-    if isinstance(metadata.get("tokenizer.chat_template"), str):
-        config["chat_template"] = metadata["tokenizer.chat_template"]
+    config |= _chat_templates(metadata)
     if model == "llama":
         config["legacy"] = True
     files["tokenizer_config.json"] = _json(config)
@@ -119,6 +118,19 @@ def tokenizer_files(metadata: Mapping[str, Any], source: str = "the file") -> di
     if len(ends) > 1:
         files["generation_config.json"] = _json({"eos_token_id": ends})
     return files
+
+
+def _chat_templates(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the ``chat_template`` of a ``tokenizer_config.json``; several have names."""
+    key = "tokenizer.chat_template"
+    templates = [
+        {"name": name.removeprefix(key).removeprefix(".") or "default", "template": text}
+        for name, text in metadata.items()
+        if isinstance(text, str) and (name == key or name.startswith(f"{key}."))
+    ]
+    if len(templates) == 1 and templates[0]["name"] == "default":
+        return {"chat_template": templates[0]["template"]}
+    return {"chat_template": templates} if templates else {}
 
 
 def _ends(ids: Mapping[str, int], types: list[int], special: Mapping[str, int]) -> list[int]:

@@ -81,7 +81,7 @@ class JsonTokenizer(BaseTokenizer):
         self.add_bos = bool(around) and around[0] in self.control_ids.values()
         if self.add_bos:
             self.bos_id = around[0]
-        # encode_rendered finds a prompt's control pieces itself: what the library sees is text.
+        # Prompts get their control ids otherwise (encode_parts): what the library sees is text.
         self._whole.encode_special_tokens = self._continued.encode_special_tokens = True
 
     def _to_ids(self, s: str, continued: bool) -> list[int]:

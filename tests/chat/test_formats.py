@@ -12,7 +12,8 @@ from llama import Dialog, Tokenizer
 from llama.chat.formats import FORMATS
 from llama.chat.prompts import check_dialog, dialog_prompt_tokens
 
-MARKS = ("<|im_start|>", "<|im_end|>", "<|system|>", "<|prompter|>", "<|assistant|>")
+LLAMA3_MARKS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+MARKS = (*LLAMA3_MARKS, "<|im_start|>", "<|im_end|>", "<|system|>", "<|prompter|>", "<|assistant|>")
 
 ONE: Dialog = [{"role": "user", "content": " Hi there \n"}]
 TWO: Dialog = [
@@ -175,6 +176,29 @@ LITERAL = [
         "<|im_start|>assistant\n1.<|im_end|>\n<|im_start|>user\nTwo?<|im_end|>\n"
         "<|im_start|>assistant\n",
     ),
+    (
+        "llama3",
+        ONE,
+        "<|start_header_id|>user<|end_header_id|>\n\nHi there<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n",
+    ),
+    (
+        "llama3",
+        TWO,
+        "<|start_header_id|>user<|end_header_id|>\n\nOne?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n1.<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nTwo?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n",
+    ),
+    (
+        "llama3",
+        SYSTEM,
+        "<|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nOne?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n1.<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nTwo?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n",
+    ),
 ]
 
 
@@ -214,7 +238,8 @@ def test_prompts_are_the_literal_format(
 
 
 @pytest.mark.parametrize(
-    ("name", "dialog", "literal"), [c for c in LITERAL if c[0] in ("chatml", "openassistant")]
+    ("name", "dialog", "literal"),
+    [c for c in LITERAL if c[0] in ("chatml", "openassistant", "llama3")],
 )
 def test_marks_are_control_ids_where_the_tokenizer_has_them(
     name: str, dialog: Dialog, literal: str, marked_tokenizer: Tokenizer, sp: SentencePieceProcessor

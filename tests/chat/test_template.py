@@ -17,7 +17,7 @@ from llama import Llama
 from llama.chat.formats import choose_chat
 from llama.chat.template import ChatTemplate
 from llama.tokenizer import BaseTokenizer
-from llama.tokenizers import chat_template, load_tokenizer
+from llama.tokenizers import chat_templates, load_tokenizer
 
 BEGIN, END, TURN = "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"
 
@@ -198,22 +198,21 @@ def test_where_templates_are_found(tmp_path: Path) -> None:
         for path in tmp_path.iterdir():
             path.unlink()
         library, files = write(tmp_path, "byte-level", template, in_file)
-        assert chat_template(files) == CHATML
+        assert chat_templates(files)["default"] == CHATML
         assert prompt(files, DIALOGS[1]) == expected(library, DIALOGS[1])
 
 
 def test_the_file_goes_before_the_configuration(tmp_path: Path) -> None:
     _, files = write(tmp_path, "byte-level", "old")
     (tmp_path / "chat_template.jinja").write_text(CHATML)
-    assert (
-        chat_template({**files, "chat_template.jinja": tmp_path / "chat_template.jinja"}) == CHATML
-    )
+    files["chat_template.jinja"] = tmp_path / "chat_template.jinja"
+    assert chat_templates(files) == {"default": CHATML}
 
 
 @pytest.mark.parametrize("template", [None, 3, {}, [], [{"name": "other", "template": "x"}], [1]])
 def test_without_a_template_metas_format_is_used(template: Any) -> None:
     files = {"tokenizer_config.json": json.dumps({"chat_template": template}).encode()}
-    assert chat_template(files) is None
+    assert chat_templates(files) == {}
 
 
 def test_a_checkpoint_answers_by_its_template(checkpoint_dir: Any) -> None:
