@@ -10,6 +10,7 @@ from llama.chat.formats import ChatFormat
 from llama.chat.prompts import Dialog, has_tags, infilling_prompt_tokens
 from llama.engine.sequence import Output, Sequence, checked_prompts
 from llama.errors import checked_list
+from llama.logits.recommended import Recommended
 from llama.sampling import SamplingParams
 from llama.tokenizer import BaseTokenizer
 
@@ -20,12 +21,16 @@ class Tasks:
     Args:
         chat: how dialogs are written.
         seed: the source of the seeds of calls without their own.
+
+    Attributes:
+        recommended: what ``sampling="checkpoint"`` stands for.
     """
 
     def __init__(self, args: ModelArgs, tokenizer: BaseTokenizer, chat: ChatFormat, seed: int):
         self.args = args
         self.tokenizer = tokenizer
         self.chat_format = chat
+        self.recommended = Recommended()
         self._seeds = random.Random(seed)
 
     def generate(
@@ -35,21 +40,29 @@ class Tasks:
         output: Output = "text",
         in_context: bool = False,
     ) -> list[Sequence]:
-        """Continue prompts of token ids.
+        """Continue prompts of token ids, each ``params.n`` times in a row.
 
         Raises:
             TypeError, ValueError: a prompt doesn't fit, or the model generates nothing.
         """
         if self.args.labels is not None:
             raise ValueError("this checkpoint classifies and writes no text: use classify")
-        params = _with_stop_ids(params, self.tokenizer.stop_ids)
+        params = self.recommended.apply(_with_stop_ids(params, self.tokenizer.stop_ids))
+        outside = [i for i in params.logit_bias if not 0 <= i < self.tokenizer.n_words]
+        if outside:
+            raise ValueError(
+                f"logit_bias names the token id {outside[0]}, outside the vocabulary of "
+                f"{self.tokenizer.n_words}"
+            )
         seed = self._seeds.getrandbits(63) if params.seed is None else params.seed
-        sequences = []
-        for i, ids in enumerate(checked_prompts(self.args, prompts)):
+        sequences: list[Sequence] = []
+        for ids in checked_prompts(self.args, prompts):
             limit = self.args.max_seq_len - len(ids)
             if params.max_gen_len is not None:
                 limit = min(limit, params.max_gen_len)
-            sequences.append(Sequence(ids, params, f"{seed} {i}", limit, output, in_context))
+            for _ in range(params.n):
+                own = f"{seed} {len(sequences)}"
+                sequences.append(Sequence(ids, params, own, limit, output, in_context))
         return sequences
 
     def text(

@@ -107,7 +107,9 @@ def _describe(sequence: Sequence) -> dict[str, Any]:
 
 
 def _restore(fields: dict[str, Any]) -> Sequence:
-    return Sequence(**{**fields, "params": SamplingParams(**fields["params"])})
+    params = fields["params"]
+    params["logit_bias"] = {int(i): bias for i, bias in params["logit_bias"].items()}
+    return Sequence(**{**fields, "params": SamplingParams(**params)})
 
 
 def broadcast_bytes(message: bytes = b"") -> bytes:
