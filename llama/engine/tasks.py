@@ -15,7 +15,7 @@ from llama.chat.request import ChatRequest, answer_parser
 from llama.chat.roles import prompt_tokens
 from llama.chat.tools import AnswerParser
 from llama.engine.sequence import Output, Sequence, checked_prompts
-from llama.errors import checked_list
+from llama.errors import WrongForm, checked_list
 from llama.logits.recommended import Recommended
 from llama.sampling import SamplingParams
 from llama.structure import Ranks, compile_format
@@ -112,9 +112,7 @@ class Tasks:
             ids.append([] if has_tags(dialog, chat.tags) else prompt)
         in_context = options.continue_final_message  # which keeps the space after the message
         params, ends = request.params(params), self.answer_ends
-        return self.generate(
-            ids, params, in_context=in_context, ends=ends, visible=request.visible
-        )
+        return self.generate(ids, params, in_context=in_context, ends=ends, visible=request.visible)
 
     def answer_parser(self, options: ChatOptions) -> AnswerParser | None:
         """Return the parser of an answer's tool calls; None if the options offer no tools."""
@@ -162,15 +160,19 @@ def hold_to_form(sequences: List[Sequence], tokenizer: BaseTokenizer, ranks: Ran
     """Give the sequences of a call the grammar of their ``response_format``.
 
     Raises:
-        ImportError, ValueError: see ``compile_format``.
+        ImportError, WrongForm: see ``compile_format``.
     """
     form = sequences[0].params.response_format if sequences else None
-    if form is not None:
-        one, stops = sequences[0], sequences[0].params.stop_token_ids
-        in_context = one.in_context or one.output == "infilling"
+    if form is None:
+        return
+    one, stops = sequences[0], sequences[0].params.stop_token_ids
+    in_context = one.in_context or one.output == "infilling"
+    try:
         grammar = compile_format(form, tokenizer, stops, in_context, one.visible, ranks)
-        for sequence in sequences:
-            sequence.grammar = grammar and grammar.copy()
+    except ValueError as error:
+        raise WrongForm(str(error)) from error
+    for sequence in sequences:
+        sequence.grammar = grammar and grammar.copy()
 
 
 def _is_token_ids(prompt: Any) -> bool:

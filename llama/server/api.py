@@ -23,6 +23,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
         (413, "The request is too large."),
         (429, "The queue is full: try again later."),
         (500, "The server failed."),
+        (501, "The server lacks a package that the request needs."),
         (503, "The server is shutting down."),
         (504, "The request took longer than its timeout."),
     )

@@ -6,11 +6,13 @@ from typing import Any, Literal
 from fastapi import Request, Response
 
 from llama.chat.options import ChatOptions
-from llama.chat.prompts import Message
+from llama.chat.prompts import Function, Message
 from llama.chat.tools import AnswerDelta, AnswerParser, ToolCall
 from llama.engine.sequence import Sequence as EngineSequence
+from llama.errors import PromptTooLong, WrongForm
 from llama.server import schemas_chat as schemas
 from llama.server.answers import Answers, Piece
+from llama.server.errors import ApiError
 from llama.server.events import Events, collect, json_response, stream, unless_disconnected
 from llama.server.schemas import FinishReason
 from llama.server.scores import Scores, new_id, usage
@@ -42,7 +44,7 @@ class Turn:
         self.content += delta.content
         for call in delta.calls:
             if call.index == len(self.calls):
-                function = {"name": call.name or "", "arguments": ""}
+                function = Function(name=call.name or "", arguments="")
                 self.calls.append({"id": call.id or "", "type": "function", "function": function})
             self.calls[call.index]["function"]["arguments"] += call.arguments
         return delta
@@ -64,21 +66,41 @@ async def submit_dialog(
     options: dict[str, Any],
     sampling: dict[str, Any],
     timeout: float | None,
+    names: tuple[str, str] = ("messages", "response_format"),
 ) -> tuple[Answers, list[Turn]]:
     """Submit a dialog, in the order of roles that clients send, to be answered.
 
     Args:
         options: of ``ChatOptions``.
         sampling: of ``SamplingParams``.
+        names: of the request's fields for the dialog and for the answer's form.
 
     Raises:
-        ApiError: see ``Service.submit``.
+        ApiError: the chat format has no place for tools, or see ``Service.submit``.
     """
     tasks, n = service.llama.tasks, sampling.get("n", 1)
     chosen = ChatOptions(merge_roles=True, **options)
+    try:
+        tasks.answer_parser(chosen)
+    except ValueError:
+        raise ApiError(
+            400,
+            f"this server's chat format ({service.chat_format}) has no place for tools: start it "
+            'with --tool_format hermes, or send no tools, or tool_choice="none"',
+            "tools",
+        ) from None
 
     def make() -> list[EngineSequence]:
-        return tasks.chat([dialog], service.params(**sampling), chosen)
+        params = service.params(**sampling)
+        try:
+            return tasks.chat([dialog], params, chosen)
+        except WrongForm as error:
+            is_form = params.response_format is not None
+            raise ApiError(400, str(error), names[1] if is_form else "tools") from error
+        except PromptTooLong:
+            raise
+        except ValueError as error:
+            raise ApiError(400, str(error), names[0]) from error
 
     answers = await service.submit(make, n, n, dialogs=[dialog], timeout=timeout)
     return answers, [Turn(tasks.answer_parser(chosen)) for _ in answers.jobs]

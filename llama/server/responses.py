@@ -3,7 +3,7 @@
 import time
 import uuid
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import Request, Response
 
@@ -14,17 +14,25 @@ from llama.server.dialogs import Turn, submit_dialog
 from llama.server.errors import ApiError
 from llama.server.events import Events, collect, json_response, stream, unless_disconnected
 from llama.server.loop import Job
+from llama.server.schemas import FinishReason
 from llama.server.schemas_chat import TokenLogprob
 from llama.server.scores import Scores, usage
 from llama.server.service import Service
 from llama.server.tasks import check_model, check_scores
+
+_INCOMPLETE: dict[FinishReason, Literal["max_output_tokens", "content_filter"]] = {
+    "length": "max_output_tokens",
+    "content_filter": "content_filter",
+}
 
 
 async def respond(service: Service, body: schemas.ResponsesRequest, request: Request) -> Response:
     """Answer a dialog in the form of a list of items."""
     check_model(service, body.model)
     check_scores(service, body.wants_logprobs)
-    submission = submit_dialog(service, body.dialog, body.options, body.generation, body.timeout)
+    submission = submit_dialog(
+        service, body.dialog, body.options, body.generation, body.timeout, ("input", "text.format")
+    )
     answers, [turn] = await unless_disconnected(request, submission)
     [job] = answers.jobs
     scores = Scores(service.llama.tokenizer, job) if body.wants_logprobs else None
@@ -107,8 +115,8 @@ class GrowingResponse:
             message = schemas.OutputMessage(id=_new_id("msg"))
             events = self._close("completed") + self._add(message)
             message.content = [schemas.OutputText()]
-            part = message.content[0].model_dump()
-            events.append(self._of_item("response.content_part.added", content_index=0, part=part))
+            added = {"content_index": 0, "part": message.content[0].model_dump()}
+            events.append(self._of_item("response.content_part.added", **added))
         assert isinstance(self._open, schemas.OutputMessage)
         scores, [part] = self._logprobs(), self._open.content
         part.text += text
@@ -133,18 +141,16 @@ class GrowingResponse:
 
     def end(self, job: Job) -> list[schemas.ResponseEvent]:
         """End the response once its job has ended."""
-        finish = self._last.finish if self._last else None
-        is_whole = finish not in ("length", "content_filter")
-        events = [] if self.response.output else self._push_text("")
-        events += self._close("completed" if is_whole else "incomplete")
-        response = self.response
-        response.usage = _usage(job)
-        response.completed_at = int(time.time()) if is_whole else None
-        response.status = "completed" if is_whole else "incomplete"
-        if not is_whole:
-            reason = "max_output_tokens" if finish == "length" else finish
+        reason = _INCOMPLETE.get(self._last.finish if self._last else None)
+        response, events = self.response, [] if self.response.output else self._push_text("")
+        status: schemas.Status = "incomplete" if reason else "completed"
+        events += self._close(status)
+        response.status, response.usage = status, _usage(job)
+        if reason is None:
+            response.completed_at = int(time.time())
+        else:
             response.incomplete_details = schemas.IncompleteDetails(reason=reason)
-        return [*events, self._whole(f"response.{response.status}")]
+        return [*events, self._whole(f"response.{status}")]
 
     def fail(self, error: ApiError) -> list[schemas.ResponseEvent]:
         """End the response with an error."""

@@ -122,7 +122,7 @@ class Choice(BaseModel, Generic[LogprobsT]):
     logprobs: LogprobsT | None = None
     finish_reason: FinishReason = None
     stop_reason: str | int | None = Field(
-        None, description="The text or the token id of the request that ended the answer."
+        default=None, description="The text or the token id of the request that ended the answer."
     )
 
 

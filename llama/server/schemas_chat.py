@@ -1,5 +1,6 @@
 """Requests and responses of /v1/chat/completions: messages, tools, answers."""
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -43,7 +44,7 @@ class ToolCall(RequestBody):
     id: str
     type: Literal["function"] = "function"
     function: Called
-    index: int | None = Field(None, description="Ignored: streams have it.")
+    index: int | None = Field(default=None, description="Ignored: streams have it.")
 
 
 Part = Annotated[TextPart | RefusalPart, Field(discriminator="type")]
@@ -140,7 +141,7 @@ Choices = Literal["auto", "none", "required"]
 
 
 def tool_options(
-    functions: list[Function], choice: str | None, parallel: bool | None = None
+    functions: Sequence[Function], choice: str | None, parallel: bool | None = None
 ) -> dict[str, Any]:
     """Return arguments of ``ChatOptions``: the functions that an answer may call.
 

@@ -193,14 +193,14 @@ class ResponsesRequest(SamplingFields):
     @field_validator("tools")
     @classmethod
     def _check_tools(cls, tools: list[FlatTool] | None) -> list[FlatTool] | None:
-        tool_options(list(tools or ()), None)
+        tool_options(tools or (), None)
         return tools
 
     @field_validator("tool_choice")
     @classmethod
     def _check_choice(cls, choice: Any, info: ValidationInfo) -> Any:
         if "tools" in info.data:  # otherwise they are wrong already
-            tool_options(list(info.data["tools"] or ()), _name(choice))
+            tool_options(info.data["tools"] or (), _name(choice))
         return choice
 
     @property
@@ -221,8 +221,8 @@ class ResponsesRequest(SamplingFields):
     @property
     def options(self) -> dict[str, Any]:
         """Return arguments of ``ChatOptions``."""
-        functions = list(self.tools or ())
-        tools = tool_options(functions, _name(self.tool_choice), self.parallel_tool_calls)
+        choice = _name(self.tool_choice)
+        tools = tool_options(self.tools or (), choice, self.parallel_tool_calls)
         last = self.dialog[-1]
         continues = last["role"] == "assistant" and not last.get("tool_calls")
         return tools | {"continue_final_message": continues}

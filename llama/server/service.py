@@ -9,10 +9,9 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequen
 from functools import partial
 from typing import Any
 
-from llama.chat.formats import FORMATS
 from llama.chat.prompts import UNSAFE_ERROR, Dialog, Message
 from llama.engine.sequence import Sequence as EngineSequence
-from llama.errors import PromptTooLong
+from llama.errors import PromptTooLong, WrongForm
 from llama.generation import Llama
 from llama.guards import InputGuard, StreamGuard, checked_verdict, refusal
 from llama.sampling import SamplingParams
@@ -42,8 +41,7 @@ class Service:
         self.metrics = Metrics(self.loop)
         self.max_tokens = llama.model.params.max_seq_len
         self.infills = llama.tokenizer.prefix_id is not None
-        names = [name for name, format in FORMATS.items() if format is llama.chat]
-        self.chat_format = names[0] if names else "the checkpoint's own template"
+        self.chat_format = llama.chat.name
         self._guards = GuardExecutor()
         self._capacity = config.max_queue + llama.model.params.max_batch_size
         self._n_preparing = 0  # sequences that will be queued
@@ -108,6 +106,10 @@ class Service:
             sequences = await asyncio.to_thread(make)
         except PromptTooLong as error:
             raise self._too_long(error.n_tokens) from error
+        except WrongForm as error:
+            raise ApiError(400, str(error), "response_format") from error
+        except ImportError as error:  # of what compiles forms
+            raise ApiError(501, f"the server lacks a package: {error}") from error
         except (ValueError, TypeError) as error:
             raise ApiError(400, str(error)) from error
         n_words = self.llama.tokenizer.n_words
@@ -183,7 +185,16 @@ class Service:
         return jobs, updates
 
     def params(self, **given: Any) -> SamplingParams:
-        """Return sampling parameters: those that are given, and the server's own."""
+        """Return sampling parameters: those that are given, and the server's own.
+
+        Raises:
+            ApiError: a token id isn't in the vocabulary.
+        """
+        n_words = self.llama.tokenizer.n_words
+        for name in ("logit_bias", "stop_token_ids"):
+            largest = max(given.get(name, ()), default=0)
+            if largest >= n_words:
+                raise ApiError(400, f"{name}: token ids end with {n_words - 1}", name)
         return SamplingParams(
             prompt_lookup_num_tokens=self.config.prompt_lookup_num_tokens,
             sampling=self.config.sampling,
