@@ -110,7 +110,8 @@ def _describe(sequence: Sequence) -> dict[str, Any]:
 
 def _restore(fields: dict[str, Any], engine: Engine) -> Sequence:
     params = fields["params"]
-    params["logit_bias"] = {int(i): bias for i, bias in params["logit_bias"].items()}
+    biases = params.get("logit_bias", {})  # JSON has no keys but texts
+    params["logit_bias"] = {int(i): bias for i, bias in biases.items()}
     ends, visible = frozenset(fields.get("ends", ())), dict(fields.get("visible", ()))
     restored = {"params": SamplingParams(**params), "ends": ends, "visible": visible}
     sequence = Sequence(**{**fields, **restored})
