@@ -13,7 +13,7 @@ from llama.chat.prompts import UNSAFE_ERROR, Dialog, Message
 from llama.engine.sequence import Sequence as EngineSequence
 from llama.errors import PromptTooLong, WrongForm
 from llama.generation import Llama
-from llama.guards import InputGuard, StreamGuard, checked_verdict, refusal
+from llama.guards import InputGuard, StreamGuard, input_refusal
 from llama.sampling import SamplingParams
 from llama.server.answers import Answers, GuardExecutor
 from llama.server.config import ServerConfig
@@ -145,8 +145,7 @@ class Service:
         """Return the input guard's refusal of a dialog; None if it is allowed."""
         if guard is None:
             return None
-        verdict = await self._guards.run(deadline, lambda: checked_verdict(guard(dialog)))
-        return None if verdict.allowed else refusal(verdict)
+        return await self._guards.run(deadline, input_refusal, guard, dialog)
 
     def _queue(
         self,
