@@ -82,16 +82,16 @@ class Tasks:
     ) -> list[Sequence]:
         """Answer dialogs; one that holds the format's own tags gets an empty prompt."""
         """Answer dialogs; one that holds the format's own tags gets an empty prompt."""
-        chat, ids = self.chat_format, []
+        chat, ids, dialogs = self.chat_format, [], list(checked_list(dialogs, "dialogs"))
         request = ChatRequest(chat, self.tokenizer, options)
-        for dialog in checked_list(dialogs, "dialogs"):
+        for dialog in dialogs:
             prompt = prompt_tokens(chat, self.tokenizer, dialog, options)
             ids.append([] if has_tags(dialog, chat.tags) else prompt)
-        in_context = options.continue_final_message  # which keeps the space after the message
-        params, ends = request.params(params), self.answer_ends
-        sequences = self.generate(ids, params, in_context=in_context, ends=ends)
-        for sequence in sequences:
+        sequences = self.generate(ids, request.params(params), ends=self.answer_ends)
+        n_answers = len(sequences) // max(1, len(dialogs))
+        for i, sequence in enumerate(sequences):
             sequence.visible = request.visible
+            sequence.in_context = request.continues(dialogs[i // n_answers])
         return sequences
 
     def answer_parser(self, options: ChatOptions) -> AnswerParser | None:
