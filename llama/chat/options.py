@@ -55,8 +55,9 @@ class ChatOptions:
             raise ValueError(f"tools has the function {min(repeated)!r} twice: names are unique")
         choice = self.tool_choice
         if isinstance(choice, Mapping):
-            choice = choice.get("function", choice)
-            choice = choice.get("name") if isinstance(choice, Mapping) else None
+            function = choice.get("function", choice)
+            name = function.get("name") if isinstance(function, Mapping) else None
+            choice = name if isinstance(name, str) else choice
         if choice not in (None, "auto", "none", *(["required"] if names else []), *names):
             known = ", ".join(map(repr, names)) or "none"
             raise ValueError(

@@ -6,6 +6,7 @@ from llama.chat.grammar import calls_grammar
 from llama.chat.layout import ChatFormat
 from llama.chat.notations import Notation
 from llama.chat.options import ChatOptions
+from llama.chat.prompts import Dialog, content_text
 from llama.chat.tools import AnswerParser
 from llama.sampling import SamplingParams
 from llama.tokenizer import BaseTokenizer
@@ -34,6 +35,10 @@ class ChatRequest:
         marks = () if self._notation is None else self._notation.marks
         ids = tokenizer.control_ids
         self.visible = {ids[mark]: mark for mark in marks if mark in ids}
+
+    def continues(self, dialog: Dialog) -> bool:
+        """Return whether an answer goes on in a message's text, with the space between them."""
+        return self._options.continue_final_message and bool(content_text(dialog[-1]).strip())
 
     def params(self, params: SamplingParams) -> SamplingParams:
         """Return the parameters of the answer, whose form the tools may decide.

@@ -23,6 +23,9 @@ _UNNEEDED_METHODS = "center expandtabs format format_map ljust rjust to_bytes tr
 # Methods that take characters, not a text to search for.
 _STRIPPING = ("strip", "lstrip", "rstrip")
 
+# The roles that may be part of a control piece's spelling, as in <|user|>.
+_ROLES = ("system", "user", "assistant", "tool", "ipython")
+
 # The work that a rendering may do: characters that it joins, and steps of this many each.
 _MAX_WORK = 100_000_000
 # The variable that counts a rendering's work: a name that no template can write.
@@ -183,7 +186,11 @@ def _environment(marks: Marks | None) -> Any:
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)
 
-    environment.filters["unmarked"] = unmarked
+    def as_role(role: object, before: str, after: str) -> str:
+        text = f"{before}{role}{after}"
+        return text if marks is None or role not in _ROLES else marks.mark(text)
+
+    environment.filters |= {"unmarked": unmarked, "as_role": as_role}
     for function in (_counted, _join, _replace, _tojson):
         environment.filters[function.__name__[1:]] = jinja2.pass_context(function)
     environment.globals.update(

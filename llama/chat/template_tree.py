@@ -1,5 +1,6 @@
 """Changes to a parsed chat template: its work is counted, its structure has marks."""
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -31,6 +32,7 @@ def mark_structure(tree: Any, mark: Callable[[str], str]) -> None:
     def plain(node: Any) -> Any:
         return nodes.Filter(node, "unmarked", [], [], None, None, lineno=node.lineno)
 
+    _keep_roles_together(tree, nodes)
     names = {id(pair.key) for pair in tree.find_all(nodes.Pair)}  # of dictionaries' entries
     names |= {id(item.arg) for item in tree.find_all(nodes.Getitem)}
     for data in tree.find_all(nodes.TemplateData):
@@ -49,6 +51,38 @@ def mark_structure(tree: Any, mark: Callable[[str], str]) -> None:
     for search in list(tree.find_all(nodes.Filter)):
         if search.name in _SEARCHING:
             search.args = [plain(argument) for argument in search.args]
+
+
+def _keep_roles_together(tree: Any, nodes: Any) -> None:
+    """Have a role between two texts, as in ``'<|' + role + '|>'``, marked together with them."""
+
+    def text_of(node: Any) -> Any:
+        if isinstance(node, nodes.TemplateData):
+            return node.data
+        return node.value if isinstance(node, nodes.Const) else None
+
+    def joined(parts: list[Any]) -> list[Any]:
+        done: list[Any] = []
+        for i, part in enumerate(parts):
+            before, after = (text_of(node) for node in ([None, *done][-1], [*parts, None][i + 1]))
+            is_role = _field(part) == "role" or isinstance(part, nodes.Name) and part.name == "role"
+            if is_role and isinstance(before, str) and isinstance(after, str):
+                around = [nodes.Const(before), nodes.Const(after)]
+                done[-1] = nodes.Filter(part, "as_role", around, [], None, None, lineno=part.lineno)
+                parts[i + 1] = nodes.Const("", lineno=part.lineno)
+            else:
+                done.append(part)
+        return done
+
+    for join in tree.find_all((nodes.Concat, nodes.Output)):
+        join.nodes = joined(join.nodes)
+    inner = {id(add.left) for add in tree.find_all(nodes.Add)}
+    for add in [add for add in tree.find_all(nodes.Add) if id(add) not in inner]:
+        parts, left = [add.right], add.left
+        while isinstance(left, nodes.Add):
+            parts, left = [left.right, *parts], left.left
+        *first, add.right = joined([left, *parts])
+        add.left = functools.reduce(functools.partial(nodes.Add, lineno=add.lineno), first)
 
 
 def reads_parts(tree: Any) -> bool:
@@ -71,8 +105,8 @@ def reads_parts(tree: Any) -> bool:
 def joins_arguments(tree: Any) -> bool:
     """Return whether a template writes a tool call's arguments as a text that they are already."""
     nodes: Any = need("jinja2.nodes")
-    if any(_field(test.node) == "arguments" for test in tree.find_all(nodes.Test)):
-        return False  # it asks what they are
+    if any(_field(test.node) == "arguments" for test in tree.find_all((nodes.Test, nodes.Filter))):
+        return False  # it asks what they are, or writes them as JSON
     return any(_field(part) == "arguments" for part in _written(tree, nodes))
 
 
