@@ -105,28 +105,22 @@ class Tasks:
         self, dialogs: List[Dialog], params: SamplingParams, options: ChatOptions = NO_OPTIONS
     ) -> list[Sequence]:
         """Answer dialogs; one that holds the format's own tags gets an empty prompt."""
-<<<<<<< HEAD
-        chat, ids = self.chat_format, []
-=======
-        """Answer dialogs; one that holds the format's own tags gets an empty prompt."""
         chat, ids, dialogs = self.chat_format, [], list(checked_list(dialogs, "dialogs"))
->>>>>>> chat
         request = ChatRequest(chat, self.tokenizer, options)
         for dialog in dialogs:
             prompt = prompt_tokens(chat, self.tokenizer, dialog, options)
             ids.append([] if has_tags(dialog, chat.tags) else prompt)
-<<<<<<< HEAD
-        in_context = options.continue_final_message  # which keeps the space after the message
-        params, ends = request.params(params), self.answer_ends
-        return self.generate(ids, params, in_context=in_context, ends=ends, visible=request.visible)
-=======
-        sequences = self.generate(ids, request.params(params), ends=self.answer_ends)
-        n_answers = len(sequences) // max(1, len(dialogs))
+        continued = [request.continues(dialog) for dialog in dialogs]
+        sequences = self.generate(
+            ids,
+            request.params(params),
+            in_context=any(continued),
+            ends=self.answer_ends,
+            visible=request.visible,
+        )
         for i, sequence in enumerate(sequences):
-            sequence.visible = request.visible
-            sequence.in_context = request.continues(dialogs[i // n_answers])
+            sequence.in_context = continued[i // params.n]
         return sequences
->>>>>>> chat
 
     def answer_parser(self, options: ChatOptions) -> AnswerParser | None:
         """Return the parser of an answer's tool calls; None if the options offer no tools."""
