@@ -35,7 +35,7 @@ OutputGuard = Callable[[Dialog, str], Verdict]
 """Checks an answer to a dialog, or the beginning of one."""
 
 
-def judged(dialog: Dialog) -> tuple[list[Message], str]:
+def judged(dialog: Dialog) -> tuple[Dialog, str]:
     """Return a dialog as guards read it, and the beginning of its answer, if it ends with one.
 
     There is at most one system message, which is first, and user and assistant alternate, the user
@@ -54,7 +54,7 @@ def judged(dialog: Dialog) -> tuple[list[Message], str]:
     n_system = sum(message["role"] == "system" for message in folded)
     if len(folded) == n_system or folded[n_system]["role"] == "assistant":
         folded.insert(n_system, Message(role="user", content=""))
-    return folded, begun
+    return (dialog if folded == list(dialog) else folded), begun
 
 
 def checked_verdict(verdict: object) -> Verdict:
@@ -77,8 +77,9 @@ def input_refusal(guard: InputGuard | None, dialog: Dialog) -> str | None:
         return None
     messages, begun = judged(dialog)
     if begun:  # it comes from where the question does
-        last = content_text(messages[-1])
-        messages[-1] = cast(Message, {**messages[-1], "content": f"{last}\n\n{begun}".strip()})
+        *before, last = messages
+        text = f"{content_text(last)}\n\n{begun}".strip()
+        messages = [*before, cast(Message, {**last, "content": text})]
     verdict = checked_verdict(guard(messages))
     return None if verdict.allowed else refusal(verdict)
 

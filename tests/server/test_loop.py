@@ -145,7 +145,7 @@ def test_other_ranks_know_where_a_sequence_ends(llama: Llama) -> None:
     own = frozenset({2, "\n### Human:"})
     sequence = Sequence([1], params, "0", 9, ends=own, visible={5: "<tool_call>"})
     sent = json.loads(json.dumps(workers._describe(sequence)))
-    restored = workers._restore(sent)
+    restored = workers._restore(sent, llama.engine)
     assert (restored.ends, restored.visible) == (own, {5: "<tool_call>"})
     assert restored.params == params
 
