@@ -65,7 +65,8 @@ def add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
+        # Of the variants of a union, the one that fits best is wrong at the deepest place.
+        first = max(error.errors(), key=lambda found: len(found["loc"]))
         param = _param(first["loc"][1:], error.body, first["type"] == "missing")
         message = first["msg"].removeprefix("Value error, ")
         if first["type"] == "extra_forbidden":

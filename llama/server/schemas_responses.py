@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Discriminator,
     Field,
@@ -13,6 +14,7 @@ from pydantic import (
 )
 
 from llama.chat.prompts import Message
+from llama.errors import short
 from llama.server.schemas_chat import Choices, Function, TokenLogprob, Tools, tool_options
 from llama.server.schemas_sampling import (
     Bounded,
@@ -100,6 +102,12 @@ Item = Annotated[
 ]
 
 
+def _check_kind(tool: Any) -> Any:
+    if isinstance(tool, dict) and tool.get("type") != "function":
+        raise ValueError(f"answers call functions only, not {short(tool.get('type'))}")
+    return tool
+
+
 class FlatTool(Function):
     type: Literal["function"]
 
@@ -150,7 +158,7 @@ class ResponsesRequest(SamplingFields):
         None, description="As many as fit, if null."
     )
     text: TextConfig | None = None
-    tools: Annotated[list[FlatTool], Tools] | None = Field(
+    tools: Annotated[list[Annotated[FlatTool, BeforeValidator(_check_kind)]], Tools] | None = Field(
         None, description="Functions that the answer may call."
     )
     tool_choice: Choices | FlatNamedTool | None = None

@@ -155,7 +155,7 @@ class SamplingFields(RequestBody):
         Annotated[dict[TokenId, Annotated[float, Field(ge=-100, le=100)]], Bounded] | None
     ) = Field(None, description="Numbers added to logits, by token id; -100 bans a token.")
     min_tokens: Annotated[Whole, Field(ge=0)] | None = Field(
-        0, description="Tokens before which nothing ends an answer."
+        0, description="Tokens before which the model ends no answer."
     )
     stop: str | Annotated[list[str], Field(fail_fast=True)] | None = Field(
         None, description="Texts that end an answer, up to 16, of up to 1,000 characters each."
