@@ -27,10 +27,13 @@ SERVER = [
     "gradio>=6.31,<7",
 ]
 CHAT = ["prompt_toolkit>=3.0.36", *PROGRESS]
+STRUCTURE = ["llguidance>=1.9"]
 TEST = [
     *FORMATS,
     *SERVER,
     *CHAT,
+    *STRUCTURE,
+    "jsonschema[format]>=4.23",
     "pytest>=8",
     "pytest-xdist>=3.5",
     "hypothesis>=6.100",
@@ -63,7 +66,9 @@ setup(
         "llama.engine",
         "llama.layers",
         "llama.layers.kernels",
+        "llama.logits",
         "llama.server",
+        "llama.structure",
         "llama.tokenizers",
     ],
     package_data={"llama": ["py.typed", "tiny/*"]},
@@ -73,6 +78,7 @@ setup(
         "formats": FORMATS,
         "server": SERVER,
         "chat": CHAT,
+        "structure": STRUCTURE,
         "bench": [
             *FORMATS,
             "transformers[serving]>=5",

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 
@@ -17,8 +17,8 @@ _RANGES: dict[str, tuple[float, float, str]] = {
     "top_p": (0.0, 1.0, "a probability mass from 0 to 1"),
     "min_p": (0.0, 1.0, "a share of the largest probability from 0 to 1"),
     "repetition_penalty": (1e-3, 1e3, "a factor above 0, where 1 changes nothing"),
-    "presence_penalty": (-_FINITE, _FINITE, "a finite number"),
-    "frequency_penalty": (-_FINITE, _FINITE, "a finite number"),
+    "presence_penalty": (-1e9, 1e9, "a number, as a rule from -2 to 2"),
+    "frequency_penalty": (-1e9, 1e9, "a number, as a rule from -2 to 2"),
 }
 _COUNTS = ("prompt_lookup_num_tokens", "top_logprobs", "top_k", "min_tokens", "n")
 
@@ -150,6 +150,7 @@ class SamplingParams:
             )
         if self.sampling not in (None, "checkpoint"):
             raise ValueError(f"sampling is {self.sampling!r}: expected None or 'checkpoint'")
+        object.__setattr__(self, "logit_bias", dict(self.logit_bias))
         object.__setattr__(self, "stop", stop)
         object.__setattr__(self, "stop_token_ids", ids)
         object.__setattr__(self, "echo", bool(self.echo))
@@ -166,6 +167,8 @@ def sample(
     top_p: torch.Tensor,
     uniforms: torch.Tensor,
     n_candidates: int | None = None,
+    top_k: torch.Tensor | None = None,
+    min_p: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw the next token of each row of logits; nothing waits for the device.
 
@@ -173,9 +176,8 @@ def sample(
         logits: float32, shape (n, vocab_size).
         temperature: divides the logits, shape (n,); 0 (or less than 1e-6) takes the most probable
             token.
-        top_p: the probability mass to draw from (nucleus sampling), shape (n,).
+        top_p, n_candidates, top_k, min_p: see ``keep``.
         uniforms: float32 in [0, 1), shape (n,): the number that decides each row's draw.
-        n_candidates: how many of the most probable tokens to sort; None for all.
 
     Returns:
         int64, shape (n,), and whether there were enough candidates for each draw: others must be
@@ -185,7 +187,8 @@ def sample(
     # The maximum is taken off first, so that a small temperature can't overflow.
     scaled = logits - logits.amax(dim=-1, keepdim=True)
     scaled = scaled / torch.where(is_greedy, 1.0, temperature)[:, None]
-    drawn, is_enough = _draw(scaled.softmax(dim=-1), top_p, uniforms, n_candidates)
+    kept = keep(scaled.softmax(dim=-1), top_p, n_candidates, top_k, min_p)
+    drawn, is_enough = _draw(kept, uniforms)
     return torch.where(is_greedy, logits.argmax(dim=-1), drawn), is_greedy | is_enough
 
 
@@ -207,27 +210,69 @@ def sample_top_p(
     """
     if uniforms is None:
         uniforms = torch.rand(len(probs), device=probs.device)
-    return _draw(probs, torch.full_like(uniforms, p), uniforms, None)[0]
+    return _draw(keep(probs, torch.full_like(uniforms, p)), uniforms)[0]
 
 
-def _draw(
-    probs: torch.Tensor, top_p: torch.Tensor, uniforms: torch.Tensor, n_candidates: int | None
-) -> tuple[torch.Tensor, torch.Tensor]:
+class Kept(NamedTuple):
+    """The tokens that are drawn from: the first ``size`` candidates of each row."""
+
+    ids: torch.Tensor  # (n, n_candidates), the most probable first
+    probs: torch.Tensor  # (n, n_candidates), as among all tokens
+    reached: torch.Tensor  # (n, n_candidates), their sums up to each
+    size: torch.Tensor  # (n, 1)
+    mass: torch.Tensor  # (n, 1), the probability of all that are kept
+    is_whole: torch.Tensor  # (n, 1), False if tokens that are no candidates are kept too
+    is_all: torch.Tensor  # (n, 1), True if every token is kept
+
+
+def keep(
+    probs: torch.Tensor,
+    top_p: torch.Tensor,
+    n_candidates: int | None = None,
+    top_k: torch.Tensor | None = None,
+    min_p: torch.Tensor | None = None,
+) -> Kept:
+    """Choose the tokens to draw from: by top-k, of these by top-p, of these by min-p.
+
+    Args:
+        probs: float32, shape (n, vocab_size), each row adding up to 1.
+        top_p: the probability mass to draw from (nucleus sampling), shape (n,).
+        n_candidates: how many of the most probable tokens to sort, not fewer than any of
+            ``top_k``; None for all.
+        top_k: how many of the most probable tokens to draw from, 0 for all, shape (n,).
+        min_p: the least probability, as a share of the largest, shape (n,).
+    """
     n_words = probs.shape[1]
     n_candidates = min(n_candidates or n_words, n_words)
-    candidates, order = probs.topk(n_candidates, dim=-1)  # the most probable first
+    candidates, ids = probs.topk(n_candidates, dim=-1)
     reached = candidates.cumsum(dim=-1)
-    nucleus = reached - candidates <= top_p[:, None]
-    nucleus[:, 0] = True
-    size = nucleus.sum(dim=-1, keepdim=True)
-    is_whole = ~nucleus[:, -1:] if n_candidates < n_words else torch.ones_like(nucleus[:, :1])
-    # Of all tokens together the mass is 1, however few are candidates.
+    limit, is_all = top_p[:, None], top_p[:, None] >= 1
+    is_kept = torch.ones_like(candidates, dtype=torch.bool)
+    if top_k is not None:
+        k = torch.where(top_k > 0, top_k, n_words).long()[:, None]
+        is_kept = torch.arange(n_candidates, device=k.device) < k
+        within = reached.gather(1, k.clamp(max=n_candidates) - 1)
+        limit = torch.where(k < n_words, limit * within, limit)  # the mass is 1 of all together
+        is_all = is_all & (k >= n_words)
+    is_kept = is_kept & (reached - candidates <= limit)
+    if min_p is not None:
+        is_kept &= candidates >= min_p[:, None] * candidates[:, :1]
+        is_all = is_all & (min_p[:, None] == 0)
+    is_kept[:, 0] = True
+    size = is_kept.sum(dim=-1, keepdim=True)
+    is_whole = torch.ones_like(is_all) if n_candidates == n_words else ~is_kept[:, -1:]
+    if top_k is not None:
+        is_whole = is_whole | (k <= n_candidates)
     mass = torch.where(is_whole, reached.gather(1, size - 1), 1.0)
+    return Kept(ids, candidates, reached, size, mass, is_whole, is_all)
+
+
+def _draw(kept: Kept, uniforms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     uniforms = uniforms.clamp(max=1 - 2**-24)  # a draw just below 1 may have been rounded up
-    target = uniforms[:, None] * mass
-    is_enough = is_whole | ((top_p[:, None] >= 1) & (target < reached[:, -1:]))
-    drawn = (reached <= target).sum(dim=-1, keepdim=True)
-    return order.gather(1, torch.minimum(drawn, size - 1)).squeeze(1), is_enough.squeeze(1)
+    target = uniforms[:, None] * kept.mass
+    is_enough = kept.is_whole | (kept.is_all & (target < kept.reached[:, -1:]))
+    drawn = (kept.reached <= target).sum(dim=-1, keepdim=True)
+    return kept.ids.gather(1, torch.minimum(drawn, kept.size - 1)).squeeze(1), is_enough.squeeze(1)
 
 
 def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

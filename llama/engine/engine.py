@@ -7,6 +7,7 @@ decoded, together with pieces of the prompts that wait to be read.
 from collections import deque
 from collections.abc import Sequence as List
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import torch
@@ -134,8 +135,11 @@ class Engine:
             raise
 
     def _admit(self) -> None:
-        while self._prefixes.free and self._waiting and not self._waits(self._waiting[0]):
-            sequence = self._waiting.popleft()
+        # One that waits for another's prompt keeps a slot free.
+        for sequence in [*islice(self._waiting, len(self._prefixes.free))]:
+            if self._waits(sequence):
+                continue
+            self._waiting.remove(sequence)
             # Tokens that are scored or pooled must pass through the network.
             whole = sequence.params.scores_prompt or sequence.is_read_only
             limit = 0 if whole else len(sequence.prompt) - 1
@@ -147,13 +151,17 @@ class Engine:
             self.counts.reused_tokens += n_reused
 
     def _waits(self, sequence: Sequence) -> bool:
-        """Return whether a prompt being read begins so much like this one that waiting pays."""
+        """Return whether a prompt being read begins so much like this one that waiting pays.
+
+        For an equal prompt it always does, as for the answers to one.
+        """
         if sequence.params.scores_prompt or sequence.is_read_only:
             return False
         prompt = sequence.prompt
         held = self._prefixes.longest(prompt)
         return any(
-            common_prefix(prompt, other.prompt, len(prompt) - 1) > held + _WORTH_WAITING
+            common_prefix(prompt, other.prompt, len(prompt) - 1)
+            > held + (1 if other.prompt == prompt else _WORTH_WAITING)
             for other in self._running
             if other.is_prefilling
         )
@@ -204,7 +212,7 @@ class Engine:
         """Return whether the next pass is clear before this one's results are known.
 
         What it computes for sequences that these results end is thrown away. One sequence that may
-        draft, or whose alternatives are read, makes all wait.
+        draft, whose alternatives are read or whose logits the host changes makes all wait.
         """
         if not self.runs_ahead or (self._waiting and self._prefixes.free):
             return False
@@ -212,6 +220,8 @@ class Engine:
             piece.is_running
             and piece.n_drawn == 1
             and not piece.sequence.params.prompt_lookup_num_tokens
+            and piece.sequence.params.logits_processor is None  # which is called with all tokens
+            and piece.sequence.grammar is None  # whose masks depend on them
             and not piece.sequence.params.top_logprobs  # whose reading waits for the device
             and len(piece.sequence.tokens) + 1 < piece.sequence.max_new_tokens
             for piece in current.pieces

@@ -11,6 +11,7 @@ from llama import parallel
 from llama.engine.sequence import Sequence
 from llama.errors import NotFinite
 from llama.layers.batch import Segment, to_device, to_host
+from llama.logits.changes import LogitChanges
 from llama.model import Transformer
 from llama.sampling import sample, token_logprobs
 
@@ -43,8 +44,9 @@ class Pass(NamedTuple):
 
     pieces: list[Piece]
     outputs: tuple[torch.Tensor, ...]  # each piece's logits, or hidden states to be pooled
-    logits: torch.Tensor  # (n_drawn, n_outputs), that tokens are drawn from
-    sampling: list[torch.Tensor]  # of each draw: temperature, top_p and random number
+    logits: torch.Tensor  # (n_drawn, n_outputs), the model's own
+    changed: torch.Tensor  # (n_drawn, n_words), that tokens are drawn from
+    sampling: list[torch.Tensor]  # of each draw: temperature, top_p, random number; top_k, min_p
     tokens: torch.Tensor  # that were drawn
     # Waits for the tokens, their log-probabilities' bits, whether candidates were enough, and
     # whether all outputs are finite: int32, (3 * n_drawn + 1,). None if there are no outputs.
@@ -62,6 +64,8 @@ class Runner:
     def __init__(self, model: Transformer, n_words: int):
         self._model = model
         self._n_words = n_words
+        size = model.params.max_batch_size, model.params.max_seq_len
+        self._changes = LogitChanges(*size, n_words)
         self._sorts_all = 0  # passes to come whose draws are likely to need all tokens
 
     @torch.inference_mode()
@@ -85,29 +89,37 @@ class Runner:
             [float(sequence.params.top_p) for sequence in owners],
             [piece.sequence.uniform(ahead + i) for piece in pieces for i in range(piece.n_drawn)],
         ]
+        limits = [(float(each.params.top_k), float(each.params.min_p)) for each in owners]
+        if any(map(any, limits)):
+            floats += map(list, zip(*limits, strict=True))
+        change = self._changes.of(pieces, drawn is not None)
+        floats = [*change.floats, *floats]
         device = self._model.freqs_cis.device
         segments = [Segment(piece.slot, piece.start, len(piece.tokens)) for piece in pieces]
         ids = [token for piece in pieces for token in piece.tokens]
         counts = [piece.n_outputs for piece in pieces]
         if decode is not None and len(ids) == len(owners) and decode.supports(segments):
-            whole = [ids, *decode.places(segments)]
-            tokens, slots, positions, *sampling = to_device(device, whole, floats)
+            whole = [ids, *decode.places(segments), *change.whole]
+            tokens, slots, positions, *numbers = to_device(device, whole, floats)
             tokens = tokens if drawn is None else drawn
             logits = decode(tokens, segments, slots, positions)
             outputs = logits.split(counts)
         else:
             ends = accumulate(len(piece.tokens) for piece in pieces)
             chosen = [i for end, n in zip(ends, counts, strict=True) for i in range(end - n, end)]
-            tokens, select, *sampling = to_device(device, [ids, chosen], floats)
+            whole = [ids, chosen, *change.whole]
+            tokens, select, *numbers = to_device(device, whole, floats)
             tokens = tokens if drawn is None else drawn
             hidden = self._model.hidden_states(
                 tokens, segments, select if len(chosen) < len(ids) else None
             )
             outputs = self._outputs(hidden, pieces)
             logits = _drawn_rows(outputs, pieces)
-        tokens, results = self._draw(logits, outputs, pieces, sampling)
-        wait = None if results is None else to_host(results)
-        return Pass(pieces, outputs, logits, sampling, tokens, wait)
+        n_changes = len(change.whole) + len(change.floats)
+        changed = change.apply(logits[:, : self._n_words], tokens, numbers[:n_changes])
+        started = Pass(pieces, outputs, logits, changed, numbers[n_changes:], tokens, None)
+        tokens, results = self._draw(started)
+        return started._replace(tokens=tokens, wait=None if results is None else to_host(results))
 
     def _outputs(self, hidden: torch.Tensor, pieces: List[Piece]) -> tuple[torch.Tensor, ...]:
         """Return each piece's hidden states if they are to be pooled, its logits otherwise."""
@@ -120,15 +132,9 @@ class Runner:
             for part, pools in zip(hidden.split(counts), pooled, strict=True)
         )
 
-    def _draw(
-        self,
-        logits: torch.Tensor,
-        outputs: List[torch.Tensor],
-        pieces: List[Piece],
-        sampling: List[torch.Tensor],
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _draw(self, started: Pass) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Draw tokens; return them and all that the host will want to know."""
-        temperature, top_p, uniforms = sampling
+        logits, pieces, outputs = started.logits, started.pieces, started.outputs
         if not any(len(output) for output in outputs):
             return logits, None
         rest = [o for o, p in zip(outputs, pieces, strict=True) if len(o) > p.n_drawn]
@@ -137,13 +143,16 @@ class Runner:
         if not len(logits):
             return logits, finite
         params = [piece.sequence.params for piece in pieces if piece.n_drawn]
-        known = logits[:, : self._n_words]
+        temperature, top_p, uniforms, *limits = started.sampling
         if all(each.temperature == 0 for each in params):
-            tokens, is_enough = known.argmax(dim=-1), torch.ones_like(top_p)
+            tokens, is_enough = started.changed.argmax(dim=-1), torch.ones_like(top_p)
         else:
-            n_candidates = None if self._sorts_all else _CANDIDATES
+            most = max(_CANDIDATES, *(each.top_k for each in params))
+            n_candidates = None if self._sorts_all else most
             self._sorts_all = max(self._sorts_all - 1, 0)
-            tokens, is_enough = sample(known, temperature, top_p, uniforms, n_candidates)
+            tokens, is_enough = sample(
+                started.changed, temperature, top_p, uniforms, n_candidates, *limits
+            )
         logprobs = torch.zeros_like(top_p)
         if any(each.logprobs for each in params):
             logprobs = token_logprobs(logits, tokens)
@@ -170,9 +179,8 @@ class Runner:
         logprobs, is_redrawn = bits.contiguous().view(torch.float32), not is_enough.all()
         if is_redrawn:
             self._sorts_all = _AFTER_REDRAWING
-            temperature, top_p, uniforms = started.sampling
-            known = started.logits[:, : self._n_words]
-            among_all, _ = sample(known, temperature, top_p, uniforms)
+            temperature, top_p, uniforms, *limits = started.sampling
+            among_all, _ = sample(started.changed, temperature, top_p, uniforms, None, *limits)
             enough = is_enough.bool().to(among_all.device)  # neighbours keep their tokens
             among_all = torch.where(enough, tokens.to(among_all), among_all)
             tokens = parallel.broadcast(among_all)

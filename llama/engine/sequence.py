@@ -12,6 +12,7 @@ from llama.args import ModelArgs
 from llama.engine.detokenizer import Detokenizer
 from llama.engine.prompt_lookup import PromptLookup
 from llama.errors import PromptTooLong, checked_list
+from llama.logits.masks import Grammar
 from llama.sampling import SamplingParams
 from llama.tokenizer import BaseTokenizer
 from llama.tokenizers.control import End, with_marks
@@ -54,6 +55,7 @@ class Sequence:
     prompt_logprobs: list[float] = field(default_factory=list)
     prompt_top_logprobs: list[Alternatives] = field(default_factory=list)
     pooled: torch.Tensor | None = None  # the result of a prompt that is only read
+    grammar: Grammar | None = None  # the form that the answer must have
     finish_reason: FinishReason | None = None
     stop_reason: End | None = None  # the caller's stop string or id that ended it
     slot: int | None = None  # of the cache
@@ -115,7 +117,8 @@ class Sequence:
         if self._lookup is None:
             return []
         room = self.max_new_tokens - len(self.tokens) - 1
-        return self._lookup.draft(room if limit is None else min(room, limit))
+        draft = self._lookup.draft(room if limit is None else min(room, limit))
+        return draft if self.grammar is None else draft[: self.grammar.accepted(draft)]
 
     def append(self, draft: List[int], chosen: List[tuple[int, float]]) -> str:
         """Append tokens: as many as the draft has right, and one more.
@@ -138,6 +141,10 @@ class Sequence:
         return text
 
     def _append(self, token: int, logprob: float) -> str:
+        if self.grammar is not None:
+            self.grammar.push(token)
+            if self.grammar.error:
+                return self.finish("error")
         if token in self.params.stop_token_ids:
             self.stop_reason = None if token in self.ends else self._spelled.get(token, token)
             if not (self.detokenizer and self.params.include_stop and token in self._spelled):
@@ -148,6 +155,8 @@ class Sequence:
             self._lookup.push(token)
         text = self.detokenizer.push(token) if self.detokenizer else ""
         if self.detokenizer and self.detokenizer.stopped:
+            return text + self.finish("stop")
+        if self.grammar is not None and self.grammar.is_finished:
             return text + self.finish("stop")
         if len(self.tokens) >= self.max_new_tokens:
             return text + self.finish("length")

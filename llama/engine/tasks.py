@@ -1,7 +1,7 @@
 """Text completion, chat and infilling as sequences for the engine."""
 
 import random
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from collections.abc import Sequence as List
 from functools import cached_property
 from typing import Any
@@ -17,6 +17,7 @@ from llama.chat.tools import AnswerParser
 from llama.engine.sequence import Output, Sequence, checked_prompts
 from llama.errors import checked_list
 from llama.sampling import SamplingParams
+from llama.structure import Ranks, compile_format
 from llama.tokenizer import BaseTokenizer
 from llama.tokenizers.control import End, with_ends
 
@@ -27,7 +28,12 @@ class Tasks:
     Args:
         chat: how dialogs are written.
         seed: the source of the seeds of calls without their own.
+
+    Attributes:
+        ranks: "alone" if other ranks don't make the same calls, see ``compile_format``.
     """
+
+    ranks: Ranks = "together"
 
     def __init__(self, args: ModelArgs, tokenizer: BaseTokenizer, chat: ChatFormat, seed: int):
         self.args = args
@@ -42,14 +48,18 @@ class Tasks:
         output: Output = "text",
         in_context: bool = False,
         ends: Collection[End] = (),
+        visible: Mapping[int, str] | None = None,
     ) -> list[Sequence]:
         """Continue prompts of token ids.
 
         Args:
             ends: ids and strings that end a sequence as the tokenizer's own end tokens do.
+            visible: control ids whose spelling is part of the text.
 
         Raises:
-            TypeError, ValueError: a prompt doesn't fit, or the model generates nothing.
+            ImportError: ``response_format`` needs a package that is missing.
+            TypeError, ValueError: a prompt doesn't fit, the model generates nothing, or
+                ``response_format`` can't be compiled.
         """
         if self.args.labels is not None:
             raise ValueError("this checkpoint classifies and writes no text: use classify")
@@ -60,7 +70,10 @@ class Tasks:
             limit = self.args.max_seq_len - len(ids)
             if params.max_gen_len is not None:
                 limit = min(limit, params.max_gen_len)
-            sequences.append(Sequence(ids, params, f"{seed} {i}", limit, output, in_context, own))
+            sequences.append(
+                Sequence(ids, params, f"{seed} {i}", limit, output, in_context, own, visible or {})
+            )
+        hold_to_form(sequences, self.tokenizer, self.ranks)
         return sequences
 
     def text(
@@ -134,6 +147,21 @@ class Tasks:
         ids = tokenizer.encode(text, bos=tokenizer.add_bos, eos=False)
         # An empty prompt needs something to continue, also where texts have no beginning.
         return ids or [tokenizer.bos_id] * (tokenizer.bos_id >= 0)
+
+
+def hold_to_form(sequences: List[Sequence], tokenizer: BaseTokenizer, ranks: Ranks) -> None:
+    """Give the sequences of a call the grammar of their ``response_format``.
+
+    Raises:
+        ImportError, ValueError: see ``compile_format``.
+    """
+    form = sequences[0].params.response_format if sequences else None
+    if form is not None:
+        one, stops = sequences[0], sequences[0].params.stop_token_ids
+        in_context = one.in_context or one.output == "infilling"
+        grammar = compile_format(form, tokenizer, stops, in_context, one.visible, ranks)
+        for sequence in sequences:
+            sequence.grammar = grammar and grammar.copy()
 
 
 def _is_token_ids(prompt: Any) -> bool:

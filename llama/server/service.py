@@ -33,6 +33,7 @@ class Service:
 
     def __init__(self, llama: Llama, config: ServerConfig):
         self.llama = llama
+        llama.tasks.ranks = "alone"  # the others get the sequences
         self.config = config
         self.name = config.name
         self.created = int(time.time())

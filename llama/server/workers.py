@@ -15,6 +15,7 @@ import torch
 from llama import parallel
 from llama.engine.engine import Engine
 from llama.engine.sequence import Sequence
+from llama.engine.tasks import hold_to_form
 from llama.errors import NotFinite
 from llama.sampling import SamplingParams
 
@@ -87,7 +88,7 @@ def worker_loop(engine: Engine) -> None:
         if not data:
             continue
         message = json.loads(data)
-        new = [_restore(fields) for fields in message.get("submitted", ())]
+        new = [_restore(fields, engine) for fields in message.get("submitted", ())]
         sequences |= dict(enumerate(new, n_submitted))
         n_submitted += len(new)
         engine.submit(new)
@@ -107,10 +108,12 @@ def _describe(sequence: Sequence) -> dict[str, Any]:
     return {"params": params, **sets, **{name: getattr(sequence, name) for name in names}}
 
 
-def _restore(fields: dict[str, Any]) -> Sequence:
+def _restore(fields: dict[str, Any], engine: Engine) -> Sequence:
     params = SamplingParams(**fields["params"])
     ends, visible = frozenset(fields["ends"]), dict(fields["visible"])
-    return Sequence(**{**fields, "params": params, "ends": ends, "visible": visible})
+    sequence = Sequence(**{**fields, "params": params, "ends": ends, "visible": visible})
+    hold_to_form([sequence], engine.tokenizer, "later")
+    return sequence
 
 
 def broadcast_bytes(message: bytes = b"") -> bytes:

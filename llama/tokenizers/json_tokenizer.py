@@ -2,11 +2,19 @@
 
 import copy
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
 from llama.errors import need, printable
 from llama.tokenizer import BaseTokenizer
+
+# GPT-2's characters for the 256 bytes (https://github.com/openai/gpt-2, src/encoder.py): those
+# that are visible in Latin-1 stand for themselves, the others for characters from 256 on.
+_VISIBLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_OTHERS = [byte for byte in range(256) if byte not in _VISIBLE]
+BYTE_LEVEL = {chr(byte): byte for byte in _VISIBLE}
+BYTE_LEVEL |= {chr(256 + i): byte for i, byte in enumerate(_OTHERS)}
 
 
 class JsonTokenizer(BaseTokenizer):
@@ -53,6 +61,7 @@ class JsonTokenizer(BaseTokenizer):
         except Exception as error:  # the library raises no narrower one
             reason = printable(str(error), 200)
             raise ValueError(f"{name} is no tokenizer.json: {reason}") from error
+        self._decoder = _steps(data.get("decoder"))
         vocabulary: dict[str, int] = self._whole.get_vocab(with_added_tokens=True)
         if not vocabulary:
             raise ValueError(f"{name} has an empty vocabulary")
@@ -91,6 +100,20 @@ class JsonTokenizer(BaseTokenizer):
         self._check_id(t)
         return self._whole.id_to_token(t) or ""
 
+    def piece_bytes(self) -> list[bytes]:
+        """Return the bytes that each piece adds to a text that has others before it.
+
+        Raises:
+            ValueError: the decoder makes the text in another way.
+        """
+        known = {"ByteLevel", "ByteFallback", "Fuse", "Metaspace", "Replace", "Strip"}
+        unknown = {str(step.get("type")) for step in self._decoder} - known
+        if unknown or not self._decoder:
+            found = ", ".join(sorted(unknown)) or "no decoder"
+            raise ValueError(f"a piece's bytes aren't known with {found} in tokenizer.json")
+        pieces = (self._whole.id_to_token(i) or "" for i in range(self.n_words))
+        return [_decoded(piece, self._decoder) for piece in pieces]
+
 
 def _is_beyond(spec: object, vocab_size: int | None) -> bool:
     i = spec.get("id") if isinstance(spec, dict) else None
@@ -105,6 +128,21 @@ def _steps(part: object) -> list[dict[str, Any]]:
         if isinstance(part.get(name), list):
             return [step for inner in part[name] for step in _steps(inner)]
     return [part]
+
+
+def _decoded(piece: str, decoder: list[dict[str, Any]]) -> bytes:
+    """Return a piece's bytes, as the steps of a decoder make them."""
+    for step in decoder:
+        kind = step["type"]
+        if kind == "ByteLevel" and all(char in BYTE_LEVEL for char in piece):
+            return bytes(BYTE_LEVEL[char] for char in piece)
+        if kind == "ByteFallback" and (found := re.fullmatch("<0x([0-9A-F]{2})>", piece)):
+            return bytes([int(found[1], 16)])
+        if kind == "Metaspace":
+            piece = piece.replace(step.get("replacement", "▁"), " ")
+        if kind == "Replace" and isinstance(step.get("pattern"), dict):
+            piece = piece.replace(step["pattern"].get("String") or "", step.get("content", ""))
+    return piece.encode()
 
 
 def _without_prefix(data: dict[str, Any]) -> dict[str, Any]:

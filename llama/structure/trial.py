@@ -1,0 +1,99 @@
+"""Tries a grammar in a worker process first, which is killed if the grammar takes too long."""
+
+import atexit
+import json
+import os
+import pickle
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+from llama.errors import need
+from llama.structure import worker
+from llama.structure.vocabulary import Vocabulary
+
+SECONDS = 5.0  # that a grammar may take, with its first mask
+_START = 60.0  # seconds that the worker may take to start and to build a vocabulary
+
+TOO_COMPLEX = (
+    f"it takes more than {SECONDS:g} s, or too much memory: use fewer or simpler patterns, shorter "
+    "lists of alternatives, or smaller numbers"
+)
+
+
+class _Worker:
+    """A process that compiles one grammar at a time."""
+
+    def __init__(self) -> None:
+        folder = Path(need("llguidance", "structure", "response_format").__file__ or "").parents[1]
+        self.pid = os.getpid()  # a fork of this process needs a worker of its own
+        self._process = subprocess.Popen(
+            # By its file: importing it from the package would import torch, which takes seconds.
+            [sys.executable, worker.__file__, str(folder)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # so that Ctrl-C reaches the parent only
+        )
+
+    @property
+    def is_running(self) -> bool:
+        return self.pid == os.getpid() and self._process.poll() is None
+
+    def send(self, request: worker.Request) -> None:
+        assert self._process.stdin is not None
+        pickle.dump(tuple(request), self._process.stdin)
+        self._process.stdin.flush()
+
+    def receive(self, seconds: float) -> Any:
+        """Return the next reply; kill the process, and return None, if it takes longer."""
+        assert self._process.stdout is not None
+        timer = threading.Timer(seconds, self._process.kill)
+        timer.start()
+        try:
+            line = self._process.stdout.readline()
+        finally:
+            timer.cancel()
+        if not line:
+            self.close()
+        return json.loads(line) if line else None
+
+    def close(self) -> None:
+        if self.is_running:
+            self._process.kill()
+            self._process.wait()
+
+
+_lock = threading.Lock()
+_worker: _Worker | None = None
+
+
+def error_of(vocabulary: Vocabulary, grammar: str) -> str:
+    """Return the error of compiling a grammar, "" for none; it takes a limited time.
+
+    Raises:
+        RuntimeError: the worker process doesn't start.
+    """
+    global _worker
+    with _lock:
+        if _worker is None or not _worker.is_running:
+            _worker = _Worker()
+            atexit.register(_worker.close)
+        request = worker.Request(vocabulary.number, None, grammar, SECONDS)
+        try:
+            _worker.send(request)
+            state = _worker.receive(_START)
+            if state == "unknown vocabulary":
+                _worker.send(request._replace(pieces=vocabulary.pieces))
+                state = _worker.receive(_START)
+        except OSError:
+            state = None
+        if state != "ready":
+            raise RuntimeError(
+                f"the process that tries grammars doesn't start: {sys.executable} must be able to "
+                "run Python with llguidance"
+            )
+        error = _worker.receive(SECONDS)
+    return TOO_COMPLEX if error is None else str(error)
