@@ -94,17 +94,17 @@ class Tasks:
         self, dialogs: List[Dialog], params: SamplingParams, options: ChatOptions = NO_OPTIONS
     ) -> list[Sequence]:
         """Answer dialogs; one that holds the format's own tags gets an empty prompt."""
-        """Answer dialogs; one that holds the format's own tags gets an empty prompt."""
         chat, ids, dialogs = self.chat_format, [], list(checked_list(dialogs, "dialogs"))
         request = ChatRequest(chat, self.tokenizer, options)
         for dialog in dialogs:
             prompt = prompt_tokens(chat, self.tokenizer, dialog, options)
             ids.append([] if has_tags(dialog, chat.tags) else prompt)
-        sequences = self.generate(ids, request.params(params), ends=self.answer_ends)
-        n_answers = len(sequences) // max(1, len(dialogs))
+        params, continues = request.params(params), [request.continues(d) for d in dialogs]
+        sequences = self.generate(
+            ids, params, "text", any(continues), self.answer_ends, request.visible
+        )
         for i, sequence in enumerate(sequences):
-            sequence.visible = request.visible
-            sequence.in_context = request.continues(dialogs[i // n_answers])
+            sequence.in_context = continues[i * len(dialogs) // len(sequences)]
         return sequences
 
     def answer_parser(self, options: ChatOptions) -> AnswerParser | None:
