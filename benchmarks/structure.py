@@ -6,9 +6,9 @@
 
 The 200 schemas of schemas.py are answered greedily and at temperature 1.5, as a batch and streamed.
 `jsonschema` judges the answers. One that the length cuts is counted, and is an error where the
-schema's values are of bounded length. Then the masks of a vocabulary of 128,000 pieces of bytes are
-timed while tokens are drawn among those that are allowed, all equally likely; `--vocabulary` takes a
-GGUF file's vocabulary instead.
+schema's values are of bounded length. Then masks are timed for a vocabulary of 128,000 pieces of
+bytes, while tokens are drawn among those that are allowed, all equally likely; `--vocabulary` takes
+a GGUF file's vocabulary instead.
 """
 
 import random
@@ -165,10 +165,10 @@ def main(
     print(*wrong, sep="\n", end="\n" * bool(wrong))
     pieces = vocabulary_at(vocabulary) if vocabulary else synthetic(n_pieces)
     seconds = sorted(mask_times(pieces, cases))
+    middle, late = median(seconds) * 1e3, quantiles(seconds, n=100)[98] * 1e3
     print(
-        f"masks of {pieces.n_words:,} pieces, {len(seconds):,} tokens: median "
-        f"{median(seconds) * 1e3:.2f} ms, 99th percentile {quantiles(seconds, n=100)[98] * 1e3:.2f} "
-        f"ms, longest {seconds[-1] * 1e3:.1f} ms"
+        f"masks of {pieces.n_words:,} pieces, {len(seconds):,} tokens: median {middle:.2f} ms, "
+        f"99th percentile {late:.2f} ms, longest {seconds[-1] * 1e3:.1f} ms"
     )
     if wrong:
         sys.exit(1)

@@ -86,9 +86,9 @@ def test_a_vocabulary_is_built_once_and_goes_with_its_tokenizer() -> None:
 
 def test_another_kind_of_tokenizer_is_refused() -> None:
     class Other(BaseTokenizer):
-        control_ids: dict[str, int] = {}
-        bos_id = eos_id = pad_id = -1
-        stop_ids: frozenset[int] = frozenset()
+        def __init__(self) -> None:
+            self.control_ids, self.stop_ids = {}, frozenset()
+            self.bos_id = self.eos_id = self.pad_id = -1
 
     with pytest.raises(ValueError, match="bytes of a Other"):
         piece_bytes(Other())

@@ -1,4 +1,4 @@
-"""Every form of response_format allows its texts and no others, and wrong ones say what is wrong."""
+"""Every form of response_format allows its texts and no others; errors say what is wrong."""
 
 import logging
 from typing import Any
