@@ -21,6 +21,10 @@ class PromptTooLong(ValueError):
         self.max_seq_len = max_seq_len
 
 
+class WrongForm(ValueError):
+    """A ``response_format``, or the arguments of a tool, can't be compiled."""
+
+
 class NotFinite(RuntimeError):
     """The network's output holds an infinity or a NaN."""
 

@@ -4,9 +4,13 @@ import re
 from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass
+from typing import cast
 
-from llama.chat.prompts import Dialog
+from llama.chat.prompts import Dialog, Message, content_text
+from llama.chat.roles import fold
 from llama.engine.sequence import FinishReason, StreamPiece
+
+_OF_TOOLS = ("tool_calls", "tool_call_id", "name")
 
 
 @dataclass(frozen=True)
@@ -25,10 +29,32 @@ class Verdict:
 
 
 InputGuard = Callable[[Dialog], Verdict]
-"""Checks a dialog before it is answered."""
+"""Checks a dialog before it is answered, as ``judged`` returns it."""
 
 OutputGuard = Callable[[Dialog, str], Verdict]
 """Checks an answer to a dialog, or the beginning of one."""
+
+
+def judged(dialog: Dialog) -> tuple[Dialog, str]:
+    """Return a dialog as guards read it, and the beginning of its answer, if it ends with one.
+
+    There is at most one system message, which is first, and user and assistant alternate, the user
+    last. Calls of tools are the assistant's text, and their results the user's.
+    """
+    messages = []
+    for message in dialog:
+        calls = [call["function"] for call in message.get("tool_calls", ())]
+        texts = [content_text(message), *(f"{c['name']}({c['arguments']})" for c in calls)]
+        fields = {key: value for key, value in message.items() if key not in _OF_TOOLS}
+        role = "user" if message["role"] in ("tool", "ipython") else message["role"]
+        text = "\n\n".join(filter(None, texts))
+        messages.append(cast(Message, {**fields, "role": role, "content": text}))
+    folded = fold(messages)
+    begun = content_text(folded.pop()) if folded[-1]["role"] == "assistant" else ""
+    n_system = sum(message["role"] == "system" for message in folded)
+    if len(folded) == n_system or folded[n_system]["role"] == "assistant":
+        folded.insert(n_system, Message(role="user", content=""))
+    return (dialog if folded == list(dialog) else folded), begun
 
 
 def checked_verdict(verdict: object) -> Verdict:
@@ -49,7 +75,12 @@ def input_refusal(guard: InputGuard | None, dialog: Dialog) -> str | None:
     """Return the answer to a dialog that a guard refuses; None to one that passes."""
     if guard is None:
         return None
-    verdict = checked_verdict(guard(dialog))
+    messages, begun = judged(dialog)
+    if begun:  # it comes from where the question does
+        *before, last = messages
+        text = f"{content_text(last)}\n\n{begun}".strip()
+        messages = [*before, cast(Message, {**last, "content": text})]
+    verdict = checked_verdict(guard(messages))
     return None if verdict.allowed else refusal(verdict)
 
 
@@ -57,7 +88,9 @@ def output_refusal(guard: OutputGuard | None, dialog: Dialog, answer: str) -> st
     """Return the text that replaces an answer that a guard refuses; None for one that passes."""
     if guard is None:
         return None
-    return input_refusal(lambda dialog: guard(dialog, answer), dialog)
+    messages, begun = judged(dialog)
+    verdict = checked_verdict(guard(messages, begun + answer))
+    return None if verdict.allowed else refusal(verdict)
 
 
 # Where an answer is split for the guard: after a sentence or line, else after a word.
@@ -87,7 +120,7 @@ class StreamGuard:
             raise ValueError(f"every is {every!r}: expected a number of characters, 1 or more")
         self.released = ""
         self.refused: Verdict | None = None
-        self._dialog = dialog
+        self._dialog, self._begun = judged(dialog)
         self._guard = guard
         self._every = every
         self._held = ""
@@ -121,7 +154,7 @@ class StreamGuard:
         if self.refused:
             return ""
         piece = self._held[:end]
-        verdict = checked_verdict(self._guard(self._dialog, self.released + piece))
+        verdict = checked_verdict(self._guard(self._dialog, self._begun + self.released + piece))
         if not verdict.allowed:
             self.refused = verdict
             return ""

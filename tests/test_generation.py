@@ -9,6 +9,7 @@ import torch
 from conftest import follow_script, make_model
 
 from llama import Dialog, Llama, Tokenizer
+from llama.chat.formats import FORMATS
 from llama.chat.prompts import UNSAFE_ERROR
 from llama.engine import engine
 from llama.engine.sequence import StreamPiece
@@ -165,6 +166,117 @@ class TestStop:
         assert cut == full[: len(cut)]
         assert "." not in tiny.tokenizer.decode(cut)
         assert "." in tiny.tokenizer.decode(full[: len(cut) + 1])
+
+    def test_results_say_why_and_at_which_stop_they_ended(self, tiny: Llama, monkeypatch) -> None:
+        """A failure means that a caller can't tell a whole text from a cut one."""
+
+        def reasons(result: Any) -> tuple[Any, Any]:
+            return result["finish_reason"], result["stop_reason"]
+
+        story, eos = encode(tiny, STORY)[:4], tiny.tokenizer.eos_id
+        for ids, settings, expected in (
+            ([*story, eos], {}, ("stop", None)),
+            (story, {"max_gen_len": 4}, ("length", None)),
+            ([*story, 300], {"stop_token_ids": [300]}, ("stop", 300)),
+            ([*story, eos], {"stop": ["</s>"]}, ("stop", "</s>")),
+            ([*story, *encode(tiny, "a cow.")], {"stop": ["no", " cow"]}, ("stop", " cow")),
+        ):
+            for call in (
+                lambda **more: tiny.text_completion([STORY], **more)[0],
+                lambda **more: tiny.chat_completion([ask("Hi")], **more)[0],
+                lambda **more: tiny.text_infilling(["a"], ["b"], **more)[0],
+            ):
+                follow_script(monkeypatch, iter(ids))
+                assert reasons(call(**settings)) == expected
+            for stream in (
+                lambda **more: tiny.text_completion_stream(STORY, **more),
+                lambda **more: tiny.chat_completion_stream(ask("Hi"), **more),
+                lambda **more: tiny.text_infilling_stream("a", "b", **more),
+            ):
+                follow_script(monkeypatch, iter(ids))
+                *pieces, last = stream(**settings)
+                assert (last.finish_reason, last.stop_reason) == expected
+                assert {(p.finish_reason, p.stop_reason) for p in pieces} <= {(None, None)}
+
+    def test_a_refused_answer_says_so(self, tiny: Llama) -> None:
+        """A failure means that a refusal seems to be an answer."""
+        llama = Llama(tiny.model, tiny.tokenizer, chat=tiny.chat)
+        llama.output_guard = lambda *_: Verdict(False, (), "enough")
+        results = llama.chat_completion([ask("[INST]"), ask("What does the cow say?")], 0)
+        for result in results:
+            assert (result["finish_reason"], result["stop_reason"]) == ("content_filter", None)
+
+    @pytest.mark.parametrize("include_stop", [False, True])
+    def test_a_control_piece_stops_and_may_be_included(
+        self, tiny: Llama, monkeypatch, include_stop: bool
+    ) -> None:
+        """A failure means that such a stop string is never met, or that tokens don't fit it."""
+        settings = {"stop": ["▁<MID>"], "include_stop": include_stop}
+        story, mid = encode(tiny, "The cow said moo"), tiny.tokenizer.middle_id
+        expected = "The cow said moo" + "▁<MID>" * include_stop
+        follow_script(monkeypatch, iter([*story, mid, 7]))
+        result = tiny.text_completion([STORY], logprobs=True, **settings)[0]
+        assert result["generation"] == expected and result["stop_reason"] == "▁<MID>"
+        assert len(result["tokens"]) == len(result["logprobs"]) == len(story) + include_stop
+        assert (result["tokens"][-1] == "▁<MID>") == include_stop
+        follow_script(monkeypatch, iter([*story, mid, 7]))
+        pieces = list(tiny.text_completion_stream(STORY, **settings))
+        assert "".join(pieces) == expected and pieces[-1].stop_reason == "▁<MID>"
+        assert [i for p in pieces for i in p.token_ids] == [*story, *[mid] * include_stop]
+        follow_script(monkeypatch, iter([*story, mid, 7]))
+        assert tiny.generate([[1]], 30, **settings)[0] == [[*story, *[mid] * include_stop]]
+
+    def test_an_included_stop_string_ends_the_text(self, tiny: Llama) -> None:
+        """A failure means that streams and whole texts differ, or tokens don't fit the text."""
+        settings = {"temperature": 0, "max_gen_len": 60, "stop": ["."]}
+        plain = tiny.text_completion([STORY], **settings)[0]["generation"]
+        settings["include_stop"] = True
+        result = tiny.text_completion([STORY], logprobs=True, **settings)[0]
+        assert result["generation"] == f"{plain}."
+        assert "".join(result["tokens"]).replace("▁", " ").strip() == f"{plain}."
+        pieces = list(tiny.text_completion_stream(STORY, **settings))
+        assert "".join(pieces) == f"{plain}."
+        assert sum(len(piece.token_ids) for piece in pieces) == len(result["tokens"])
+
+    def test_the_end_of_sequence_can_be_ignored(self, tiny: Llama, monkeypatch) -> None:
+        """A failure means that benchmarks of a fixed length end early, or stops are lost."""
+        story, eos = encode(tiny, "The cow"), tiny.tokenizer.eos_id
+        ids = [*story, eos, tiny.tokenizer.eot_id, *encode(tiny, "said moo")]
+        for call in (
+            lambda **more: tiny.text_completion([STORY], **more)[0],
+            lambda **more: tiny.text_infilling(["a"], ["b"], **more)[0],
+        ):
+            follow_script(monkeypatch, iter(ids))
+            result = call(ignore_eos=True, max_gen_len=len(ids), logprobs=True)
+            assert result["generation"].strip() == "The cow said moo"
+            assert result["finish_reason"] == "length" and len(result["tokens"]) == len(ids)
+        follow_script(monkeypatch, iter(ids))
+        result = tiny.text_completion([STORY], ignore_eos=True, stop=["said"])[0]
+        assert result["generation"] == "The cow " and result["stop_reason"] == "said"
+        follow_script(monkeypatch, iter(ids))
+        answer = tiny.chat_completion([ask("Hi")], ignore_eos=True, stop_token_ids=[eos])[0]
+        assert answer["generation"]["content"] == "The cow" and answer["stop_reason"] == eos
+
+    def test_a_formats_own_end_is_no_reason_and_isnt_included(
+        self, tiny: Llama, monkeypatch
+    ) -> None:
+        """A failure means that the next speaker's mark becomes part of an answer."""
+        llama = Llama(tiny.model, tiny.tokenizer, chat=FORMATS["korani"])
+        ids = encode(tiny, "It says moo.\n### Human: And")
+        for more in ({"include_stop": True}, {"stop": ["nothing"]}):
+            follow_script(monkeypatch, iter(ids))
+            answer = llama.chat_completion([ask("Hi")], **more)[0]
+            assert answer["generation"]["content"] == "It says moo."
+            assert (answer["finish_reason"], answer["stop_reason"]) == ("stop", None)
+        follow_script(monkeypatch, iter(ids))
+        answer = llama.chat_completion([ask("Hi")], ignore_eos=True, max_gen_len=len(ids))[0]
+        assert "### Human: And" in answer["generation"]["content"]
+
+    def test_code_llamas_infilling_end_ends_no_completion(self, tiny: Llama, monkeypatch) -> None:
+        """A failure means that base models' texts end where Meta's code goes on."""
+        ids = [*encode(tiny, "The"), tiny.tokenizer.eot_id, *encode(tiny, "cow")]
+        follow_script(monkeypatch, iter([*ids, tiny.tokenizer.eos_id]))
+        assert tiny.text_completion([STORY])[0]["generation"] == "The cow"
 
     def test_infilling_ends_at_eot_and_at_eos(self, tiny: Llama, monkeypatch) -> None:
         ids = encode(tiny, STORY)

@@ -15,7 +15,8 @@ from llama.chat.request import ChatRequest, answer_parser
 from llama.chat.roles import prompt_tokens
 from llama.chat.tools import AnswerParser
 from llama.engine.sequence import Output, Sequence, checked_prompts
-from llama.errors import checked_list
+from llama.errors import WrongForm, checked_list
+from llama.logits.recommended import Recommended
 from llama.sampling import SamplingParams
 from llama.structure import Ranks, compile_format
 from llama.tokenizer import BaseTokenizer
@@ -31,6 +32,7 @@ class Tasks:
 
     Attributes:
         ranks: "alone" if other ranks don't make the same calls, see ``compile_format``.
+        recommended: what ``sampling="checkpoint"`` stands for.
     """
 
     ranks: Ranks = "together"
@@ -39,6 +41,7 @@ class Tasks:
         self.args = args
         self.tokenizer = tokenizer
         self.chat_format = chat
+        self.recommended = Recommended()
         self._seeds = random.Random(seed)
 
     def generate(
@@ -50,7 +53,7 @@ class Tasks:
         ends: Collection[End] = (),
         visible: Mapping[int, str] | None = None,
     ) -> list[Sequence]:
-        """Continue prompts of token ids.
+        """Continue prompts of token ids, each ``params.n`` times in a row.
 
         Args:
             ends: ids and strings that end a sequence as the tokenizer's own end tokens do.
@@ -63,16 +66,24 @@ class Tasks:
         """
         if self.args.labels is not None:
             raise ValueError("this checkpoint classifies and writes no text: use classify")
-        params, own = with_ends(params, self.tokenizer, ends)
+        params, own = with_ends(self.recommended.apply(params), self.tokenizer, ends)
+        outside = [i for i in params.logit_bias if not 0 <= i < self.tokenizer.n_words]
+        if outside:
+            raise ValueError(
+                f"logit_bias names the token id {outside[0]}, outside the vocabulary of "
+                f"{self.tokenizer.n_words}"
+            )
         seed = self._seeds.getrandbits(63) if params.seed is None else params.seed
-        sequences = []
-        for i, ids in enumerate(checked_prompts(self.args, prompts)):
+        sequences: list[Sequence] = []
+        for ids in checked_prompts(self.args, prompts):
             limit = self.args.max_seq_len - len(ids)
             if params.max_gen_len is not None:
                 limit = min(limit, params.max_gen_len)
-            sequences.append(
-                Sequence(ids, params, f"{seed} {i}", limit, output, in_context, own, visible or {})
-            )
+            for _ in range(params.n):
+                number = f"{seed} {len(sequences)}"
+                shown = visible or {}
+                one = Sequence(ids, params, number, limit, output, in_context, own, shown)
+                sequences.append(one)
         hold_to_form(sequences, self.tokenizer, self.ranks)
         return sequences
 
@@ -153,15 +164,19 @@ def hold_to_form(sequences: List[Sequence], tokenizer: BaseTokenizer, ranks: Ran
     """Give the sequences of a call the grammar of their ``response_format``.
 
     Raises:
-        ImportError, ValueError: see ``compile_format``.
+        ImportError, WrongForm: see ``compile_format``.
     """
     form = sequences[0].params.response_format if sequences else None
-    if form is not None:
-        one, stops = sequences[0], sequences[0].params.stop_token_ids
-        in_context = one.in_context or one.output == "infilling"
+    if form is None:
+        return
+    one, stops = sequences[0], sequences[0].params.stop_token_ids
+    in_context = one.in_context or one.output == "infilling"
+    try:
         grammar = compile_format(form, tokenizer, stops, in_context, one.visible, ranks)
-        for sequence in sequences:
-            sequence.grammar = grammar and grammar.copy()
+    except ValueError as error:
+        raise WrongForm(str(error)) from error
+    for sequence in sequences:
+        sequence.grammar = grammar and grammar.copy()
 
 
 def _is_token_ids(prompt: Any) -> bool:

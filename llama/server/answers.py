@@ -22,6 +22,7 @@ class Piece(NamedTuple):
     text: str
     n_tokens: int  # of the answer so far, whose log-probabilities may be sent
     finish: FinishReason
+    stop_reason: str | int | None = None  # the text or the token id that ended it
 
 
 class GuardExecutor:
@@ -106,8 +107,9 @@ class Answers:
 
     async def _guarded(self, number: int, update: Update) -> Piece:
         finish: FinishReason = update.finish_reason  # type: ignore[assignment]
+        stop = self.jobs[number].sequence.stop_reason if finish == "stop" else None
         if not self._guards:
-            return Piece(number, update.text, update.n_tokens, finish)
+            return Piece(number, update.text, update.n_tokens, finish, stop)
         guard = self._guards[number]
         run = functools.partial(self._executor.run, self._deadline)
         is_due = guard.is_due(update.text)
@@ -117,8 +119,8 @@ class Answers:
         if guard.refused is not None:
             self.jobs[number].cancelled = True
             text += ("\n\n" if guard.released else "") + refusal(guard.refused)
-            finish = "content_filter"
-        return Piece(number, text, update.n_tokens, finish)
+            finish, stop = "content_filter", None
+        return Piece(number, text, update.n_tokens, finish, stop)
 
     def close(self) -> None:
         """Free the slots. Callers must call this, or exhaust or close ``pieces``."""

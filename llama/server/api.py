@@ -8,7 +8,7 @@ from pydantic import BaseModel
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from llama.server import schemas, tasks
+from llama.server import dialogs, responses, schemas, schemas_chat, schemas_responses, tasks
 from llama.server.access import AccessControl
 from llama.server.errors import ErrorMiddleware, add_error_handlers
 from llama.server.service import Service
@@ -23,6 +23,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
         (413, "The request is too large."),
         (429, "The queue is full: try again later."),
         (500, "The server failed."),
+        (501, "The server lacks a package that the request needs."),
         (503, "The server is shutting down."),
         (504, "The request took longer than its timeout."),
     )
@@ -101,10 +102,25 @@ def _routes(service: Service) -> APIRouter:
         """Continue texts, or fill in the middle between ``prompt`` and ``suffix``."""
         return await tasks.complete(service, body, request)
 
-    @router.post("/v1/chat/completions", **_text_route(schemas.ChatCompletion, schemas.ChatChunk))
-    async def chat_completions(body: schemas.ChatRequest, request: Request) -> Response:
-        """Answer a dialog."""
-        return await tasks.chat(service, body, request)
+    of_chat = _text_route(schemas_chat.ChatCompletion, schemas_chat.ChatChunk)
+
+    @router.post("/v1/chat/completions", **of_chat)
+    async def chat_completions(body: schemas_chat.ChatRequest, request: Request) -> Response:
+        """Answer a dialog, with text or with calls of tools."""
+        return await dialogs.chat(service, body, request)
+
+    of_responses = _text_route(
+        schemas_responses.ModelResponse,
+        schemas_responses.ResponseEvent,
+        "server-sent events: `event: ` their type, `data: ResponseEvent`.",
+    )
+
+    @router.post("/v1/responses", **of_responses)
+    async def create_response(
+        body: schemas_responses.ResponsesRequest, request: Request
+    ) -> Response:
+        """Answer a dialog in the form of items. Nothing is kept for a later request."""
+        return await responses.respond(service, body, request)
 
     vectors: Any = {"response_model": schemas.Embeddings, "responses": _ERRORS}
 
@@ -137,9 +153,12 @@ def _routes(service: Service) -> APIRouter:
     return router
 
 
-def _text_route(whole: type[BaseModel], event: type[BaseModel]) -> dict[str, Any]:
+def _text_route(
+    whole: type[BaseModel], event: type[BaseModel], events: str | None = None
+) -> dict[str, Any]:
     """Return a route's description, for an answer that is sent whole or as events."""
-    text = f"With stream=true, server-sent events: `data: {event.__name__}`, then `data: [DONE]`."
+    default = f"server-sent events: `data: {event.__name__}`, then `data: [DONE]`."
+    text = f"With stream=true, {events or default}"
     data = {"type": "string", "description": text}
     schema = {"type": "object", "properties": {"data": data}, "required": ["data"]}
     content = {"text/event-stream": {"schema": schema}}

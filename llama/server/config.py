@@ -18,6 +18,8 @@ _BUILD_FIELDS = (
     "device",
     "adapter",
     "chat_format",
+    "chat_template",
+    "tool_format",
     "compile",
     "quantize",
     "group_size",
@@ -53,6 +55,11 @@ class ServerConfig:
         dtype: float32, bfloat16 or float16; by default as checkpoint and device suggest.
         adapter: a LoRA adapter's directory, or several separated by commas.
         chat_format: how dialogs are written; by default as the checkpoint says.
+        chat_template: a Jinja template's text or file, in place of the checkpoint's own.
+        tool_format: how tools are described and called where the template has no place for them;
+            "hermes" is known.
+        sampling: "checkpoint" takes what the checkpoint recommends for the sampling parameters
+            that a request doesn't set.
         compile: compile decoding steps.
         quantize: int8 or int4, for quantised weights.
         group_size: how many weights share a scale in int4.
@@ -79,6 +86,9 @@ class ServerConfig:
     dtype: str | None = None
     adapter: str | tuple[str, ...] = ()
     chat_format: str | None = None
+    chat_template: str | None = None
+    tool_format: str | None = None
+    sampling: str | None = None
     compile: bool = False
     quantize: str | None = None
     group_size: int | None = None

@@ -2,7 +2,7 @@
 
 import logging
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -66,14 +66,27 @@ def add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
-        where = [str(part) for part in first["loc"] if part != "body"]
-        param = ".".join(where) or None
+        param = _param(first["loc"][1:], error.body, first["type"] == "missing")
         message = first["msg"].removeprefix("Value error, ")
         if first["type"] == "extra_forbidden":
             message = "this server has no such parameter"
         if first["type"] == "json_invalid":
             param, message = None, "the body is not JSON"
         return ApiError(400, f"{param}: {message}" if param else message, param).response()
+
+
+def _param(location: Sequence[str | int], body: Any, is_missing: bool) -> str | None:
+    """Return the name of a wrong field, without the variants of a union that its location has."""
+    where = []
+    for i, part in enumerate(location):
+        is_last = i == len(location) - 1
+        is_field = isinstance(body, dict) and part in body
+        if is_field or (isinstance(body, list) and isinstance(part, int) and part < len(body)):
+            body = body[part]
+        elif not (is_missing and is_last):
+            continue
+        where.append(str(part))
+    return ".".join(where) or None
 
 
 def log_failure(error: BaseException) -> None:

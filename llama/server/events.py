@@ -1,22 +1,21 @@
 """Responses, whole or as server-sent events; both end when the client disconnects."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterable
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from fastapi import Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 from starlette.types import Receive, Scope, Send
 
 from llama.server.answers import Answers, Piece
 from llama.server.errors import ApiError
-from llama.server.schemas import FinishReason
+from llama.server.schemas import ErrorAnswer
 
 T = TypeVar("T")
-
-_DONE = b"data: [DONE]\n\n"
 
 
 async def json_response(build: Callable[[], BaseModel]) -> Response:
@@ -40,57 +39,81 @@ class EventResponse(StreamingResponse):
             self._close()
 
 
-def stream(
-    answers: Answers,
-    event: Callable[[Piece], BaseModel],
-    last: Callable[[], BaseModel] | None,
-    scored: bool,
-) -> EventResponse:
-    """Return answers as server-sent events.
+def _nothing() -> Iterable[BaseModel]:
+    return ()
+
+
+def _error(error: ApiError) -> Iterable[BaseModel]:
+    return [ErrorAnswer.model_validate(error.body())]
+
+
+@dataclass(frozen=True)
+class Events:
+    """The events of a stream.
 
     Args:
-        event: makes an event of a piece.
-        last: makes an additional last event; None for none.
-        scored: events contain log-probabilities, which may be many: they are made in a thread.
+        piece: makes those of a piece of text; in a thread if there are log-probabilities, which
+            may be many.
+        first, last: make those before all pieces and after them.
+        failed: makes those of an error, after which there are no others.
+        done: is sent at the end.
     """
 
-    def encode(piece: Piece) -> bytes:
-        return _data(event(piece))
+    piece: Callable[[Piece], Iterable[BaseModel]]
+    first: Callable[[], Iterable[BaseModel]] = _nothing
+    last: Callable[[], Iterable[BaseModel]] = _nothing
+    failed: Callable[[ApiError], Iterable[BaseModel]] = _error
+    done: bytes = b"data: [DONE]\n\n"
+    is_scored: bool = False
 
-    async def events() -> AsyncGenerator[bytes, None]:
+
+def stream(answers: Answers, events: Events) -> EventResponse:
+    """Return answers as server-sent events."""
+
+    def encode(piece: Piece) -> bytes:
+        return _data(events.piece(piece))
+
+    async def blocks() -> AsyncGenerator[bytes, None]:
         try:
+            yield _data(events.first())
             async with aclosing(answers.pieces()) as pieces:
                 async for piece in pieces:
+                    scored = events.is_scored
                     yield await asyncio.to_thread(encode, piece) if scored else encode(piece)
-            if last is not None:
-                yield _data(last())
+            yield _data(events.last())
         except ApiError as error:  # the status has been sent
-            yield b"data: " + bytes(JSONResponse(error.body()).body) + b"\n\n"
-        yield _DONE
+            yield _data(events.failed(error))
+        yield events.done
 
-    return EventResponse(events(), answers.close)
+    async def without_empty_blocks() -> AsyncGenerator[bytes, None]:
+        async with aclosing(blocks()) as found:
+            async for block in found:
+                if block:
+                    yield block
+
+    return EventResponse(without_empty_blocks(), answers.close)
 
 
-async def collect(request: Request, answers: Answers) -> list[tuple[str, FinishReason]]:
-    """Return the texts and their finish reasons.
+async def collect(request: Request, answers: Answers) -> list[Piece]:
+    """Return each answer as one piece.
 
     Raises:
         ApiError: the request failed, or the client has disconnected.
     """
-    texts = [""] * len(answers.jobs)
-    finishes: list[FinishReason] = [None] * len(texts)
+    whole = [Piece(number, "", 0, None) for number in range(len(answers.jobs))]
 
     async def gather() -> None:
         async with aclosing(answers.pieces()) as pieces:
             async for piece in pieces:
-                texts[piece.number] += piece.text
-                finishes[piece.number] = piece.finish
+                text = whole[piece.number].text + piece.text
+                whole[piece.number] = piece._replace(text=text)
 
     try:
         await unless_disconnected(request, gather())
     finally:
         answers.close()
-    return list(zip(texts, finishes, strict=True))
+    counts = [len(job.sequence.tokens) for job in answers.jobs]
+    return [piece._replace(n_tokens=n) for piece, n in zip(whole, counts, strict=True)]
 
 
 async def unless_disconnected(request: Request, coroutine: Coroutine[Any, Any, T]) -> T:
@@ -117,5 +140,11 @@ async def _wait_for_disconnect(request: Request) -> None:
         pass
 
 
-def _data(event: BaseModel) -> bytes:
-    return b"data: " + event.model_dump_json().encode() + b"\n\n"
+def _data(events: Iterable[BaseModel]) -> bytes:
+    """Return server-sent events, which have a name if they have a ``type``."""
+    lines = []
+    for event in events:
+        kind = getattr(event, "type", None)
+        lines += [f"event: {kind}\n".encode()] if kind else []
+        lines += [b"data: ", event.model_dump_json().encode(), b"\n\n"]
+    return b"".join(lines)

@@ -1,10 +1,11 @@
 """The web page: chat, completion and infilling with the served model, from this host alone."""
 
 import asyncio
+import json
 import os
 import sys
 import tempfile
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from html import escape
 from types import SimpleNamespace
@@ -40,8 +41,8 @@ class PageBackend(Protocol):
     """The part of the server that the page uses.
 
     The tasks return async generators of pieces of text. Closing one stops the generation. If one
-    raises ``ValueError``, its message is for the user. ``max_tokens`` limits an answer's length;
-    None for as long as fits.
+    raises ``ValueError``, its message is for the user. ``options`` are arguments of
+    ``SamplingParams``.
     """
 
     name: str  # of the model
@@ -49,16 +50,12 @@ class PageBackend(Protocol):
     infills: bool  # True if the model was trained for infilling
     max_tokens: int  # prompt and answer together, at most
 
-    def chat(
-        self, dialog: list[Message], temperature: float, top_p: float, max_tokens: int | None
-    ) -> AsyncIterator[str]: ...
+    def chat(self, dialog: list[Message], options: Mapping[str, Any]) -> AsyncIterator[str]: ...
 
-    def complete(
-        self, prompt: str, temperature: float, top_p: float, max_tokens: int | None
-    ) -> AsyncIterator[str]: ...
+    def complete(self, prompt: str, options: Mapping[str, Any]) -> AsyncIterator[str]: ...
 
     def infill(
-        self, prefix: str, suffix: str, temperature: float, top_p: float, max_tokens: int | None
+        self, prefix: str, suffix: str, options: Mapping[str, Any]
     ) -> AsyncIterator[str]: ...
 
 
@@ -90,17 +87,18 @@ def mount_page(app: FastAPI, backend: PageBackend) -> FastAPI:
                 t = gr.Slider(0, 2, 0.6, step=0.05, label="Temperature", info="0: most probable")
                 p = gr.Slider(0.05, 1, 0.9, step=0.05, label="Top-p", info="1: all tokens")
                 n = gr.Slider(0, most, 0, step=1, label="Length", info="0: as long as fits")
+                settings = [t, p, n, *more_settings()]
             with left, gr.Tabs():
                 with gr.Tab("Chat"):
-                    chat_tab(backend, [system, t, p, n])
+                    chat_tab(backend, [system, *settings])
                 with gr.Tab("Completion"):
                     prompt = gr.Textbox(label="Text to continue", lines=8, elem_classes="code")
-                    task_tab(backend.complete, "Continue", [prompt], [t, p, n])
+                    task_tab(backend.complete, "Continue", [prompt], settings)
                 with gr.Tab("Infilling"):
                     if backend.infills:
                         before = gr.Textbox(label="Before", lines=6, elem_classes="code")
                         after = gr.Textbox(label="After", lines=6, elem_classes="code")
-                        task_tab(backend.infill, "Fill in", [before, after], [t, p, n])
+                        task_tab(backend.infill, "Fill in", [before, after], settings)
                     else:
                         gr.Markdown(f"{name} cannot infill: it wasn't trained to fill a gap.")
 
@@ -157,13 +155,7 @@ def chat_tab(backend: PageBackend, settings: list[gr.Component]) -> None:
     )
 
     async def answer(
-        typed: str,
-        history: list[dict[str, Any]],
-        system: str,
-        temperature: float,
-        top_p: float,
-        length: int,
-        event: gr.EventData,
+        event: gr.EventData, typed: str, history: list[dict[str, Any]], system: str, *values: Any
     ) -> AsyncIterator[tuple[Any, Any]]:
         history = [{"role": turn["role"], "content": plain(turn["content"])} for turn in history]
         retried = event._data or {}  # the message to answer again, perhaps edited
@@ -175,7 +167,7 @@ def chat_tab(backend: PageBackend, settings: list[gr.Component]) -> None:
         yield turns, gr.Textbox(typed if retried else "", submit_btn=False, stop_btn=True)
         content = ""
         try:
-            pieces = backend.chat(dialog(system, turns), temperature, top_p, int(length) or None)
+            pieces = backend.chat(dialog(system, turns), sampling_options(*values))
             async with aclosing(accumulate(pieces)) as contents:
                 async for content in contents:
                     reply = [{"role": "assistant", "content": content}] if content else []
@@ -208,7 +200,8 @@ def task_tab(
     async def answer(*values: Any) -> AsyncIterator[tuple[Any, Any, Any]]:
         yield "", gr.Button(visible=False), gr.Button(visible=True)
         try:
-            pieces = run(*values[:-1], int(values[-1]) or None)
+            n_texts = len(texts)
+            pieces = run(*values[:n_texts], sampling_options(*values[n_texts:]))
             async with aclosing(accumulate(pieces)) as results:
                 async for text in results:
                     yield text, gr.skip(), gr.skip()
@@ -218,6 +211,63 @@ def task_tab(
     running = go.click(answer, [*texts, *settings], [result, go, stop], **HIDDEN)
     running.then(lambda: [gr.Button(visible=v) for v in (True, False)], None, [go, stop], **HIDDEN)
     stop.click(None, cancels=running, **HIDDEN)
+
+
+def more_settings() -> list[gr.Component]:
+    """Add the settings that few need, in the order in which ``sampling_options`` takes them."""
+    with gr.Accordion("More", open=False):
+        return [
+            gr.Slider(0, 200, 0, step=1, label="Top-k", info="0: all tokens"),
+            gr.Slider(0, 1, 0, step=0.01, label="Min-p", info="0: all tokens"),
+            gr.Slider(0.5, 2, 1, step=0.01, label="Repetition penalty", info="1: none"),
+            gr.Slider(-2, 2, 0, step=0.05, label="Presence penalty", info="0: none"),
+            gr.Slider(-2, 2, 0, step=0.05, label="Frequency penalty", info="0: none"),
+            # With a value: closed, they would send null.
+            gr.Textbox("", label="Seed", info="A whole number; empty for another each time"),
+            gr.Textbox("", label="Stop strings", info="One a line", lines=2, elem_classes="code"),
+            gr.Textbox("", label="JSON schema", info="Of the answer", lines=3, elem_classes="code"),
+        ]
+
+
+def sampling_options(
+    temperature: float,
+    top_p: float,
+    length: float,
+    top_k: float,
+    min_p: float,
+    repetition_penalty: float,
+    presence_penalty: float,
+    frequency_penalty: float,
+    seed: str,
+    stops: str,
+    schema: str,
+) -> dict[str, Any]:
+    """Return the page's settings as fields of ``SamplingParams``.
+
+    Raises:
+        ValueError: the seed or the schema can't be read.
+    """
+    options: dict[str, Any] = {
+        "temperature": temperature,
+        "top_p": top_p,
+        "max_gen_len": int(length) or None,
+        "top_k": int(top_k),
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "presence_penalty": presence_penalty,
+        "frequency_penalty": frequency_penalty,
+        "stop": [line for line in stops.splitlines() if line],
+    }
+    try:
+        options["seed"] = int(seed) if seed.strip() else None
+        form = json.loads(schema) if schema.strip() else None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"The JSON schema isn't JSON: {error}.") from None
+    except ValueError:
+        raise ValueError(f"The seed is {seed!r}: expected a whole number.") from None
+    if form is not None:
+        options["response_format"] = {"type": "json_schema", "json_schema": {"schema": form}}
+    return options
 
 
 def plain(content: object) -> str:

@@ -40,7 +40,7 @@ Value = str | float | Annotated[list[_Turn], Field(max_length=1000, fail_fast=Tr
 class _Join(_Input):
     """An event of the page, with the values of its inputs."""
 
-    data: Annotated[list[Value], Field(max_length=10, fail_fast=True)]
+    data: Annotated[list[Value], Field(max_length=20, fail_fast=True)]
     fn_index: int
     session_hash: str
     trigger_id: int | None = None

@@ -8,14 +8,8 @@ from collections.abc import Sequence
 from llama.engine.detokenizer import Detokenizer
 from llama.engine.sequence import Alternatives
 from llama.server.loop import Job
-from llama.server.schemas import (
-    ChatLogprobs,
-    CompletionLogprobs,
-    PromptDetails,
-    TokenLogprob,
-    TopLogprob,
-    Usage,
-)
+from llama.server.schemas import CompletionLogprobs, PromptDetails, Usage
+from llama.server.schemas_chat import ChatLogprobs, TokenLogprob, TopLogprob
 from llama.tokenizer import BaseTokenizer
 
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")

@@ -5,15 +5,15 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
-from llama.chat.formats import FORMATS
 from llama.chat.prompts import UNSAFE_ERROR, Dialog, Message
 from llama.engine.sequence import Sequence as EngineSequence
-from llama.errors import PromptTooLong
+from llama.errors import PromptTooLong, WrongForm
 from llama.generation import Llama
-from llama.guards import InputGuard, StreamGuard, checked_verdict, refusal
+from llama.guards import InputGuard, StreamGuard, input_refusal
 from llama.sampling import SamplingParams
 from llama.server.answers import Answers, GuardExecutor
 from llama.server.config import ServerConfig
@@ -41,8 +41,7 @@ class Service:
         self.metrics = Metrics(self.loop)
         self.max_tokens = llama.model.params.max_seq_len
         self.infills = llama.tokenizer.prefix_id is not None
-        names = [name for name, format in FORMATS.items() if format is llama.chat]
-        self.chat_format = names[0] if names else "the checkpoint's own template"
+        self.chat_format = llama.chat.name
         self._guards = GuardExecutor()
         self._capacity = config.max_queue + llama.model.params.max_batch_size
         self._n_preparing = 0  # sequences that will be queued
@@ -107,6 +106,10 @@ class Service:
             sequences = await asyncio.to_thread(make)
         except PromptTooLong as error:
             raise self._too_long(error.n_tokens) from error
+        except WrongForm as error:
+            raise ApiError(400, str(error), "response_format") from error
+        except ImportError as error:  # of what compiles forms
+            raise ApiError(501, f"the server lacks a package: {error}") from error
         except (ValueError, TypeError) as error:
             raise ApiError(400, str(error)) from error
         n_words = self.llama.tokenizer.n_words
@@ -142,8 +145,7 @@ class Service:
         """Return the input guard's refusal of a dialog; None if it is allowed."""
         if guard is None:
             return None
-        verdict = await self._guards.run(deadline, lambda: checked_verdict(guard(dialog)))
-        return None if verdict.allowed else refusal(verdict)
+        return await self._guards.run(deadline, input_refusal, guard, dialog)
 
     def _queue(
         self,
@@ -181,38 +183,48 @@ class Service:
             raise ApiError(503, str(error), headers={"Retry-After": "10"}) from error
         return jobs, updates
 
-    def params(self, temperature: float, top_p: float, max_tokens: int | None) -> SamplingParams:
-        """Return sampling parameters with the server's own prompt lookup."""
-        n_lookup = self.config.prompt_lookup_num_tokens
-        return SamplingParams(temperature, top_p, max_tokens, prompt_lookup_num_tokens=n_lookup)
+    def params(self, **given: Any) -> SamplingParams:
+        """Return sampling parameters: those that are given, and the server's own.
+
+        Raises:
+            ApiError: a token id isn't in the vocabulary.
+        """
+        n_words = self.llama.tokenizer.n_words
+        for name in ("logit_bias", "stop_token_ids"):
+            largest = max(given.get(name, ()), default=0)
+            if largest >= n_words:
+                raise ApiError(400, f"{name}: token ids end with {n_words - 1}", name)
+        return SamplingParams(
+            prompt_lookup_num_tokens=self.config.prompt_lookup_num_tokens,
+            sampling=self.config.sampling,
+            **given,
+        )
 
     async def chat(
-        self, dialog: list[Message], temperature: float, top_p: float, max_tokens: int | None
+        self, dialog: list[Message], options: Mapping[str, Any]
     ) -> AsyncGenerator[str, None]:
         """Yield the answer to a dialog, piece by piece, for the page.
 
         Raises:
             ValueError: an argument is wrong, or the request failed; its message is for the user.
         """
-        tasks, params = self.llama.tasks, partial(self.params, temperature, top_p, max_tokens)
+        tasks, params = self.llama.tasks, partial(self.params, **options)
         answers = self.submit(lambda: tasks.chat([dialog], params()), 1, dialogs=[dialog])
         async for text in _texts(answers):
             yield text
 
-    async def complete(
-        self, prompt: str, temperature: float, top_p: float, max_tokens: int | None
-    ) -> AsyncGenerator[str, None]:
+    async def complete(self, prompt: str, options: Mapping[str, Any]) -> AsyncGenerator[str, None]:
         """Yield a text's continuation, as ``chat`` does."""
-        tasks, params = self.llama.tasks, partial(self.params, temperature, top_p, max_tokens)
+        tasks, params = self.llama.tasks, partial(self.params, **options)
         answers = self.submit(lambda: tasks.text([prompt], params(), in_context=True), 1)
         async for text in _texts(answers):
             yield text
 
     async def infill(
-        self, prefix: str, suffix: str, temperature: float, top_p: float, max_tokens: int | None
+        self, prefix: str, suffix: str, options: Mapping[str, Any]
     ) -> AsyncGenerator[str, None]:
         """Yield the middle between two texts, as ``chat`` does."""
-        tasks, params = self.llama.tasks, partial(self.params, temperature, top_p, max_tokens)
+        tasks, params = self.llama.tasks, partial(self.params, **options)
         answers = self.submit(lambda: tasks.infilling([prefix], [suffix], params()), 1)
         async for text in _texts(answers):
             yield text

@@ -109,9 +109,12 @@ def _describe(sequence: Sequence) -> dict[str, Any]:
 
 
 def _restore(fields: dict[str, Any], engine: Engine) -> Sequence:
-    params = SamplingParams(**fields["params"])
-    ends, visible = frozenset(fields["ends"]), dict(fields["visible"])
-    sequence = Sequence(**{**fields, "params": params, "ends": ends, "visible": visible})
+    params = fields["params"]
+    biases = params.get("logit_bias", {})  # JSON has no keys but texts
+    params["logit_bias"] = {int(i): bias for i, bias in biases.items()}
+    ends, visible = frozenset(fields.get("ends", ())), dict(fields.get("visible", ()))
+    restored = {"params": SamplingParams(**params), "ends": ends, "visible": visible}
+    sequence = Sequence(**{**fields, **restored})
     hold_to_form([sequence], engine.tokenizer, "later")
     return sequence
 

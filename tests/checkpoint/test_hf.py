@@ -212,7 +212,9 @@ def test_names_without_the_prefix_are_those_of_a_bare_network(tmp_path: Path) ->
     [
         ({"eos_token_id": 5}, ..., {5}),
         ({"eos_token_id": [5, 7]}, ..., {5, 7}),
-        ({"eos_token_id": 5}, {"eos_token_id": [9, 2]}, {9, 2}),
+        # Where both say so: of config.json's, which may be older, control pieces only.
+        ({"eos_token_id": [5, 7]}, {"eos_token_id": [9, 2]}, {5, 9, 2}),
+        ({"text_config": {"eos_token_id": 5}}, {}, {2, 5}),
         ({"eos_token_id": None}, {}, {2}),
     ],
 )

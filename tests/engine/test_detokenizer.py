@@ -1,14 +1,21 @@
 """Text streams: pieces join to the text, no half characters, no stop strings."""
 
+import json
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from json_tokenizers import byte_level
 
 from llama import Tokenizer
 from llama.engine.detokenizer import Detokenizer
+from llama.generation import TINY
+from llama.tokenizer import BaseTokenizer
+from llama.tokenizers import load_tokenizer
+from llama.tokenizers.control import with_marks
 
 
 def run(stream: Detokenizer, ids: list[int]) -> list[str]:
@@ -166,3 +173,96 @@ def test_a_long_stop_string_takes_no_longer() -> None:
         assert not any(stream.push(i) for i in range(200))
         assert stream.flush() == "a" * 200
     assert time.process_time() - begin < 2
+
+
+def test_a_kept_stop_string_is_part_of_the_text_with_its_tokens() -> None:
+    """A failure means that ``include_stop`` loses characters, or tokens, or shows more than it."""
+    words = ["a", "b", "cd", "x"]
+
+    def decode(ids: Sequence[int]) -> str:
+        return "".join(words[i] for i in ids)
+
+    stream = Detokenizer(decode, ["bc", "x"], kept=["bc"])
+    assert [stream.push(i) for i in (0, 1, 2)] == ["a", "", "bc"]
+    assert (stream.text, stream.stopped, stream.flush()) == ("abc", "bc", "")
+    # The last token says more than the stop string, which is part of it all the same.
+    assert stream.n_tokens == 3
+    other = Detokenizer(decode, ["bc", "x"], kept=["bc"])
+    assert [other.push(i) for i in (0, 3)] == ["a", ""]
+    assert (other.text, other.stopped, other.n_tokens) == ("a", "x", 1)
+
+
+def marked(tokenizer: BaseTokenizer, marks: dict[int, str], **more: Any) -> Detokenizer:
+    return Detokenizer(with_marks(tokenizer.decode, tokenizer, marks), marks=marks, **more)
+
+
+class TestMarks:
+    """Control pieces that are written out, in SentencePiece's vocabularies and byte-level ones."""
+
+    @pytest.fixture(params=["sentencepiece", "spaced", "byte-level"])
+    def tokenizer(self, request: pytest.FixtureRequest) -> BaseTokenizer:
+        if request.param == "byte-level":
+            return load_tokenizer({"tokenizer.json": json.dumps(byte_level()).encode()})
+        tokenizer = Tokenizer(TINY / "tokenizer.model")
+        tokenizer.spaced = request.param == "spaced"
+        return tokenizer
+
+    @staticmethod
+    def two(tokenizer: BaseTokenizer) -> tuple[str, str]:
+        first, second = list(tokenizer.control_ids)[-2:]
+        return first, second
+
+    def test_pieces_join_to_the_text_that_was_read(self, tokenizer: BaseTokenizer) -> None:
+        """A failure means that a tool call's mark is lost, or stands in another place."""
+        call, silent = self.two(tokenizer)
+        marks = {tokenizer.control_ids[call]: call}
+        for text in (
+            f"{call}",
+            f"the cat{call} sat{silent} on",
+            f'{call}{call}{{"name": 1}}\n{call}é{silent}语{call}',
+        ):
+            ids = tokenizer.encode_rendered(text)
+            stream = marked(tokenizer, marks)
+            pieces = run(stream, ids)
+            written = "".join(pieces).split()
+            assert "".join(written) == "".join(text.replace(silent, "").split())
+            if silent not in text:
+                assert "".join(pieces) == text
+            assert stream.n_tokens == len(ids)
+            # Each mark begins where its token does.
+            begins = [stream.starts[i] for i, token in enumerate(ids) if token in marks]
+            assert [stream.text[at : at + len(call)] for at in begins] == [call] * len(begins)
+
+    def test_a_mark_ends_half_a_character(self, tokenizer: BaseTokenizer) -> None:
+        """A failure means that bytes on both sides of a mark become one character behind it."""
+        call, _ = self.two(tokenizer)
+        mark = tokenizer.control_ids[call]
+        half = tokenizer.encode_infilling("語")[:-1]
+        stream = marked(tokenizer, {mark: call})
+        pieces = run(stream, [*half, mark, *tokenizer.encode_infilling("a")])
+        begin = tokenizer.decode_infilling(half)
+        assert "".join(pieces) == f"{begin}{call}a" and begin.endswith("\ufffd")
+        assert stream.starts == [0] * len(half) + [len(begin), len(begin + call)]
+
+    def test_stop_strings_are_found_across_marks(self, tokenizer: BaseTokenizer) -> None:
+        """A failure means that an answer can't be stopped at a tool call."""
+        call, _ = self.two(tokenizer)
+        ids = tokenizer.encode_rendered(f"the{call}cat sat")
+        stream = marked(tokenizer, {tokenizer.control_ids[call]: call}, stop=[f"e{call}c"])
+        assert "".join(run(stream, ids)) == stream.text == "th" and stream.stopped
+
+    def test_half_a_character_may_complete_a_stop_string(self, tokenizer: BaseTokenizer) -> None:
+        """A failure means that a text goes on after a stop string that a mark has completed."""
+        call, _ = self.two(tokenizer)
+        mark = tokenizer.control_ids[call]
+        half = tokenizer.encode_infilling("語")[:-1]
+        stream = marked(tokenizer, {mark: call}, stop=["\ufffd"])
+        assert "".join(run(stream, [*half, mark])) == stream.text == ""
+        assert stream.stopped == "\ufffd"
+
+    def test_a_mark_in_the_context_is_no_part_of_the_text(self, tokenizer: BaseTokenizer) -> None:
+        """A failure means that a continuation repeats its prompt's mark."""
+        call, _ = self.two(tokenizer)
+        context = tokenizer.encode_rendered(f"a{call}")
+        stream = marked(tokenizer, {tokenizer.control_ids[call]: call}, context=context)
+        assert "".join(run(stream, tokenizer.encode_infilling("bc"))) == "bc"

@@ -21,9 +21,12 @@ class Letters:
     decode_infilling = decode
 
 
+OWN = frozenset({ord("."), "own"})  # the tokenizer's and the format's ends
+
+
 def begun(max_new_tokens: int = 20, output: Any = "text", **params: Any) -> Sequence:
     settings = SamplingParams(**params)
-    sequence = Sequence([ord("a")], settings, "seed", max_new_tokens, output)
+    sequence = Sequence([ord("a")], settings, "seed", max_new_tokens, output, ends=OWN)
     sequence.begin(Letters())  # type: ignore[arg-type]
     return sequence
 
@@ -47,6 +50,11 @@ class TestStreamPiece:
         piece = StreamPiece("ab", (1, 2), (-0.5, -1.0), "stop")
         assert (piece.token_ids, piece.logprobs) == ([1, 2], [-0.5, -1.0])
         assert piece.finish_reason == "stop"
+
+    def test_it_has_the_stop_that_ended_it(self) -> None:
+        """A failure means that a stream's reader can't tell one stop from another."""
+        assert StreamPiece("", finish_reason="stop", stop_reason="yz").stop_reason == "yz"
+        assert StreamPiece("a").stop_reason is None
 
     def test_by_default_it_goes_on_and_has_none(self) -> None:
         """A failure means that pieces share a list, or that a stream seems to end."""
@@ -117,6 +125,82 @@ class TestAppend:
         sequence = begun(output="ids")
         assert append(sequence, "x") == sequence.text == ""
         assert sequence.n_decoded == len(sequence.tokens) == 1
+
+
+class TestStops:
+    END = "\x01"  # Letters' control piece <end>
+
+    @pytest.mark.parametrize(
+        ("drawn", "reason", "text"),
+        [
+            ("x!", ord("!"), "x"),
+            ("x.", None, "x"),
+            ("xyz", "yz", "x"),
+            ("xown", None, "x"),
+            (f"x{END}", "<end>", "x"),
+            ("x<end>", "<end>", "x"),
+        ],
+    )
+    def test_the_reason_is_the_callers_stop(
+        self, drawn: str, reason: str | int | None, text: str
+    ) -> None:
+        """A failure means that a result doesn't say which stop was met, or names the format's."""
+        sequence = begun(stop=["yz", "<end>", "own"], stop_token_ids=[33, 46, 1])
+        append_all(sequence, drawn)
+        assert (sequence.text, sequence.stop_reason) == (text, reason)
+        assert sequence.finish_reason == "stop" and Letters().decode(sequence.tokens) == text
+        assert len(sequence.logprobs) == len(sequence.tokens)
+
+    @pytest.mark.parametrize(
+        ("drawn", "text", "n_tokens"),
+        [
+            ("x!", "x", 1),  # an id has no text
+            ("x.", "x", 1),
+            ("xyz", "xyz", 3),
+            ("xown", "x", 1),
+            (f"x{END}", "x<end>", 2),
+            ("x<end>", "x<end>", 6),
+        ],
+    )
+    def test_an_included_stop_is_the_end_of_text_and_tokens(
+        self, drawn: str, text: str, n_tokens: int
+    ) -> None:
+        """A failure means that text, tokens and scores don't fit, or the format's end is shown."""
+        stop = {"stop": ["yz", "<end>", "own"], "stop_token_ids": [33, 46, 1]}
+        sequence = begun(include_stop=True, **stop)
+        assert append_all(sequence, drawn) == sequence.text == text
+        assert len(sequence.tokens) == len(sequence.logprobs) == n_tokens
+        assert sequence.finish_reason == "stop"
+
+    def test_ids_alone_end_at_a_control_piece(self) -> None:
+        """A failure means that without a text such a stop is passed over."""
+        sequence = begun(output="ids", stop=["<end>"], stop_token_ids=[1], include_stop=True)
+        append_all(sequence, f"x{self.END}")
+        assert sequence.finish_reason == "stop" and sequence.stop_reason == "<end>"
+
+    @pytest.mark.parametrize("drawn", ["xx", "xy"])
+    def test_a_sequence_that_no_stop_ends_has_no_reason(self, drawn: str) -> None:
+        """A failure means that a text cut by its length seems to be whole."""
+        sequence = begun(2, stop=["yz"])
+        append_all(sequence, drawn)
+        assert (sequence.finish_reason, sequence.stop_reason) == ("length", None)
+
+    def test_what_is_visible_is_written_out(self) -> None:
+        """A failure means that a tool call's marks don't reach its parser."""
+        sequence = begun(stop=["d>y"])
+        sequence.visible = {1: "<end>"}
+        sequence.begin(Letters())  # type: ignore[arg-type]
+        assert append_all(sequence, f"x{self.END}") == "x<en"
+        assert append_all(sequence, "y") == ""
+        assert (sequence.text, sequence.stop_reason) == ("x<en", "d>y")
+
+
+def append_all(sequence: Sequence, drawn: str) -> str:
+    text = ""
+    for char in drawn:
+        assert sequence.finish_reason is None
+        text += append(sequence, char)
+    return text
 
 
 def test_draws_depend_on_the_seed_and_the_place_alone() -> None:

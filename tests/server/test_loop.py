@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from llama import Llama
+from llama.engine.sequence import Sequence
 from llama.sampling import SamplingParams
 from llama.server import workers
 from llama.server.loop import Draining, EngineLoop, Job, QueueFull, Update
@@ -136,6 +137,17 @@ def test_ranks_do_the_same(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(workers, "broadcast_bytes", lambda *_: next(messages))
     worker_loop(Llama(llama.model, llama.tokenizer).engine)
     assert passes == first and len(first) > 10
+
+
+def test_other_ranks_know_where_a_sequence_ends(llama: Llama) -> None:
+    """A failure means that ranks disagree where a text ends, and wait for each other."""
+    params = SamplingParams(stop=["moo"], stop_token_ids=[7], include_stop=True)
+    own = frozenset({2, "\n### Human:"})
+    sequence = Sequence([1], params, "0", 9, ends=own, visible={5: "<tool_call>"})
+    sent = json.loads(json.dumps(workers._describe(sequence)))
+    restored = workers._restore(sent, llama.engine)
+    assert (restored.ends, restored.visible) == (own, {5: "<tool_call>"})
+    assert restored.params == params
 
 
 def test_draining(client: Client) -> None:

@@ -30,6 +30,15 @@ It is called as `add(1, 2)`.
 '''
 
 
+def changed(options: Any) -> dict[str, Any]:
+    """The options that differ from the defaults."""
+    from llama.sampling import SamplingParams
+
+    params, default = SamplingParams(**options), SamplingParams()
+    names = {name for name in options if getattr(params, name) != getattr(default, name)}
+    return {name: options[name] for name in names}
+
+
 class FakeTalk:
     """Answers at once, but for messages that ask for something else; notes all that it is asked."""
 
@@ -42,8 +51,8 @@ class FakeTalk:
         self.asked: list[tuple[Any, ...]] = []
         self.closed = threading.Event()  # a generation ended before its time
 
-    async def chat(self, dialog: list[Any], *sampling: float | None) -> AsyncIterator[str]:
-        self.asked.append(([(m["role"], m["content"]) for m in dialog], *sampling))
+    async def chat(self, dialog: list[Any], options: Any) -> AsyncIterator[str]:
+        self.asked.append(([(m["role"], m["content"]) for m in dialog], changed(options)))
         last = dialog[-1]["content"]
         if "refuse" in last:
             raise ValueError("The prompt has <9,000> tokens, and 2,048 fit.")
@@ -60,13 +69,13 @@ class FakeTalk:
             finally:
                 self.closed.set()
 
-    async def complete(self, prompt: str, *sampling: float | None) -> AsyncIterator[str]:
-        self.asked.append((prompt, *sampling))
+    async def complete(self, prompt: str, options: Any) -> AsyncIterator[str]:
+        self.asked.append((prompt, changed(options)))
         for word in (" there", " was", " a", " llama."):
             yield word
 
-    async def infill(self, prefix: str, suffix: str, *sampling: float | None) -> AsyncIterator[str]:
-        self.asked.append((prefix, suffix, *sampling))
+    async def infill(self, prefix: str, suffix: str, options: Any) -> AsyncIterator[str]:
+        self.asked.append((prefix, suffix, changed(options)))
         yield "a +"
         yield " b"
 
@@ -169,14 +178,61 @@ def test_a_second_turn_sees_the_first(page: Any, talk: FakeTalk) -> None:
     n = len(talk.asked)
     say(page, "Second?")
     expect(answers(page)).to_have_text([f"Answer {n}, as text.", f"Answer {n + 1}, as text."])
-    assert talk.asked[-2] == ([("user", "First?")], 0.6, 0.9, None), "the defaults have changed"
+    assert talk.asked[-2] == ([("user", "First?")], {}), "the defaults have changed"
     dialog = [
         ("system", "Be brief."),
         ("user", "First?"),
         ("assistant", f"Answer {n}, as text."),
         ("user", "Second?"),
     ]
-    assert talk.asked[-1] == (dialog, 0, 0.5, 64), "the dialog or the settings did not arrive"
+    options = {"temperature": 0, "top_p": 0.5, "max_gen_len": 64}
+    assert talk.asked[-1] == (dialog, options), "the dialog or the settings did not arrive"
+
+
+def test_more_settings(page: Any, talk: FakeTalk) -> None:
+    """They are closed away, reach every task, and a schema or a seed that can't be read is told."""
+    expect(page.get_by_label("JSON schema")).not_to_be_visible()
+    page.get_by_text("More", exact=True).click()
+    slide(page, "Top-k", "40")
+    slide(page, "Min-p", "0.1")
+    slide(page, "Repetition penalty", "1.2")
+    slide(page, "Presence penalty", "-0.5")
+    slide(page, "Frequency penalty", "0.5")
+    page.get_by_label("Seed").fill("7")
+    page.get_by_label("Stop strings").fill("###\n\nUser:")
+    page.get_by_label("JSON schema").fill('{"type": "object"}')
+    say(page, "All of it?")
+    expect(answers(page)).to_have_text([re.compile("as text")])
+    ready(page)
+    schema = {"type": "json_schema", "json_schema": {"schema": {"type": "object"}}}
+    options = {
+        "top_k": 40,
+        "min_p": 0.1,
+        "repetition_penalty": 1.2,
+        "presence_penalty": -0.5,
+        "frequency_penalty": 0.5,
+        "seed": 7,
+        "stop": ["###", "User:"],
+        "response_format": schema,
+    }
+    assert talk.asked[-1] == ([("user", "All of it?")], options)
+    page.get_by_role("tab", name="Completion").click()
+    page.get_by_label("Text to continue").fill("Once")
+    page.get_by_role("button", name="Continue").click()
+    expect(page.locator("textarea:disabled:visible")).to_have_value(" there was a llama.")
+    assert talk.asked[-1] == ("Once", options)
+    page.get_by_role("tab", name="Chat").click()
+    shown = page.get_by_test_id("toast-text")
+    for label, text, message in (
+        ("JSON schema", "{", "The JSON schema isn't JSON"),
+        ("Seed", "seven", "The seed is 'seven': expected a whole number."),
+    ):
+        before = page.get_by_label(label).input_value()
+        page.get_by_label(label).fill(text)
+        say(page, "And then?")
+        expect(shown.filter(has_text=message)).to_be_visible()
+        ready(page)
+        page.get_by_label(label).fill(before)
 
 
 def test_stop_ends_the_generation_and_keeps_what_was_said(page: Any, talk: FakeTalk) -> None:
@@ -272,7 +328,7 @@ def test_a_text_is_completed(page: Any, talk: FakeTalk) -> None:
     page.get_by_role("button", name="Continue").click()
     expect(page.locator("textarea:disabled:visible")).to_have_value(" there was a llama.")
     expect(page.get_by_role("button", name="Continue")).to_be_visible()
-    assert talk.asked[-1] == ("Once upon a time", 0.6, 0.9, None)
+    assert talk.asked[-1] == ("Once upon a time", {})
 
 
 def test_a_gap_is_filled_in(page: Any, talk: FakeTalk) -> None:
@@ -281,7 +337,7 @@ def test_a_gap_is_filled_in(page: Any, talk: FakeTalk) -> None:
     page.get_by_label("After").fill("\n")
     page.get_by_role("button", name="Fill in").click()
     expect(page.locator("textarea:disabled:visible")).to_have_value("a + b")
-    assert talk.asked[-1] == ("def add(a, b):\n    return ", "\n", 0.6, 0.9, None)
+    assert talk.asked[-1] == ("def add(a, b):\n    return ", "\n", {})
 
 
 def test_a_narrow_window_needs_no_scrolling(page: Any) -> None:

@@ -11,6 +11,10 @@ import pytest
 gradio = pytest.importorskip("gradio", reason="Gradio is not installed")
 
 
+# The values of the settings behind temperature, top-p and length.
+MORE = [0, 0, 1, 0, 0, "", "", ""]
+
+
 class Silent:
     """Answers nothing."""
 
@@ -44,13 +48,15 @@ def test_no_file_of_this_machine_is_read(client: Any, tmp_path: Path) -> None:
     secret = tmp_path / "secret"
     secret.write_text("a secret of the user")
     file = {"path": str(secret), "meta": {"_type": "gradio.FileData"}}
-    chat = {"fn_index": 0, "session_hash": "s", "data": ["", [], "", 0.6, 0.9, 0]}
+    chat = {"fn_index": 0, "session_hash": "s", "data": ["", [], "", 0.6, 0.9, 0, *MORE]}
     turn = {"role": "user", "content": [{"type": "file", "file": file}]}
-    messages = [{**chat, "data": [file, [], "", 0.6, 0.9, 0]}]
-    messages += [{**chat, "data": ["", nested, "", 0.6, 0.9, 0]} for nested in ([file], [turn])]
-    messages += [{**chat, "data": ["", [], "", 0.6, 0.9, {"a": [[file]]}]}]
+    messages = [{**chat, "data": [file, [], "", 0.6, 0.9, 0, *MORE]}]
+    messages += [
+        {**chat, "data": ["", nested, "", 0.6, 0.9, 0, *MORE]} for nested in ([file], [turn])
+    ]
+    messages += [{**chat, "data": ["", [], "", 0.6, 0.9, {"a": [[file]]}, *MORE]}]
     messages += [{**chat, "event_data": {"index": 0, "value": file}}, {**chat, "anything": [file]}]
-    messages += [{**chat, "data": [{"path": "/dev/zero", "meta": 3}, [], "", 0.6, 0.9, 0]}]
+    messages += [{**chat, "data": [{"path": "/dev/zero", "meta": 3}, [], "", 0.6, 0.9, 0, *MORE]}]
     for message in messages:
         answer = client.post("/gradio_api/queue/join", json=message)
         assert answer.status_code == 400, message
@@ -63,11 +69,19 @@ def test_no_file_of_this_machine_is_read(client: Any, tmp_path: Path) -> None:
 def test_garbage_is_refused_and_leaves_no_words(
     client: Any, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    chat = {"fn_index": 0, "session_hash": "s", "data": ["SESAME", [], "", 0.6, 0.9, 0]}
+    chat = {"fn_index": 0, "session_hash": "s", "data": ["SESAME", [], "", 0.6, 0.9, 0, *MORE]}
     turns = ({"role": "SESAME", "content": ""}, {"role": "user", "content": ["SESAME"]}, "SESAME")
-    wrong = [["SESAME", [turn], "", 0.6, 0.9, 0] for turn in turns]
-    wrong += [["SESAME"], ["SESAME", [], "", "SESAME", 0.9, 0], [["SESAME"], [], "", 0.6, 0.9, 0]]
-    wrong += [["SESAME", [], "", 0.6, 9, 0], ["SESAME", [], "", 0.6, 0.9, True], "SESAME"]
+    wrong = [["SESAME", [turn], "", 0.6, 0.9, 0, *MORE] for turn in turns]
+    wrong += [
+        ["SESAME"],
+        ["SESAME", [], "", "SESAME", 0.9, 0, *MORE],
+        [["SESAME"], [], "", 0.6, 0.9, 0, *MORE],
+    ]
+    wrong += [
+        ["SESAME", [], "", 0.6, 9, 0, *MORE],
+        ["SESAME", [], "", 0.6, 0.9, True, *MORE],
+        "SESAME",
+    ]
     join: list[Any] = [{**chat, "data": data} for data in wrong]
     join += [{**chat, "fn_index": index} for index in (999, -1, 1, 2, "SESAME")]
     events = ("SESAME", {"value": "SESAME"}, {"index": "SESAME", "value": "SESAME"})

@@ -1,0 +1,199 @@
+"""The fields of requests that say what to generate: samplers, stops, the form of the answer.
+
+They have the names of OpenAI's API, and those of vLLM where OpenAI has no such field. null stands
+for the default everywhere.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_validator,
+)
+
+from llama.sampling import SamplingParams
+
+MAX_FIELDS = 100  # of an object
+MAX_DEPTH = 64  # of a JSON Schema
+MAX_ELEMENTS = 1024  # of a list or a dictionary that a request names
+_DEFAULTS = SamplingParams()
+
+
+class RequestBody(BaseModel):
+    """An object of a request: unknown fields are refused, and a text is no number."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_size(cls, value: Any) -> Any:
+        # Pydantic would make an error for each unknown field, which blocks the server.
+        if isinstance(value, dict) and len(value) > MAX_FIELDS:
+            raise ValueError(f"expected up to {MAX_FIELDS} fields, found {len(value):,}")
+        return value
+
+
+def _check_depth(schema: dict[str, Any]) -> dict[str, Any]:
+    level: list[Any] = [schema]
+    for _ in range(MAX_DEPTH):
+        level = [
+            child
+            for parent in level
+            for child in (parent.values() if isinstance(parent, dict) else parent)
+            if isinstance(child, dict | list)
+        ]
+        if not level:
+            return schema
+    raise ValueError(f"it is nested more than {MAX_DEPTH} levels deep")
+
+
+def _check_elements(value: Any) -> Any:
+    if isinstance(value, dict | list) and len(value) > MAX_ELEMENTS:
+        raise ValueError(f"expected up to {MAX_ELEMENTS:,} elements, found {len(value):,}")
+    return value
+
+
+def _whole(value: Any) -> Any:
+    """Return 16 for 16.0, as JSON has one kind of number only."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]
+Null = Annotated[None, Field(description="Only null.")]
+Bounded = BeforeValidator(_check_elements)
+Schema = Annotated[dict[str, Any], AfterValidator(_check_depth)]
+TokenId = Annotated[str, Field(pattern=r"^\d{1,9}$")]
+
+
+class TextFormat(RequestBody):
+    type: Literal["text"]
+
+    def as_dict(self) -> dict[str, Any] | None:
+        return None
+
+
+class JsonObjectFormat(RequestBody):
+    type: Literal["json_object"]
+    schema_: Schema | None = Field(None, alias="schema", description="As llama.cpp has it.")
+
+    def as_dict(self) -> dict[str, Any] | None:
+        if self.schema_ is None:
+            return {"type": "json_object"}
+        return {"type": "json_schema", "json_schema": {"schema": self.schema_}}
+
+
+class NamedSchema(RequestBody):
+    schema_: Schema = Field(alias="schema")
+    name: str | None = Field(None, description="Ignored.")
+    description: str | None = Field(None, description="Ignored.")
+    strict: bool | None = Field(None, description="Answers are always held to the schema.")
+
+
+class JsonSchemaFormat(RequestBody):
+    type: Literal["json_schema"]
+    json_schema: NamedSchema
+
+    def as_dict(self) -> dict[str, Any] | None:
+        return {"type": "json_schema", "json_schema": {"schema": self.json_schema.schema_}}
+
+
+class RegexFormat(RequestBody):
+    type: Literal["regex"]
+    regex: str
+
+    def as_dict(self) -> dict[str, Any] | None:
+        return {"type": "regex", "regex": self.regex}
+
+
+class ChoiceFormat(RequestBody):
+    type: Literal["choice"]
+    choice: Annotated[list[str], Field(min_length=1, fail_fast=True), Bounded]
+
+    def as_dict(self) -> dict[str, Any] | None:
+        return {"type": "choice", "choice": self.choice}
+
+
+class GrammarFormat(RequestBody):
+    type: Literal["grammar"]
+    grammar: str = Field(description="In Lark's or GBNF's notation.")
+
+    def as_dict(self) -> dict[str, Any] | None:
+        return {"type": "grammar", "grammar": self.grammar}
+
+
+ResponseFormat = Annotated[
+    TextFormat | JsonObjectFormat | JsonSchemaFormat | RegexFormat | ChoiceFormat | GrammarFormat,
+    Field(discriminator="type"),
+]
+
+
+class SamplingFields(RequestBody):
+    """The common part of all requests for text."""
+
+    temperature: Annotated[float, Field(ge=0, le=100)] | None = Field(
+        _DEFAULTS.temperature, description="0 takes the most probable token."
+    )
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = _DEFAULTS.top_p
+    top_k: Annotated[Whole, Field(ge=-1)] | None = Field(
+        0, description="Most probable tokens to draw from; 0 or -1 for all."
+    )
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        0, description="Draw from tokens this many times as probable as the most probable one."
+    )
+    seed: Whole | None = Field(None, description="Makes sampling repeatable.")
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = 0
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = 0
+    repetition_penalty: Annotated[float, Field(ge=0.001, le=1000)] | None = Field(
+        1, description="A factor for tokens of prompt and answer; 1 changes nothing."
+    )
+    logit_bias: (
+        Annotated[dict[TokenId, Annotated[float, Field(ge=-100, le=100)]], Bounded] | None
+    ) = Field(None, description="Numbers added to logits, by token id; -100 bans a token.")
+    min_tokens: Annotated[Whole, Field(ge=0)] | None = Field(
+        0, description="Tokens before which nothing ends an answer."
+    )
+    stop: str | Annotated[list[str], Field(fail_fast=True)] | None = Field(
+        None, description="Texts that end an answer, up to 16, of up to 1,000 characters each."
+    )
+    stop_token_ids: (
+        Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True), Bounded] | None
+    ) = Field(None, description="Token ids that end an answer.")
+    ignore_eos: bool | None = Field(False, description="Go on after the model's own end.")
+    include_stop_str_in_output: bool | None = Field(
+        False, description="End an answer with the stop text that ended it."
+    )
+
+    @field_validator("stop")
+    @classmethod
+    def _check_stop(cls, stop: str | list[str] | None) -> str | list[str] | None:
+        texts = [stop] if isinstance(stop, str) else stop or []
+        if len(texts) > 16 or not all(0 < len(text) <= 1000 for text in texts):
+            raise ValueError("expected up to 16 texts of 1 to 1,000 characters each")
+        return stop
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """Return arguments of ``SamplingParams``, without those that keep their defaults."""
+        biases = self.logit_bias or {}
+        found = {
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": None if self.top_k is None else max(self.top_k, 0),
+            "min_p": self.min_p,
+            "seed": self.seed,
+            "presence_penalty": self.presence_penalty,
+            "frequency_penalty": self.frequency_penalty,
+            "repetition_penalty": self.repetition_penalty,
+            "logit_bias": {int(token): bias for token, bias in biases.items()},
+            "min_tokens": self.min_tokens,
+            "stop": [self.stop] if isinstance(self.stop, str) else self.stop,
+            "stop_token_ids": self.stop_token_ids,
+            "ignore_eos": self.ignore_eos,
+            "include_stop": self.include_stop_str_in_output,
+        }
+        return {name: value for name, value in found.items() if value is not None}
