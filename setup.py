@@ -33,7 +33,7 @@ TEST = [
     *SERVER,
     *CHAT,
     *STRUCTURE,
-    "jsonschema[format]>=4.23",
+    "jsonschema>=4.23",
     "pytest>=8",
     "pytest-xdist>=3.5",
     "hypothesis>=6.100",

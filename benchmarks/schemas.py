@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 Schema = dict[str, Any]
 
 COUNT = 200
-_BOUNDED_FORMATS = {"date", "uuid", "ipv4", "ipv6"}
+_BOUNDED_FORMATS = {"date", "time", "date-time", "uuid", "ipv4", "ipv6"}
 
 
 class Case(NamedTuple):

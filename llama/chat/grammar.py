@@ -12,7 +12,12 @@ from llama.chat.notations import HERMES, LLAMA, MISTRAL, Notation
 from llama.chat.options import ChatOptions
 
 # As models write JSON in their training, and without free white space, in which answers get lost.
-_JSON = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+_JSON = {
+    "whitespace_flexible": False,
+    "item_separator": ", ",
+    "key_separator": ": ",
+    "lenient": True,
+}
 
 
 def calls_grammar(

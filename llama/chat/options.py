@@ -53,11 +53,11 @@ class ChatOptions:
         names = [_function_name(i, tool) for i, tool in enumerate(self.tools or ())]
         if repeated := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"tools has the function {min(repeated)!r} twice: names are unique")
-        choice = self.tool_choice
+        choice: Any = self.tool_choice
         if isinstance(choice, Mapping):
             function = choice.get("function", choice)
-            name = function.get("name") if isinstance(function, Mapping) else None
-            choice = name if isinstance(name, str) else choice
+            named = function.get("name") if isinstance(function, Mapping) else None
+            choice = named if isinstance(named, str) else choice
         if choice not in (None, "auto", "none", *(["required"] if names else []), *names):
             known = ", ".join(map(repr, names)) or "none"
             raise ValueError(

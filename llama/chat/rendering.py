@@ -68,7 +68,8 @@ def _special_tokens(tokenizer: BaseTokenizer, marks: Marks) -> dict[str, str]:
 
 def _variables(message: Message, template: ChatTemplate, short_ids: bool) -> dict[str, Any]:
     """Return a message as a template sees it."""
-    seen: dict[str, Any] = {"content": None, **clean(dict(message))}
+    seen: dict[str, Any] = clean(dict(message))
+    seen.setdefault("content", None)
     if seen["role"] == "developer":
         seen["role"] = "system"
     if isinstance(seen["content"], list) and not template.reads_parts:

@@ -51,7 +51,8 @@ class ChatRequest:
         grammar = calls_grammar(self._notation, self._options, params.response_format)
         if grammar is None:
             return params
-        return replace(params, response_format={"type": "grammar", "grammar": grammar})
+        form = {"type": "grammar", "syntax": "lark", "grammar": grammar}
+        return replace(params, response_format=form)
 
 
 def _notation(chat: ChatFormat, options: ChatOptions) -> Notation | None:

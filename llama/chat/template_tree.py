@@ -1,7 +1,7 @@
 """Changes to a parsed chat template: its work is counted, its structure has marks."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 from llama.errors import need
@@ -65,8 +65,7 @@ def _keep_roles_together(tree: Any, nodes: Any) -> None:
         done: list[Any] = []
         for i, part in enumerate(parts):
             before, after = (text_of(node) for node in ([None, *done][-1], [*parts, None][i + 1]))
-            is_role = _field(part) == "role" or isinstance(part, nodes.Name) and part.name == "role"
-            if is_role and isinstance(before, str) and isinstance(after, str):
+            if _is_named(part, ("role",)) and isinstance(before, str) and isinstance(after, str):
                 around = [nodes.Const(before), nodes.Const(after)]
                 done[-1] = nodes.Filter(part, "as_role", around, [], None, None, lineno=part.lineno)
                 parts[i + 1] = nodes.Const("", lineno=part.lineno)
@@ -94,12 +93,7 @@ def reads_parts(tree: Any) -> bool:
         if isinstance(assignment.target, nodes.Name) and _field(assignment.node) == "content"
     }
 
-    def is_content(node: Any) -> bool:
-        while isinstance(node, nodes.Filter):
-            node = node.node
-        return _field(node) == "content" or (isinstance(node, nodes.Name) and node.name in names)
-
-    return any(is_content(loop.iter) for loop in tree.find_all(nodes.For))
+    return any(_is_named(loop.iter, names) for loop in tree.find_all(nodes.For))
 
 
 def joins_arguments(tree: Any) -> bool:
@@ -115,6 +109,14 @@ def _written(tree: Any, nodes: Any) -> Iterator[Any]:
         yield from join.nodes
     for add in tree.find_all(nodes.Add):
         yield from (add.left, add.right)
+
+
+def _is_named(node: Any, names: Collection[str]) -> bool:
+    """Return whether an expression is a variable or a field of one of the names."""
+    nodes: Any = need("jinja2.nodes")
+    while isinstance(node, nodes.Filter):
+        node = node.node
+    return (node.name if isinstance(node, nodes.Name) else _field(node)) in names
 
 
 def _field(node: Any) -> str | None:

@@ -110,16 +110,12 @@ class Tasks:
         for dialog in dialogs:
             prompt = prompt_tokens(chat, self.tokenizer, dialog, options)
             ids.append([] if has_tags(dialog, chat.tags) else prompt)
-        continued = [request.continues(dialog) for dialog in dialogs]
+        params, continues = request.params(params), [request.continues(d) for d in dialogs]
         sequences = self.generate(
-            ids,
-            request.params(params),
-            in_context=any(continued),
-            ends=self.answer_ends,
-            visible=request.visible,
+            ids, params, "text", any(continues), self.answer_ends, request.visible
         )
         for i, sequence in enumerate(sequences):
-            sequence.in_context = continued[i // params.n]
+            sequence.in_context = continues[i * len(dialogs) // len(sequences)]
         return sequences
 
     def answer_parser(self, options: ChatOptions) -> AnswerParser | None:

@@ -11,7 +11,20 @@ _FORMS = "text, json_object, json_schema, regex, choice, grammar"
 _MAX_BYTES = 1 << 20  # of a form
 # Without forced tokens: every piece that goes on rightly may be drawn, as the model prefers.
 _OPTIONS = '\n%llguidance {"no_forcing": true}\n'
+_NAMES = {"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"}
+_VALUES = {"enum", "const", "default", "examples"}
 _OUR_KEYS = {"json_schema", "schema", "strict", "name"}
+# Dates and times as all readers take them (RFC 3339, section 5.6): days that exist, no second 60,
+# and fractions of a second that end.
+_LEAP = "0[48]|[2468][048]|[13579][26]"
+_DATE = (
+    "(([0-9]{3}[1-9]|[0-9]{2}[1-9]0|[0-9][1-9]00|[1-9]000)-((0[13578]|1[02])-(0[1-9]|[12][0-9]|3[01])"
+    "|(0[469]|11)-(0[1-9]|[12][0-9]|30)|02-(0[1-9]|1[0-9]|2[0-8]))"
+    f"|([0-9]{{2}}({_LEAP})|({_LEAP})00)-02-29)"
+)
+_CLOCK = "([01][0-9]|2[0-3]):[0-5][0-9]"
+_TIME = rf"{_CLOCK}:[0-5][0-9](\.[0-9]{{1,6}})?(Z|[+-]{_CLOCK})"
+_PATTERNS = {"date": f"^{_DATE}$", "time": f"^{_TIME}$", "date-time": f"^{_DATE}T{_TIME}$"}
 # What grammars can't hold an answer to; other keywords that llguidance lacks are errors.
 _LENIENT = {"uniqueItems"}
 # llguidance's words for the keywords that it finds fault with.
@@ -20,7 +33,7 @@ _FAULTS = (
     (r"integer range|number range|numeric", ("minimum", "maximum", "exclusiveMinimum")),
     (r"multiple", ("multipleOf",)),
     (r"Resource|Pointer|\bref\b|\$ref", ("$ref",)),
-    (r"[Ii]nvalid type", ("type",)),
+    (r"[Ii]nvalid type|incompatible types", ("type",)),
     (r"anyOf is empty", ("anyOf", "oneOf", "enum")),
     (r"min/?max ?Properties|Properties", ("minProperties", "maxProperties")),
 )
@@ -61,12 +74,37 @@ def _json_grammar(schema: Mapping[str, Any]) -> str:
     options = {"whitespace_flexible": False, "lenient": True}
     try:
         # The order of keys is that of the answer's properties.
+        schema = _with_patterns({k: v for k, v in schema.items() if k != "x-guidance"})
         text = json.dumps({**schema, "x-guidance": options}, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"response_format's schema is no JSON: {error}") from error
     _check_size(text)
     body = {"name": "body", "json_schema": json.loads(text)}
     return json.dumps({"grammars": [{"lark_grammar": f"start: @body{_OPTIONS}"}, body]})
+
+
+def _with_patterns(value: Any, are_names: bool = False) -> Any:
+    """Return a schema with our patterns of dates and times.
+
+    Args:
+        value: the schema, or a part of it.
+        are_names: whether the keys of ``value`` are names of properties or definitions.
+    """
+    if isinstance(value, list | tuple):
+        return [_with_patterns(each) for each in value]
+    if not isinstance(value, Mapping):
+        return value
+    found = {
+        key: each
+        if key in _VALUES and not are_names
+        else _with_patterns(each, key in _NAMES and not are_names)
+        for key, each in value.items()
+    }
+    pattern = None if are_names or "pattern" in found else _PATTERNS.get(str(found.get("format")))
+    if pattern:
+        del found["format"]
+        found["pattern"] = pattern
+    return found
 
 
 def _check_size(text: str) -> None:

@@ -94,7 +94,7 @@ def main() -> None:
         _reply("ready" if request.vocabulary in tokenizers else "unknown vocabulary")
         if request.vocabulary in tokenizers:
             # The parent kills this process at the limit; if it is gone itself, this one ends too.
-            timer = threading.Timer(2 * request.seconds, os._exit, [1])
+            timer = threading.Timer(request.seconds + 1, os._exit, [1])
             timer.start()
             matcher = compile_grammar(tokenizers[request.vocabulary], request.grammar)
             if not matcher.is_error():
