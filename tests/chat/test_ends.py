@@ -69,6 +69,8 @@ def test_what_formats_name_stays(tiny_tokenizer: Tokenizer) -> None:
 def test_code_llama_70b_ends_turns_with_its_step(codellama_70b_tokenizer: Tokenizer) -> None:
     ends = answer_ends(FORMATS["turn-based"], codellama_70b_tokenizer)
     assert ends == {codellama_70b_tokenizer.step_id}
+    # In whatever format it is asked.
+    assert ends < answer_ends(FORMATS["alpaca"], codellama_70b_tokenizer)
 
 
 def test_a_missing_package_is_told_to_the_caller_of_a_chat_only() -> None:
