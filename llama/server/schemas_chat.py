@@ -151,12 +151,13 @@ def tool_options(
     Raises:
         ValueError: two functions have the same name, or the choice can't be made.
     """
-    is_named = choice not in (None, "auto", "none", "required")
+    # A named function is called once, as OpenAI's models do; and a small model that has to make a
+    # call and may make more repeats it without end.
+    may_repeat = choice in (None, "auto") or (choice == "required" and parallel is True)
     chosen = {
         "tools": [function.as_tool() for function in functions],
         "tool_choice": choice,
-        # A named function is called once, as OpenAI's models do.
-        "parallel_tool_calls": parallel is not False and not is_named,
+        "parallel_tool_calls": parallel is not False and may_repeat,
     }
     return chosen if ChatOptions(**chosen).offered else {}  # type: ignore[arg-type]
 
@@ -177,7 +178,9 @@ class ChatRequest(TextRequest):
         None, description="Functions that the answer may call."
     )
     tool_choice: Choices | NamedTool | None = None
-    parallel_tool_calls: bool | None = Field(True, description="Several calls in one answer.")
+    parallel_tool_calls: bool | None = Field(
+        None, description="Several calls in one answer; by default where none is required."
+    )
     functions: Annotated[list[Any], Field(max_length=0)] | None = Field(
         None, description="Only empty: the older name of tools."
     )

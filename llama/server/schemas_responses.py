@@ -162,7 +162,9 @@ class ResponsesRequest(SamplingFields):
         None, description="Functions that the answer may call."
     )
     tool_choice: Choices | FlatNamedTool | None = None
-    parallel_tool_calls: bool | None = Field(True, description="Several calls in one answer.")
+    parallel_tool_calls: bool | None = Field(
+        None, description="Several calls in one answer; by default where none is required."
+    )
     stream: bool | None = Field(False, description="Send events as the text is generated.")
     stream_options: ResponseStreamOptions | None = None
     include: Annotated[list[str], Field(fail_fast=True), Bounded] | None = Field(

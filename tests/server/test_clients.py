@@ -3,6 +3,8 @@
 Grammars hold its calls and answers to their schemas, whatever it prefers to write.
 """
 
+import json
+import os
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
@@ -172,14 +174,84 @@ def test_pydantic_ai(url: str) -> None:
 
     provider = OpenAIProvider(base_url=url, api_key="none")
     for model in (OpenAIChatModel, OpenAIResponsesModel):
-        for output in (Animal, ToolOutput(Animal), NativeOutput(Animal)):
+        for output in (ToolOutput(Animal), NativeOutput(Animal)):
             agent = Agent(
                 model("tiny", provider=provider),
                 output_type=output,
                 system_prompt=("Be brief.", "Be kind."),
-                model_settings={"temperature": 0},
+                model_settings={"temperature": 0, "max_tokens": 200},
             )
             found = agent.run_sync("Name an animal.")
             assert isinstance(found.output, Animal)
             more = agent.run_sync("And another one.", message_history=found.all_messages())
             assert isinstance(more.output, Animal)
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> Iterator[str]:
+    path = os.environ.get("LLAMA_SMOLLM2")
+    if not path:
+        pytest.skip("LLAMA_SMOLLM2 is not set")
+    llama = Llama.build(
+        path, device="cpu", max_seq_len=2048, max_batch_size=2, tool_format="hermes"
+    )
+    with serve(llama) as (found, _):
+        yield f"{found}/v1"
+
+
+class Person(BaseModel):
+    """A person"""
+
+    name: str
+    age: int
+    city: str
+
+
+def test_a_real_model(smollm2: str) -> None:
+    """SmolLM2 picks the right function, fills in what was said, and reads a result."""
+    client = openai.OpenAI(base_url=smollm2, api_key="none", max_retries=0)
+    number = {"type": "integer"}
+    schemas = {"add": {"a": number, "b": number}, "get_weather": {"city": {"type": "string"}}}
+    tools: Any = [
+        openai_tool(name, description, schemas[name])
+        for name, description in (
+            ("get_weather", "Get the current weather of a city"),
+            ("add", "Add two numbers"),
+        )
+    ]
+    for question, name, arguments in (
+        ("What is the weather in Paris?", "get_weather", {"city": "Paris"}),
+        ("What is 12 plus 30?", "add", {"a": 12, "b": 30}),
+    ):
+        asked = [{"role": "user", "content": question}]
+        found = client.chat.completions.create(
+            model="tiny", messages=asked, tools=tools, tool_choice="required", temperature=0
+        )  # type: ignore[call-overload]
+        [call] = found.choices[0].message.tool_calls
+        assert (call.function.name, json.loads(call.function.arguments)) == (name, arguments)
+    text = "Anna is 31 years old and lives in Rome."
+    parsed = client.responses.parse(model="tiny", input=text, text_format=Person, temperature=0)
+    assert parsed.output_parsed == Person(name="Anna", age=31, city="Rome")
+
+
+def openai_tool(name: str, description: str, properties: dict[str, Any]) -> dict[str, Any]:
+    parameters = {"type": "object", "properties": properties, "required": list(properties)}
+    function = {"name": name, "description": description, "parameters": parameters}
+    return {"type": "function", "function": function}
+
+
+def test_an_agent_of_pydantic_ai(smollm2: str) -> None:
+    """It calls a tool, reads its result, and answers with a model."""
+    pytest.importorskip("pydantic_ai", reason="needs pydantic-ai")
+    from pydantic_ai import Agent
+    from pydantic_ai.models.openai import OpenAIChatModel
+    from pydantic_ai.providers.openai import OpenAIProvider
+
+    provider = OpenAIProvider(base_url=smollm2, api_key="none")
+    agent = Agent(
+        OpenAIChatModel("tiny", provider=provider),
+        output_type=Person,
+        model_settings={"temperature": 0, "max_tokens": 200},
+    )
+    found = agent.run_sync("Anna is 31 years old and lives in Rome.")
+    assert found.output == Person(name="Anna", age=31, city="Rome")

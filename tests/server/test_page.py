@@ -163,6 +163,7 @@ def slide(page: Any, label: str, value: str) -> None:
     number = page.get_by_label(f"number input for {label}")
     number.fill(value)
     number.press("Tab")
+    expect(number).to_have_value(value)
 
 
 def test_a_second_turn_sees_the_first(page: Any, talk: FakeTalk) -> None:
@@ -193,6 +194,7 @@ def test_more_settings(page: Any, talk: FakeTalk) -> None:
     """They are closed away, reach every task, and a schema or a seed that can't be read is told."""
     expect(page.get_by_label("JSON schema")).not_to_be_visible()
     page.get_by_text("More", exact=True).click()
+    expect(page.get_by_label("JSON schema")).to_be_visible()
     slide(page, "Top-k", "40")
     slide(page, "Min-p", "0.1")
     slide(page, "Repetition penalty", "1.2")
