@@ -108,8 +108,8 @@ def _describe(sequence: Sequence) -> dict[str, Any]:
 
 def _restore(fields: dict[str, Any]) -> Sequence:
     params = fields["params"]
-    params["logit_bias"] = {int(i): bias for i, bias in params["logit_bias"].items()}
-    return Sequence(**{**fields, "params": SamplingParams(**params)})
+    biases = {int(i): bias for i, bias in params.get("logit_bias", {}).items()}
+    return Sequence(**{**fields, "params": SamplingParams(**{**params, "logit_bias": biases})})
 
 
 def broadcast_bytes(message: bytes = b"") -> bytes:
