@@ -1,7 +1,7 @@
 """Generation: prompts in, the model's continuations out, whole or token by token."""
 
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -156,8 +156,9 @@ class Llama:
             group_size,
             kv_cache_dtype,
         )
-        model, tokenizer, chat = load_model(config)
+        model, tokenizer, chat, recommended = load_model(config)
         llama = Llama(model, tokenizer, seed, chat)
+        llama.tasks.recommended = recommended
         llama.engine.decode = decoding_steps(llama.model, compile)
         return llama
 
@@ -181,7 +182,7 @@ class Llama:
 
         Returns:
             The sequences' tokens, without stop token or string unless ``include_stop``, and
-            log-probabilities or None.
+            log-probabilities or None. With ``n`` each prompt has so many in a row, in all tasks.
 
         Raises:
             TypeError, ValueError: an argument is wrong, or a prompt doesn't fit.
@@ -245,10 +246,10 @@ class Llama:
         params = SamplingParams(temperature, top_p, max_gen_len, logprobs, **options)
         dialogs = list(checked_list(dialogs, "dialogs"))
         sequences = self.tasks.chat(dialogs, params)
-        refusals = [self._refusal(dialog) for dialog in dialogs]
+        refusals = _repeated([self._refusal(dialog) for dialog in dialogs], params.n)
         asked = zip(sequences, refusals, strict=True)
         self._run([sequence for sequence, refused in asked if refused is None])
-        predictions = []
+        predictions, dialogs = [], _repeated(dialogs, params.n)
         for dialog, sequence, refused in zip(dialogs, sequences, refusals, strict=True):
             if refused is None:
                 refused = guards.output_refusal(self.output_guard, dialog, sequence.text)
@@ -284,7 +285,8 @@ class Llama:
         sequences = self.tasks.infilling(prefixes, suffixes, params, suffix_first)
         self._run(sequences)
         predictions = []
-        for sequence, prefix, suffix in zip(sequences, prefixes, suffixes, strict=True):
+        pairs = _repeated(zip(prefixes, suffixes, strict=True), params.n)
+        for sequence, (prefix, suffix) in zip(sequences, pairs, strict=True):
             whole = prefix + sequence.text + suffix
             prediction = InfillingPrediction(generation=sequence.text, full_text=whole)
             predictions.append(self._scored(prediction, sequence))
@@ -396,6 +398,11 @@ class Llama:
         deque(self._events(sequences), maxlen=0)
 
     def _stream(self, sequences: Sequence[EngineSequence]) -> Generator[StreamPiece, None, None]:
+        if len(sequences) > 1:
+            raise ValueError(f"n is {len(sequences)}: a stream has one answer, leave n out")
+        return self._pieces(sequences)
+
+    def _pieces(self, sequences: Sequence[EngineSequence]) -> Generator[StreamPiece, None, None]:
         n_before = 0
         for sequence, text in self._events(sequences):
             n = sequence.n_decoded
@@ -426,3 +433,7 @@ class Llama:
             prediction["tokens"] = [self.tokenizer.token_piece(t) for t in ids]
             prediction["logprobs"] = sequence.prompt_logprobs * params.echo + sequence.logprobs
         return prediction
+
+
+def _repeated(items: Iterable[Any], n: int) -> list[Any]:
+    return [item for item in items for _ in range(n)]

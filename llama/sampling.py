@@ -246,7 +246,8 @@ def keep(
     n_candidates = min(n_candidates or n_words, n_words)
     candidates, ids = probs.topk(n_candidates, dim=-1)
     reached = candidates.cumsum(dim=-1)
-    limit, is_all = top_p[:, None], top_p[:, None] >= 1
+    is_all = top_p[:, None] >= 1
+    limit = torch.where(is_all, torch.inf, top_p[:, None])  # sums may be rounded to more than 1
     is_kept = torch.ones_like(candidates, dtype=torch.bool)
     if top_k is not None:
         k = torch.where(top_k > 0, top_k, n_words).long()[:, None]

@@ -1,5 +1,6 @@
 """llama.cpp's GGUF files: hyper-parameters, weights of any usual quantisation, tokenizer."""
 
+import json
 import re
 from collections.abc import Mapping
 from math import prod
@@ -11,6 +12,7 @@ import torch
 from llama.checkpoint.base import Checkpoint, Weights
 from llama.checkpoint.gguf_file import PLAIN, SUPPORTED, Stored, mapped, open_file, read
 from llama.errors import printable
+from llama.logits.recommended import gguf_sampling
 from llama.tokenizers.gguf_tokenizer import tokenizer_files
 
 # A file's name of a module, without its layer's ``blk.N.``, and Meta's.
@@ -87,7 +89,11 @@ def open_gguf(path: Path) -> Checkpoint:
         lambda name: read(tensors[name]),
         lambda name: (mapped(tensors[name]),),
     )
-    files: dict[str, Path | bytes] = dict(tokenizer_files(metadata, str(paths[0])))
+    text = tokenizer_files(metadata, str(paths[0]))
+    if sampling := gguf_sampling(metadata):
+        ends = json.loads(text.get("generation_config.json", b"{}"))
+        text["generation_config.json"] = json.dumps({**ends, **sampling}).encode()
+    files: dict[str, Path | bytes] = dict(text)
     names = [str(paths[0])]
     is_quantised = any(tensor.kind not in PLAIN for tensor in tensors.values())
     dtype = _main_dtype(tensors)

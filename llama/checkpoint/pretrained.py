@@ -15,6 +15,7 @@ from llama.checkpoint.params import make_args
 from llama.checkpoint.rounding import make_scheme
 from llama.checkpoint.sharding import quantized_count
 from llama.cli import progress
+from llama.logits.recommended import Recommended, recommended_sampling
 from llama.model import Transformer
 from llama.tokenizer import BaseTokenizer
 from llama.tokenizers import load_tokenizer
@@ -53,7 +54,9 @@ class LoadConfig:
             raise ValueError(f"kv_cache_dtype is {self.kv_cache_dtype!r}: expected None or 'int8'")
 
 
-def load_model(config: LoadConfig) -> tuple[Transformer, BaseTokenizer, ChatFormat]:
+def load_model(
+    config: LoadConfig,
+) -> tuple[Transformer, BaseTokenizer, ChatFormat, Recommended]:
     """Load a checkpoint, this rank's part of it.
 
     Raises:
@@ -84,4 +87,5 @@ def load_model(config: LoadConfig) -> tuple[Transformer, BaseTokenizer, ChatForm
         show = progress(quantized_count(args, scheme), "quantising", "weights")
         source = quantized(source, args, scheme, show, device)
     int8_cache = config.kv_cache_dtype == "int8"
-    return load(source, args, device, config.dtype, int8_cache), tokenizer, chat
+    model = load(source, args, device, config.dtype, int8_cache)
+    return model, tokenizer, chat, recommended_sampling(source.files, ckpt_dir)

@@ -57,8 +57,20 @@ class SamplingFlags:
         temperature: 0 for the most probable token each time.
         top_p: sample from the most probable tokens whose probabilities add up to this.
         max_gen_len: tokens to generate, at most; as many as fit by default.
+        top_k: sample from so many of the most probable tokens; 0 for all.
+        min_p: sample from tokens at least this many times as probable as the most probable one.
+        repetition_penalty: above 1 for fewer repetitions of the prompt and the answer.
+        presence_penalty: above 0 for fewer repetitions of the answer.
+        frequency_penalty: the same, for each time that the answer has a token.
+        sampling: checkpoint for what the checkpoint's authors recommend.
     """
 
     temperature: float = 0.6
     top_p: float = 0.9
     max_gen_len: int | None = None
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    sampling: str | None = None

@@ -138,8 +138,8 @@ class Runner:
         if not any(len(output) for output in outputs):
             return logits, None
         rest = [o for o, p in zip(outputs, pieces, strict=True) if len(o) > p.n_drawn]
-        is_finite = torch.stack([part.isfinite().all() for part in (logits, *rest)]).all()
-        finite = is_finite.int()[None]
+        extremes = [end for part in (logits, *rest) if len(part) for end in part.aminmax()]
+        finite = torch.stack(extremes).isfinite().all().int()[None]  # a NaN is either extreme
         if not len(logits):
             return logits, finite
         params = [piece.sequence.params for piece in pieces if piece.n_drawn]

@@ -12,6 +12,7 @@ from llama.chat.formats import ChatFormat
 from llama.chat.prompts import Dialog, has_tags, infilling_prompt_tokens
 from llama.engine.sequence import Output, Sequence, checked_prompts
 from llama.errors import checked_list
+from llama.logits.recommended import Recommended
 from llama.sampling import SamplingParams
 from llama.structure import Ranks, hold_to_form
 from llama.tokenizer import BaseTokenizer
@@ -27,6 +28,7 @@ class Tasks:
 
     Attributes:
         ranks: "alone" if other ranks don't make the same calls, see ``compile_format``.
+        recommended: what ``sampling="checkpoint"`` stands for.
     """
 
     ranks: Ranks = "together"
@@ -35,6 +37,7 @@ class Tasks:
         self.args = args
         self.tokenizer = tokenizer
         self.chat_format = chat
+        self.recommended = Recommended()
         self._seeds = random.Random(seed)
 
     def generate(
@@ -46,7 +49,7 @@ class Tasks:
         ends: Collection[End] = (),
         visible: Mapping[int, str] | None = None,
     ) -> list[Sequence]:
-        """Continue prompts of token ids.
+        """Continue prompts of token ids, each ``params.n`` times in a row.
 
         Args:
             ends: ids and strings that end a sequence as the tokenizer's own end tokens do.
@@ -60,15 +63,24 @@ class Tasks:
         if self.args.labels is not None:
             raise ValueError("this checkpoint classifies and writes no text: use classify")
         params, own = with_ends(params, self.tokenizer, ends)
+        params = self.recommended.apply(params)
+        outside = [i for i in params.logit_bias if not 0 <= i < self.tokenizer.n_words]
+        if outside:
+            raise ValueError(
+                f"logit_bias names the token id {outside[0]}, outside the vocabulary of "
+                f"{self.tokenizer.n_words}"
+            )
         seed = self._seeds.getrandbits(63) if params.seed is None else params.seed
-        sequences = []
-        for i, ids in enumerate(checked_prompts(self.args, prompts)):
+        sequences: list[Sequence] = []
+        for ids in checked_prompts(self.args, prompts):
             limit = self.args.max_seq_len - len(ids)
             if params.max_gen_len is not None:
                 limit = min(limit, params.max_gen_len)
-            sequences.append(
-                Sequence(ids, params, f"{seed} {i}", limit, output, in_context, own, visible or {})
-            )
+            for _ in range(params.n):
+                own_seed = f"{seed} {len(sequences)}"
+                sequence = Sequence(ids, params, own_seed, limit, output, in_context, own)
+                sequence.visible = visible or {}
+                sequences.append(sequence)
         hold_to_form(sequences, self.tokenizer, self.ranks)
         return sequences
 

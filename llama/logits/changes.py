@@ -5,7 +5,7 @@ from typing import Protocol
 
 import torch
 
-from llama.logits.masks import Grammar, Masks, allowed
+from llama.logits.masks import Grammar, Masks, barriers
 from llama.logits.penalties import Penalties, PenaltyRows
 from llama.sampling import SamplingParams
 
@@ -208,9 +208,8 @@ class _Changes(Change):
         if self._banned:
             flat.index_fill_(0, banned, _BANNED)
         if self._masks is not None:
-            is_allowed = allowed(self._masks.to(logits.device), n_words)
-            kept = changed.index_select(0, masked).masked_fill_(~is_allowed, -torch.inf)
-            changed.index_copy_(0, masked, kept)
+            masks = self._masks.to(logits.device)
+            changed.index_add_(0, masked, barriers(masks, n_words))
         for row, part, end in self._processed:
             _process(changed[row : row + 1], part, end)
         return changed

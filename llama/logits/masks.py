@@ -56,16 +56,26 @@ class Masks:
         return host.to(device, non_blocking=True)
 
 
-def allowed(masks: torch.Tensor, n_words: int) -> torch.Tensor:
-    """Return masks with an element for each token, bool, (n_rows, n_words).
+def barriers(masks: torch.Tensor, n_words: int) -> torch.Tensor:
+    """Return what masks add to logits: 0 where a token is allowed, else -inf.
 
     Args:
         masks: int32, shape (n_rows, at least n_words / 32), see ``Grammar.masks``.
+
+    Returns:
+        float32, shape (n_rows, n_words).
     """
-    # Bytes are faster than words: each word's first byte has its lowest bits on all platforms.
-    bits = torch.arange(8, dtype=torch.uint8, device=masks.device)
-    each = (masks.view(torch.uint8)[:, :, None] >> bits) & 1  # (n_rows, n_bytes, 8)
-    return each.flatten(1)[:, :n_words].bool()
+    # Eight tokens at once. A word's first byte has its lowest bits on all platforms.
+    octets = masks.view(torch.uint8).flatten().int()
+    found = _of_octets(masks.device).index_select(0, octets)  # (n_octets, 8)
+    return found.view(len(masks), -1)[:, :n_words]
+
+
+@lru_cache
+def _of_octets(device: torch.device) -> torch.Tensor:
+    """Return the barriers of all bytes, (256, 8)."""
+    bits = torch.arange(256)[:, None] >> torch.arange(8) & 1
+    return torch.where(bits == 1, 0.0, -torch.inf).to(device)
 
 
 @lru_cache(1)

@@ -109,9 +109,12 @@ def _describe(sequence: Sequence) -> dict[str, Any]:
 
 
 def _restore(fields: dict[str, Any], engine: Engine) -> Sequence:
-    params = SamplingParams(**fields["params"])
+    params = fields["params"]
+    params["logit_bias"] = {int(i): bias for i, bias in params["logit_bias"].items()}
     ends, visible = frozenset(fields["ends"]), dict(fields["visible"])
-    sequence = Sequence(**{**fields, "params": params, "ends": ends, "visible": visible})
+    sequence = Sequence(
+        **{**fields, "params": SamplingParams(**params), "ends": ends, "visible": visible}
+    )
     hold_to_form([sequence], engine.tokenizer, "later")
     return sequence
 

@@ -77,7 +77,16 @@ def test_a_layer_launches_few_kernels(name: str, shape: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("n_sequences", [1, 5])
-@pytest.mark.parametrize("settings", [{}, {"temperature": 0}, {"logprobs": True, "top_p": 0.5}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"temperature": 0},
+        {"logprobs": True, "top_p": 0.5},
+        {"top_k": 5, "min_p": 0.1, "min_tokens": 30, "stop_token_ids": [2], "logit_bias": {5: 1}},
+        {"repetition_penalty": 1.2, "presence_penalty": 0.5, "frequency_penalty": 0.1},
+    ],
+)
 @pytest.mark.parametrize("is_recorded", [True, False])
 def test_a_step_waits_once_and_sends_once(
     is_recorded: bool, settings: dict[str, Any], n_sequences: int, tiny_tokenizer: Tokenizer

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from processes import script, torchrun
 
 from llama import Llama
-from llama.logits.masks import allowed
+from llama.logits.masks import barriers
 
 REPEATED = "Tom has a red ball. Tom has a red ball. Tom has a"
 
@@ -27,9 +27,9 @@ def test_a_bit_stands_for_each_token(rows: list[set[int]]) -> None:
     """A failure means that a grammar allows other tokens than it says, or a word's last bit."""
     masks = torch.cat([Script([row], 0, 100).masks([]) for row in rows])
     assert masks.dtype == torch.int32
-    found = allowed(masks, 100)
-    assert found.shape == (len(rows), 100)
-    assert [set(row.nonzero().flatten().tolist()) for row in found] == rows
+    found = barriers(masks, 100)
+    assert found.shape == (len(rows), 100) and set(found.unique().tolist()) <= {0, -torch.inf}
+    assert [set((row == 0).nonzero().flatten().tolist()) for row in found] == rows
 
 
 def places(tokens: Sequence[int], n_choices: int) -> list[Collection[int]]:
