@@ -15,10 +15,10 @@ from llama.chat.request import ChatRequest, answer_parser
 from llama.chat.roles import prompt_tokens
 from llama.chat.tools import AnswerParser
 from llama.engine.sequence import Output, Sequence, checked_prompts
-from llama.errors import WrongForm, checked_list
+from llama.errors import checked_list
 from llama.logits.recommended import Recommended
 from llama.sampling import SamplingParams
-from llama.structure import Ranks, compile_format
+from llama.structure import Ranks, hold_to_form
 from llama.tokenizer import BaseTokenizer
 from llama.tokenizers.control import End, with_ends
 
@@ -158,25 +158,6 @@ class Tasks:
         ids = tokenizer.encode(text, bos=tokenizer.add_bos, eos=False)
         # An empty prompt needs something to continue, also where texts have no beginning.
         return ids or [tokenizer.bos_id] * (tokenizer.bos_id >= 0)
-
-
-def hold_to_form(sequences: List[Sequence], tokenizer: BaseTokenizer, ranks: Ranks) -> None:
-    """Give the sequences of a call the grammar of their ``response_format``.
-
-    Raises:
-        ImportError, WrongForm: see ``compile_format``.
-    """
-    form = sequences[0].params.response_format if sequences else None
-    if form is None:
-        return
-    one, stops = sequences[0], sequences[0].params.stop_token_ids
-    in_context = one.in_context or one.output == "infilling"
-    try:
-        grammar = compile_format(form, tokenizer, stops, in_context, one.visible, ranks)
-    except ValueError as error:
-        raise WrongForm(str(error)) from error
-    for sequence in sequences:
-        sequence.grammar = grammar and grammar.copy()
 
 
 def _is_token_ids(prompt: Any) -> bool:
