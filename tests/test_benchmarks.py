@@ -21,6 +21,7 @@ import gpu_worker
 import growth
 import plots
 import quality
+import sampling
 import serving
 import shapes
 import soak
@@ -314,3 +315,14 @@ def test_expected_speeds() -> None:
     # The documentation shows what the command prints today.
     page = Path(__file__).resolve().parent.parent / "docs" / "gpu.md"
     assert expected.table() in page.read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_draws_are_measured_beside_a_step(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A failure means that the table of draws can't be made, or leaves a kind out."""
+    monkeypatch.setitem(sampling.SHAPES, "tiny", SMALL)
+    sampling.main("tiny", n_sequences=6, n_text=20, rounds=1, device="cpu")
+    lines = capsys.readouterr().out.splitlines()
+    names = [line.split("|")[1].strip() for line in lines[4:]]
+    assert names == ["network", "sort", *sampling.KINDS]
+    assert all(float(line.split("|")[2]) > 0 for line in lines[4:])

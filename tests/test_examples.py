@@ -23,6 +23,7 @@ EXPECTED = {
     "example_infilling.py": r"if number > result:",
     "example_completion.py": r"return width \* height",
     "example_instructions.py": r"> Assistant: 3, 4, 5, 6, 7, 8, 9\.",
+    "example_json.py": r'> \{"city":"[^"]*","country":"[^"]*","continent":"[A-Z][a-z]+"\}\n',
 }
 
 
@@ -50,6 +51,8 @@ def test_a_real_model_answers() -> None:
         pytest.skip("LLAMA_SMOLLM2 is not set")
     out = run("example_smollm2.py", "--ckpt_dir", path, "--max_gen_len", "12")
     assert "> Assistant: The capital of France is Paris." in out
+    out = run("example_json.py", "--ckpt_dir", path)
+    assert '> {"city":"Paris","country":"France","continent":"Europe"}' in out
 
 
 @pytest.mark.slow

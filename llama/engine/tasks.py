@@ -15,10 +15,10 @@ from llama.chat.request import ChatRequest, answer_parser
 from llama.chat.roles import prompt_tokens
 from llama.chat.tools import AnswerParser
 from llama.engine.sequence import Output, Sequence, checked_prompts
-from llama.errors import WrongForm, checked_list
+from llama.errors import checked_list
 from llama.logits.recommended import Recommended
 from llama.sampling import SamplingParams
-from llama.structure import Ranks, compile_format
+from llama.structure import Ranks, hold_to_form
 from llama.tokenizer import BaseTokenizer
 from llama.tokenizers.control import End, with_ends
 
@@ -66,7 +66,8 @@ class Tasks:
         """
         if self.args.labels is not None:
             raise ValueError("this checkpoint classifies and writes no text: use classify")
-        params, own = with_ends(self.recommended.apply(params), self.tokenizer, ends)
+        params, own = with_ends(params, self.tokenizer, ends)
+        params = self.recommended.apply(params)
         outside = [i for i in params.logit_bias if not 0 <= i < self.tokenizer.n_words]
         if outside:
             raise ValueError(
@@ -80,10 +81,10 @@ class Tasks:
             if params.max_gen_len is not None:
                 limit = min(limit, params.max_gen_len)
             for _ in range(params.n):
-                number = f"{seed} {len(sequences)}"
-                shown = visible or {}
-                one = Sequence(ids, params, number, limit, output, in_context, own, shown)
-                sequences.append(one)
+                own_seed = f"{seed} {len(sequences)}"
+                sequence = Sequence(ids, params, own_seed, limit, output, in_context, own)
+                sequence.visible = visible or {}
+                sequences.append(sequence)
         hold_to_form(sequences, self.tokenizer, self.ranks)
         return sequences
 
@@ -158,25 +159,6 @@ class Tasks:
         ids = tokenizer.encode(text, bos=tokenizer.add_bos, eos=False)
         # An empty prompt needs something to continue, also where texts have no beginning.
         return ids or [tokenizer.bos_id] * (tokenizer.bos_id >= 0)
-
-
-def hold_to_form(sequences: List[Sequence], tokenizer: BaseTokenizer, ranks: Ranks) -> None:
-    """Give the sequences of a call the grammar of their ``response_format``.
-
-    Raises:
-        ImportError, WrongForm: see ``compile_format``.
-    """
-    form = sequences[0].params.response_format if sequences else None
-    if form is None:
-        return
-    one, stops = sequences[0], sequences[0].params.stop_token_ids
-    in_context = one.in_context or one.output == "infilling"
-    try:
-        grammar = compile_format(form, tokenizer, stops, in_context, one.visible, ranks)
-    except ValueError as error:
-        raise WrongForm(str(error)) from error
-    for sequence in sequences:
-        sequence.grammar = grammar and grammar.copy()
 
 
 def _is_token_ids(prompt: Any) -> bool:

@@ -15,9 +15,9 @@ import torch
 from llama import parallel
 from llama.engine.engine import Engine
 from llama.engine.sequence import Sequence
-from llama.engine.tasks import hold_to_form
 from llama.errors import NotFinite
 from llama.sampling import SamplingParams
+from llama.structure import hold_to_form
 
 # Tokens of prompts in a step that also decodes.
 PREFILL_BESIDE_DECODING = {"cpu": 64, "cuda": 512, "mps": 512}

@@ -1,13 +1,14 @@
 """Answers of a form: ``response_format`` becomes a grammar of tokens, through llguidance."""
 
 import logging
-from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, Protocol
 
 import torch
 
 from llama import parallel
-from llama.errors import need
+from llama.errors import WrongForm, need
+from llama.sampling import SamplingParams
 from llama.structure import trial
 from llama.structure.formats import check_warnings, fault, grammar_of, unchecked
 from llama.structure.grammar import TokenGrammar
@@ -20,6 +21,37 @@ logger = logging.getLogger(__name__)
 Ranks = Literal["alone", "together", "later"]
 
 _FRAME = 1024  # bytes of rank 0's verdict
+
+
+class _Sequence(Protocol):
+    """What an engine's sequence has, which is above this package."""
+
+    params: SamplingParams
+    output: Any
+    in_context: bool
+    visible: Mapping[int, str]
+    grammar: Any
+
+
+def hold_to_form(
+    sequences: Sequence[_Sequence], tokenizer: BaseTokenizer, ranks: Ranks = "alone"
+) -> None:
+    """Give the sequences of a call, which have the same parameters, their ``grammar``.
+
+    Raises:
+        WrongForm: the form can't be compiled.
+        ImportError, RuntimeError: see ``compile_format``.
+    """
+    form = sequences[0].params.response_format if sequences else None
+    if form is not None:
+        one, stops = sequences[0], sequences[0].params.stop_token_ids
+        in_context = one.in_context or one.output == "infilling"
+        try:
+            grammar = compile_format(form, tokenizer, stops, in_context, one.visible, ranks)
+        except ValueError as error:
+            raise WrongForm(str(error)) from error
+        for sequence in sequences:
+            sequence.grammar = grammar and grammar.copy()
 
 
 def compile_format(

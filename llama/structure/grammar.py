@@ -44,12 +44,12 @@ class TokenGrammar:
         self._stop_ids = frozenset(stop_ids)
         self._is_opening = is_opening and vocabulary.drops_spaces
         self._has_ended = False
-        stops = torch.zeros(vocabulary.n_words, dtype=torch.bool)
-        known = [i for i in self._stop_ids if 0 <= i < vocabulary.n_words]
-        stops[torch.tensor(known, dtype=torch.long)] = True
-        self._stops = pack(stops)
-        self._text = vocabulary.text & ~self._stops  # (ceil(n_words / 32),)
-        self._end = self._stops if known else torch.full_like(self._stops, -1)
+        stops = torch.zeros_like(vocabulary.text)  # (ceil(n_words / 32),)
+        for i in self._stop_ids:
+            if 0 <= i < vocabulary.n_words:
+                stops[i // 32] |= pack(torch.arange(32) == i % 32)[0]
+        self._text = vocabulary.text & ~stops
+        self._end = stops if stops.any() else torch.full_like(stops, -1)
 
     def copy(self) -> "TokenGrammar":
         """Return this grammar for another sequence, at the same place of the text."""

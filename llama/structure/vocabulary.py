@@ -16,6 +16,7 @@ from llama.tokenizers.json_tokenizer import JsonTokenizer
 
 _MAX_GRAMMARS = 64  # compiled ones that are kept
 _BYTE = re.compile("<0x([0-9A-F]{2})>")
+_SHIFTS = torch.arange(8, dtype=torch.uint8)  # of bits in bytes, lowest first
 _lock = threading.Lock()
 _numbers = count()
 
@@ -167,7 +168,7 @@ def _shortened(tokenizer: BaseTokenizer, pieces: Sequence[bytes]) -> list[int]:
     shortened = []
     for i, piece in enumerate(pieces):
         if piece.startswith(b" "):
-            is_byte = bool(_BYTE.fullmatch(tokenizer.token_piece(i)))
+            is_byte = piece == b" " and bool(_BYTE.fullmatch(tokenizer.token_piece(i)))
             if is_byte not in drops:
                 drops[is_byte] = tokenizer.decode([i]) != tokenizer.decode_infilling([i])
             if drops[is_byte]:
@@ -176,12 +177,11 @@ def _shortened(tokenizer: BaseTokenizer, pieces: Sequence[bytes]) -> list[int]:
 
 
 def pack(bits: torch.Tensor) -> torch.Tensor:
-    """Return bits, (n,), as int32 words, (ceil(n / 32),): bit i % 32 of word i // 32."""
-    padded = torch.nn.functional.pad(bits.long(), (0, -len(bits) % 32))
-    words = (padded.view(-1, 32) << torch.arange(32)).sum(-1)
-    return torch.where(words < 1 << 31, words, words - (1 << 32)).int()
+    """Return bits, bool (n,), as int32 words, (ceil(n / 32),): bit i % 32 of word i // 32."""
+    padded = torch.nn.functional.pad(bits.view(torch.uint8), (0, -len(bits) % 32))
+    return (padded.view(-1, 8) << _SHIFTS).sum(-1, dtype=torch.uint8).view(torch.int32)
 
 
 def unpack(words: torch.Tensor) -> torch.Tensor:
     """Return the bits of int32 words, (n_words,), as bools, (32 * n_words,)."""
-    return ((words[:, None] >> torch.arange(32, dtype=torch.int32)) & 1).bool().flatten()
+    return ((words.view(torch.uint8)[:, None] >> _SHIFTS) & 1).view(torch.bool).flatten()

@@ -134,8 +134,8 @@ def _decoded(piece: str, decoder: list[dict[str, Any]]) -> bytes:
     """Return a piece's bytes, as the steps of a decoder make them."""
     for step in decoder:
         kind = step["type"]
-        if kind == "ByteLevel" and all(char in BYTE_LEVEL for char in piece):
-            return bytes(BYTE_LEVEL[char] for char in piece)
+        if kind == "ByteLevel" and BYTE_LEVEL.keys() >= set(piece):
+            return bytes([BYTE_LEVEL[char] for char in piece])
         if kind == "ByteFallback" and (found := re.fullmatch("<0x([0-9A-F]{2})>", piece)):
             return bytes([int(found[1], 16)])
         if kind == "Metaspace":

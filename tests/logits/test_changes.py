@@ -40,7 +40,10 @@ PENALTIES: dict[str, Any] = {
 
 
 def changed(
-    logits: torch.Tensor, sequences: list[Sequence], drafts: list[list[int]] | None = None
+    logits: torch.Tensor,
+    sequences: list[Sequence],
+    drafts: list[list[int]] | None = None,
+    changes: LogitChanges | None = None,
 ) -> torch.Tensor:
     """The logits of a step after the texts of sequences, and after each token of their drafts."""
     parts, n_drawn = [], 0
@@ -50,7 +53,7 @@ def changed(
         n = len(draft) + 1
         parts.append(runner.Piece(sequence, slot, len(text) - 1, [text[-1], *draft], n, n))
         n_drawn += n
-    change = LogitChanges(len(sequences), 64, logits.shape[1]).of(parts, False)
+    change = (changes or LogitChanges(len(sequences), 64, logits.shape[1])).of(parts, False)
     tokens = [token for part in parts for token in part.tokens]
     tokens, *numbers = to_device(CPU, [tokens, *change.whole], change.floats)
     before = logits.clone()
@@ -172,6 +175,16 @@ def test_each_row_gets_its_own_changes() -> None:
         assert found[row, token] < -1e29
         found[row, token] = expected[row, token]
     torch.testing.assert_close(found, expected)
+
+
+def test_a_slot_s_next_text_replaces_the_last_one() -> None:
+    """A failure means that a text whose beginning was in the cache has another one's penalties."""
+    logits, changes = random_logits(5), LogitChanges(1, 64, N_WORDS)
+    for text in ([1, 2, 3, 4], [5, 6, 7], [1, 2, 8, 8, 8, 8]):
+        sequence = make(text[:2], text[2:], **PENALTIES)
+        found = changed(logits, [sequence], changes=changes)
+        assert torch.equal(found, changed(logits, [sequence]))
+        assert set((found != logits)[0].nonzero().flatten().tolist()) == set(text)
 
 
 def test_ids_beyond_the_vocabulary_have_no_logits() -> None:
