@@ -250,7 +250,7 @@ def keep(
     limit = torch.where(is_all, torch.inf, top_p[:, None])  # sums may be rounded to more than 1
     is_kept = torch.ones_like(candidates, dtype=torch.bool)
     if top_k is not None:
-        k = torch.where(top_k > 0, top_k, n_words).long()[:, None]
+        k = torch.where(top_k > 0, top_k, n_words).clamp(max=n_words).long()[:, None]
         is_kept = torch.arange(n_candidates, device=k.device) < k
         within = reached.gather(1, k.clamp(max=n_candidates) - 1)
         limit = torch.where(k < n_words, limit * within, limit)  # the mass is 1 of all together

@@ -138,8 +138,9 @@ class Runner:
         if not any(len(output) for output in outputs):
             return logits, None
         rest = [o for o, p in zip(outputs, pieces, strict=True) if len(o) > p.n_drawn]
-        extremes = [end for part in (logits, *rest) if len(part) for end in part.aminmax()]
-        finite = torch.stack(extremes).isfinite().all().int()[None]  # a NaN is either extreme
+        parts = [part for part in (logits, *rest) if len(part)]
+        extremes = [extreme for part in parts for extreme in (part.amin(), part.amax())]
+        finite = torch.stack(extremes).isfinite().all().int()[None]  # a NaN is both extremes
         if not len(logits):
             return logits, finite
         params = [piece.sequence.params for piece in pieces if piece.n_drawn]

@@ -417,6 +417,24 @@ def test_bans_and_least_lengths_are_kept(tiny: Llama) -> None:
     assert [len(text) for text in found] == [7] * len(ids)
 
 
+def test_draws_among_all_keep_to_the_bans(tiny: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A failure means that draws which need more candidates are made from the model's logits."""
+    monkeypatch.setattr(runner, "_CANDIDATES", 2)
+    monkeypatch.setattr(runner, "_AFTER_REDRAWING", 0)
+    monkeypatch.setattr(tiny.engine._runner, "_sorts_all", 0)
+    redrawn, finish = [], tiny.engine._runner.finish
+
+    def watched(started: runner.Pass) -> Any:
+        redrawn.append(finish(started))
+        return redrawn[-1]
+
+    monkeypatch.setattr(tiny.engine._runner, "finish", watched)
+    bans = dict.fromkeys(range(0, 768, 2), -100)
+    found, _ = tiny.generate([[5, 6]], 4, temperature=1.5, n=16, seed=1, logit_bias=bans)
+    assert all(token % 2 for text in found for token in text)
+    assert sum(is_redrawn for _, is_redrawn in redrawn) > 3
+
+
 def test_ids_that_no_bias_can_have_are_named(tiny: Llama) -> None:
     """A failure means that another row's logits are changed, or an index fails in a pass."""
     for token in (-1, 768):
