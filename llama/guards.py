@@ -50,7 +50,7 @@ def judged(dialog: Dialog) -> tuple[Dialog, str]:
         text = "\n\n".join(filter(None, texts))
         messages.append(cast(Message, {**fields, "role": role, "content": text}))
     folded = fold(messages)
-    begun = content_text(folded.pop()) if folded[-1]["role"] == "assistant" else ""
+    begun = content_text(folded.pop()) if folded and folded[-1]["role"] == "assistant" else ""
     n_system = sum(message["role"] == "system" for message in folded)
     if len(folded) == n_system or folded[n_system]["role"] == "assistant":
         folded.insert(n_system, Message(role="user", content=""))

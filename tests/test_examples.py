@@ -42,7 +42,7 @@ def run_here(name: str, *flags: str) -> None:
 
 def test_every_example_is_tested() -> None:
     examples = {path.name for path in EXAMPLES.glob("example_*.py")}
-    assert set(EXPECTED) == examples - {"example_smollm2.py"}
+    assert set(EXPECTED) == examples - {"example_smollm2.py", "example_tools.py"}
 
 
 def test_a_real_model_answers() -> None:
@@ -53,6 +53,17 @@ def test_a_real_model_answers() -> None:
     assert "> Assistant: The capital of France is Paris." in out
     out = run("example_json.py", "--ckpt_dir", path)
     assert '> {"city":"Paris","country":"France","continent":"Europe"}' in out
+
+
+@pytest.mark.slow
+def test_a_real_model_calls_a_function_and_uses_its_result() -> None:
+    pytest.importorskip("llguidance")
+    path = os.environ.get("LLAMA_SMOLLM2")
+    if not path:
+        pytest.skip("LLAMA_SMOLLM2 is not set")
+    out = run("example_tools.py", "--ckpt_dir", path, "--max_gen_len", "40")
+    assert '> Call: get_population({"city": "Oslo"})' in out
+    assert re.search(r"> Assistant: .*720,?000", out)
 
 
 @pytest.mark.slow

@@ -65,7 +65,7 @@ def fold(dialog: Dialog) -> list[Message]:
             folded[-1] = _joined(last, message, role)
         else:
             folded.append(message)
-    if folded[-1]["role"] == "system":
+    if folded and folded[-1]["role"] == "system":
         folded.append(Message(role="user", content=""))
     return folded
 

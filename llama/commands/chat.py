@@ -1,13 +1,15 @@
 """A conversation with a model in the terminal: ``python -m llama chat``."""
 
+import ast
 import json
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,14 +19,18 @@ from llama.commands.flags import BuildFlags, SamplingFlags
 from llama.engine.sequence import StreamPiece
 from llama.generation import Llama
 from llama.parallel import print_once
+from llama.sampling import SamplingParams
 
 HELP = """\
-/system TEXT  set the system prompt, "" for none; without TEXT, show it
-/clear        forget the conversation, keep the system prompt
-/save FILE    save the conversation as JSON
-/load FILE    continue a saved conversation
-/help         show this
-/quit         leave, as Ctrl-D does
+/system TEXT     set the system prompt, "" for none; without TEXT, show it
+/retry           answer the last message again
+/undo            take back the last message and its answer
+/set NAME VALUE  change a parameter of sampling; without NAME, show all of them
+/clear           forget the conversation, keep the system prompt
+/save FILE       save the conversation as JSON
+/load FILE       continue a saved conversation
+/help            show this
+/quit            leave, as Ctrl-D does
 To begin a message with a slash, type two. A backslash at the end of a line continues the message
 on the next line; with prompt_toolkit, so does Alt-Enter. Ctrl-C stops an answer."""
 
@@ -44,12 +50,18 @@ Pieces = Generator[StreamPiece, None, None]
 
 
 class Chat:
-    """A conversation with a model; ``stream`` yields the answer to a dialog in pieces."""
+    """A conversation with a model.
+
+    Args:
+        stream: yields the answer to a dialog in pieces, with parameters of sampling.
+        sampling: these parameters.
+    """
 
     def __init__(
-        self, llama: Llama, stream: Callable[[list[Message]], Generator[StreamPiece, None, None]]
+        self, llama: Llama, stream: Callable[..., Pieces], sampling: Mapping[str, Any] | None = None
     ):
         self.llama, self.stream = llama, stream
+        self.sampling = dict(sampling or {})
         self.dialog: list[Message] = []
 
     def take(self, text: str) -> None:
@@ -74,6 +86,12 @@ class Chat:
                 self.dialog = self.checked(new) + self.dialog[len(system) :]
             case "/system":
                 note(content_text(system[0]) if system else "There is no system prompt.")
+            case "/retry":
+                self.answer(self.dialog[: self.last_message() + 1])
+            case "/undo":
+                self.dialog = self.dialog[: self.last_message()]
+            case "/set":
+                self.set(*argument.split(maxsplit=1))
             case "/clear":
                 self.dialog = system
             case "/save" if argument:
@@ -88,6 +106,35 @@ class Chat:
                 raise ValueError(
                     f"{name} isn't a command, or lacks an argument. There are:\n{HELP}"
                 )
+
+    def last_message(self) -> int:
+        """Return the place of the user's last message in the dialog.
+
+        Raises:
+            ValueError: there is none.
+        """
+        places = [i for i, message in enumerate(self.dialog) if message["role"] == "user"]
+        if not places:
+            raise ValueError("There is no message yet.")
+        return places[-1]
+
+    def set(self, name: str = "", value: str | None = None) -> None:
+        """Set a parameter of sampling; or, without a value, show it, or all.
+
+        Raises:
+            TypeError, ValueError: there is no such parameter, or it can't have this value.
+        """
+        if name not in ("", *self.sampling):
+            raise ValueError(f"{name} isn't a parameter: there are {', '.join(self.sampling)}")
+        if name and value is not None:
+            parsed: Any = value
+            with suppress(ValueError, SyntaxError):
+                parsed = None if value.lower() == "none" else ast.literal_eval(value)
+            changed = {**self.sampling, name: parsed}
+            SamplingParams(**changed)  # raises for a wrong value
+            self.sampling = changed
+        shown = self.sampling if not name else {name: self.sampling[name]}
+        note("\n".join(f"{key} = {value}" for key, value in shown.items()))
 
     def checked(self, dialog: list[Message]) -> list[Message]:
         """Return the dialog.
@@ -127,11 +174,15 @@ class Chat:
         self.dialog = self.checked(dialog)
         note(f"{path} has {len(dialog)} messages.")
 
+    def pieces(self, dialog: list[Message]) -> Pieces:
+        """Return the pieces of the answer to a dialog."""
+        return self.stream(self.checked(dialog), **self.sampling)
+
     def answer(self, dialog: list[Message]) -> None:
         """Show the answer to a dialog, and continue the conversation with both."""
         text, n_tokens, n_first = "", 0, 0
         begin = time.perf_counter()
-        with interruptible() as stops, closing(self.stream(self.checked(dialog))) as pieces:
+        with interruptible() as stops, closing(self.pieces(dialog)) as pieces:
             for piece in pieces:
                 if stops:
                     break
@@ -233,14 +284,16 @@ def main(
     """
     llama = Llama.build(**vars(build), max_batch_size=1, chat_format=chat_format)
 
-    def stream(dialog: list[Message]) -> Pieces:
+    def stream(dialog: list[Message], **sampling: Any) -> Pieces:
         if parallel.rank() == 0:
-            broadcast_text(json.dumps(dialog))
-        return llama.chat_completion_stream(dialog, **vars(sampling))
+            broadcast_text(json.dumps([dialog, sampling]))
+        return llama.chat_completion_stream(dialog, **sampling)
 
     if parallel.rank() == 0:
-        read_lines(Chat(llama, stream), f"/system {system}" if system else "")
+        chat = Chat(llama, stream, {**vars(sampling), "seed": None})
+        read_lines(chat, f"/system {system}" if system else "")
     # The other ranks read and print nothing, but take part in every answer.
-    while parallel.rank() > 0 and (dialog := broadcast_text()):
+    while parallel.rank() > 0 and (request := broadcast_text()):
+        dialog, changed = json.loads(request)
         with suppress(TypeError, ValueError):
-            list(stream(json.loads(dialog)))
+            list(stream(dialog, **changed))

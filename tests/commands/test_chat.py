@@ -30,9 +30,8 @@ SPEED = r"\d+ tokens, \d+\.\d\d s to the first, \d+\.\d tokens/s"
 
 @pytest.fixture
 def chat(tiny: Llama) -> Any:
-    return terminal_chat.Chat(
-        tiny, lambda dialog: tiny.chat_completion_stream(dialog, temperature=0)
-    )
+    sampling = {"temperature": 0, "top_k": 0, "max_gen_len": None, "sampling": None}
+    return terminal_chat.Chat(tiny, tiny.chat_completion_stream, sampling)
 
 
 @pytest.fixture
@@ -52,7 +51,7 @@ def type_in(
 def answering(chat: Any, *pieces: str) -> None:
     """Have the chat answered with these pieces, whatever the message."""
 
-    def stream(dialog: list[Message]) -> Generator[StreamPiece, None, None]:
+    def stream(dialog: list[Message], **_: Any) -> Generator[StreamPiece, None, None]:
         for piece in pieces:
             yield StreamPiece(piece, [1])
 
@@ -116,11 +115,61 @@ def test_unknown_commands_say_what_is_known(chat: Any, type_in: Callable[..., st
     for line in ("/nothing", "/", "/save", "/load"):
         out = type_in(chat, line)
         assert out.startswith(f"{line} isn't a command")
-        for known in ("/system", "/clear", "/save", "/load", "/help", "/quit"):
-            assert known in out, f"{line} doesn't tell of {known}"
+        for known in terminal_chat.HELP.split("To begin")[0].splitlines():
+            assert known.split()[0] in out, f"{line} doesn't tell of {known}"
     assert chat.dialog == []
     assert type_in(chat, "/quit", COW["content"]) == "", "/quit reads on"
     assert "/load FILE" in type_in(chat, "/help")
+
+
+def test_the_last_message_is_answered_again_or_taken_back(
+    chat: Any, type_in: Callable[..., str]
+) -> None:
+    for line in ("/retry", "/undo"):
+        assert type_in(chat, line) == "There is no message yet.\n\n"
+    type_in(chat, "/system kind", COW["content"])
+    first = list(chat.dialog)
+    answering(chat, "Moo!")
+    out = type_in(chat, "/retry")
+    assert out.startswith("Moo!\n")
+    again = {"role": "assistant", "content": "Moo!"}
+    assert chat.dialog == [*first[:2], again], "/retry keeps the first answer, or the new not"
+    type_in(chat, "And now?", "/undo")
+    assert chat.dialog == [*first[:2], again], "/undo takes more or less than one exchange"
+    answering(chat)
+    assert "No answer" in type_in(chat, "/retry")
+    assert chat.dialog == [*first[:2], again], "an answer that failed takes the old one with it"
+    type_in(chat, "/undo")
+    assert chat.dialog == first[:1], "/undo takes the system prompt"
+
+
+def test_parameters_are_set_and_shown(chat: Any, type_in: Callable[..., str]) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def stream(dialog: list[Message], **sampling: Any) -> Generator[StreamPiece, None, None]:
+        asked.append(sampling)
+        yield StreamPiece("Hm.", [1])
+
+    chat.stream = stream
+    assert type_in(chat, "/set") == (
+        "temperature = 0\ntop_k = 0\nmax_gen_len = None\nsampling = None\n\n"
+    )
+    out = type_in(
+        chat, "/set temperature 0.5", "/set max_gen_len 7", "/set sampling checkpoint", "x"
+    )
+    assert out.startswith("temperature = 0.5\n\nmax_gen_len = 7\n\nsampling = checkpoint\n\nHm.")
+    given = {"temperature": 0.5, "top_k": 0, "max_gen_len": 7, "sampling": "checkpoint"}
+    assert asked == [given], "the model doesn't get what was set"
+    assert type_in(chat, "/set max_gen_len none", "/set top_k") == (
+        "max_gen_len = None\n\ntop_k = 0\n\n"
+    )
+    for line, complaint in (
+        ("/set temperature hot", "temperature is 'hot': give a number"),
+        ("/set top_k -1", "top_k is -1"),
+        ("/set colour 1", "colour isn't a parameter: there are temperature, top_k, max_gen_len"),
+    ):
+        assert complaint in type_in(chat, line)
+    assert chat.sampling == {**given, "max_gen_len": None}, "a wrong value is kept"
 
 
 def test_save_clear_load(chat: Any, type_in: Callable[..., str], tmp_path: Path) -> None:
@@ -232,8 +281,8 @@ def test_turns_have_the_destination_of_their_format(
 def test_ctrl_c_stops_an_answer_and_keeps_it(chat: Any, type_in: Callable[..., str]) -> None:
     whole = chat.stream
 
-    def stopped(dialog: list[Message]) -> Iterator[str]:
-        for i, piece in enumerate(whole(dialog)):
+    def stopped(dialog: list[Message], **sampling: Any) -> Iterator[str]:
+        for i, piece in enumerate(whole(dialog, **sampling)):
             yield piece
             if i == 1:
                 signal.raise_signal(signal.SIGINT)
@@ -250,7 +299,7 @@ def test_ctrl_c_stops_an_answer_and_keeps_it(chat: Any, type_in: Callable[..., s
 
 
 def test_ctrl_c_before_the_first_word_keeps_nothing(chat: Any, type_in: Callable[..., str]) -> None:
-    def stopped(dialog: list[Message]) -> Iterator[str]:
+    def stopped(dialog: list[Message], **_: Any) -> Iterator[str]:
         signal.raise_signal(signal.SIGINT)
         yield "The"
 
@@ -260,7 +309,7 @@ def test_ctrl_c_before_the_first_word_keeps_nothing(chat: Any, type_in: Callable
 
 
 def test_a_second_ctrl_c_leaves(chat: Any, type_in: Callable[..., str]) -> None:
-    def stuck(dialog: list[Message]) -> Iterator[str]:
+    def stuck(dialog: list[Message], **_: Any) -> Iterator[str]:
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
         yield "The"
@@ -285,7 +334,9 @@ def piped(*command: str) -> str:
     """What the script prints for two messages, one of them in two lines, and a long one."""
     done = subprocess.run(
         [sys.executable, *command, str(SCRIPT), "--temperature", "0", "--system", "kind, brief"],
-        input=f"What does\\\nthe cow say?\n/system\n{'moo ' * 600}\nWhat does the duck say?",
+        input="What does\\\nthe cow say?\n/system\n"
+        f"{'moo ' * 600}\n/set max_gen_len 2\nWhat does the duck say?\n"
+        "/set max_gen_len none\n/retry",
         capture_output=True,
         text=True,
         timeout=120,
@@ -296,6 +347,7 @@ def piped(*command: str) -> str:
 
 PIPED = (
     rf"The cow says moo\.\n{SPEED}\n\nkind, brief\n\nprompt 0 has .*\n/clear, or .*\n\n"
+    rf"max_gen_len = 2\n\nThe duck\n.*\n\nmax_gen_len = None\n\n"
     rf"The duck says quack\.\n{SPEED}\n\n"
 )
 

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 from llama import Tokenizer
 from llama.checkpoint.gguf_file import open_file
 from llama.generation import TINY
-from llama.tokenizers import load_tokenizer
+from llama.tokenizers import chat_templates, load_tokenizer
 from llama.tokenizers.gguf_tokenizer import tokenizer_files
 
 
@@ -120,6 +120,11 @@ def test_special_tokens_of_a_byte_level_tokenizer(tmp_path: Path) -> None:
     assert tokenizer.encode("<tool>", bos=False, eos=False) == [len(BPE["vocab"])]
     data = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode())
     assert data.encode("a").ids[0] == 0  # transformers too begins with it
+    metadata["tokenizer.chat_template.tool_use"] = "{{ tools }}"
+    assert chat_templates(tokenizer_files(metadata)) == {
+        "default": "{{ bos_token }}",
+        "tool_use": "{{ tools }}",
+    }
     metadata["tokenizer.ggml.pre"] = "smollm"
     metadata["tokenizer.ggml.add_eos_token"] = True
     config = json.loads(tokenizer_files(metadata)["tokenizer_config.json"])
