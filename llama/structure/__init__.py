@@ -39,7 +39,8 @@ def hold_to_form(
     """Give the sequences of a call, which have the same parameters, their ``grammar``.
 
     Raises:
-        ImportError, WrongForm, RuntimeError: see ``compile_format``.
+        WrongForm: the form can't be compiled.
+        ImportError, RuntimeError: see ``compile_format``.
     """
     form = sequences[0].params.response_format if sequences else None
     if form is not None:

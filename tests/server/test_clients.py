@@ -5,7 +5,9 @@ Grammars hold its calls and answers to their schemas, whatever it prefers to wri
 
 import json
 import os
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import openai
@@ -185,6 +187,17 @@ def test_pydantic_ai(url: str) -> None:
             assert isinstance(found.output, Animal)
             more = agent.run_sync("And another one.", message_history=found.all_messages())
             assert isinstance(more.output, Animal)
+
+
+def test_openai_agents(url: str) -> None:
+    """In an environment of its own, which has another version of the package ``openai``."""
+    python = os.environ.get("LLAMA_AGENTS_PYTHON")
+    if not python:
+        pytest.skip("LLAMA_AGENTS_PYTHON, a Python that has openai-agents, is not set")
+    script = Path(__file__).parent / "agents_client.py"
+    done = subprocess.run([python, str(script), url], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("answers with a model") == 2
 
 
 @pytest.fixture(scope="module")
