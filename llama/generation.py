@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -13,14 +13,19 @@ from llama.chat.formats import choose_chat
 from llama.chat.layout import ChatFormat
 from llama.chat.options import ChatArguments, split_options
 from llama.chat.prompts import *  # noqa: F403 (Meta's names are imported from here)
-from llama.chat.prompts import UNSAFE_ERROR, Dialog, Message, has_tags
+from llama.chat.prompts import UNSAFE_ERROR, Dialog, has_tags
 from llama.chat.tools import answer_message
 from llama.checkpoint.pretrained import TINY as TINY
 from llama.checkpoint.pretrained import LoadConfig, load_model
 from llama.engine.engine import Engine
 from llama.engine.graphs import decoding_steps
 from llama.engine.lock import CacheLock
-from llama.engine.sequence import Event, FinishReason, Output, StreamPiece
+from llama.engine.results import ChatPrediction as ChatPrediction
+from llama.engine.results import Classification as Classification
+from llama.engine.results import CompletionPrediction as CompletionPrediction
+from llama.engine.results import InfillingPrediction as InfillingPrediction
+from llama.engine.results import StreamPiece
+from llama.engine.sequence import Event, Output
 from llama.engine.sequence import Sequence as EngineSequence
 from llama.engine.tasks import Tasks
 from llama.errors import checked_list
@@ -30,47 +35,6 @@ from llama.tokenizer import BaseTokenizer
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-
-class Prediction(TypedDict, total=False):
-    """Why a text ended; with ``logprobs``, its tokens (pieces) and their log-probabilities.
-
-    ``finish_reason`` is "stop", "length", "tool_calls" for an answer that calls tools, or
-    "content_filter" for a refused one; ``stop_reason`` is the stop string or id of the caller's
-    that was met, and None for any other end.
-    """
-
-    finish_reason: FinishReason | Literal["tool_calls"]
-    stop_reason: str | int | None
-    tokens: list[str]
-    logprobs: list[float]
-
-
-class CompletionPrediction(Prediction):
-    """A completion."""
-
-    generation: str
-
-
-class ChatPrediction(Prediction):
-    """An answer."""
-
-    generation: Message
-
-
-class InfillingPrediction(Prediction):
-    """A middle and the whole."""
-
-    generation: str
-    full_text: str
-
-
-class Classification(TypedDict):
-    """The most probable label, its probability, and the logits of all labels in order."""
-
-    label: str
-    score: float
-    logits: list[float]
 
 
 class Llama:

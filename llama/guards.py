@@ -8,7 +8,7 @@ from typing import cast
 
 from llama.chat.prompts import Dialog, Message, content_text
 from llama.chat.roles import fold
-from llama.engine.sequence import FinishReason, StreamPiece
+from llama.engine.results import FinishReason, StreamPiece
 
 _OF_TOOLS = ("tool_calls", "tool_call_id", "name")
 

@@ -12,7 +12,7 @@ from llama import Dialog, Llama, Tokenizer
 from llama.chat.formats import FORMATS
 from llama.chat.prompts import UNSAFE_ERROR
 from llama.engine import engine
-from llama.engine.sequence import StreamPiece
+from llama.engine.results import StreamPiece
 from llama.generation import TINY
 from llama.guards import StreamGuard, Verdict, guarded, refusal
 from llama.sampling import SamplingParams

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama import Dialog, Llama
-from llama.engine.sequence import StreamPiece
+from llama.engine.results import StreamPiece
 from llama.guards import StreamGuard, Verdict, refusal
 from llama.guards import guarded as guarded_stream
 

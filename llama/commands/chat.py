@@ -16,7 +16,7 @@ import torch
 from llama import parallel
 from llama.chat.prompts import UNSAFE_ERROR, Message, check_messages, content_text, has_tags
 from llama.commands.flags import BuildFlags, SamplingFlags
-from llama.engine.sequence import StreamPiece
+from llama.engine.results import StreamPiece
 from llama.generation import Llama
 from llama.parallel import print_once
 from llama.sampling import SamplingParams

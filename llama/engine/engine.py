@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from llama.engine.prefix_cache import PrefixCache, common_prefix
+from llama.engine.results import FinishReason
 from llama.engine.runner import IN_FLIGHT, Pass, Piece, Runner
-from llama.engine.sequence import Alternatives, Event, FinishReason, Sequence
+from llama.engine.sequence import Alternatives, Event, Sequence
 from llama.errors import NotFinite
 from llama.layers.varlen import MAX_DRAFT
 from llama.model import Transformer

@@ -11,13 +11,13 @@ import torch
 from llama.args import ModelArgs
 from llama.engine.detokenizer import Detokenizer
 from llama.engine.prompt_lookup import PromptLookup
+from llama.engine.results import FinishReason
 from llama.errors import PromptTooLong, checked_list
 from llama.logits.masks import Grammar
 from llama.sampling import SamplingParams
 from llama.tokenizer import BaseTokenizer
 from llama.tokenizers.control import End, with_marks
 
-FinishReason = Literal["stop", "length", "content_filter", "cancelled", "timeout", "error"]
 Output = Literal["text", "infilling", "ids", "mean", "last", "logits"]
 Alternatives = list[tuple[int, float]]  # token ids and log-probabilities, most probable first
 
@@ -185,34 +185,6 @@ class Event(NamedTuple):
     @property
     def finish_reason(self) -> FinishReason | None:
         return self.sequence.finish_reason
-
-
-class StreamPiece(str):
-    """New text of a stream, with the tokens whose text is complete by now.
-
-    Attributes:
-        token_ids, logprobs: of these tokens.
-        finish_reason: why the stream ends here; None where it goes on.
-        stop_reason: the caller's stop string or id that ended it; None for another end.
-    """
-
-    token_ids: list[int]
-    logprobs: list[float]
-    finish_reason: FinishReason | None
-    stop_reason: End | None
-
-    def __new__(
-        cls,
-        text: str = "",
-        token_ids: Iterable[int] = (),
-        logprobs: Iterable[float] = (),
-        finish_reason: FinishReason | None = None,
-        stop_reason: End | None = None,
-    ) -> "StreamPiece":
-        piece = super().__new__(cls, text)
-        piece.token_ids, piece.logprobs = list(token_ids), list(logprobs)
-        piece.finish_reason, piece.stop_reason = finish_reason, stop_reason
-        return piece
 
 
 def checked_prompts(args: ModelArgs, prompts: Iterable[List[int]]) -> list[list[int]]:

@@ -66,8 +66,7 @@ class Tasks:
         """
         if self.args.labels is not None:
             raise ValueError("this checkpoint classifies and writes no text: use classify")
-        params, own = with_ends(params, self.tokenizer, ends)
-        params = self.recommended.apply(params)
+        params, own = with_ends(self.recommended.apply(params), self.tokenizer, ends)
         outside = [i for i in params.logit_bias if not 0 <= i < self.tokenizer.n_words]
         if outside:
             raise ValueError(
@@ -81,10 +80,10 @@ class Tasks:
             if params.max_gen_len is not None:
                 limit = min(limit, params.max_gen_len)
             for _ in range(params.n):
-                own_seed = f"{seed} {len(sequences)}"
-                sequence = Sequence(ids, params, own_seed, limit, output, in_context, own)
-                sequence.visible = visible or {}
-                sequences.append(sequence)
+                number = f"{seed} {len(sequences)}"
+                shown = visible or {}
+                one = Sequence(ids, params, number, limit, output, in_context, own, shown)
+                sequences.append(one)
         hold_to_form(sequences, self.tokenizer, self.ranks)
         return sequences
 

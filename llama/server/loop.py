@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from llama.engine.engine import Counts, Engine
-from llama.engine.sequence import Event, FinishReason, Sequence
+from llama.engine.results import FinishReason
+from llama.engine.sequence import Event, Sequence
 from llama.errors import NotFinite
 from llama.server.workers import HEARTBEAT, Workers, configure
 

@@ -20,7 +20,7 @@ from llama import Llama, Message
 from llama.chat.formats import FORMATS
 from llama.chat.prompts import SPECIAL_TAGS, UNSAFE_ERROR
 from llama.commands import chat as terminal_chat
-from llama.engine.sequence import StreamPiece
+from llama.engine.results import StreamPiece
 
 SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "chat.py"
 COW = Message(role="user", content="What does the cow say?")

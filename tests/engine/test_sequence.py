@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from llama.engine.sequence import Sequence, StreamPiece
+from llama.engine.results import StreamPiece
+from llama.engine.sequence import Sequence
 from llama.sampling import SamplingParams
 
 
