@@ -60,6 +60,18 @@ class _Worker:
             self.close()
         return json.loads(line) if line else None
 
+    def prepares(self, request: worker.Request, vocabulary: Vocabulary) -> bool:
+        """Send a request; return whether the process has begun with it."""
+        try:
+            self.send(request)
+            state = self.receive(_START)
+            if state == "unknown vocabulary":
+                self.send(request._replace(pieces=vocabulary.pieces))
+                state = self.receive(_START)
+        except OSError:
+            return False
+        return bool(state == "ready")
+
     def close(self) -> None:
         if self.is_running:
             self._process.kill()
@@ -77,23 +89,17 @@ def error_of(vocabulary: Vocabulary, grammar: str) -> str:
         RuntimeError: the worker process doesn't start.
     """
     global _worker
+    request = worker.Request(vocabulary.number, None, grammar, SECONDS)
     with _lock:
-        if _worker is None or not _worker.is_running:
-            _worker = _Worker()
-            atexit.register(_worker.close)
-        request = worker.Request(vocabulary.number, None, grammar, SECONDS)
-        try:
-            _worker.send(request)
-            state = _worker.receive(_START)
-            if state == "unknown vocabulary":
-                _worker.send(request._replace(pieces=vocabulary.pieces))
-                state = _worker.receive(_START)
-        except OSError:
-            state = None
-        if state != "ready":
-            raise RuntimeError(
-                f"the process that tries grammars doesn't start: {sys.executable} must be able to "
-                "run Python with llguidance"
-            )
-        error = _worker.receive(SECONDS)
-    return TOO_COMPLEX if error is None else str(error)
+        for _ in range(2):  # one that has just ended, or was killed a moment too late
+            if _worker is None or not _worker.is_running:
+                _worker = _Worker()
+                atexit.register(_worker.close)
+            if _worker.prepares(request, vocabulary):
+                error = _worker.receive(request.seconds)
+                return TOO_COMPLEX if error is None else str(error)
+            _worker.close()
+    raise RuntimeError(
+        f"the process that tries grammars doesn't start: {sys.executable} must be able to run "
+        "Python with llguidance"
+    )

@@ -144,9 +144,9 @@ form, slow, dialog = json.loads(sys.argv[2])
 how = {"response_format": form, "temperature": 1.5, "seed": 5, "prompt_lookup_num_tokens": 4}
 if os.environ["RANK"] == "1":
     trial.error_of = None  # rank 0's verdict counts, and only rank 0 takes the time
-trial.SECONDS = 0.3
 found = []
 for each in (form, slow, {"type": "json_schema", "schema": {"type": "foo"}}, form):
+    trial.SECONDS = 0.3 if each == slow else 5
     try:
         answers = llama.chat_completion([dialog], **{**how, "response_format": each})
         found.append(answers[0]["generation"]["content"])
