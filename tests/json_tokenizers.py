@@ -98,7 +98,7 @@ def like_llama2(scheme: str, source: Tokenizer | None = None) -> dict[str, Any]:
     }
 
 
-def marked(tokenizer: BaseTokenizer, text: str) -> list[int]:
+def structure_ids(tokenizer: BaseTokenizer, text: str) -> list[int]:
     """The ids of a prompt's structure, where control pieces become their ids."""
     marks = Marks(tokenizer)
     return marks.encode(marks.mark(text))

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from json_tokenizers import byte_level
+from json_tokenizers import byte_level, structure_ids
 
 from llama import Tokenizer
 from llama.engine.detokenizer import Detokenizer
@@ -221,7 +221,7 @@ class TestMarks:
             f"the cat{call} sat{silent} on",
             f'{call}{call}{{"name": 1}}\n{call}é{silent}语{call}',
         ):
-            ids = tokenizer.encode_rendered(text)
+            ids = structure_ids(tokenizer, text)
             stream = marked(tokenizer, marks)
             pieces = run(stream, ids)
             written = "".join(pieces).split()
@@ -247,7 +247,7 @@ class TestMarks:
     def test_stop_strings_are_found_across_marks(self, tokenizer: BaseTokenizer) -> None:
         """A failure means that an answer can't be stopped at a tool call."""
         call, _ = self.two(tokenizer)
-        ids = tokenizer.encode_rendered(f"the{call}cat sat")
+        ids = structure_ids(tokenizer, f"the{call}cat sat")
         stream = marked(tokenizer, {tokenizer.control_ids[call]: call}, stop=[f"e{call}c"])
         assert "".join(run(stream, ids)) == stream.text == "th" and stream.stopped
 
@@ -263,6 +263,6 @@ class TestMarks:
     def test_a_mark_in_the_context_is_no_part_of_the_text(self, tokenizer: BaseTokenizer) -> None:
         """A failure means that a continuation repeats its prompt's mark."""
         call, _ = self.two(tokenizer)
-        context = tokenizer.encode_rendered(f"a{call}")
+        context = structure_ids(tokenizer, f"a{call}")
         stream = marked(tokenizer, {tokenizer.control_ids[call]: call}, context=context)
         assert "".join(run(stream, tokenizer.encode_infilling("bc"))) == "bc"

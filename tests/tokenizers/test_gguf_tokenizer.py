@@ -11,7 +11,7 @@ from conftest import data_tokenizer
 from gguf_files import BPE, TEXT, add_byte_level, write_gguf
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from json_tokenizers import marked
+from json_tokenizers import structure_ids
 from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer
 
@@ -115,7 +115,7 @@ def test_special_tokens_of_a_byte_level_tokenizer(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(files)
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.add_bos) == (0, 1, True)
     assert tokenizer.stop_ids == {1, 2}
-    assert marked(tokenizer, "<|bos|>a<|im_end|>")[::2] == [0, 1]
+    assert structure_ids(tokenizer, "<|bos|>a<|im_end|>")[::2] == [0, 1]
     assert tokenizer.encode("<|bos|>", bos=False, eos=False) != [0]
     assert tokenizer.encode("<tool>", bos=False, eos=False) == [len(BPE["vocab"])]
     data = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode())

@@ -22,7 +22,7 @@ from json_tokenizers import (
     WORD,
     byte_level,
     like_llama2,
-    marked,
+    structure_ids,
 )
 
 from llama import Llama, Tokenizer
@@ -143,7 +143,7 @@ def test_added_pieces_that_the_template_names_are_structure_and_are_decoded() ->
     for name in (THINK, TURN):
         assert ours.control_ids[name] not in ours.encode(f"a{name}b", False, False)
         assert ours.decode(ours.encode(f"a{name}b", False, False)) == f"a{name}b"
-    assert marked(ours, f"{TURN}{THINK}") == [turn, think]
+    assert structure_ids(ours, f"{TURN}{THINK}") == [turn, think]
     assert Marks(ours).encode(clean(f"{TURN}{THINK}")) == ours.encode(
         f"{TURN}{THINK}", False, False
     )
@@ -244,7 +244,7 @@ class TestNextToSentencePiece:
         added = {"<|im_end|>": 769, "<|im_start|>": 768}
         ours = load_tokenizer(sentencepiece_files(added_tokens__json=added))
         assert ours.n_words == 770 and ours.control_ids.items() >= added.items()
-        assert marked(ours, "<|im_end|><|im_start|>") == [769, 768]
+        assert structure_ids(ours, "<|im_end|><|im_start|>") == [769, 768]
         self._never(ours, ["<|im_end|>", "<|im_start|>", "<s>", "</s>"])
 
     @pytest.mark.parametrize("special", [True, False])
@@ -263,7 +263,7 @@ class TestNextToSentencePiece:
         }
         ours = load_tokenizer(sentencepiece_files(tokenizer_config__json=config))
         assert ours.eos_id == 769 and ours.stop_ids == {2, 769}
-        assert marked(ours, "<|im_end|><|im_start|>") == [769, 768]
+        assert structure_ids(ours, "<|im_end|><|im_start|>") == [769, 768]
         self._never(ours, ["<|im_end|>", "<|im_start|>"])
         ids = ours.encode("ein Schmetterling fliegt", False, False)  # an ordinary word
         assert 770 in ids and ours.decode(ids) == "ein Schmetterling fliegt"
