@@ -19,7 +19,9 @@ FORMATS = [
     "gguf>=0.17",
     "protobuf>=4.25",
 ]
+STRUCTURE = ["llguidance>=1.9"]
 SERVER = [
+    *STRUCTURE,
     "fastapi>=0.132",
     "fastapi-offline>=1.7",
     "uvicorn>=0.30",
@@ -27,12 +29,10 @@ SERVER = [
     "gradio>=6.31,<7",
 ]
 CHAT = ["prompt_toolkit>=3.0.36", *PROGRESS]
-STRUCTURE = ["llguidance>=1.9"]
 TEST = [
     *FORMATS,
     *SERVER,
     *CHAT,
-    *STRUCTURE,
     "jsonschema>=4.23",
     "pytest>=8",
     "pytest-xdist>=3.5",
@@ -44,6 +44,8 @@ TEST = [
     "httpx>=0.27",
     "openai>=2",
     "langchain-openai>=1",
+    "instructor>=1.17",
+    "pydantic-ai-slim[openai]>=2",
     "schemathesis>=4.10",
     "playwright>=1.49",
 ]

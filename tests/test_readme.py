@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 from servers import serve
 
 from llama import Llama
@@ -149,9 +150,10 @@ def helps() -> dict[tuple[str, str], tuple[Any, str]]:
 
 
 @pytest.fixture(scope="module")
-def address(tiny: Llama) -> Iterator[str]:
-    """A server of the embedded model."""
-    with serve(tiny) as (url, _):
+def address() -> Iterator[str]:
+    """A server of the embedded model, with tools."""
+    llama = Llama.build(dtype=torch.float32, device="cpu", max_seq_len=1024, tool_format="hermes")
+    with serve(llama) as (url, _):
         yield url
 
 

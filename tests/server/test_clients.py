@@ -3,9 +3,11 @@
 Grammars hold its calls and answers to their schemas, whatever it prefers to write.
 """
 
+import importlib.util
 import json
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -190,10 +192,11 @@ def test_pydantic_ai(url: str) -> None:
 
 
 def test_openai_agents(url: str) -> None:
-    """In an environment of its own, which has another version of the package ``openai``."""
-    python = os.environ.get("LLAMA_AGENTS_PYTHON")
+    """In this environment, or in one that LLAMA_AGENTS_PYTHON names."""
+    here = sys.executable if importlib.util.find_spec("agents") else None
+    python = os.environ.get("LLAMA_AGENTS_PYTHON", here)
     if not python:
-        pytest.skip("LLAMA_AGENTS_PYTHON, a Python that has openai-agents, is not set")
+        pytest.skip("needs openai-agents here, or its Python in LLAMA_AGENTS_PYTHON")
     script = Path(__file__).parent / "agents_client.py"
     done = subprocess.run([python, str(script), url], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
