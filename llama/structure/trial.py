@@ -3,7 +3,6 @@
 import atexit
 import json
 import os
-import pickle
 import subprocess
 import sys
 import threading
@@ -44,7 +43,7 @@ class _Worker:
 
     def send(self, request: worker.Request) -> None:
         assert self._process.stdin is not None
-        pickle.dump(tuple(request), self._process.stdin)
+        self._process.stdin.write(json.dumps(request).encode() + b"\n")
         self._process.stdin.flush()
 
     def receive(self, seconds: float) -> Any:
@@ -66,7 +65,8 @@ class _Worker:
             self.send(request)
             state = self.receive(_START)
             if state == "unknown vocabulary":
-                self.send(request._replace(pieces=vocabulary.pieces))
+                pieces = [piece.decode("latin-1") for piece in vocabulary.pieces]
+                self.send(request._replace(pieces=pieces))
                 state = self.receive(_START)
         except OSError:
             return False

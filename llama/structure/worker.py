@@ -1,12 +1,11 @@
 """Compiles grammars in a process that its parent may kill, and imports no module of ours.
 
-The parent writes pickled requests to standard input, and reads JSON, a line each.
+The parent writes requests to standard input as JSON, and reads replies, a line each.
 """
 
 import contextlib
 import json
 import os
-import pickle
 import sys
 import threading
 from collections.abc import Sequence
@@ -25,7 +24,7 @@ class Request(NamedTuple):
     """A grammar to compile for a vocabulary, whose pieces are sent with its first one."""
 
     vocabulary: int
-    pieces: list[bytes] | None
+    pieces: list[str] | None  # each character one byte, which is its code
     grammar: str
     seconds: float
 
@@ -85,12 +84,13 @@ def main() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
     tokenizers: dict[int, Any] = {}
     while True:
-        try:
-            request = Request(*pickle.load(sys.stdin.buffer))
-        except EOFError:
+        line = sys.stdin.readline()
+        if not line:
             return
+        request = Request(*json.loads(line))
         if request.pieces is not None:
-            tokenizers = {request.vocabulary: build_tokenizer(request.pieces)}
+            pieces = [piece.encode("latin-1") for piece in request.pieces]
+            tokenizers = {request.vocabulary: build_tokenizer(pieces)}
         _reply("ready" if request.vocabulary in tokenizers else "unknown vocabulary")
         if request.vocabulary in tokenizers:
             # The parent kills this process at the limit; if it is gone itself, this one ends too.
