@@ -9,6 +9,9 @@ from servers import post, serve
 
 from llama import Llama
 from llama.guards import Verdict
+from llama.logits.recommended import Recommended
+from llama.server.config import ServerConfig
+from llama.server.service import Service
 
 pytest.importorskip("llguidance", reason="needs llguidance")
 
@@ -240,6 +243,11 @@ def test_answers_that_clients_send_back(url: str) -> None:
         ({"messages": [{**U, "tool_calls": [CALL]}]}, "messages.0", "are the assistant's"),
         ({"messages": [{**U, "images": ["x"]}]}, "messages.0.images", "no such parameter"),
         (
+            {"messages": [{**U, "content": [{"type": "text", "text": "x", "cache": 1}]}]},
+            "messages.0.content.0.cache",
+            "no such parameter",
+        ),
+        (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
             "messages.0.content.0",
             "image_url",
@@ -296,6 +304,21 @@ def test_tool_messages(tools_url: str) -> None:
         assert answer.status_code == 200, answer.text
         lengths.append(answer.json()["usage"]["prompt_tokens"])
     assert all(length > lengths[0] for length in lengths[1:]) and lengths[2] > lengths[1]
+
+
+def test_recommended_sampling(url: str) -> None:
+    """It stands for what a request leaves out or says null for, and for nothing else."""
+    llama = build()
+    with pytest.raises(ValueError, match=r"no generation_config.json"):
+        Service(llama, ServerConfig(sampling="checkpoint"))
+    llama.tasks.recommended = Recommended("its file", {"temperature": 0.0, "top_k": 1})
+    body = {"prompt": "The", "seed": 1, "max_tokens": 20}
+    greedy = ask(url, **body, temperature=0)
+    usual = ask(url, **body, temperature=0.6, top_k=0)
+    assert usual != greedy
+    with serve(llama, sampling="checkpoint") as (base, _):
+        assert ask(f"{base}/v1", **body, temperature=None, top_k=None) == greedy
+        assert ask(f"{base}/v1", **body, temperature=0.6, top_k=0) == usual
 
 
 def test_guards_read_calls() -> None:
