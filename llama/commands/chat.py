@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from llama.commands.flags import BuildFlags, SamplingFlags
 from llama.engine.results import StreamPiece
 from llama.generation import Llama
 from llama.parallel import print_once
-from llama.sampling import SamplingParams
+from llama.sampling import SamplingOptions, SamplingParams
 
 HELP = """\
 /system TEXT     set the system prompt, "" for none; without TEXT, show it
@@ -127,9 +128,10 @@ class Chat:
         if name not in ("", *self.sampling):
             raise ValueError(f"{name} isn't a parameter: there are {', '.join(self.sampling)}")
         if name and value is not None:
-            parsed: Any = value
-            with suppress(ValueError, SyntaxError):
-                parsed = None if value.lower() == "none" else ast.literal_eval(value)
+            parsed: Any = None if value.lower() == "none" else value
+            for read in (json.loads, ast.literal_eval):
+                with suppress(ValueError, SyntaxError):
+                    parsed = read(value)
             changed = {**self.sampling, name: parsed}
             SamplingParams(**changed)  # raises for a wrong value
             self.sampling = changed
@@ -270,30 +272,44 @@ def broadcast_text(text: str = "") -> str:
     return bytes(parallel.broadcast(data).tolist()).decode()
 
 
+def settable() -> dict[str, Any]:
+    """Return the parameters that /set knows, with their defaults."""
+    defaults = {f.name: f.default for f in fields(SamplingParams)} | {"logit_bias": {}}
+    names = SamplingOptions.__annotations__.keys() - {"n", "logits_processor"}
+    return {name: value for name, value in defaults.items() if name in names}
+
+
 def main(
     build: BuildFlags,
     sampling: SamplingFlags,
     chat_format: str | None = None,
+    chat_template: str | None = None,
     system: str = "",
 ) -> None:
     """Chat with a model in the terminal; /help lists the commands.
 
     Args:
         chat_format: how dialogs are written; by default as the checkpoint says.
+        chat_template: a file with a template in Jinja's language, instead of the checkpoint's.
         system: the system prompt.
     """
-    llama = Llama.build(**vars(build), max_batch_size=1, chat_format=chat_format)
+    llama = Llama.build(
+        **vars(build),
+        max_batch_size=1,
+        chat_format=chat_format,
+        chat_template=chat_template,
+    )
 
     def stream(dialog: list[Message], **sampling: Any) -> Pieces:
         if parallel.rank() == 0:
-            broadcast_text(json.dumps([dialog, sampling]))
+            broadcast_text(repr([dialog, sampling]))  # JSON has no numbers as keys
         return llama.chat_completion_stream(dialog, **sampling)
 
     if parallel.rank() == 0:
-        chat = Chat(llama, stream, {**vars(sampling), "seed": None})
+        chat = Chat(llama, stream, {**settable(), **vars(sampling)})
         read_lines(chat, f"/system {system}" if system else "")
     # The other ranks read and print nothing, but take part in every answer.
     while parallel.rank() > 0 and (request := broadcast_text()):
-        dialog, changed = json.loads(request)
+        dialog, changed = ast.literal_eval(request)
         with suppress(TypeError, ValueError):
             list(stream(dialog, **changed))

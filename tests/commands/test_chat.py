@@ -20,7 +20,9 @@ from llama import Llama, Message
 from llama.chat.formats import FORMATS
 from llama.chat.prompts import SPECIAL_TAGS, UNSAFE_ERROR
 from llama.commands import chat as terminal_chat
+from llama.commands.chat import settable
 from llama.engine.results import StreamPiece
+from llama.sampling import SamplingParams
 
 SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "chat.py"
 COW = Message(role="user", content="What does the cow say?")
@@ -170,6 +172,30 @@ def test_parameters_are_set_and_shown(chat: Any, type_in: Callable[..., str]) ->
     ):
         assert complaint in type_in(chat, line)
     assert chat.sampling == {**given, "max_gen_len": None}, "a wrong value is kept"
+
+
+@pytest.mark.parametrize(
+    ("typed", "value"),
+    [
+        ('stop ["\\n", "."]', ["\n", "."]),
+        ("stop ('.',)", (".",)),
+        ("logit_bias {5: -100}", {5: -100}),
+        ('response_format {"type": "json_object", "strict": true}', None),
+        ("ignore_eos true", True),
+        ("seed 7", 7),
+    ],
+)
+def test_every_parameter_of_an_answer_can_be_set(
+    chat: Any, type_in: Callable[..., str], typed: str, value: Any
+) -> None:
+    """A failure means that the terminal knows less than scripts, or reads values wrongly."""
+    chat.sampling = settable()
+    assert "isn't" not in type_in(chat, f"/set {typed}")
+    name = typed.split()[0]
+    if value is None:
+        value = {"type": "json_object", "strict": True}
+    assert chat.sampling == {**settable(), name: value}
+    SamplingParams(**chat.sampling)
 
 
 def test_save_clear_load(chat: Any, type_in: Callable[..., str], tmp_path: Path) -> None:
@@ -335,7 +361,8 @@ def piped(*command: str) -> str:
     done = subprocess.run(
         [sys.executable, *command, str(SCRIPT), "--temperature", "0", "--system", "kind, brief"],
         input="What does\\\nthe cow say?\n/system\n"
-        f"{'moo ' * 600}\n/set max_gen_len 2\nWhat does the duck say?\n"
+        f"{'moo ' * 600}\n/set max_gen_len 2\n/set logit_bias {{5: -100}}\n"
+        "What does the duck say?\n"
         "/set max_gen_len none\n/retry",
         capture_output=True,
         text=True,
@@ -347,7 +374,7 @@ def piped(*command: str) -> str:
 
 PIPED = (
     rf"The cow says moo\.\n{SPEED}\n\nkind, brief\n\nprompt 0 has .*\n/clear, or .*\n\n"
-    rf"max_gen_len = 2\n\nThe duck\n.*\n\nmax_gen_len = None\n\n"
+    rf"max_gen_len = 2\n\nlogit_bias = \{{5: -100\}}\n\nThe duck\n.*\n\nmax_gen_len = None\n\n"
     rf"The duck says quack\.\n{SPEED}\n\n"
 )
 
