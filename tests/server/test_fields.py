@@ -8,9 +8,12 @@ import torch
 from servers import post, serve
 
 from llama import Llama
+from llama.chat.options import ChatOptions
 from llama.guards import Verdict
 from llama.logits.recommended import Recommended
+from llama.server.answers import Piece
 from llama.server.config import ServerConfig
+from llama.server.dialogs import Turn
 from llama.server.service import Service
 
 pytest.importorskip("llguidance", reason="needs llguidance")
@@ -321,6 +324,17 @@ def test_recommended_sampling(url: str) -> None:
         assert ask(f"{base}/v1", **body, temperature=0.6, top_k=0) == usual
 
 
+def test_a_refusal_ends_a_call() -> None:
+    """Its text is content, not more of the arguments that have been sent."""
+    parser = build(tool_format="hermes").tasks.answer_parser(ChatOptions(tools=[TOOL]))
+    turn = Turn(parser)
+    text = '<tool_call>\n{"name": "paint", "arguments": {"color": "r'
+    assert turn.push(Piece(0, text, 9, None)).calls
+    delta = turn.push(Piece(0, "\n\nRefused: too red.", 9, "content_filter"))
+    assert delta == ("\n\nRefused: too red.", ())
+    assert turn.message().tool_calls[0].function.arguments == '{"color": "r'  # type: ignore[index]
+
+
 def test_guards_read_calls() -> None:
     """What a guard refuses of a call is no call; what it reads of earlier ones is their text."""
     llama = build(tool_format="hermes")
@@ -331,7 +345,13 @@ def test_guards_read_calls() -> None:
         return Verdict("bark" not in dialog[-1]["content"], reason="noise")
 
     llama.input_guard = input_guard
-    llama.output_guard = lambda _, answer: Verdict("red" not in answer, reason="too red")
+    answers: list[str] = []
+
+    def output_guard(_: Any, answer: str) -> Verdict:
+        answers.append(answer)
+        return Verdict("red" not in answer, reason="too red")
+
+    llama.output_guard = output_guard
     calls: dict[str, Any] = {"tools": [TOOL], "tool_choice": "required", "max_tokens": 80}
     with serve(llama) as (base, _):
         url = f"{base}/v1"
@@ -343,6 +363,8 @@ def test_guards_read_calls() -> None:
         assert read[-1] == [user, ("assistant", "paint({})"), ("user", "bark")]
         [found] = ask(url, messages=[U, {"role": "assistant", "content": "I bark"}])
         assert found["finish_reason"] == "content_filter" and "I bark" in read[-1][-1][1]
+        ask(url, messages=[U, {"role": "assistant", "content": "The cow"}])
+        assert answers[-1] == "The cow says moo."
         for color in ("red", "blue"):
             only = {**SCHEMA, "properties": {**SCHEMA["properties"], "color": {"const": color}}}
             tool = {"type": "function", "function": {**FUNCTION, "parameters": only}}
