@@ -193,11 +193,9 @@ class Llama:
         params = SamplingParams(temperature, top_p, max_gen_len, logprobs, echo, **options)
         sequences = self.tasks.text(prompts, params)
         self._run(sequences)
-        predictions = []
-        for sequence in sequences:
-            text = self.tokenizer.decode(sequence.prompt) * params.echo + sequence.text
-            predictions.append(self._scored(CompletionPrediction(generation=text), sequence))
-        return predictions
+        decode = self.tokenizer.decode
+        texts = [decode(s.prompt) * params.echo + s.text for s in sequences]
+        return [self._scored({"generation": t}, s) for t, s in zip(texts, sequences, strict=True)]
 
     def chat_completion(
         self,
@@ -265,12 +263,11 @@ class Llama:
         params = SamplingParams(temperature, top_p, max_gen_len, logprobs, **options)
         sequences = self.tasks.infilling(prefixes, suffixes, params, suffix_first)
         self._run(sequences)
-        predictions = []
+        predictions: list[InfillingPrediction] = []
         pairs = _repeated(zip(prefixes, suffixes, strict=True), params.n)
         for sequence, (prefix, suffix) in zip(sequences, pairs, strict=True):
-            whole = prefix + sequence.text + suffix
-            prediction = InfillingPrediction(generation=sequence.text, full_text=whole)
-            predictions.append(self._scored(prediction, sequence))
+            texts = {"generation": sequence.text, "full_text": prefix + sequence.text + suffix}
+            predictions.append(self._scored(texts, sequence))
         return predictions
 
     def text_completion_stream(
@@ -411,8 +408,7 @@ class Llama:
 
     def _scored(self, prediction: Any, sequence: EngineSequence) -> Any:
         params = sequence.params
-        prediction["finish_reason"] = sequence.finish_reason
-        prediction["stop_reason"] = sequence.stop_reason
+        prediction |= {k: getattr(sequence, k) for k in ("finish_reason", "stop_reason")}
         if params.logprobs:
             ids = sequence.prompt * params.echo + sequence.tokens
             prediction["tokens"] = [self.tokenizer.token_piece(t) for t in ids]

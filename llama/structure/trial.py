@@ -16,6 +16,9 @@ from llama.structure.vocabulary import Vocabulary
 SECONDS = 5.0  # that a grammar may take, with its first mask
 _START = 60.0  # seconds that the worker may take to start and to build a vocabulary
 
+# By its file: importing the worker from the package would import torch, which takes seconds.
+_RUN = "import runpy, sys; runpy.run_path(sys.argv[1])['main'](sys.argv[2])"
+
 TOO_COMPLEX = (
     f"it takes more than {SECONDS:g} s, or too much memory: use fewer or simpler patterns, shorter "
     "lists of alternatives, or smaller numbers"
@@ -29,8 +32,7 @@ class _Worker:
         folder = Path(need("llguidance", "structure", "response_format").__file__ or "").parents[1]
         self.pid = os.getpid()  # a fork of this process needs a worker of its own
         self._process = subprocess.Popen(
-            # By its file: importing it from the package would import torch, which takes seconds.
-            [sys.executable, worker.__file__, str(folder)],
+            [sys.executable, "-c", _RUN, str(worker.__file__), str(folder)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

@@ -75,9 +75,9 @@ def compile_grammar(tokenizer: Any, grammar: str) -> Any:
     return llguidance.LLMatcher(tokenizer, grammar, log_level=0, limits=limits)
 
 
-def main() -> None:
-    """Answer requests until the parent ends."""
-    sys.path[:] = [*sys.argv[1:], *sys.path[1:]]  # where the parent found llguidance
+def main(folder: str) -> None:
+    """Answer requests until the parent ends; it has found llguidance in ``folder``."""
+    sys.path[:] = [folder, *sys.path[1:]]
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
 
@@ -106,7 +106,3 @@ def main() -> None:
 def _reply(value: object) -> None:
     sys.stdout.write(json.dumps(value) + "\n")
     sys.stdout.flush()
-
-
-if __name__ == "__main__":
-    main()
