@@ -88,5 +88,5 @@ def test_other_ranks_get_all_parameters(tiny: Llama) -> None:
         **{"stop_token_ids": [9], "stop": ["x"]},
     }
     [sequence] = tiny.tasks.generate([[1, 5]], SamplingParams(**how))
-    restored = _restore(json.loads(json.dumps(_describe(sequence))))
+    restored = _restore(json.loads(json.dumps(_describe(sequence))), tiny.engine)
     assert restored.params == sequence.params and restored.seed == sequence.seed

@@ -57,7 +57,7 @@ def test_answers_keep_to_their_masks(tiny: Llama, n_drafted: int, how: dict[str,
     found = run(tiny, REPEATED, grammar, prompt_lookup_num_tokens=n_drafted, **how)
     assert found.finish_reason == "stop" and len(found.tokens) == len(ids)
     assert all(token in some for token, some in zip(found.tokens, allowed_ids, strict=True))
-    assert grammar.pushed == [*found.tokens, tokenizer.eos_id] and grammar.is_finished
+    assert grammar.pushed == found.tokens and grammar.is_finished, "a pass draws the end alone"
     if n_drafted:
         without = Script(allowed_ids, tokenizer.eos_id, tokenizer.n_words)
         assert run(tiny, REPEATED, without, **how).tokens == found.tokens
@@ -122,7 +122,7 @@ def test_masks_are_built_while_the_network_computes(
     monkeypatch.setattr(tiny.model, "hidden_states", network)
     tokenizer = tiny.tokenizer
     found = run(tiny, "The cow", Slow([[5], [6]], tokenizer.eos_id, tokenizer.n_words))
-    assert found.tokens == [5, 6] and order == ["network", "mask"] * 3
+    assert found.tokens == [5, 6] and order == ["network", "mask"] * 2
 
 
 def test_the_end_comes_where_nothing_else_may_in_spite_of_a_ban(tiny: Llama) -> None:

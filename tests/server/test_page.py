@@ -276,16 +276,18 @@ def test_retry_edit_and_clear(page: Any, talk: FakeTalk) -> None:
     asked = talk.asked[-1]
     first = answers(page).first.inner_text()
 
+    again = f"Answer {len(talk.asked) + 1}, as text."
     page.get_by_role("button", name="Retry").click()
-    expect(answers(page)).to_have_text([first, f"Answer {len(talk.asked) + 1}, as text."])
+    expect(answers(page)).to_have_text([first, again])
     ready(page)
     assert talk.asked[-1] == asked, "Retry does not ask the same again"
     assert talk.asked[-2] == asked, "Retry did not ask"
 
     page.get_by_role("button", name="Edit").first.click()
     page.locator("textarea.edit-textarea").fill("Three?")
+    third = f"Answer {len(talk.asked) + 1}, as text."
     page.get_by_role("button", name="Submit", exact=True).click()
-    expect(answers(page)).to_have_text([f"Answer {len(talk.asked) + 1}, as text."])
+    expect(answers(page)).to_have_text([third])
     ready(page)
     expect(page.get_by_test_id("user")).to_have_text(["Three?"])
     assert talk.asked[-1][0] == [("user", "Three?")], "Edit does not ask from there on"
