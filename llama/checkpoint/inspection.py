@@ -16,6 +16,8 @@ from llama.checkpoint.meta import find_shards, find_tokenizer
 from llama.checkpoint.params import make_args
 from llama.checkpoint.sharding import cache_bytes, parameter_count, weight_bytes
 from llama.cli import progress
+from llama.errors import printable
+from llama.logits.recommended import recommended_sampling
 from llama.tokenizer import BaseTokenizer
 from llama.tokenizers import load_tokenizer
 
@@ -87,6 +89,10 @@ def _describe(directory: Path, max_seq_len: int, max_batch_size: int) -> None:
         f"files        {len(paths)} of {sum(p.stat().st_size for p in paths) / 1e9:.2f} GB in all"
     )
     print(f"tokenizer    {f'{tokenizer.n_words} pieces' if tokenizer else 'none'}")
+    if tokenizer is not None:
+        ends = [tokenizer.token_piece(i) for i in sorted(tokenizer.stop_ids)]
+        print(f"ends         {printable(' '.join(ends), 200) or 'none'}")
+    print(f"sampling     {recommended_sampling(checkpoint.files, directory) or 'none recommended'}")
     weights = weight_bytes(args, torch.bfloat16, 1, checkpoint.scheme)
     cache = cache_bytes(args, torch.bfloat16)
     print(

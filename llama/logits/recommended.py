@@ -30,6 +30,12 @@ class Recommended:
     source: str = ""
     values: dict[str, Any] = field(default_factory=dict)
 
+    def __bool__(self) -> bool:
+        return bool(self.values)
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name}={self.values[name]!r}" for name in _NAMES if name in self.values)
+
     def apply(self, params: SamplingParams) -> SamplingParams:
         """Return parameters with the recommended values, if they ask for them.
 
@@ -73,10 +79,9 @@ def recommended_sampling(files: Mapping[str, Path | bytes], where: object) -> Re
         values = {"temperature": 1.0, "top_p": 1.0, **values}
     else:
         values = {"temperature": 0.0, **_without_draws(values)}
-    source = str(where if isinstance(file, bytes) else file)
-    told = ", ".join(f"{name}={values[name]!r}" for name in _NAMES if name in values)
-    logger.info("%s recommends %s: sampling='checkpoint' uses it", source, told)
-    return Recommended(source, values)
+    recommended = Recommended(str(where if isinstance(file, bytes) else file), values)
+    logger.info("%s recommends %s: sampling='checkpoint' uses it", recommended.source, recommended)
+    return recommended
 
 
 def gguf_sampling(metadata: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The description of a checkpoint and the verification of its files."""
 
 import hashlib
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -56,8 +57,11 @@ class TestInspection:
 
     def test_other_formats_are_described_too(self, tmp_path: Path, capsys) -> None:
         convert(str(TINY), str(tmp_path / "hf"), "hf")
+        recommended = {"eos_token_id": 2, "do_sample": True, "temperature": 0.7, "top_k": 20}
+        (tmp_path / "hf" / "generation_config.json").write_text(json.dumps(recommended))
         inspection.inspect(str(tmp_path / "hf"))
         out = capsys.readouterr().out
+        assert "ends         </s>\nsampling     temperature=0.7, top_p=1.0, top_k=20\n" in out
         assert "1,918,656 in bfloat16" in out
         assert "files        1 of 0.00 GB" in out
         assert "768 pieces" in out
