@@ -1,6 +1,5 @@
 """Sampling of the next tokens from logits, and its parameters (``SamplingParams``)."""
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
@@ -123,7 +122,7 @@ class SamplingParams:
         for name, (least, most, meaning) in _RANGES.items():
             if isinstance(value := getattr(self, name), bool) or not isinstance(value, Real):
                 raise TypeError(f"{name} is {value!r}: give a number")
-            if not least <= float(value) <= most:
+            if value < least or not value <= most:  # or NaN
                 raise ValueError(f"{name} is {value!r}: expected {meaning}")
         has_limit = self.max_gen_len is not None
         for name in [*_COUNTS, *["max_gen_len"] * has_limit]:
@@ -139,7 +138,7 @@ class SamplingParams:
         if not all(isinstance(i, int) for i in ids):
             raise TypeError(f"stop token ids are {sorted(map(repr, ids))}: give token ids")
         if not isinstance(self.logit_bias, Mapping) or not all(
-            type(i) is int and isinstance(bias, Real) and not math.isnan(bias)
+            type(i) is int and isinstance(bias, Real) and bias == bias  # no NaN
             for i, bias in self.logit_bias.items()
         ):
             raise TypeError(f"logit_bias is {self.logit_bias!r}: give numbers by token ids")

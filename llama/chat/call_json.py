@@ -5,7 +5,7 @@ import re
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
-_STRING = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL)
+_STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 _SPACE = re.compile(r"\s*")
 _BRACKETS = re.compile(r'["\\{}\[\]]')
 _ARGUMENTS = ("arguments", "parameters")

@@ -76,7 +76,7 @@ def as_text(
             between = "\n" if is_tool else "\n\n"
             last = content_text(plain[-1])
             plain[-1]["content"] = f"{last}{between}{content_text(message)}"
-        elif "tool_calls" in message:
+        elif message.get("tool_calls"):
             calls = [_written(call["function"]) for call in message["tool_calls"]]
             text = "\n".join([*filter(None, [content_text(message)]), *calls])
             plain.append(Message(role="assistant", content=text))

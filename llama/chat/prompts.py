@@ -138,6 +138,7 @@ def _check_calls(i: int, calls: Any) -> None:
             not isinstance(function, Mapping)
             or not isinstance(function.get("name"), str)
             or not isinstance(function.get("arguments", ""), str | Mapping)
+            or not isinstance(call.get("id"), str | None)
         ):
             raise ValueError(
                 f"message {i} of the dialog has the tool call {short(call, 80)}: expected {{'id': "

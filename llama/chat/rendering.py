@@ -38,7 +38,7 @@ def template_format(templates: Mapping[str, str]) -> ChatFormat:
     ) -> list[int]:
         check_messages(dialog)
         check_last(dialog, options.continue_final_message)
-        about_tools = options.offered or any("tool_calls" in message for message in dialog)
+        about_tools = options.offered or any(message.get("tool_calls") for message in dialog)
         template, marks = parsed(for_tools if about_tools else "default", tokenizer)
         short_ids = notation in (MISTRAL, MISTRAL_NAMES)
         messages = [_variables(message, template, short_ids) for message in dialog]
@@ -76,8 +76,8 @@ def _variables(message: Message, template: ChatTemplate, short_ids: bool) -> dic
         seen["content"] = content_text(seen)
     if short_ids and "tool_call_id" in seen:
         seen["tool_call_id"] = _short_id(seen["tool_call_id"])
-    if "tool_calls" in seen:
-        seen["tool_calls"] = [_call(call, template, short_ids) for call in seen["tool_calls"]]
+    if calls := seen.pop("tool_calls", None):
+        seen["tool_calls"] = [_call(call, template, short_ids) for call in calls]
     return seen
 
 
@@ -107,7 +107,7 @@ def _name_results(messages: list[dict[str, Any]]) -> None:
     names: dict[str, str] = {}
     for message in messages:
         calls = message.get("tool_calls", ())
-        names |= {call["id"]: call["function"]["name"] for call in calls if "id" in call}
+        names |= {call["id"]: call["function"]["name"] for call in calls if call.get("id")}
         if message["role"] == "tool" and message.get("tool_call_id") in names:
             message.setdefault("name", names[message["tool_call_id"]])
 

@@ -60,7 +60,7 @@ def fold(dialog: Dialog) -> list[Message]:
             role = "user"
         message = cast(Message, {**message, "role": role})
         last = folded[-1] if folded else None
-        has_calls = "tool_calls" in message or (last is not None and "tool_calls" in last)
+        has_calls = any(each and each.get("tool_calls") for each in (message, last))
         if last is not None and last["role"] == role != "tool" and not has_calls:
             folded[-1] = _joined(last, message, role)
         else:

@@ -12,6 +12,8 @@ from llama.chat.notations import HERMES, LLAMA, MISTRAL, MISTRAL_NAMES, Notation
 from llama.chat.prompts import Function, Message
 from llama.chat.prompts import ToolCall as ToolCall
 
+_SHORT = 1024  # characters that are read again with each piece
+
 
 class ToolCallDelta(NamedTuple):
     """New text of a tool call, as OpenAI's streams have it: id and name come once, at first."""
@@ -49,6 +51,8 @@ class AnswerParser:
         self._names = frozenset(names)
         self._parallel = parallel
         self._text = ""  # that isn't understood yet
+        self._waiting: list[str] = []  # what follows it
+        self._n_waiting = 0
         self._raw = ""  # what was read of a possible call
         self._space = ""  # that ends the content so far
         self._state: Callable[[bool], bool] = self._start if notation is LLAMA else self._content
@@ -66,16 +70,26 @@ class AnswerParser:
 
     def push(self, text: str) -> AnswerDelta:
         """Take the answer's next piece, and return what has become certain."""
-        self._text += text
+        self._waiting.append(text)
+        self._n_waiting += len(text)
+        # A long text that isn't understood is read again when there is much more of it.
+        if len(self._text) > _SHORT and 4 * self._n_waiting < len(self._text):
+            return AnswerDelta()
+        self._take_waiting()
         return self._advance(final=False)
 
     def finish(self) -> AnswerDelta:
         """End the answer, and return what was held back."""
+        self._take_waiting()
         self._advance_to_end()
         if not self.has_calls:
             self._new.append(self._space)
         self._space = ""
         return self._delta()
+
+    def _take_waiting(self) -> None:
+        self._text += "".join(self._waiting)
+        self._waiting, self._n_waiting = [], 0
 
     def _advance(self, final: bool) -> AnswerDelta:
         while self._state(final):
@@ -117,6 +131,7 @@ class AnswerParser:
         short = self._notation in (MISTRAL, MISTRAL_NAMES)
         random = "".join(secrets.choice(alphabet) for _ in range(9 if short else 24))
         identity = random if short else f"call_{random}"
+        arguments = arguments.encode(errors="replace").decode()  # JSON spells half a character
         self._new.append(ToolCallDelta(self._n_calls, identity, name, arguments))
         self._n_calls += 1
         self._raw = ""
@@ -288,7 +303,7 @@ class AnswerParser:
         if not final:
             return False
         parsed = _parse_python(text)
-        if parsed is None:
+        if parsed is None or parsed[0] not in self._names:
             return self._no_call()
         self._call(*parsed)
         self._text = ""
@@ -306,11 +321,11 @@ def _parse_python(text: str) -> tuple[str, str] | None:
         return None
     try:
         call = ast.parse(text, mode="eval").body
-        if not isinstance(call, ast.Call) or call.args:
+        if not isinstance(call, ast.Call) or call.args or any(not w.arg for w in call.keywords):
             return None
         arguments = {word.arg: ast.literal_eval(word.value) for word in call.keywords}
         name = ast.unparse(call.func).removesuffix(".call")
-        return name, json.dumps(arguments, ensure_ascii=False)
+        return name, json.dumps(arguments, ensure_ascii=False, allow_nan=False)
     except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
         return None
 

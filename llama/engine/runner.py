@@ -89,7 +89,10 @@ class Runner:
             [float(sequence.params.top_p) for sequence in owners],
             [piece.sequence.uniform(ahead + i) for piece in pieces for i in range(piece.n_drawn)],
         ]
-        limits = [(float(each.params.top_k), float(each.params.min_p)) for each in owners]
+        limits = [
+            (float(min(each.params.top_k, self._n_words)), float(each.params.min_p))
+            for each in owners
+        ]
         if any(map(any, limits)):
             floats += map(list, zip(*limits, strict=True))
         change = self._changes.of(pieces, drawn is not None)

@@ -147,7 +147,7 @@ class _Changes(Change):
                     self._banned.append(base + token)
                 else:
                     self._biased.append(base + token)
-                    self._biases.append(min(float(bias), _LARGEST))
+                    self._biases.append(float(min(bias, _LARGEST)))
             if part.start + end - len(sequence.prompt) < params.min_tokens:
                 self._banned += [
                     base + token
@@ -248,6 +248,9 @@ def _process(logits: torch.Tensor, part: Part, end: int) -> None:
             f"logits_processor returned {found}: expected logits of the shape "
             f"{tuple(logits.shape)}, as it got"
         )
-    if changed.isnan().any():
-        raise ValueError("logits_processor returned NaN: use -inf for tokens that are forbidden")
+    if not changed.amax().isfinite():
+        raise ValueError(
+            f"logits_processor returned logits whose largest is {float(changed.amax())}: use -inf "
+            "for tokens that are forbidden, and leave one at least"
+        )
     logits.copy_(changed)

@@ -149,7 +149,7 @@ def _choices(response_format: Mapping[str, Any]) -> Sequence[str]:
 
 def _literal(text: str) -> str:
     """Return a text as Lark's strings have it."""
-    return json.dumps(text, ensure_ascii=False)
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", r"\u007f")  # no character there
 
 
 def _lark(response_format: Mapping[str, Any]) -> str:
@@ -206,7 +206,9 @@ def unchecked(response_format: Mapping[str, Any]) -> tuple[str, ...]:
 
 def fault(error: str, response_format: Mapping[str, Any]) -> str:
     """Return the message for a form that llguidance can't compile; it names the keyword."""
-    present = {key for node in _nodes(response_format) for key in node} - _OUR_KEYS
+    is_grammar = response_format.get("type") == "grammar"  # whose words aren't keywords
+    nodes = [] if is_grammar else _nodes(response_format)
+    present = {key for node in nodes for key in node} - _OUR_KEYS
     named = [key for key in present if re.search(rf"(?<![\w$]){re.escape(key)}(?!\w)", error)]
     for words, keywords in _FAULTS:
         if not named and re.search(words, error):

@@ -49,6 +49,7 @@ class TokenGrammar:
             if 0 <= i < vocabulary.n_words:
                 stops[i // 32] |= pack(torch.arange(32) == i % 32)[0]
         self._text = vocabulary.text & ~stops
+        self._stops = stops
         self._end = stops if stops.any() else torch.full_like(stops, -1)
 
     def copy(self) -> "TokenGrammar":
@@ -136,11 +137,12 @@ class TokenGrammar:
             allowed = pack(vocabulary.may_open(unpack(words)))
         allowed = allowed & self._text
         if may_end:
-            allowed |= self._end
-        elif not allowed.any():
+            allowed |= self._stops
+        if allowed.any():
+            row.copy_(allowed)
+        elif not may_end:
             self._fail("the vocabulary can't spell what the grammar wants")
             return False
-        row.copy_(allowed)
         return True
 
     def _check(self) -> None:

@@ -1,6 +1,7 @@
 """A checkpoint's tokenizer and chat template, from the files next to its weights."""
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -107,7 +108,7 @@ def with_template(files: Files, template: str | Path) -> dict[str, Path | bytes]
     source: Path | bytes = Path(template)
     if isinstance(template, str) and ("{{" in template or "{%" in template):
         source = template.encode()
-    elif not Path(template).is_file():
+    elif not os.path.isfile(template):  # no error for a text that is too long
         raise FileNotFoundError(
             f"no chat template at {template}: give the path of a file, or a template in Jinja's "
             "language"

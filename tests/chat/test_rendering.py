@@ -340,8 +340,9 @@ def test_a_template_of_ones_own(tmp_path: Path, checkpoint_dir: Any) -> None:
         ids = llama.chat.prompt(llama.tokenizer, DIALOG)
         assert llama.tokenizer.control_ids[END] in ids
         assert found.library.decode(ids) == f"A cat?{END}!"
-    with pytest.raises(FileNotFoundError, match="no chat template at none"):
-        Llama.build(path, chat_template="none.jinja")
+    for wrong in ("none.jinja", "none" * 100):
+        with pytest.raises(FileNotFoundError, match="no chat template at none"):
+            Llama.build(path, chat_template=wrong)
     with pytest.raises(ValueError, match="chat_template and chat_format are both given"):
         Llama.build(path, chat_template=own, chat_format="inst")
     with pytest.raises(ValueError, match="tool_format is 'xml': expected None or 'hermes'"):

@@ -201,6 +201,19 @@ def test_plain_formats_get_tools_as_text(llama2_tokenizer: Tokenizer) -> None:
         assert "You can call functions" not in text and call in text
 
 
+def test_a_message_may_have_no_calls_as_clients_write_it(llama2_tokenizer: Tokenizer) -> None:
+    """A failure means that a dialog with an earlier answer, as a client has it, is refused."""
+    plain = [says("user", "a"), says("assistant", "b"), says("user", "c")]
+    for calls in (None, []):
+        talk: Any = [plain[0], {**plain[1], "tool_calls": calls}, plain[2]]
+        for chat in (with_tools(FORMATS["inst"]), template_format({"default": FREE})):
+            expected = chat.prompt(llama2_tokenizer, plain)
+            assert chat.prompt(llama2_tokenizer, talk) == expected
+        assert [m["content"] for m in fold([talk[1], talk[1]])] == ["b\n\nb"]
+    unnamed = [says("assistant", None, tool_calls=[{**CALL, "id": None}]), says("tool", "x")]
+    assert template_format({"default": FREE}).prompt(llama2_tokenizer, [plain[0], *unnamed])
+
+
 def test_arguments_that_are_no_json_are_written_as_they_are() -> None:
     cut = {**CALL, "function": {"name": "f", "arguments": '{"a'}}
     assert '"arguments": "{\\"a"}' in str(
@@ -254,6 +267,7 @@ def test_requests_with_tools_need_a_place_for_them(tiny: Llama) -> None:
         ([says("assistant", None, tool_calls=[])], "message 0 of the dialog has no text"),
         ([says("assistant", None, tool_calls=[{"id": "1"}])], "has the tool call"),
         ([says("assistant", None, tool_calls="f")], "has the tool call"),
+        ([says("assistant", None, tool_calls=[{**CALL, "id": [1]}])], "has the tool call"),
         ([says("user", "a", name=3)], "message 0 of the dialog has the name 3"),
     ],
 )

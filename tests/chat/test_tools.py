@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import time
 from typing import Any
 
 import pytest
@@ -105,6 +106,11 @@ ANSWERS: list[tuple[Notation, str, str | None, list[tuple[str, str]]]] = [
     (LLAMA, 'I see. <|python_tag|>get_weather.call(city="Paris")', "I see.", [WEATHER]),
     (LLAMA, "<|python_tag|>print(1)", "<|python_tag|>print(1)", []),
     (LLAMA, '<|python_tag|>add.call(open("x"))', '<|python_tag|>add.call(open("x"))', []),
+    (LLAMA, "<|python_tag|>add.call(a=1).call(b=2)", "<|python_tag|>add.call(a=1).call(b=2)", []),
+    (LLAMA, "<|python_tag|>add.call(**{'a': 1})", "<|python_tag|>add.call(**{'a': 1})", []),
+    (LLAMA, "<|python_tag|>add.call(a=1e999)", "<|python_tag|>add.call(a=1e999)", []),
+    (LLAMA, r"<|python_tag|>add.call(a='\ud800')", None, [("add", '{"a": "?"}')]),
+    (HERMES, r'<tool_call>{"name": "add", "arguments": "\ud800"}', None, [("add", "?")]),
     (LLAMA, '{"answer": {"name": "add"}} ', '{"answer": {"name": "add"}} ', []),
     (LLAMA, '{"name": "Tom", "parameters": 3}', '{"name": "Tom", "parameters": 3}', []),
     (LLAMA, '{"name": 12', '{"name": 12', []),
@@ -227,6 +233,30 @@ def test_long_answers_take_linear_time() -> None:
     parser.push('<tool_call>{"name": "add", "arguments": {"a": "')
     texts = [delta.calls[0].arguments for delta in (parser.push("x" * 10) for _ in range(50_000))]
     assert len("".join(texts)) == 500_000
+
+
+@pytest.mark.parametrize(
+    ("notation", "begin", "piece"),
+    [
+        (HERMES, '<tool_call>{"name": "add", "arguments": "', "abcd"),
+        (HERMES, '<tool_call>{"arguments": {"a": "', "\\n {"),
+        (HERMES, '<tool_call>{"id": 1', "1111"),
+        (HERMES, "<tool_call>", "    "),
+        (LLAMA, "<|python_tag|>add.call(", "abcd"),
+    ],
+)
+def test_what_isnt_understood_is_read_a_few_times(
+    notation: Notation, begin: str, piece: str
+) -> None:
+    """A failure means that a long text which may become a call takes quadratic time: minutes."""
+    parser = AnswerParser(notation, NAMES)
+    text = begin + piece * 100_000
+    start = time.perf_counter()
+    assert parser.push(begin) == AnswerDelta()
+    for _ in range(100_000):
+        assert parser.push(piece) == AnswerDelta()
+    assert parser.finish().content == text
+    assert time.perf_counter() - start < 10
 
 
 @pytest.mark.parametrize(

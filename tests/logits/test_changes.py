@@ -110,6 +110,8 @@ def test_what_is_drawn_from_is_what_transformers_would(
     ]
     for warper in warpers:
         before = expected.softmax(-1)
+        if isinstance(warper, TopKLogitsWarper):
+            assume((before > 0).all())  # where they don't tie as too small for a number
         if isinstance(warper, TopPLogitsWarper):
             reached = before.sort(descending=True).values.cumsum(-1)
             assume(((reached - top_p).abs() > 1e-6).all())
@@ -386,11 +388,24 @@ class TestProcessors:
         assert [token for token, _ in sequence.top_logprobs[0]] == scores.topk(3).indices.tolist()
 
     @pytest.mark.parametrize(
+        ("how", "same"),
+        [({"top_k": 10**400}, {}), ({"logit_bias": {300: 10**400}}, {"logit_bias": {300: 1e9}})],
+    )
+    def test_numbers_of_any_size(
+        self, tiny: Llama, how: dict[str, Any], same: dict[str, Any]
+    ) -> None:
+        """A failure means that one request's number ends the pass of all others."""
+        expected = tiny.generate([[1, 300]], 4, seed=1, **same)
+        assert tiny.generate([[1, 300]], 4, seed=1, **how) == expected
+
+    @pytest.mark.parametrize(
         ("process", "message"),
         [
             (lambda ids, logits: logits[0], r"returned \(768,\): expected logits of .* \(1, 768\)"),
             (lambda ids, logits: None, "returned <class 'NoneType'>"),
-            (lambda ids, logits: logits * math.nan, "logits_processor returned NaN"),
+            (lambda ids, logits: logits * math.nan, "whose largest is nan"),
+            (lambda ids, logits: logits - math.inf, "whose largest is -inf: .* leave one at least"),
+            (lambda ids, logits: logits + math.inf, "whose largest is inf"),
         ],
     )
     def test_mistakes_are_named(

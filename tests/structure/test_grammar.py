@@ -3,13 +3,14 @@
 import itertools
 import logging
 import random
+import re
 
 import pytest
 import torch
 from conftest import data_tokenizer
 from json_tokenizers import byte_level, like_llama2
 
-from llama import Tokenizer
+from llama import Llama, Tokenizer
 from llama.generation import TINY
 from llama.structure import compile_format
 from llama.structure.grammar import TokenGrammar
@@ -142,6 +143,15 @@ def test_without_a_stop_nothing_is_forbidden_at_the_end(tiny_tokenizer: Tokenize
     grammar.push(tiny_tokenizer.encode_infilling("1")[-1])
     assert grammar.is_finished
     assert len(allowed(grammar, tiny_tokenizer.n_words)) == tiny_tokenizer.n_words
+
+
+def test_without_a_stop_a_text_that_may_end_goes_on(tiny: Llama) -> None:
+    """A failure means that an answer with ``ignore_eos`` leaves its form."""
+    form = {"type": "regex", "regex": "[a-z]+"}
+    how = {"temperature": 1.5, "seed": 1, "max_gen_len": 20}
+    (answer,) = tiny.text_completion(["Tom"], ignore_eos=True, response_format=form, **how)
+    assert answer["finish_reason"] == "length"
+    assert re.fullmatch("[a-z]{20,}", answer["generation"])
 
 
 def test_a_token_that_isnt_allowed_ends_the_answer(

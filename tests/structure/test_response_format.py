@@ -38,6 +38,7 @@ def accepts(tokenizer: Tokenizer, form: dict[str, Any], text: str) -> bool:
         ({"type": "json_schema", "json_schema": {"schema": True}}, ["[1]", '"a"'], ["x"]),
         ({"type": "regex", "regex": r"a/b|[0-9]{2}"}, ["a/b", "12"], ["a", "1", "123"]),
         ({"type": "regex", "pattern": "é+"}, ["éé"], ["", "e"]),
+        ({"type": "choice", "choice": ['a\x7f"']}, ['a\x7f"'], ["a"]),
         (
             {"type": "choice", "choice": ["yes", "no", "", "yes!", 'a"\\\n/😀', " b"]},
             ["yes", "no", "", "yes!", 'a"\\\n/😀', " b"],
@@ -107,6 +108,7 @@ def test_no_form(tiny_tokenizer: Tokenizer) -> None:
         ({"type": "choice", "choice": ["yes", 1]}, "expected strings only"),
         ({"type": "grammar", "grammar": ""}, "grammar = '': expected a string"),
         ({"type": "grammar", "grammar": "start: foo"}, "foo"),
+        ({"type": "grammar", "grammar": 'start: %json {"type": "foo"}'}, "can't be compiled: "),
         ({"type": "grammar", "grammar": "start: <|eot_id|>"}, "eot_id"),
         ({"type": "grammar", "grammar": "root ::= foo"}, "GBNF grammar is wrong: .*foo"),
         ({"type": "grammar", "grammar": LARK, "syntax": "abnf"}, "expected lark or gbnf"),
