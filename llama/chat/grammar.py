@@ -20,6 +20,10 @@ _JSON = {
 }
 
 
+# Keywords beside which ``properties`` aren't all properties.
+_OPEN = {"$ref", "allOf", "anyOf", "oneOf", "if", "patternProperties"}
+
+
 def calls_grammar(
     notation: Notation, options: ChatOptions, response_format: Mapping[str, Any] | None
 ) -> str | None:
@@ -43,6 +47,9 @@ def calls_grammar(
         schema = {"type": "object", **((held and function.get("parameters")) or {})}
         if held and not function.get("parameters"):
             schema |= {"properties": {}, "additionalProperties": False}
+        if "properties" in schema and not _OPEN & schema.keys():
+            # A function takes no arguments but its own, and small models make up more and more.
+            schema.setdefault("additionalProperties", False)
         rules.append(f"arguments_{i}: %json {_dumped(schema)}")
     rules += _calls(notation, [function["name"] for function in functions], options)
     if options.must_call:

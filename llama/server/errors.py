@@ -78,16 +78,22 @@ def add_error_handlers(app: FastAPI) -> None:
 
 def _param(location: Sequence[str | int], body: Any, is_missing: bool) -> str | None:
     """Return the name of a wrong field, without the variants of a union that its location has."""
-    where = []
-    for i, part in enumerate(location):
-        is_last = i == len(location) - 1
-        is_field = isinstance(body, dict) and part in body
-        if is_field or (isinstance(body, list) and isinstance(part, int) and part < len(body)):
-            body = body[part]
-        elif not (is_missing and is_last):
-            continue
-        where.append(str(part))
-    return ".".join(where) or None
+    return ".".join(_path(location, body, is_missing)) or None
+
+
+def _path(location: Sequence[str | int], body: Any, is_missing: bool) -> list[str]:
+    if not location:
+        return []
+    part, rest = location[0], location[1:]
+    is_index = isinstance(body, list) and isinstance(part, int) and part < len(body)
+    taken: list[str] = []
+    if is_index or (isinstance(body, dict) and part in body):
+        taken = [str(part), *_path(rest, body[part], is_missing)]
+    elif is_missing and not rest:
+        return [str(part)]
+    skipped = _path(rest, body, is_missing)  # a variant may have the name of a field
+    last = str(location[-1])
+    return max(skipped, taken, key=lambda path: (path[-1:] == [last], len(path)))
 
 
 def log_failure(error: BaseException) -> None:

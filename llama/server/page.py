@@ -17,6 +17,7 @@ from gradio import processing_utils, queueing
 from starlette.middleware import Middleware
 
 from llama.chat.prompts import Message, Role, content_text
+from llama.sampling import SamplingParams
 from llama.server.errors import log_failure
 from llama.server.page_input import checked_input
 from llama.server.page_security import same_origin_only
@@ -49,6 +50,7 @@ class PageBackend(Protocol):
     chat_format: str  # e.g. "inst"
     infills: bool  # True if the model was trained for infilling
     max_tokens: int  # prompt and answer together, at most
+    defaults: SamplingParams  # of the page's settings
 
     def chat(self, dialog: list[Message], options: Mapping[str, Any]) -> AsyncIterator[str]: ...
 
@@ -84,10 +86,12 @@ def mount_page(app: FastAPI, backend: PageBackend) -> FastAPI:
             left = gr.Column(scale=4, min_width=320)
             with gr.Column(scale=1, min_width=260):
                 system = gr.Textbox(label="System prompt", info="Of the chat", lines=3)
-                t = gr.Slider(0, 2, 0.6, step=0.05, label="Temperature", info="0: most probable")
-                p = gr.Slider(0.05, 1, 0.9, step=0.05, label="Top-p", info="1: all tokens")
+                at = backend.defaults
+                hot, mass = at.temperature, at.top_p
+                t = gr.Slider(0, 2, hot, step=0.05, label="Temperature", info="0: most probable")
+                p = gr.Slider(0.05, 1, mass, step=0.05, label="Top-p", info="1: all tokens")
                 n = gr.Slider(0, most, 0, step=1, label="Length", info="0: as long as fits")
-                settings = [t, p, n, *more_settings()]
+                settings = [t, p, n, *more_settings(at)]
             with left, gr.Tabs():
                 with gr.Tab("Chat"):
                     chat_tab(backend, [system, *settings])
@@ -213,13 +217,15 @@ def task_tab(
     stop.click(None, cancels=running, **HIDDEN)
 
 
-def more_settings() -> list[gr.Component]:
+def more_settings(at: SamplingParams) -> list[gr.Component]:
     """Add the settings that few need, in the order in which ``sampling_options`` takes them."""
     with gr.Accordion("More", open=False):
         return [
-            gr.Slider(0, 200, 0, step=1, label="Top-k", info="0: all tokens"),
-            gr.Slider(0, 1, 0, step=0.01, label="Min-p", info="0: all tokens"),
-            gr.Slider(0.5, 2, 1, step=0.01, label="Repetition penalty", info="1: none"),
+            gr.Slider(0, 200, at.top_k, step=1, label="Top-k", info="0: all tokens"),
+            gr.Slider(0, 1, at.min_p, step=0.01, label="Min-p", info="0: all tokens"),
+            gr.Slider(
+                0.5, 2, at.repetition_penalty, step=0.01, label="Repetition penalty", info="1: none"
+            ),
             gr.Slider(-2, 2, 0, step=0.05, label="Presence penalty", info="0: none"),
             gr.Slider(-2, 2, 0, step=0.05, label="Frequency penalty", info="0: none"),
             # With a value: closed, they would send null.

@@ -50,7 +50,7 @@ class TextRequest(SamplingFields):
 
     @property
     def generation(self) -> dict[str, Any]:
-        """Return arguments of ``SamplingParams``, without those that keep their defaults."""
+        """Return arguments of ``SamplingParams``: those that the request sets."""
         form = self.response_format
         return self.sampling | {"n": self.n or 1, "response_format": form and form.as_dict()}
 

@@ -219,7 +219,7 @@ class ResponsesRequest(SamplingFields):
 
     @property
     def generation(self) -> dict[str, Any]:
-        """Return arguments of ``SamplingParams``, without those that keep their defaults."""
+        """Return arguments of ``SamplingParams``: those that the request sets."""
         form = self.text.format if self.text else None
         return self.sampling | {
             "max_gen_len": self.max_output_tokens,

@@ -22,6 +22,7 @@ MAX_FIELDS = 100  # of an object
 MAX_DEPTH = 64  # of a JSON Schema
 MAX_ELEMENTS = 1024  # of a list or a dictionary that a request names
 _DEFAULTS = SamplingParams()
+_OTHER_NAMES = {"include_stop_str_in_output": "include_stop"}  # of SamplingParams
 
 
 class RequestBody(BaseModel):
@@ -178,22 +179,16 @@ class SamplingFields(RequestBody):
 
     @property
     def sampling(self) -> dict[str, Any]:
-        """Return arguments of ``SamplingParams``, without those that keep their defaults."""
+        """Return arguments of ``SamplingParams``: those that the request sets."""
         biases = self.logit_bias or {}
-        found = {
-            "temperature": self.temperature,
-            "top_p": self.top_p,
+        changed = {
             "top_k": None if self.top_k is None else max(self.top_k, 0),
-            "min_p": self.min_p,
-            "seed": self.seed,
-            "presence_penalty": self.presence_penalty,
-            "frequency_penalty": self.frequency_penalty,
-            "repetition_penalty": self.repetition_penalty,
             "logit_bias": {int(token): bias for token, bias in biases.items()},
-            "min_tokens": self.min_tokens,
             "stop": [self.stop] if isinstance(self.stop, str) else self.stop,
-            "stop_token_ids": self.stop_token_ids,
-            "ignore_eos": self.ignore_eos,
-            "include_stop": self.include_stop_str_in_output,
         }
-        return {name: value for name, value in found.items() if value is not None}
+        found = {}
+        for field in SamplingFields.model_fields.keys() & self.model_fields_set:
+            value = changed.get(field, getattr(self, field))
+            if value is not None:
+                found[_OTHER_NAMES.get(field, field)] = value
+        return found

@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -32,6 +33,11 @@ class Service:
     """A served model: it submits requests to the engine and applies the guards."""
 
     def __init__(self, llama: Llama, config: ServerConfig):
+        """Wrap a model.
+
+        Raises:
+            ValueError: ``--sampling checkpoint``, and the checkpoint recommends nothing.
+        """
         self.llama = llama
         llama.tasks.ranks = "alone"  # the others get the sequences
         self.config = config
@@ -42,6 +48,11 @@ class Service:
         self.max_tokens = llama.model.params.max_seq_len
         self.infills = llama.tokenizer.prefix_id is not None
         self.chat_format = llama.chat.name
+        params = SamplingParams(
+            sampling=config.sampling, prompt_lookup_num_tokens=config.prompt_lookup_num_tokens
+        )
+        # Applied once, so that a request may also set a value that is the library's default.
+        self.defaults = replace(llama.tasks.recommended.apply(params), sampling=None)
         self._guards = GuardExecutor()
         self._capacity = config.max_queue + llama.model.params.max_batch_size
         self._n_preparing = 0  # sequences that will be queued
@@ -184,7 +195,7 @@ class Service:
         return jobs, updates
 
     def params(self, **given: Any) -> SamplingParams:
-        """Return sampling parameters: those that are given, and the server's own.
+        """Return sampling parameters: those that are given, and the server's defaults.
 
         Raises:
             ApiError: a token id isn't in the vocabulary.
@@ -194,11 +205,7 @@ class Service:
             largest = max(given.get(name, ()), default=0)
             if largest >= n_words:
                 raise ApiError(400, f"{name}: token ids end with {n_words - 1}", name)
-        return SamplingParams(
-            prompt_lookup_num_tokens=self.config.prompt_lookup_num_tokens,
-            sampling=self.config.sampling,
-            **given,
-        )
+        return replace(self.defaults, **given)
 
     async def chat(
         self, dialog: list[Message], options: Mapping[str, Any]

@@ -49,8 +49,6 @@ class Animal(BaseModel):
 class Sound(BaseModel):
     """The sound of an animal"""
 
-    model_config = ConfigDict(extra="forbid")
-
     animal: Literal["cow", "bee"]
     loud: bool
 
@@ -127,6 +125,32 @@ def test_openai_parses_a_model(client: Any) -> None:
     tool = openai.pydantic_function_tool(Sound)
     found = parse(model="tiny", messages=COW, tools=[tool], tool_choice="required")
     assert isinstance(found.choices[0].message.tool_calls[0].function.parsed_arguments, Sound)
+
+
+def test_openai_completions(client: Any) -> None:
+    """The older endpoint with every field that the package has for it, and others beside."""
+    found = client.completions.create(
+        model="tiny",
+        prompt=["The cow", "Once upon a time"],
+        best_of=None,
+        echo=True,
+        frequency_penalty=0.5,
+        logit_bias={"50": -100},
+        logprobs=2,
+        max_tokens=8,
+        n=2,
+        presence_penalty=0.5,
+        seed=1,
+        stop=["\n"],
+        stream=False,
+        suffix=None,
+        temperature=0.8,
+        top_p=0.9,
+        user="Ann",
+        extra_body={"top_k": 20, "min_p": 0.05, "repetition_penalty": 1.1, "min_tokens": 2},
+    )
+    assert [choice.text[:7] for choice in found.choices] == ["The cow"] * 2 + ["Once up"] * 2
+    assert found.usage.completion_tokens <= 32 and found.choices[0].logprobs.tokens
 
 
 def test_langchain(url: str) -> None:

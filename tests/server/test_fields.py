@@ -8,7 +8,13 @@ import torch
 from servers import post, serve
 
 from llama import Llama
+from llama.chat.options import ChatOptions
 from llama.guards import Verdict
+from llama.logits.recommended import Recommended
+from llama.server.answers import Piece
+from llama.server.config import ServerConfig
+from llama.server.dialogs import Turn
+from llama.server.service import Service
 
 pytest.importorskip("llguidance", reason="needs llguidance")
 
@@ -240,6 +246,11 @@ def test_answers_that_clients_send_back(url: str) -> None:
         ({"messages": [{**U, "tool_calls": [CALL]}]}, "messages.0", "are the assistant's"),
         ({"messages": [{**U, "images": ["x"]}]}, "messages.0.images", "no such parameter"),
         (
+            {"messages": [{**U, "content": [{"type": "text", "text": "x", "cache": 1}]}]},
+            "messages.0.content.0.cache",
+            "no such parameter",
+        ),
+        (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
             "messages.0.content.0",
             "image_url",
@@ -298,6 +309,32 @@ def test_tool_messages(tools_url: str) -> None:
     assert all(length > lengths[0] for length in lengths[1:]) and lengths[2] > lengths[1]
 
 
+def test_recommended_sampling(url: str) -> None:
+    """It stands for what a request leaves out or says null for, and for nothing else."""
+    llama = build()
+    with pytest.raises(ValueError, match=r"no generation_config.json"):
+        Service(llama, ServerConfig(sampling="checkpoint"))
+    llama.tasks.recommended = Recommended("its file", {"temperature": 0.0, "top_k": 1})
+    body = {"prompt": "The", "seed": 1, "max_tokens": 20}
+    greedy = ask(url, **body, temperature=0)
+    usual = ask(url, **body, temperature=0.6, top_k=0)
+    assert usual != greedy
+    with serve(llama, sampling="checkpoint") as (base, _):
+        assert ask(f"{base}/v1", **body, temperature=None, top_k=None) == greedy
+        assert ask(f"{base}/v1", **body, temperature=0.6, top_k=0) == usual
+
+
+def test_a_refusal_ends_a_call() -> None:
+    """Its text is content, not more of the arguments that have been sent."""
+    parser = build(tool_format="hermes").tasks.answer_parser(ChatOptions(tools=[TOOL]))
+    turn = Turn(parser)
+    text = '<tool_call>\n{"name": "paint", "arguments": {"color": "r'
+    assert turn.push(Piece(0, text, 9, None)).calls
+    delta = turn.push(Piece(0, "\n\nRefused: too red.", 9, "content_filter"))
+    assert delta == ("\n\nRefused: too red.", ())
+    assert turn.message().tool_calls[0].function.arguments == '{"color": "r'  # type: ignore[index]
+
+
 def test_guards_read_calls() -> None:
     """What a guard refuses of a call is no call; what it reads of earlier ones is their text."""
     llama = build(tool_format="hermes")
@@ -308,7 +345,13 @@ def test_guards_read_calls() -> None:
         return Verdict("bark" not in dialog[-1]["content"], reason="noise")
 
     llama.input_guard = input_guard
-    llama.output_guard = lambda _, answer: Verdict("red" not in answer, reason="too red")
+    answers: list[str] = []
+
+    def output_guard(_: Any, answer: str) -> Verdict:
+        answers.append(answer)
+        return Verdict("red" not in answer, reason="too red")
+
+    llama.output_guard = output_guard
     calls: dict[str, Any] = {"tools": [TOOL], "tool_choice": "required", "max_tokens": 80}
     with serve(llama) as (base, _):
         url = f"{base}/v1"
@@ -320,6 +363,8 @@ def test_guards_read_calls() -> None:
         assert read[-1] == [user, ("assistant", "paint({})"), ("user", "bark")]
         [found] = ask(url, messages=[U, {"role": "assistant", "content": "I bark"}])
         assert found["finish_reason"] == "content_filter" and "I bark" in read[-1][-1][1]
+        ask(url, messages=[U, {"role": "assistant", "content": "The cow"}])
+        assert answers[-1] == "The cow says moo."
         for color in ("red", "blue"):
             only = {**SCHEMA, "properties": {**SCHEMA["properties"], "color": {"const": color}}}
             tool = {"type": "function", "function": {**FUNCTION, "parameters": only}}

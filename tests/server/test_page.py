@@ -12,6 +12,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from llama.sampling import SamplingParams
+
 pytestmark = pytest.mark.slow
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -32,8 +34,6 @@ It is called as `add(1, 2)`.
 
 def changed(options: Any) -> dict[str, Any]:
     """The options that differ from the defaults."""
-    from llama.sampling import SamplingParams
-
     params, default = SamplingParams(**options), SamplingParams()
     names = {name for name in options if getattr(params, name) != getattr(default, name)}
     return {name: options[name] for name in names}
@@ -46,6 +46,7 @@ class FakeTalk:
     chat_format = "turn-based"
     infills = True
     max_tokens = 2048
+    defaults = SamplingParams()
 
     def __init__(self) -> None:
         self.asked: list[tuple[Any, ...]] = []

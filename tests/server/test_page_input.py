@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from llama.sampling import SamplingParams
+
 gradio = pytest.importorskip("gradio", reason="Gradio is not installed")
 
 
@@ -22,6 +24,7 @@ class Silent:
     chat_format = "turn-based"
     infills = True
     max_tokens = 2048
+    defaults = SamplingParams()
 
     async def chat(self, *given: Any) -> AsyncIterator[str]:
         yield ""

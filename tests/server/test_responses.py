@@ -12,7 +12,13 @@ from pydantic import BaseModel, ConfigDict, Field
 from servers import post, serve, wait_until
 
 from llama import Llama
+from llama.chat.options import ChatOptions
 from llama.guards import Verdict
+from llama.sampling import SamplingParams
+from llama.server import responses
+from llama.server.answers import Piece
+from llama.server.dialogs import Turn
+from llama.server.loop import Job
 
 pytest.importorskip("llguidance", reason="needs llguidance")
 
@@ -158,6 +164,40 @@ def test_tools(client: Any) -> None:
     assert answer.usage.input_tokens > lone.usage.input_tokens + 20, "the call isn't read"
     plain = create(model="tiny", input=QUESTION, tools=[SOUND], tool_choice="none", temperature=0)
     assert plain.output_text == "The cow says moo."
+
+
+def test_text_and_calls(llama: Llama) -> None:
+    """Each is an item of its own, which ends before the next one begins."""
+    options = ChatOptions(tools=[{"type": "function", "function": {"name": "sound"}}])
+    body = responses.schemas.ResponsesRequest(input=QUESTION)
+    turn = Turn(llama.tasks.answer_parser(options))
+    growing = responses.GrowingResponse(responses._empty(body, "tiny"), turn, None)
+    call = '<tool_call>\n{"name": "sound", "arguments": {"loud": true}}\n</tool_call>'
+    events: list[Any] = [*growing.begin()]
+    for text in ("One ", "moment.", f"\n{call[:20]}", call[20:], f"\n{call}", "\nThat", " is all."):
+        events += growing.push(Piece(0, text, 9, None))
+    events += growing.push(Piece(0, "", 9, "stop"))
+    sequence = llama.tasks.text(["The cow"], SamplingParams())[0]
+    events += growing.end(Job(sequence, lambda _: None))
+    assert [item.type for item in growing.response.output] == [
+        "message",
+        "function_call",
+        "function_call",
+        "message",
+    ]
+    texts = [item.content[0].text for item in growing.response.output if item.type == "message"]
+    assert [text.strip() for text in texts] == ["One moment.", "That is all."]
+    assert {item.status for item in growing.response.output} == {"completed"}
+    opened: list[int] = []
+    for event in events:
+        if event.type == "response.output_item.added":
+            assert event.output_index == len(opened), "an item begins before the last has ended"
+            opened.append(event.output_index)
+        elif event.type == "response.output_item.done":
+            assert event.output_index == len(opened) - 1
+            assert event.item == growing.response.output[event.output_index].model_dump()
+    done = [event.type for event in events].count("response.output_item.done")
+    assert len(opened) == done == 4
 
 
 def test_items(client: Any, url: str) -> None:
