@@ -17,6 +17,7 @@ from llama.logits.recommended import Recommended
 from llama.server.answers import Piece
 from llama.server.config import ServerConfig
 from llama.server.dialogs import Turn
+from llama.server.schemas_chat import ChatRequest
 from llama.server.service import Service
 from llama.structure import trial
 
@@ -294,6 +295,15 @@ def test_schemas_without_end(url: str) -> None:
         assert answer.status_code == 400 and "64 levels" in answer.text
 
 
+def test_a_form_that_takes_too_much_work(url: str) -> None:
+    """It is the request's fault, which clients don't send again, and no failure of the server."""
+    schema = {"type": "object", "properties": {f"p{i}": COLORS for i in range(700)}}
+    form = {"type": "json_object", "schema": schema}
+    answer = post(f"{url}/chat/completions", {"messages": [U], "response_format": form})
+    assert answer.status_code == 400, answer.text
+    assert "too much work" in answer.json()["error"]["message"]
+
+
 def test_requests_do_not_wait_for_forms(tools_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A failure means that a few schemas that take long stop the server for everybody."""
     release, held = threading.Event(), threading.Semaphore(0)
@@ -343,6 +353,24 @@ def test_the_form_at_fault_is_named(tools_url: str) -> None:
     ):
         error = post(f"{tools_url}/chat/completions", {"messages": [U], **body}).json()["error"]
         assert error["param"] == param and message in error["message"], error
+
+
+@pytest.mark.parametrize(
+    ("choice", "parallel", "several"),
+    [
+        ("auto", None, True),
+        (None, True, True),
+        ("auto", False, False),
+        ("required", None, False),
+        ("required", True, True),
+        ({"type": "function", "function": {"name": "paint"}}, True, False),
+    ],
+)
+def test_how_many_calls_an_answer_may_have(choice: Any, parallel: Any, several: bool) -> None:
+    """A required one stands alone, unless more are asked for: small models repeat it for ever."""
+    body = {"messages": [U], "tools": [TOOL], "tool_choice": choice}
+    asked = ChatRequest.model_validate({**body, "parallel_tool_calls": parallel})
+    assert asked.options["parallel_tool_calls"] is several
 
 
 def test_tool_messages(tools_url: str) -> None:
