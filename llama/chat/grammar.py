@@ -10,6 +10,7 @@ from typing import Any
 
 from llama.chat.notations import HERMES, LLAMA, MISTRAL, Notation
 from llama.chat.options import ChatOptions
+from llama.errors import WrongForm
 
 # As models write JSON in their training, and without free white space, in which answers get lost.
 _JSON = {
@@ -73,7 +74,7 @@ def _form(response_format: Mapping[str, Any] | None) -> Mapping[str, Any] | None
     schema = response_format.get("json_schema")
     if kind == "json_schema" and isinstance(schema, Mapping):
         return schema["schema"] if isinstance(schema.get("schema"), Mapping) else {}
-    raise ValueError(
+    raise WrongForm(
         f"response_format of the type {kind!r} can't stand beside tools: leave one of them out, or "
         "set tool_choice to 'none' or 'required'"
     )

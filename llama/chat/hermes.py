@@ -14,6 +14,7 @@ from llama.chat.layout import ChatFormat
 from llama.chat.notations import HERMES
 from llama.chat.options import NO_OPTIONS, ChatOptions
 from llama.chat.prompts import UNSAFE_ERROR, Dialog, Message, check_messages, content_text, has_tags
+from llama.chat.roles import fold
 from llama.tokenizer import BaseTokenizer
 
 _INTRODUCTION = """\
@@ -40,6 +41,8 @@ def with_tools(chat: ChatFormat) -> ChatFormat:
     ) -> list[int]:
         check_messages(dialog)
         plain = as_text(dialog, options.offered, options.must_call)
+        if options.merge_roles:  # results are the user's now
+            plain = fold(plain)
         if has_tags(plain, chat.tags) and not has_tags(dialog, chat.tags):
             raise ValueError(f"{UNSAFE_ERROR} It is in a tool, or in a tool's arguments.")
         return chat.prompt(tokenizer, plain, replace(options, tools=None, tool_choice=None))

@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
+from llama.errors import printable
 from llama.guards import StreamGuard, refusal
 from llama.server.errors import ApiError, log_failure
 from llama.server.loop import Job, Update
@@ -54,6 +55,11 @@ def timed_out() -> ApiError:
     return ApiError(504, "the request took longer than its timeout")
 
 
+def _given_up(error: str) -> ApiError:
+    reason = printable(error, 200)
+    return ApiError(400, f"the form of the answer takes too much work, use a simpler one: {reason}")
+
+
 class Answers:
     """The growing texts of one request.
 
@@ -83,7 +89,8 @@ class Answers:
         """Yield new text as it arrives.
 
         Raises:
-            ApiError: the request took too long, or the engine or a guard failed.
+            ApiError: the request took too long, its form takes too much work, or the engine or a
+                guard failed.
         """
         open_jobs = set(range(len(self.jobs))) - set(self.refusals)
         try:
@@ -96,6 +103,9 @@ class Answers:
                 if update.finish_reason == "timeout":
                     raise timed_out()
                 if update.finish_reason in ("error", "cancelled"):
+                    grammar = self.jobs[number].sequence.grammar
+                    if grammar is not None and grammar.error:
+                        raise _given_up(grammar.error)
                     raise ApiError(500, "the server failed: see its log")
                 piece = await self._guarded(number, update)
                 if piece.finish is not None:

@@ -95,14 +95,17 @@ async def submit_dialog(
         try:
             return tasks.chat([dialog], params, chosen)
         except WrongForm as error:
-            is_form = params.response_format is not None
-            raise ApiError(400, str(error), names[1] if is_form else "tools") from error
+            if params.response_format is not None:
+                raise ApiError(400, str(error), names[1]) from error
+            message = str(error).replace("response_format", "the form of a tool's arguments", 1)
+            raise ApiError(400, message, "tools") from error
         except PromptTooLong:
             raise
         except ValueError as error:
             raise ApiError(400, str(error), names[0]) from error
 
-    answers = await service.submit(make, n, n, dialogs=[dialog], timeout=timeout)
+    has_form = sampling.get("response_format") is not None or bool(chosen.offered)
+    answers = await service.submit(make, n, n, [dialog], timeout, has_form)
     return answers, [Turn(tasks.answer_parser(chosen)) for _ in answers.jobs]
 
 

@@ -61,7 +61,7 @@ Content = (
 
 
 class InputMessage(_Item):
-    type: Literal["message"] = "message"
+    type: Literal["message"] | None = "message"
     role: Literal["system", "developer", "user", "assistant"]
     content: Content
 
@@ -110,6 +110,9 @@ def _check_kind(tool: Any) -> Any:
 
 class FlatTool(Function):
     type: Literal["function"]
+    defer_loading: Literal[False] | None = Field(None, description="Only false.")
+    allowed_callers: Null = None
+    output_schema: dict[str, Any] | None = Field(None, description="Ignored.")
 
 
 class FlatNamedTool(RequestBody):
@@ -179,6 +182,9 @@ class ResponsesRequest(SamplingFields):
     previous_response_id: Null = None
     conversation: Null = None
     prompt: Null = None
+    moderation: Null = None
+    context_management: Null = None
+    prompt_cache_options: Null = None
     background: Literal[False] | None = Field(None, description="Only false.")
     store: bool | None = Field(None, description="Nothing is stored, whatever it says.")
     metadata: dict[str, str] | None = Field(None, description="Returned.")
@@ -192,6 +198,13 @@ class ResponsesRequest(SamplingFields):
     prompt_cache_key: str | None = Field(None, description="Ignored.")
     prompt_cache_retention: str | None = Field(None, description="Ignored.")
     service_tier: str | None = Field(None, description="Ignored.")
+
+    @field_validator("input")
+    @classmethod
+    def _check_input(cls, items: str | list[Any]) -> str | list[Any]:
+        if not isinstance(items, str) and all(isinstance(item, InputReasoning) for item in items):
+            raise ValueError("there is no message: reasoning is left out")
+        return items
 
     @field_validator("previous_response_id", "conversation", "prompt", mode="before")
     @classmethod

@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -16,7 +17,7 @@ from llama.errors import PromptTooLong, WrongForm
 from llama.generation import Llama
 from llama.guards import InputGuard, StreamGuard, input_refusal
 from llama.sampling import SamplingParams
-from llama.server.answers import Answers, GuardExecutor
+from llama.server.answers import Answers, GuardExecutor, timed_out
 from llama.server.config import ServerConfig
 from llama.server.errors import ApiError
 from llama.server.loop import Draining, EngineLoop, Job, QueueFull, Update
@@ -56,6 +57,8 @@ class Service:
         self._guards = GuardExecutor()
         self._capacity = config.max_queue + llama.model.params.max_batch_size
         self._n_preparing = 0  # sequences that will be queued
+        # Forms may take long: with threads of their own, other requests don't wait for them.
+        self._forms = ThreadPoolExecutor(self._capacity, "form")
         self._mean_seconds = 1.0  # of recent answers, approximately
 
     async def submit(
@@ -65,6 +68,7 @@ class Service:
         n: int = 1,
         dialogs: Sequence[Dialog] | None = None,
         timeout: float | None = None,
+        has_form: bool = False,
     ) -> Answers:
         """Submit prompts and return their answers, once the input guard has allowed them.
 
@@ -74,10 +78,11 @@ class Service:
             n_sequences: the number of sequences that ``make`` returns.
             dialogs: the prompts as guards read them; by default their texts as user messages.
             timeout: seconds, if fewer than the server allows.
+            has_form: whether ``make`` compiles a form of answers.
 
         Raises:
-            ApiError: an argument is wrong, a prompt is too long, the queue is full, or the server
-                is shutting down.
+            ApiError: an argument is wrong, a prompt is too long, the queue is full, the deadline
+                has passed, or the server is shutting down.
         """
         begin = time.monotonic()
         deadline = begin + min(self.config.timeout, timeout or math.inf)
@@ -91,7 +96,9 @@ class Service:
             raise self._queue_full()
         self._n_preparing += n_sequences
         try:
-            sequences = await self._prepare(make, is_chat=dialogs is not None)
+            threads = self._forms if has_form else None
+            prepared = self._prepare(make, threads, is_chat=dialogs is not None)
+            sequences = await asyncio.wait_for(prepared, deadline - time.monotonic())
             if any(sequence.is_read_only for sequence in sequences):
                 input_guard = output_guard = None  # nothing is generated
             elif dialogs is None and (input_guard or output_guard):
@@ -102,6 +109,8 @@ class Service:
                 refused = await self._refusal(input_guard, dialog, deadline)
                 if refused is not None:
                     refusals |= dict.fromkeys(range(i * n, (i + 1) * n), refused)
+        except asyncio.TimeoutError:
+            raise timed_out() from None
         finally:
             self._n_preparing -= n_sequences
         guards = []
@@ -111,10 +120,13 @@ class Service:
         return Answers(jobs, updates, refusals, guards, self._guards, deadline)
 
     async def _prepare(
-        self, make: Callable[[], list[EngineSequence]], is_chat: bool
+        self,
+        make: Callable[[], list[EngineSequence]],
+        threads: ThreadPoolExecutor | None,
+        is_chat: bool,
     ) -> list[EngineSequence]:
         try:
-            sequences = await asyncio.to_thread(make)
+            sequences = await asyncio.get_running_loop().run_in_executor(threads, make)
         except PromptTooLong as error:
             raise self._too_long(error.n_tokens) from error
         except WrongForm as error:

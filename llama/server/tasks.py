@@ -37,7 +37,8 @@ async def complete(service: Service, body: schemas.CompletionRequest, request: R
             return tasks.infilling(prompts, [suffix], params)
         return tasks.text(prompts, params, in_context=True)
 
-    submission = service.submit(make, len(prompts) * n, n, timeout=body.timeout)
+    has_form = body.response_format is not None
+    submission = service.submit(make, len(prompts) * n, n, timeout=body.timeout, has_form=has_form)
     answers = await unless_disconnected(request, submission)
     name, created = new_id("cmpl")
     answer = partial(schemas.Completion, id=name, created=created, model=service.name)

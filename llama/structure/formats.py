@@ -32,7 +32,7 @@ _FAULTS = (
     (r"regex|look-?around|pattern", ("pattern", "patternProperties", "regex", "format")),
     (r"integer range|number range|numeric", ("minimum", "maximum", "exclusiveMinimum")),
     (r"multiple", ("multipleOf",)),
-    (r"Resource|Pointer|\bref\b|\$ref", ("$ref",)),
+    (r"Resource|Pointer|\bref\b|\$ref|NoExtension", ("$ref",)),
     (r"[Ii]nvalid type|incompatible types", ("type",)),
     (r"anyOf is empty", ("anyOf", "oneOf", "enum")),
     (r"min/?max ?Properties|Properties", ("minProperties", "maxProperties")),
@@ -209,12 +209,14 @@ def fault(error: str, response_format: Mapping[str, Any]) -> str:
     is_grammar = response_format.get("type") == "grammar"  # whose words aren't keywords
     nodes = [] if is_grammar else _nodes(response_format)
     present = {key for node in nodes for key in node} - _OUR_KEYS
-    named = [key for key in present if re.search(rf"(?<![\w$]){re.escape(key)}(?!\w)", error)]
+    named = list(present & set(re.findall(r"[\w$]+", error)))
     for words, keywords in _FAULTS:
         if not named and re.search(words, error):
             named = [key for key in keywords if key in present]
     place = f", at {' or '.join(map(repr, sorted(named)))}" if named else ""
-    reason = " ".join(re.split(r"\n *\d+ \|", error)[0].split())  # without a quotation of our own
+    error = error.replace("NoExtensionBias", "no text that ends fits it")
+    # Without a quotation of our own, or llguidance's traceback.
+    reason = " ".join(re.split(r"\n *\d+ \||<(?:backtrace|non-verbose)", error)[0].split())
     return f"response_format can't be compiled{place}: {printable(reason, 300)}"
 
 

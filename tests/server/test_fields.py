@@ -1,6 +1,9 @@
 """The fields that say what to generate do what the library's arguments do."""
 
+import os
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -14,7 +17,9 @@ from llama.logits.recommended import Recommended
 from llama.server.answers import Piece
 from llama.server.config import ServerConfig
 from llama.server.dialogs import Turn
+from llama.server.schemas_chat import ChatRequest
 from llama.server.service import Service
+from llama.structure import trial
 
 pytest.importorskip("llguidance", reason="needs llguidance")
 
@@ -47,7 +52,7 @@ def url() -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def tools_url() -> Iterator[str]:
-    with serve(build(tool_format="hermes")) as (found, _):
+    with serve(build(tool_format="hermes"), max_queue=128) as (found, _):
         yield f"{found}/v1"
 
 
@@ -290,6 +295,84 @@ def test_schemas_without_end(url: str) -> None:
         assert answer.status_code == 400 and "64 levels" in answer.text
 
 
+def test_a_form_that_takes_too_much_work(url: str) -> None:
+    """It is the request's fault, which clients don't send again, and no failure of the server."""
+    schema = {"type": "object", "properties": {f"p{i}": COLORS for i in range(700)}}
+    form = {"type": "json_object", "schema": schema}
+    answer = post(f"{url}/chat/completions", {"messages": [U], "response_format": form})
+    assert answer.status_code == 400, answer.text
+    assert "too much work" in answer.json()["error"]["message"]
+
+
+def test_requests_do_not_wait_for_forms(tools_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A failure means that a few schemas that take long stop the server for everybody."""
+    release, held = threading.Event(), threading.Semaphore(0)
+
+    def error_of(*_: Any) -> str:
+        held.release()
+        release.wait(60)
+        return "it takes long"
+
+    monkeypatch.setattr(trial, "error_of", error_of)
+
+    def ask_for_form(i: int) -> int:
+        form = {"type": "regex", "regex": f"a{{{i}}}"}
+        tool = {**TOOL, "function": {**FUNCTION, "name": f"f{i}"}}
+        path, body = (
+            ("completions", {"prompt": "a", "response_format": form}),
+            ("chat/completions", {"messages": [U], "response_format": form}),
+            ("chat/completions", {"messages": [U], "tools": [tool], "tool_choice": "required"}),
+        )[i % 3]
+        return post(f"{tools_url}/{path}", body).status_code
+
+    n = min(32, (os.cpu_count() or 1) + 4)  # the threads that asyncio has for all
+    with ThreadPoolExecutor(3 * n) as threads:
+        asked = [threads.submit(ask_for_form, i) for i in range(3 * n)]
+        try:
+            for _ in range(n):
+                assert held.acquire(timeout=30)
+            assert ask(tools_url, messages=[U])[0]["message"]["content"] == "The cow says moo."
+            body = {"prompt": "a", "response_format": {"type": "regex", "regex": "b"}}
+            late = post(f"{tools_url}/completions", {**body, "timeout": 0.2})
+            assert late.status_code == 504, late.text
+        finally:
+            release.set()
+        assert {each.result() for each in asked} == {400}
+
+
+def test_the_form_at_fault_is_named(tools_url: str) -> None:
+    """The answer's, or that of a function's arguments."""
+    wrong = {**TOOL, "function": {**FUNCTION, "parameters": {"type": 5}}}
+    for body, param, message in (
+        ({"tools": [wrong], "tool_choice": "required"}, "tools", "the form of a tool's arguments"),
+        (
+            {"tools": [TOOL], "response_format": {"type": "regex", "regex": "a"}},
+            "response_format",
+            "can't stand beside tools",
+        ),
+    ):
+        error = post(f"{tools_url}/chat/completions", {"messages": [U], **body}).json()["error"]
+        assert error["param"] == param and message in error["message"], error
+
+
+@pytest.mark.parametrize(
+    ("choice", "parallel", "several"),
+    [
+        ("auto", None, True),
+        (None, True, True),
+        ("auto", False, False),
+        ("required", None, False),
+        ("required", True, True),
+        ({"type": "function", "function": {"name": "paint"}}, True, False),
+    ],
+)
+def test_how_many_calls_an_answer_may_have(choice: Any, parallel: Any, several: bool) -> None:
+    """A required one stands alone, unless more are asked for: small models repeat it for ever."""
+    body = {"messages": [U], "tools": [TOOL], "tool_choice": choice}
+    asked = ChatRequest.model_validate({**body, "parallel_tool_calls": parallel})
+    assert asked.options["parallel_tool_calls"] is several
+
+
 def test_tool_messages(tools_url: str) -> None:
     """Calls and results, in the forms that clients send, change the prompt that is read."""
     asked = {"role": "assistant", "content": None, "tool_calls": [CALL]}
@@ -301,6 +384,9 @@ def test_tool_messages(tools_url: str) -> None:
         [U, asked, {"role": "tool", "tool_call_id": "1", "content": "moo"}, U],
         [U, {**asked, "content": "Wait."}, {"role": "tool", "tool_call_id": "1", "content": "m"}],
         [U, {"role": "assistant", "function_call": older}, {**U, "role": "function", "name": "f"}],
+        [U, {"role": "tool", "content": "moo"}],
+        [{"role": "tool", "content": "moo"}, asked, GREETING, U],
+        [U, asked, {"role": "tool", "content": "moo"}, SYSTEM],
     ):
         body = {"messages": messages, "max_tokens": 2, "tools": [TOOL]}
         answer = post(f"{tools_url}/chat/completions", body)

@@ -254,6 +254,7 @@ def test_logprobs(client: Any) -> None:
         ({"conversation": "conv_1"}, "conversation", "keeps nothing"),
         ({"background": True}, "background", ""),
         ({"input": []}, "input", ""),
+        ({"input": [{"type": "reasoning", "id": "rs_1", "summary": []}]}, "input", "no message"),
         (
             {"input": [{"type": "item_reference", "id": "msg_1"}]},
             "input.0",
@@ -285,9 +286,12 @@ def test_neutral_fields(client: Any) -> None:
     """Clients send these to every server."""
     found = client.responses.create(
         model="tiny",
-        input=QUESTION,
+        input=[{"type": None, "role": "user", "content": QUESTION}],
         temperature=0,
         tools=[],
+        moderation=None,
+        context_management=None,
+        prompt_cache_options=None,
         tool_choice="auto",
         parallel_tool_calls=None,
         previous_response_id=None,

@@ -1,13 +1,14 @@
 """Every form of response_format allows its texts and no others; errors say what is wrong."""
 
 import logging
+import time
 from typing import Any
 
 import pytest
 
 from llama import Llama, Tokenizer
 from llama.structure import compile_format
-from llama.structure.formats import grammar_of
+from llama.structure.formats import fault, grammar_of
 
 GBNF = 'root ::= "x" digit+ ("," digit+)*\ndigit ::= [0-9]'
 LARK = 'start: "x" /[0-9]+/ ("," /[0-9]+/)*'
@@ -129,6 +130,7 @@ def test_wrong_forms(tiny_tokenizer: Tokenizer, form: dict[str, Any], words: str
         ({"dependentRequired": {"a": ["b"]}}, "'dependentRequired'"),
         ({"$ref": "http://example.com/schema"}, r"at '\$ref'"),
         ({"$ref": "#/$defs/missing"}, r"at '\$ref'"),
+        ({"$ref": "#"}, r"at '\$ref': no text that ends fits it$"),
         ({"type": "integer", "minimum": -(10**300)}, "at 'minimum'"),
         ({"type": "integer", "minimum": 5, "maximum": 1}, "at 'maximum' or 'minimum'"),
         ({"type": "string", "pattern": "(?=a)"}, "at 'pattern'"),
@@ -143,6 +145,15 @@ def test_a_schema_that_cant_be_compiled_names_the_keyword(
 ) -> None:
     with pytest.raises(ValueError, match=words):
         compile_format({"type": "json_schema", "schema": schema}, tiny_tokenizer, [2], False)
+
+
+def test_the_fault_of_a_large_schema_is_found_at_once() -> None:
+    """A failure means that a rejected schema holds up everything else in the process."""
+    properties = {f"p{i}": {"type": "string"} for i in range(25_000)}
+    form = {"type": "json_schema", "schema": {"properties": properties, "minItems": -1}}
+    begin = time.monotonic()
+    assert "at 'minItems'" in fault("Expected positive integer for 'minItems'", form)
+    assert time.monotonic() - begin < 1
 
 
 def test_what_isnt_enforced_is_reported(
