@@ -392,6 +392,11 @@ def test_wrong_options_are_named(options: Any, error: type[Exception], message: 
         ChatOptions(**options)
 
 
+def test_a_name_that_begins_another_chooses_one() -> None:
+    tools = [{"type": "function", "function": {"name": name}} for name in ("get", "get_more")]
+    assert ChatOptions(tools=tools, tool_choice="get").offered == (tools[0],)
+
+
 def test_options_are_told_from_sampling() -> None:
     chat, rest = split_options({"tools": TOOLS, "stop": ["a"], "merge_roles": True})
     assert chat == ChatOptions(tools=TOOLS, merge_roles=True) and rest == {"stop": ["a"]}

@@ -416,6 +416,7 @@ def test_a_refusal_ends_a_call() -> None:
     turn = Turn(parser)
     text = '<tool_call>\n{"name": "paint", "arguments": {"color": "r'
     assert turn.push(Piece(0, text, 9, None)).calls
+    assert (turn.reason("stop"), turn.reason("length")) == ("tool_calls", "length")
     delta = turn.push(Piece(0, "\n\nRefused: too red.", 9, "content_filter"))
     assert delta == ("\n\nRefused: too red.", ())
     assert turn.message().tool_calls[0].function.arguments == '{"color": "r'  # type: ignore[index]

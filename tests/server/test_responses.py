@@ -166,6 +166,34 @@ def test_tools(client: Any) -> None:
     assert plain.output_text == "The cow says moo."
 
 
+def test_an_empty_answer(llama: Llama) -> None:
+    """It is a message without text; tokens of the prompt are read from the cache or written."""
+    body = responses.schemas.ResponsesRequest(input=QUESTION)
+    growing = responses.GrowingResponse(responses._empty(body, "tiny"), Turn(None), None)
+    sequence = llama.tasks.text(["The cow"], SamplingParams())[0]
+    sequence.n_reused = 1
+    growing.push(Piece(0, "", 0, "stop"))
+    growing.end(Job(sequence, lambda _: None))
+    [message] = growing.response.output
+    assert message.type == "message" and [part.text for part in message.content] == [""]
+    used = growing.response.usage
+    assert used is not None and used.input_tokens == len(sequence.prompt) > 1
+    assert used.input_tokens_details.cached_tokens == 1
+    assert used.input_tokens_details.cache_write_tokens == used.input_tokens - 1
+
+
+def test_calls_in_a_row_are_one_message() -> None:
+    """Templates refuse two answers in turn."""
+    call = {"type": "function_call", "name": "sound", "arguments": "{}"}
+    result = {"type": "function_call_output", "output": "moo"}
+    items = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": "Wait."}]
+    items += [{**call, "call_id": "1"}, {**call, "call_id": "2"}]
+    items += [{**result, "call_id": "1"}, {**result, "call_id": "2"}]
+    dialog = responses.schemas.ResponsesRequest.model_validate({"input": items}).dialog
+    assert [message["role"] for message in dialog] == ["user", "assistant", "tool", "tool"]
+    assert [each["id"] for each in dialog[1]["tool_calls"]] == ["1", "2"]
+
+
 def test_text_and_calls(llama: Llama) -> None:
     """Each is an item of its own, which ends before the next one begins."""
     options = ChatOptions(tools=[{"type": "function", "function": {"name": "sound"}}])
