@@ -115,7 +115,7 @@ def _free(notation: Notation) -> tuple[str, list[str]]:
 
 
 def _text(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", r"\u007f")  # no character there
 
 
 def _dumped(schema: Mapping[str, Any]) -> str:

@@ -171,8 +171,8 @@ class AnswerParser:
         text = self._text.lstrip()
         if not text:
             return False
-        if text[0] == "[" and self._notation in (MISTRAL, MISTRAL_NAMES):
-            self._in_list = True
+        self._in_list = text[0] == "[" and self._notation in (MISTRAL, MISTRAL_NAMES)
+        if self._in_list:
             self._consume(self._text.index("[") + 1)
             self._state = self._object
         elif text[0] == "{" or self._notation is HERMES:

@@ -134,6 +134,7 @@ class Chat:
                     parsed = read(value)
             changed = {**self.sampling, name: parsed}
             SamplingParams(**changed)  # raises for a wrong value
+            ast.literal_eval(repr(changed))  # as other ranks read it, which know no infinity
             self.sampling = changed
         shown = self.sampling if not name else {name: self.sampling[name]}
         note("\n".join(f"{key} = {value}" for key, value in shown.items()))

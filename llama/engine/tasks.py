@@ -49,13 +49,14 @@ class Tasks:
         prompts: List[List[int]],
         params: SamplingParams,
         output: Output = "text",
-        in_context: bool = False,
+        in_context: bool | List[bool] = False,
         ends: Collection[End] = (),
         visible: Mapping[int, str] | None = None,
     ) -> list[Sequence]:
         """Continue prompts of token ids, each ``params.n`` times in a row.
 
         Args:
+            in_context: whether a text continues its prompt's; for all or for each of the prompts.
             ends: ids and strings that end a sequence as the tokenizer's own end tokens do.
             visible: control ids whose spelling is part of the text.
 
@@ -75,14 +76,15 @@ class Tasks:
             )
         seed = self._seeds.getrandbits(63) if params.seed is None else params.seed
         sequences: list[Sequence] = []
-        for ids in checked_prompts(self.args, prompts):
+        for i, ids in enumerate(checked_prompts(self.args, prompts)):
+            continues = in_context if isinstance(in_context, bool) else in_context[i]
             limit = self.args.max_seq_len - len(ids)
             if params.max_gen_len is not None:
                 limit = min(limit, params.max_gen_len)
             for _ in range(params.n):
                 number = f"{seed} {len(sequences)}"
                 shown = visible or {}
-                one = Sequence(ids, params, number, limit, output, in_context, own, shown)
+                one = Sequence(ids, params, number, limit, output, continues, own, shown)
                 sequences.append(one)
         hold_to_form(sequences, self.tokenizer, self.ranks)
         return sequences
@@ -111,12 +113,7 @@ class Tasks:
             prompt = prompt_tokens(chat, self.tokenizer, dialog, options)
             ids.append([] if has_tags(dialog, chat.tags) else prompt)
         params, continues = request.params(params), [request.continues(d) for d in dialogs]
-        sequences = self.generate(
-            ids, params, "text", any(continues), self.answer_ends, request.visible
-        )
-        for i, sequence in enumerate(sequences):
-            sequence.in_context = continues[i * len(dialogs) // len(sequences)]
-        return sequences
+        return self.generate(ids, params, "text", continues, self.answer_ends, request.visible)
 
     def answer_parser(self, options: ChatOptions) -> AnswerParser | None:
         """Return the parser of an answer's tool calls; None if the options offer no tools."""

@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 Ranks = Literal["alone", "together", "later"]
 
 _FRAME = 1024  # bytes of rank 0's verdict
+_FAILED = "failed: "  # begins the verdict of a trial that couldn't be made
 
 
 class _Sequence(Protocol):
@@ -44,13 +45,17 @@ def hold_to_form(
     """
     form = sequences[0].params.response_format if sequences else None
     if form is not None:
-        one, stops = sequences[0], sequences[0].params.stop_token_ids
-        in_context = one.in_context or one.output == "infilling"
-        try:
-            grammar = compile_format(form, tokenizer, stops, in_context, one.visible, ranks)
-        except ValueError as error:
-            raise WrongForm(str(error)) from error
+        stops, visible = sequences[0].params.stop_token_ids, sequences[0].visible
+        grammars: dict[bool, TokenGrammar | None] = {}
         for sequence in sequences:
+            in_context = sequence.in_context or sequence.output == "infilling"
+            if in_context not in grammars:
+                try:
+                    compiled = compile_format(form, tokenizer, stops, in_context, visible, ranks)
+                except ValueError as error:
+                    raise WrongForm(str(error)) from error
+                grammars[in_context] = compiled
+            grammar = grammars[in_context]
             sequence.grammar = grammar and grammar.copy()
 
 
@@ -89,9 +94,14 @@ def compile_format(
     error = kept.error if kept else ""
     agrees = ranks == "together" and parallel.world_size() > 1
     if kept is None and ranks != "later" and not (agrees and parallel.rank()):
-        error = trial.error_of(vocabulary, grammar)
+        try:
+            error = trial.error_of(vocabulary, grammar)
+        except RuntimeError as failure:
+            error = f"{_FAILED}{failure}"
     if agrees:
         error = _of_rank_0(error)
+    if error.startswith(_FAILED):  # on all ranks
+        raise RuntimeError(error.removeprefix(_FAILED))
     if kept is None:
         kept = Compiled(None, error=error) if error else _compile(vocabulary, grammar)
         vocabulary.keep(grammar, kept)

@@ -125,6 +125,12 @@ ANSWERS: list[tuple[Notation, str, str | None, list[tuple[str, str]]]] = [
     ),
     (MISTRAL, "[TOOL_CALLS] none [1]", "[TOOL_CALLS] none [1]", []),
     (
+        MISTRAL,
+        f'[TOOL_CALLS] [1] [TOOL_CALLS] {{"name": "get_weather", "arguments": {PARIS}}}]',
+        "[TOOL_CALLS] [1] ]",
+        [WEATHER],
+    ),
+    (
         MISTRAL_NAMES,
         f"[TOOL_CALLS]get_weather[ARGS]{PARIS}[TOOL_CALLS]add{ADD[1]}",
         None,

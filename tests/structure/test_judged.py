@@ -135,6 +135,16 @@ def test_the_other_ranks_of_a_server_compile_what_rank_0_has_passed(
     assert restored.params.response_format == FORM
 
 
+def test_texts_that_begin_and_that_go_on_have_grammars_of_their_own(tiny: Llama) -> None:
+    """A failure means that one of them may begin with a space that the other drops, or may not."""
+    params = SamplingParams(response_format={"type": "regex", "regex": "moo"})
+    on, begun = tiny.tasks.generate([[1, 5], [1, 5]], params, in_context=[True, False])
+    assert on.grammar is not None and begun.grammar is not None
+    space = tiny.tokenizer.encode("moo", bos=False, eos=False)[:1]
+    assert tiny.tokenizer.token_piece(space[0]).startswith("▁")
+    assert (on.grammar.accepted(space), begun.grammar.accepted(space)) == (0, 1)
+
+
 RANKS = """
 import json, os, sys
 from llama import Llama
@@ -152,6 +162,13 @@ for each in (form, slow, {"type": "json_schema", "schema": {"type": "foo"}}, for
         found.append(answers[0]["generation"]["content"])
     except ValueError as error:
         found.append(str(error))
+def broken(*_):
+    raise RuntimeError("no process")
+trial.error_of = broken
+try:
+    llama.chat_completion([dialog], response_format={"type": "choice", "choice": ["a", "b"]})
+except RuntimeError as error:
+    found.append(str(error))
 with open(sys.argv[1] + os.environ["RANK"], "w") as file:
     json.dump(found, file)
 """
@@ -170,3 +187,4 @@ def test_two_ranks_agree(tmp_path: Path) -> None:
     assert first == second
     assert schemas.validated(first[0], SCHEMA) == "" and first[3] == first[0]
     assert "it takes more than" in first[1] and "Invalid type: foo" in first[2]
+    assert first[4] == "no process", "the other ranks wait for a verdict that never comes"
