@@ -3,7 +3,7 @@
     python benchmarks/sampling.py
     python benchmarks/sampling.py --shape 7B --device cuda --n_sequences 256
 
-Weights (bfloat16) and logits are random. A step of the network and all kinds of draws alternate,
+Weights and logits are random. A step of the network and all kinds of draws alternate,
 so that other programs disturb all alike; the table shows medians. A draw is all that a step does
 besides the network: penalties, biases, samplers, what is sent to the device and fetched from it.
 ``mixed`` gives each sequence another sampler. ``sort`` is a sort of all logits, which no draw does.
@@ -63,15 +63,15 @@ class Network:
         return self.fixed
 
 
-def random_model(args: ModelArgs, device: torch.device) -> Transformer:
-    """Return a network of random weights in bfloat16, with the kernels of its device."""
+def random_model(args: ModelArgs, device: torch.device, dtype: torch.dtype) -> Transformer:
+    """Return a network of random weights, with the kernels of its device."""
     with torch.device("meta"):
         model = Transformer(args)
-    model = model.to(torch.bfloat16).to_empty(device=device).requires_grad_(False)
+    model = model.to(dtype).to_empty(device=device).requires_grad_(False)
     for parameter in model.parameters():
         parameter.normal_(std=0.02)
-    backend = choose_backend(args, 1, torch.bfloat16, device, int8_cache=False)
-    model.allocate_buffers(device, torch.bfloat16, backend=backend)
+    backend = choose_backend(args, 1, dtype, device, int8_cache=False)
+    model.allocate_buffers(device, dtype, backend=backend)
     model.pack()
     return model
 
@@ -107,6 +107,7 @@ def main(
     n_text: int = 512,
     rounds: int = 9,
     device: str | None = None,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> None:
     """Print a table of the milliseconds of draws, and their share of a step of the network.
 
@@ -116,12 +117,13 @@ def main(
         n_text: tokens of each one's prompt and answer together.
         rounds: of which the table shows medians.
         device: cpu or cuda; the fastest available by default.
+        dtype: of the weights.
     """
     on = parallel.detect_device(device)
     parallel.initialize(on)
     sizes = {"max_batch_size": n_sequences, "max_seq_len": 2 * n_text}
     args = ModelArgs(**{**vars(SHAPES[shape]), **sizes})
-    model, network = random_model(args, on), Network(args, n_sequences, on)
+    model, network = random_model(args, on, dtype), Network(args, n_sequences, on)
     tokens = torch.ones(n_sequences, dtype=torch.long, device=on)
     segments = [Segment(i, n_text - 1, 1) for i in range(n_sequences)]
 
@@ -143,7 +145,7 @@ def main(
                 if number >= 0:
                     found[name].append(took)
     step = statistics.median(found["network"])
-    print(f"{shape}, {n_sequences} sequences of {n_text} tokens on {on}\n")
+    print(f"{shape}, {n_sequences} sequences of {n_text} tokens on {on}, {dtype}\n")
     print("| | ms | of the network's step |\n|---|---|---|")
     for name, times in found.items():
         median = statistics.median(times)
