@@ -126,7 +126,7 @@ def vocabulary_of(tokenizer: BaseTokenizer, visible: Mapping[int, str]) -> Vocab
             for i, text in visible.items():
                 pieces[i] = text.encode()
             shortened = _shortened(tokenizer, pieces)
-            # After a mark the text begins anew (``llama.tokenizers.control.with_marks``).
+            # After a mark the text begins again (``llama.tokenizers.control.with_marks``).
             reopening = visible if tokenizer.spaced else ()
             built[key] = Vocabulary(pieces, shortened, reopening)
         return built[key]
