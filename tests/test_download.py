@@ -206,6 +206,8 @@ class Downloader:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
+            # Where the tests run in the background, they ignore Ctrl-C, as would the script.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def run(self, *args: str, answers: str = "", **env: str) -> subprocess.CompletedProcess[str]:
