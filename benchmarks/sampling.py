@@ -1,4 +1,4 @@
-"""What drawing tokens costs beside a step of the network, by what the sequences ask for.
+"""Time the drawing of tokens beside a step of the network, by the sequences' parameters.
 
     python benchmarks/sampling.py
     python benchmarks/sampling.py --shape 7B --device cuda --n_sequences 256

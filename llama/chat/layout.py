@@ -1,4 +1,4 @@
-"""What a chat format is, and how a dialog is laid out in a format's pieces."""
+"""The chat format of a family of models, and the layout of a dialog in its pieces."""
 
 from typing import NamedTuple, Protocol
 

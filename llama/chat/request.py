@@ -1,4 +1,4 @@
-"""What a chat format makes of a request's options: the marks of calls, the form of its answer."""
+"""A request's options in a chat format: the marks of calls, the form of its answer."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""What callers get: whole texts as dictionaries, streams as pieces."""
+"""Results for callers: whole texts as dictionaries, streams as pieces."""
 
 from collections.abc import Iterable
 from typing import Literal, TypedDict

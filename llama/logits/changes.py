@@ -1,4 +1,4 @@
-"""What the sequences of a pass change in their logits, before tokens are drawn."""
+"""Changes that the sequences of a pass make to their logits, before tokens are drawn."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -41,7 +41,7 @@ class Part(Protocol):
 
 
 class Change:
-    """What one pass changes; by default nothing.
+    """Changes of one pass; by default none.
 
     Attributes:
         whole, floats: the numbers that it needs on the device.

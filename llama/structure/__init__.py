@@ -25,7 +25,7 @@ _FAILED = "failed: "  # begins the verdict of a trial that couldn't be made
 
 
 class _Sequence(Protocol):
-    """What an engine's sequence has, which is above this package."""
+    """The part of an engine's sequence, which is above this package, that forms need."""
 
     params: SamplingParams
     output: Any

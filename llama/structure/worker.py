@@ -53,7 +53,7 @@ def build_tokenizer(pieces: Sequence[bytes]) -> Any:
 
 
 class _Pieces:
-    """What ``TokenizerWrapper`` asks of a tokenizer."""
+    """The part of a tokenizer that ``TokenizerWrapper`` asks for."""
 
     bos_token_id = None
 

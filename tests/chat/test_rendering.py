@@ -1,4 +1,4 @@
-"""What templates see and what becomes of it: marks, tools, documents, continued messages."""
+"""Templates: marks, tools, documents, continued messages."""
 
 import json
 from pathlib import Path
