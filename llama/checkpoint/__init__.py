@@ -8,6 +8,7 @@ from pathlib import Path
 
 from llama.checkpoint.base import Checkpoint
 from llama.checkpoint.meta import find_shards, open_meta
+from llama.checkpoint.recognition import clear_errors, explain_adapter, explain_path
 from llama.errors import listed
 
 
@@ -19,6 +20,11 @@ def open_checkpoint(path: Path) -> Checkpoint:
         ImportError: the format needs a package that isn't installed.
         ValueError: the format is unknown, a file is damaged, or the network is no Llama.
     """
+    with clear_errors(explain_path, path):
+        return _open(path)
+
+
+def _open(path: Path) -> Checkpoint:
     if path.is_file():
         return _open_file(path)
     if path.is_dir() and not any(path.glob("consolidated.*.pth")):
@@ -61,4 +67,5 @@ def apply_adapter(base: Checkpoint, directory: Path) -> Checkpoint:
     """Merge a LoRA adapter into a checkpoint (``llama.checkpoint.lora.apply_adapter``)."""
     from llama.checkpoint.lora import apply_adapter
 
-    return apply_adapter(base, directory)
+    with clear_errors(explain_adapter, directory):
+        return apply_adapter(base, directory)

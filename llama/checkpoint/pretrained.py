@@ -13,6 +13,7 @@ from llama.checkpoint import apply_adapter, open_checkpoint
 from llama.checkpoint.base import quantized, replace_tokenizer, vocabulary_size
 from llama.checkpoint.load import load
 from llama.checkpoint.params import make_args
+from llama.checkpoint.recognition import clear_errors, explain_texts
 from llama.checkpoint.rounding import make_scheme
 from llama.checkpoint.sharding import quantized_count
 from llama.cli import progress
@@ -84,7 +85,8 @@ def load_model(
         if config.chat_format is not None:
             raise ValueError("chat_template and chat_format are both given: choose one of them")
         files = with_template(files, config.chat_template)
-    tokenizer = load_tokenizer(files, vocabulary_size(source), ckpt_dir)
+    with clear_errors(explain_texts, files):
+        tokenizer = load_tokenizer(files, vocabulary_size(source), ckpt_dir)
     chat = choose_chat(config.chat_format, files, tokenizer, config.tool_format)
     n_words = tokenizer.n_words
     args = make_args(

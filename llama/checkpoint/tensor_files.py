@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from llama.checkpoint.file_kinds import foreign_kind, missing_bytes, read_head
 from llama.errors import need, printable
 from llama.layers.quantization import Scheme
 
@@ -14,8 +15,6 @@ Tensors = dict[str, torch.Tensor]
 
 # Published files carry these tables, which follow from the hyper-parameters.
 _DERIVED = ("rope.freqs", "rotary_emb.inv_freq")
-# How PyTorch's files began before they were zip archives: a pickled number.
-_OLD_FORMAT = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19"
 
 # The names in a state dictionary's pickle, which has about 100 bytes a tensor.
 _HARMLESS = re.compile(
@@ -44,8 +43,7 @@ def open_tensors(path: Path) -> Tensors:
         with safetensors.safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (safetensors.SafetensorError, RuntimeError) as error:
-        reason = printable(str(error), 200)
-        raise ValueError(f"{path} is damaged or no safetensors file ({reason})") from error
+        raise ValueError(f"{path} {_diagnosis(path, error)}") from error
 
 
 def open_shard(path: Path) -> Tensors:
@@ -102,19 +100,15 @@ def _check_archive(path: Path) -> None:
 
 
 def _diagnosis(path: Path, error: Exception) -> str:
-    """Return why a file can't be read, judging by its beginning, and what to do."""
-    with open(path, "rb") as file:
-        head = file.read(512)
-    if not head:
-        return "is empty: download it again"
-    if b"<html" in head.lower() or b"<!doctype" in head.lower():
-        return "is a web page, not a checkpoint: download it again, perhaps with a new link"
-    if head.startswith(_OLD_FORMAT):
-        return "is in PyTorch's old format: torch.load it and torch.save it again"
-    if not head.startswith(b"PK"):
+    """Return why a file can't be read and what to do, judging by its beginning."""
+    if kind := foreign_kind(path):
+        return f"is {kind.what}: {kind.remedy}"
+    if path.suffix != ".safetensors" and not read_head(path).startswith(b"PK"):
         return "is no checkpoint, which would be a zip archive: download it again"
-    reason = printable((str(error).splitlines() or [type(error).__name__])[0], 200)
-    return f"is damaged or no checkpoint ({reason}): download it again"
+    expected = "safetensors file" if path.suffix == ".safetensors" else "checkpoint"
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    reason = missing_bytes(path) or printable(reason, 200)
+    return f"is damaged or no {expected} ({reason}): download it again"
 
 
 def check_plain(tensors: Tensors, name: str, scheme: Scheme | None = None) -> None:

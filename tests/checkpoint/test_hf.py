@@ -422,8 +422,8 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
         ValueError,
         r"is damaged or no safetensors file \(",
     ),
-    "empty": (lambda p: truncate(p / "model.safetensors", 0), ValueError, "is damaged or no safe"),
-    "a page": (text("model.safetensors", "<html>" * 99), ValueError, "is damaged or no safetens"),
+    "empty": (lambda p: truncate(p / "model.safetensors", 0), ValueError, "is empty: download"),
+    "a page": (text("model.safetensors", "<html>" * 99), ValueError, "is a web page: download"),
     "no archive": (
         lambda p: (p / "model.safetensors").rename(p / "pytorch_model.bin"),
         ValueError,
