@@ -93,6 +93,7 @@ class Checkpoint:
             ``tokenizer.model`` or ``tokenizer.json``, ``tokenizer_config.json`` and so on.
         in_float32: whether tensors are made in float32 when they are read, because they are
             dequantised or merged.
+        kinds: the format's own names of the types that tensors are stored in, by tensor.
         scheme: the quantisation of the weights, which the network has as well.
         read_part: reads a rank's part of a parameter, given its name, the rank and the number of
             ranks; None if it is cut from the tensors of ``parts``.
@@ -105,6 +106,7 @@ class Checkpoint:
     dtype: torch.dtype
     files: dict[str, Path | bytes] = field(default_factory=dict)
     in_float32: bool = False
+    kinds: Mapping[str, str] = field(default_factory=dict)
     scheme: Scheme | None = None
     read_part: Callable[[str, int, int], torch.Tensor] | None = None
 

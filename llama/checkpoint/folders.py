@@ -98,6 +98,17 @@ class Folder:
         return [self.path / name for name in names if not name.startswith("adapter_")]
 
     @property
+    def ignored_weights(self) -> list[Path]:
+        """Weight files that aren't read, since others are there too."""
+        groups = ([self.path / name for name in self.match(*patterns)] for patterns in WEIGHTS)
+        return [path for group in [g for g in groups if g][1:] for path in group]
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether it has an adapter's configuration, and no weights of a whole network."""
+        return "adapter_config.json" in self.files and not self.weights
+
+    @property
     def is_checkpoint(self) -> bool:
         if "adapter_config.json" in self.files or self.match("*.gguf"):
             return True

@@ -97,7 +97,8 @@ def open_gguf(path: Path) -> Checkpoint:
     names = [str(paths[0])]
     is_quantised = any(tensor.kind not in PLAIN for tensor in tensors.values())
     dtype = _main_dtype(tensors)
-    return Checkpoint(str(paths[0]), params, [weights], names, dtype, files, is_quantised)
+    kinds = {name: tensor.kind for name, tensor in tensors.items()}
+    return Checkpoint(str(paths[0]), params, [weights], names, dtype, files, is_quantised, kinds)
 
 
 def _split_paths(path: Path) -> list[Path]:

@@ -1,128 +1,198 @@
-"""A checkpoint's description and the verification of its files."""
+"""The command that describes a checkpoint and verifies its files."""
 
 import contextlib
 import hashlib
+import json as json_format
 import re
 import sys
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-import torch
-
-from llama.args import ModelArgs
-from llama.checkpoint import open_checkpoint
-from llama.checkpoint.base import vocabulary_size
+from llama.checkpoint.description import ERRORS, describe
+from llama.checkpoint.identity import identify as identify
 from llama.checkpoint.meta import find_shards, find_tokenizer
-from llama.checkpoint.params import make_args
-from llama.checkpoint.sharding import cache_bytes, parameter_count, weight_bytes
 from llama.cli import progress
-from llama.errors import printable
-from llama.logits.recommended import recommended_sampling
-from llama.tokenizer import BaseTokenizer
-from llama.tokenizers import load_tokenizer
-
-# (dim, n_layers) -> the size's name
-_SIZES = {
-    (4096, 32): "7B",
-    (5120, 40): "13B",
-    (6656, 60): "33B",
-    (8192, 48): "34B",
-    (8192, 80): "65B or 70B",
-}
-_PUBLISHED_NAME = re.compile(r"llama-2-\d+b(-chat)?|CodeLlama-\d+b(-Python|-Instruct)?")
-_WEIGHT_FILES = ("consolidated.*.pth", "*.safetensors", "pytorch_model*.bin", "*.gguf")
+from llama.errors import listed, printable
 
 
-def inspect(ckpt_dir: str, max_seq_len: int = 512, max_batch_size: int = 8) -> None:
-    """Print a checkpoint's description and the memory it needs, then verify all of its files.
+def inspect(
+    ckpt_dir: str,
+    max_seq_len: int = 512,
+    max_batch_size: int = 8,
+    checksums: bool = True,
+    json: bool = False,
+) -> None:
+    """Print what a checkpoint, an adapter or any other path is, and the memory it needs.
 
-    Exits with status 1 if a file is damaged or missing, or can't be read. ``python -m
-    llama.checkpoint reshard`` writes a checkpoint in another number of files.
+    Then verifies the files that have checksums. Exits with status 1 if a file is damaged or
+    missing, or can't be read. ``python -m llama.checkpoint reshard`` writes a checkpoint in another
+    number of files.
 
     Args:
-        ckpt_dir: a checkpoint of any format.
+        ckpt_dir: a checkpoint of any format, or an adapter's directory.
         max_seq_len: positions of the cache to count the memory for.
         max_batch_size: sequences in the cache to count the memory for.
+        checksums: whether to read all weight files and compare their checksums.
+        json: whether to print one object of JSON, whose keys docs/formats.md lists.
     """
-    directory = Path(str(ckpt_dir))
-    try:
-        _describe(directory, max_seq_len, max_batch_size)
-        has_sums = any(directory.glob("consolidated.*.pth"))
-        problems = verify(directory) if has_sums else []
-    except (ImportError, MemoryError, OSError, ValueError) as error:
-        problems = [str(error)]
-    for problem in problems:
-        print(f"PROBLEM: {problem}")
-    if problems:
+    path = Path(str(ckpt_dir))
+    found = describe(path, max_seq_len, max_batch_size)
+    found["checksums"] = None
+    if checksums and found["format"] == "meta" and not found["problems"]:
+        try:
+            found["problems"] += [printable(problem, 1000) for problem in verify(path)]
+        except ERRORS as error:
+            found["problems"].append(printable(str(error), 1000))
+        listed_files = (path / "checklist.chk").is_file()
+        found["checksums"] = "all files" if listed_files else "weight files"
+    if json:
+        print(json_format.dumps(found, indent=2, allow_nan=False))
+    else:
+        for line in _lines(found):
+            print(line)
+    if found["problems"]:
         sys.exit(1)
-    if not has_sums:
-        print("this format has no checksums: only names, shapes and tokenizer could be checked")
-    elif not (directory / "checklist.chk").is_file():
-        print("no checklist.chk: only the weight files could be checked, by their own checksums")
-    print("no damage found")
 
 
-def _describe(directory: Path, max_seq_len: int, max_batch_size: int) -> None:
-    checkpoint = open_checkpoint(directory)
-    vocabulary = vocabulary_size(checkpoint)
-    tokenizer = None
-    with contextlib.suppress(FileNotFoundError):
-        tokenizer = load_tokenizer(checkpoint.files, vocabulary)
-    n_words = tokenizer.n_words if tokenizer else vocabulary
-    args = make_args(checkpoint.params, checkpoint.source, n_words, max_seq_len, max_batch_size)
-    checkpoint.check(args)
-    stored = {t.dtype for part in checkpoint.parts for name in part for t in part.mapped(name)}
-    dtypes = sorted(
-        str(dtype).removeprefix("torch.") if dtype.is_floating_point else "quantised"
-        for dtype in stored
+def _lines(found: dict[str, Any]) -> Iterator[str]:
+    """Yield the lines of a description for people."""
+    for name, line in (
+        ("model", _model),
+        ("parameters", _parameters),
+        ("shape", _shape),
+        ("files", _files),
+        ("quantised", lambda found: found["quantization"]),
+        ("tokenizer", _tokenizer),
+        ("chat format", _chat_format),
+        ("ends", _ends),
+        ("sampling", _sampling),
+        ("adapters", _adapters),
+        ("adapter", _adapter),
+    ):
+        if text := line(found):
+            yield f"{name:<12} {text}"
+    yield from _memory(found)
+    for warning in found["warnings"]:
+        yield f"odd          {warning}"
+    for problem in found["problems"]:
+        yield f"PROBLEM: {problem}"
+    if not found["problems"]:
+        if found["format"] == "adapter":
+            yield "an adapter has no checksums: loading it compares its shapes with its base"
+        elif found["format"] != "meta":
+            yield "this format has no checksums: only names, shapes and tokenizer could be checked"
+        elif found["checksums"] is None:
+            yield "checksums were not compared: only names, shapes and tokenizer were checked"
+        elif found["checksums"] == "weight files":
+            yield "no checklist.chk: only the weight files could be checked, by their own checksums"
+        yield "no damage found"
+
+
+def _size(n_bytes: int) -> str:
+    return f"{n_bytes / 1e9:.2f} GB" if n_bytes >= 1e8 else f"{n_bytes / 1e6:.2f} MB"
+
+
+def _model(found: dict[str, Any]) -> str | None:
+    family = f"of the family {found['family']}" if found["family"] else None
+    return ", ".join(filter(None, (found["model"], family))) or None
+
+
+def _parameters(found: dict[str, Any]) -> str | None:
+    shares = found["dtypes"] or {}
+    dtypes = ", ".join(
+        kind if share == 1 else f"{share:.1%} {kind}" for kind, share in list(shares.items())[:10]
     )
-    paths = [directory] if directory.is_file() else _weight_files(directory)
-    count = parameter_count(args)
-    print(f"model        {identify(directory, args, tokenizer)}")
-    print(f"parameters   {count:,} in {', '.join(dtypes)}")
-    print(
-        f"shape        dim {args.dim}, {args.n_layers} layers, {args.n_heads} heads, "
-        f"{args.kv_heads} key/value heads, hidden size {args.hidden_dim}, "
-        f"vocabulary {args.vocab_size}"
+    if found["parameters"] is None:
+        return dtypes and f"in {dtypes}"
+    return f"{found['parameters']:,} in {dtypes or 'unknown types'}"
+
+
+def _shape(found: dict[str, Any]) -> str | None:
+    shape = found["shape"]
+    if shape is None:
+        return None
+    labels = shape.get("labels")
+    texts = [
+        f"dim {shape['dim']}, {shape['n_layers']} layers, {shape['n_heads']} heads, "
+        f"{shape['n_kv_heads']} key/value heads, hidden size {shape['hidden_dim']}, "
+        f"vocabulary {shape['vocab_size']}"
+    ]
+    texts += [f"{shape['max_seq_len']} positions"] if shape.get("max_seq_len") else []
+    texts += [f"rotary scaling {shape['rope_scaling']}"] if shape.get("rope_scaling") else []
+    texts += ["tied embedding"] if shape.get("tie_word_embeddings") else []
+    texts += [f"a classifier of {listed([printable(each) for each in labels])}"] if labels else []
+    return ", ".join(texts)
+
+
+def _files(found: dict[str, Any]) -> str | None:
+    files = found["files"]
+    return files and f"{files['count']} of {_size(files['bytes'])} in all"
+
+
+def _tokenizer(found: dict[str, Any]) -> str | None:
+    tokenizer = found["tokenizer"]
+    if tokenizer is None:
+        return None if found["model"] is None else "none"
+    roles = [f"{role} {tokenizer[role]}" for role in ("bos", "eos", "pad") if tokenizer.get(role)]
+    special = [f"{len(tokenizer['special'])} special"] if "special" in tokenizer else []
+    return ", ".join([f"{tokenizer['pieces']} pieces of {tokenizer['kind']}", *special, *roles])
+
+
+def _ends(found: dict[str, Any]) -> str | None:
+    ends = (found["tokenizer"] or {}).get("ends")
+    return None if ends is None else printable(" ".join(ends), 200) or "none"
+
+
+def _chat_format(found: dict[str, Any]) -> str | None:
+    chat = found["chat_format"]
+    return chat and ", ".join(dict.fromkeys([chat["name"], *chat["templates"]]))
+
+
+def _sampling(found: dict[str, Any]) -> str | None:
+    if found["sampling"] is None:
+        return None
+    values = [f"{name}={value!r}" for name, value in found["sampling"].items()]
+    return ", ".join(values) or "none recommended"
+
+
+def _adapters(found: dict[str, Any]) -> str | None:
+    adapters = found["adapters"]
+    if adapters is None:
+        return None
+    if not adapters["kinds"]:
+        return "none, since the weights are quantised"
+    modules = (f"{name} {size['in']}→{size['out']}" for name, size in adapters["modules"].items())
+    return f"{', '.join(adapters['kinds'])} of {', '.join(modules)}"
+
+
+def _adapter(found: dict[str, Any]) -> str | None:
+    adapter = found["adapter"]
+    if adapter is None:
+        return None
+    texts = [f"{adapter['kind']} for {adapter['base'] or 'an unnamed base'}"]
+    texts += ["DoRA"] if adapter["dora"] else []
+    for name in ("rank", "alpha", "virtual_tokens"):
+        texts += [f"{name.replace('_', ' ')} {adapter[name]}"] if adapter[name] is not None else []
+    texts += [f"of {listed(adapter['modules'], 20)}"] if adapter["modules"] else []
+    texts += [f"{adapter['tensors']} tensors of {_size(adapter['bytes'])}"]
+    return ", ".join(texts)
+
+
+def _memory(found: dict[str, Any]) -> Iterator[str]:
+    memory = found["memory"]
+    if memory is None:
+        return
+    scheme = f" but for {memory['quantization']}" if memory["quantization"] else ""
+    yield (
+        f"memory       at max_batch_size={memory['max_batch_size']}, "
+        f"max_seq_len={memory['max_seq_len']}, in {memory['dtype']}{scheme}:"
     )
-    print(
-        f"files        {len(paths)} of {sum(p.stat().st_size for p in paths) / 1e9:.2f} GB in all"
-    )
-    print(f"tokenizer    {f'{tokenizer.n_words} pieces' if tokenizer else 'none'}")
-    if tokenizer is not None:
-        ends = [tokenizer.token_piece(i) for i in sorted(tokenizer.stop_ids)]
-        print(f"ends         {printable(' '.join(ends), 200) or 'none'}")
-    print(f"sampling     {recommended_sampling(checkpoint.files, directory) or 'none recommended'}")
-    weights = weight_bytes(args, torch.bfloat16, 1, checkpoint.scheme)
-    cache = cache_bytes(args, torch.bfloat16)
-    print(
-        f"memory       {weights / 1e9:.2f} GB of weights and {cache / 1e9:.2f} GB of cache at "
-        f"max_batch_size={max_batch_size}, max_seq_len={max_seq_len}, both in "
-        f"bfloat16{'' if checkpoint.scheme is None else ' but for ' + checkpoint.scheme.name}"
-    )
-
-
-def _weight_files(directory: Path) -> list[Path]:
-    paths = (sorted(directory.glob(pattern)) for pattern in _WEIGHT_FILES)
-    return next((group for group in paths if group), [])
-
-
-def identify(directory: Path, args: ModelArgs, tokenizer: BaseTokenizer | None) -> str:
-    """Return the model's family and size, as far as they are known; "unknown" otherwise.
-
-    Judges by the folder's name, the shape and the tokenizer.
-    """
-    size = _SIZES.get((args.dim, args.n_layers), "unknown size")
-    name = directory.resolve().name
-    if _PUBLISHED_NAME.fullmatch(name):
-        return f"{name} by its folder's name ({size} by its shape)"
-    if size == "unknown size":
-        return "unknown"
-    if args.rope_theta == 1e6 or (tokenizer and tokenizer.prefix_id is not None):
-        return f"Code Llama {size.removeprefix('65B or ')}"
-    if size == "65B or 70B":
-        return "LLaMA 65B" if args.kv_heads == args.n_heads else "Llama 2 70B"
-    return f"LLaMA {size}" if size == "33B" else f"LLaMA or Llama 2 {size}"
+    for n, sizes in memory["processes"].items():
+        each = "1 process:" if n == "1" else f"{n} processes, each:"
+        weights, cache = (_size(sizes[name]) for name in ("weights", "cache"))
+        yield f"{'':<12} {each:<20} {weights} of weights and {cache} of cache"
 
 
 def verify(directory: Path) -> list[str]:

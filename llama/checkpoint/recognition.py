@@ -118,7 +118,7 @@ def _explain_directory(folder: Folder) -> str | None:
 
 
 def _explain_adapter_alone(folder: Folder) -> str | None:
-    if "adapter_config.json" not in folder.files or folder.weights:
+    if not folder.is_adapter:
         return None
     config = folder.json("adapter_config.json")
     base = config.get("base_model_name_or_path")

@@ -63,7 +63,7 @@ class TestInspection:
         out = capsys.readouterr().out
         assert "ends         </s>\nsampling     temperature=0.7, top_p=1.0, top_k=20\n" in out
         assert "1,918,656 in bfloat16" in out
-        assert "files        1 of 0.00 GB" in out
+        assert "files        1 of 3.84 MB" in out
         assert "768 pieces" in out
         assert "this format has no checksums" in out
         (tmp_path / "hf" / "config.json").write_text("{}")
@@ -98,6 +98,17 @@ class TestInspection:
         (path / "tokenizer_checklist.chk").write_text(f"{digest}  tokenizer.model\n")
         assert "tokenizer.model differs" in inspection.verify(path)[0]
 
+    @pytest.mark.parametrize("checksums", [True, False])
+    def test_checksums_are_compared_unless_they_are_not_wanted(
+        self, checksums: bool, checkpoint_dir, capsys, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A failure means that a quick look at a large checkpoint reads all of it."""
+        read = []
+        monkeypatch.setattr(inspection, "verify", lambda path: read.append(path) or [])
+        inspection.inspect(str(checkpoint_dir()), checksums=checksums)
+        assert len(read) == checksums
+        assert ("checksums were not compared" in capsys.readouterr().out) != checksums
+
     @pytest.mark.slow
     def test_the_command_line(self, checkpoint_dir) -> None:
         command = [sys.executable, "-m", "llama.checkpoint"]
@@ -106,3 +117,14 @@ class TestInspection:
         bad = subprocess.run([*command, "/nowhere"], capture_output=True, text=True)
         assert (bad.returncode, "Traceback" in bad.stderr) == (1, False)
         assert "no checkpoint directory at /nowhere" in bad.stdout
+
+    @pytest.mark.slow
+    def test_a_program_reads_json_alone(self, tmp_path: Path) -> None:
+        """A failure means that something else than the object is printed, or success is told."""
+        command = [sys.executable, "-m", "llama.checkpoint", "--json=True"]
+        good = subprocess.run([*command, str(TINY)], capture_output=True, text=True)
+        assert (good.returncode, json.loads(good.stdout)["problems"]) == (0, [])
+        bad = subprocess.run(
+            [*command[:3], str(tmp_path / "gone"), "--json"], capture_output=True, text=True
+        )
+        assert (bad.returncode, len(json.loads(bad.stdout)["problems"])) == (1, 1)
