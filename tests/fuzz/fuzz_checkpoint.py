@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 TIMEOUT = 20.0  # seconds for one mutation
+FORMATS = ("meta", "hf", "gguf", "adapter")
 START = 300.0  # seconds for a worker to import torch and to run the sound checkpoints
 
 
@@ -41,8 +42,9 @@ class Outcome:
 class Fuzzer:
     """Sends mutations to a worker process, and starts another when one dies or hangs."""
 
-    def __init__(self, seed: int = 1, timeout: float = TIMEOUT):
+    def __init__(self, seed: int = 1, timeout: float = TIMEOUT, kind: str = "meta"):
         self.seed = seed
+        self.kind = kind
         self.timeout = timeout
         self._process: subprocess.Popen[bytes] | None = None
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115
@@ -74,7 +76,9 @@ class Fuzzer:
 
     def command(self, number: int) -> str:
         """What repeats a mutation."""
-        return f"{sys.executable} {__file__} --seed {self.seed} --only {number}"
+        return (
+            f"{sys.executable} {__file__} --format {self.kind} --seed {self.seed} --only {number}"
+        )
 
     def close(self) -> None:
         if self._process is not None:
@@ -98,7 +102,7 @@ class Fuzzer:
             folder = tempfile.mkdtemp(dir=self._folder.name)  # the last worker may have left files
             worker = Path(__file__).with_name("worker.py")
             self._process = subprocess.Popen(
-                [sys.executable, str(worker), str(self.seed), folder],
+                [sys.executable, str(worker), self.kind, str(self.seed), folder],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._stderr,
@@ -151,7 +155,8 @@ def describe(fuzzer: Fuzzer, outcome: Outcome) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--mutations", type=int, default=2000, help="how many to try")
+    parser.add_argument("--format", choices=FORMATS, help="of what is damaged; each by default")
+    parser.add_argument("--mutations", type=int, default=2000, help="how many to try of a format")
     parser.add_argument("--first", type=int, default=0, help="the first one's number")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", type=int, help="try this one and say what it is")
@@ -160,21 +165,31 @@ def main() -> int:
     numbers = range(options.first, options.first + options.mutations)
     if options.only is not None:
         numbers = range(options.only, options.only + 1)
+        options.format = options.format or FORMATS[0]
+    found = 0
+    for kind in [options.format] if options.format else FORMATS:
+        print(f"{kind}:")
+        with Fuzzer(options.seed, options.timeout, kind) as fuzzer:
+            found += try_all(fuzzer, numbers, options.only is not None)
+    return int(found > 0)
+
+
+def try_all(fuzzer: Fuzzer, numbers: range, says_what: bool = False) -> int:
+    """Try mutations and print what came of them. Returns the number of findings."""
     outcomes = []
     start = time.monotonic()
-    with Fuzzer(options.seed, options.timeout) as fuzzer:
-        for done, number in enumerate(numbers, 1):
-            outcome = fuzzer.run(number)
-            outcomes.append(outcome)
-            if outcome.is_finding:
-                print(f"\r{describe(fuzzer, outcome)}", flush=True)
-            if done % 20 == 0 or done == len(numbers):
-                findings = sum(o.is_finding for o in outcomes)
-                rate = (time.monotonic() - start) / done
-                progress = f"\r{done}/{len(numbers)}, {findings} findings, {rate:.2f} s each"
-                print(progress, end="", file=sys.stderr, flush=True)
+    for done, number in enumerate(numbers, 1):
+        outcome = fuzzer.run(number)
+        outcomes.append(outcome)
+        if outcome.is_finding:
+            print(f"\r{describe(fuzzer, outcome)}", flush=True)
+        if done % 20 == 0 or done == len(numbers):
+            findings = sum(o.is_finding for o in outcomes)
+            rate = (time.monotonic() - start) / done
+            progress = f"\r{done}/{len(numbers)}, {findings} findings, {rate:.2f} s each"
+            print(progress, end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
-    if options.only is not None:
+    if says_what:
         print(f"{outcomes[0].what}: {outcomes[0].kind} {outcomes[0].text}")
     for kind, count in sorted(Counter(o.kind for o in outcomes).items()):
         finding = "" if kind == "runs" or kind.startswith("clean: ") else "FINDING "
@@ -183,7 +198,7 @@ def main() -> int:
     print(f"slowest: {slowest.seconds:.2f} s, mutation {slowest.number} ({slowest.what})")
     largest = max(outcomes, key=lambda o: o.memory)
     print(f"largest: {largest.memory >> 20} MiB, mutation {largest.number} ({largest.what})")
-    return int(any(o.is_finding for o in outcomes))
+    return sum(o.is_finding for o in outcomes)
 
 
 if __name__ == "__main__":

@@ -92,6 +92,7 @@ def write_files(files: Files, directory: Path) -> None:
     directory.mkdir()
     for name, content in files.items():
         path = directory / name
+        path.parent.mkdir(parents=True, exist_ok=True)
         if isinstance(content, bytes):
             path.write_bytes(content)
         elif content is Special.DIRECTORY:

@@ -10,6 +10,7 @@ import gc
 import json
 import linecache
 import os
+import random
 import resource
 import shutil
 import signal
@@ -19,12 +20,16 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the tests' helpers
+import formats
 import mutations
 import torch
 
 import llama
 from llama import Llama
+from llama.checkpoint.description import describe
 from llama.errors import NotFinite
+from llama.generation import TINY
 
 MEMORY = 6 << 30  # address space that one mutation may add
 RESIDENT = 1 << 30  # memory that it may fill: the files have a few megabytes
@@ -32,7 +37,7 @@ LONGEST = 2000  # characters of an error's message
 PACKAGE = str(Path(llama.__file__).parent)
 
 
-def main(seed: int, folder: Path) -> None:
+def main(kind: str, seed: int, folder: Path) -> None:
     requests, reports = sys.stdin, os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # nothing that a library prints gets among the reports
     torch.set_num_threads(1)
@@ -43,61 +48,89 @@ def main(seed: int, folder: Path) -> None:
         reports.write(json.dumps(content) + "\n")
         reports.flush()
 
-    bases = mutations.make_bases()
+    bases = mutations.make_bases() if kind == "meta" else formats.make_bases(kind, folder)
     for name, files in bases.items():  # what is sound must run, or nothing here means much
-        kind, text = answer_of_files(files, folder / name)
-        if kind != "runs":
-            raise RuntimeError(f"the undamaged checkpoint {name} fails: {kind} {text}")
+        outcome, text = answer_of_files(kind, files, folder / name)
+        if outcome != "runs":
+            raise RuntimeError(f"the undamaged {kind} {name} fails: {outcome} {text}")
     gc.freeze()  # what is there now needn't be searched after each mutation
     report(ready=True)
     for line in requests:
         request = json.loads(line)
-        run_one(seed, request["number"], request["plant"], bases, folder, report)
+        run_one(kind, seed, request["number"], request["plant"], bases, folder, report)
 
 
 def run_one(
-    seed: int, number: int, plant: str, bases: dict[str, mutations.Files], folder: Path, report: Any
+    kind: str,
+    seed: int,
+    number: int,
+    plant: str,
+    bases: dict[str, mutations.Files],
+    folder: Path,
+    report: Any,
 ) -> None:
     marker = folder / "marker"
     target = folder / "ckpt"
     try:
-        what, files = mutations.make(seed, number, bases, marker)
+        if kind == "meta":
+            what, files = mutations.make(seed, number, bases, marker)
+        else:
+            rng = random.Random(f"{kind} {seed} {number}")
+            what, files = formats.mutate(kind, rng, number, bases, marker)
         mutations.write_files(files, target)
         report(what=what)
         del files
         before = _start_measuring()
         start = time.monotonic()
-        kind, text = answer(target, plant, marker)
+        outcome, text = answer(kind, target, plant, marker)
         seconds = time.monotonic() - start
         grown = _status("VmHWM") - before
         if grown > RESIDENT:
-            kind, text = "MEMORY", f"{grown >> 20} MiB were filled; {kind}: {text}"
+            outcome, text = "MEMORY", f"{grown >> 20} MiB were filled; {outcome}: {text}"
         if marker.exists():
-            kind, text = "CODE EXECUTED", f"the marker is there; {kind}: {text}"
-        report(kind=kind, text=text, seconds=seconds, memory=grown)
+            outcome, text = "CODE EXECUTED", f"the marker is there; {outcome}: {text}"
+        report(kind=outcome, text=text, seconds=seconds, memory=grown)
     finally:
         shutil.rmtree(target, ignore_errors=True)
         marker.unlink(missing_ok=True)
 
 
-def answer_of_files(files: mutations.Files, target: Path) -> tuple[str, str]:
+def answer_of_files(kind: str, files: mutations.Files, target: Path) -> tuple[str, str]:
     mutations.write_files(files, target)
-    return answer(target, "", target / "marker")
+    return answer(kind, target, "", target / "marker")
 
 
-def answer(directory: Path, plant: str, marker: Path) -> tuple[str, str]:
+def answer(kind: str, directory: Path, plant: str, marker: Path) -> tuple[str, str]:
     """What the library does with a directory: the kind of its answer, and its text."""
+    path = directory / "model.gguf" if kind == "gguf" else directory
     try:
         _plant(plant, marker)
-        model = Llama.build(
-            directory, max_seq_len=64, max_batch_size=2, device="cpu", dtype=torch.float32
-        )
-        found = model.text_completion(["Once upon a"], max_gen_len=4, logprobs=True, seed=1)
-        return ("runs", "") if isinstance(found[0]["generation"], str) else ("NO TEXT", str(found))
+        outcome = _run(kind, path)
     except BaseException as error:
-        return judge(error)
-    finally:
-        gc.collect()
+        outcome = judge(error)
+    try:  # the description answers everything without an error
+        found = describe(path)
+        json.dumps(found, allow_nan=False)
+        for text in (*found["problems"], *found["warnings"]):
+            if len(text) > LONGEST or not text.isprintable():
+                return "UNREADABLE DESCRIPTION", ascii(text)[:400]
+    except BaseException as error:
+        outcome = f"DESCRIPTION {type(error).__name__}", judge(error)[1]
+    gc.collect()
+    return outcome
+
+
+def _run(kind: str, path: Path) -> tuple[str, str]:
+    options: dict[str, Any] = {"max_seq_len": 64, "max_batch_size": 2, "device": "cpu"}
+    if kind == "adapter":
+        options["adapter"] = path
+        path = TINY
+    model = Llama.build(path, dtype=torch.float32, **options)
+    found = model.text_completion(["Once upon a"], max_gen_len=4, logprobs=True, seed=1)
+    if kind in ("hf", "gguf"):
+        dialog: Any = [{"role": "user", "content": "Hi"}]
+        model.chat_completion([dialog], max_gen_len=2, seed=1)
+    return ("runs", "") if isinstance(found[0]["generation"], str) else ("NO TEXT", str(found))
 
 
 def judge(error: BaseException) -> tuple[str, str]:
@@ -162,4 +195,4 @@ def _start_measuring() -> int:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    main(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))
