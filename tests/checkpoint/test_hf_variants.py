@@ -21,6 +21,7 @@ from transformers import (
 from llama import Llama, Transformer
 from llama.checkpoint import open_checkpoint
 from llama.checkpoint.hf import from_interleaved, hf_name, is_rotary
+from llama.checkpoint.sharding import parameter_count, weight_bytes
 from llama.convert import convert
 from llama.layers.linear import ParallelLinear
 
@@ -115,7 +116,11 @@ def assert_same(llama: Llama, expected: torch.Tensor, atol: float = 1e-4) -> Non
 def test_logits_are_those_of_transformers(variant: str, tmp_path: Path) -> None:
     """A failure means that a network that transformers runs is refused, or answers otherwise."""
     reference = write(tmp_path, **VARIANTS[variant])
-    assert_same(build(tmp_path), logits_of(reference))
+    llama = build(tmp_path)
+    assert_same(llama, logits_of(reference))
+    count = sum({p.data_ptr(): p.numel() for p in llama.model.parameters()}.values())
+    assert parameter_count(llama.model.params) == count
+    assert weight_bytes(llama.model.params, torch.float32) == 4 * count
 
 
 def test_mistral_without_a_sliding_window_is_a_llama(tmp_path: Path) -> None:
