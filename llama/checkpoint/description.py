@@ -24,6 +24,7 @@ from llama.checkpoint.folders import Folder
 from llama.checkpoint.hf import META_NAMES
 from llama.checkpoint.identity import identify
 from llama.checkpoint.params import make_args
+from llama.checkpoint.pretrained import fit_tokenizer
 from llama.checkpoint.recognition import clear_errors, explain_adapter, explain_texts
 from llama.checkpoint.sharding import (
     cache_bytes,
@@ -132,9 +133,10 @@ def _describe_checkpoint(
         found["warnings"].append("there is no tokenizer: give one as tokenizer_path")
     except ERRORS as error:
         found["problems"].append(printable(str(error), 1000))
-    n_words = tokenizer.n_words if tokenizer else vocabulary
-    args = make_args(checkpoint.params, checkpoint.source, n_words, max_seq_len, max_batch_size)
+    args = make_args(checkpoint.params, checkpoint.source, vocabulary, max_seq_len, max_batch_size)
     checkpoint.check(args)
+    if tokenizer is not None:
+        fit_tokenizer(tokenizer, args.vocab_size, checkpoint.source)
     found["family"] = "llama"
     found["model"] = identify(path, args, tokenizer)
     found["parameters"] = parameter_count(args)
