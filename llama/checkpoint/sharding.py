@@ -175,9 +175,9 @@ def stored_dim(name: str, shapes: Sequence[tuple[int, ...]], width: object) -> i
     Source: ``VocabParallelEmbedding`` in https://github.com/meta-llama/llama-models
     (models/llama3/model.py)
     """
-    if name == "tok_embeddings.weight" and len(shapes) > 1:
-        if all(len(shape) == 2 and shape[1] == width for shape in shapes):
-            return 0
+    by_rows = name == "tok_embeddings.weight" and len(shapes) > 1
+    if by_rows and all(len(shape) == 2 and shape[1] == width for shape in shapes):
+        return 0
     return split_dim(name)
 
 
