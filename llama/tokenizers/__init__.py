@@ -10,6 +10,7 @@ from llama.errors import need, printable
 from llama.tokenizer import BaseTokenizer, Tokenizer
 from llama.tokenizers.control import END_PIECES, end_ids
 from llama.tokenizers.json_tokenizer import JsonTokenizer
+from llama.tokenizers.tiktoken import TiktokenTokenizer, is_tiktoken
 
 Files = Mapping[str, Path | bytes]
 """Files by Hugging Face's names: paths or contents (``Checkpoint.files``)."""
@@ -49,7 +50,11 @@ def load_tokenizer(
         return bool(visible) and not visible.isalnum() and text in template
 
     tokenizer: BaseTokenizer
-    if "tokenizer.model" in files:
+    byte_pairs = "tokenizer.model" in files and is_tiktoken(_read(files, "tokenizer.model"))
+    if byte_pairs and "tokenizer.json" not in files:  # which says more, and has the same pieces
+        data = _read(files, "tokenizer.model")
+        tokenizer = TiktokenTokenizer(data, _name(files, "tokenizer.model"), vocab_size)
+    elif "tokenizer.model" in files and not byte_pairs:
         for spec in added.values():
             text = spec["content"]
             spec["special"] = bool(spec.get("special")) or text in special or is_structure(text)
