@@ -118,6 +118,19 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "trainable_token_indices": {"embed_tokens": [7, 3], "lm_head": [9]},
     },
     "unused_bias": {"target_modules": ATTENTION, "bias": "all"},
+    "saved_feed_forward": {"target_modules": ["v_proj"], "modules_to_save": ["mlp"]},
+    "dora": {"target_modules": "all-linear", "use_dora": True},
+    "dora_of_patterns": {
+        "target_modules": ATTENTION + FFN,
+        "use_dora": True,
+        "use_rslora": True,
+        "rank_pattern": {"k_proj": 2, r"layers\.1\.mlp.*": 6},
+        "alpha_pattern": {"q_proj": 20},
+    },
+    "dora_of_embedding_and_output": {
+        "target_modules": ["q_proj", "embed_tokens", "lm_head"],
+        "use_dora": True,
+    },
 }
 
 
@@ -150,6 +163,11 @@ TIED: dict[str, tuple[dict[str, Any], bool]] = {
         True,
     ),
     "tokens": ({"target_modules": ["q_proj"], "trainable_token_indices": [7, 3]}, True),
+    "dora": ({"target_modules": ["embed_tokens"], "use_dora": True}, False),
+    "dora_kept": (
+        {"target_modules": ["embed_tokens"], "use_dora": True, "ensure_weight_tying": True},
+        False,
+    ),
     "other_tokens": (
         {
             "target_modules": ["q_proj"],
@@ -325,13 +343,15 @@ def attempt(adapter_files: Path, tmp_path: Path) -> Callable[..., Checkpoint]:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"peft_type": "IA3"}, "peft_type 'IA3': only 'LORA'"),
+        ({"peft_type": "IA3"}, "peft_type 'IA3': this library reads 'LORA', .*merge_and_unload"),
         ({"peft_type": None}, "peft_type None"),
+        ({"peft_type": "CPT"}, "peft_type 'CPT'.*PEFT itself"),
         ({"task_type": "TOKEN_CLS"}, "task_type 'TOKEN_CLS': expected"),
         ({"task_type": "SEQ_CLS"}, r"lacks the classifier's weight \(score\)"),
-        ({"use_dora": True}, "sets use_dora to True, which can't be honoured"),
+        ({"use_dora": True}, "has lora_A, lora_B of .*q_proj: expected .*lora_magnitude_vector"),
+        ({"use_dora": True, "lora_bias": True}, "sets both use_dora and lora_bias"),
+        ({"use_qalora": True}, "sets use_qalora to True, which can't be honoured"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out"),
-        ({"lora_bias": True}, "lora_bias"),
         ({"megatron_config": {"a": 1}}, "megatron_config"),
         ({"target_parameters": ["x"]}, "target_parameters"),
         ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
@@ -373,7 +393,7 @@ LAYER = "base_model.model.model.layers.0."
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ({Q_A: None}, "has lora_B of .*q_proj: expected lora_A and lora_B"),
+        ({Q_A: None}, "has lora_B of .*q_proj: expected lora_A, lora_B"),
         ({Q_A: torch.ones(4, 31)}, r"the shape \(4, 31\) for .*q_proj.weight, where \(4, 32\)"),
         ({Q_A: torch.ones(4)}, r"shapes \(4,\) and"),
         ({Q_A: torch.ones(0)}, r"shapes \(0,\) and"),
@@ -382,8 +402,9 @@ LAYER = "base_model.model.model.layers.0."
         ({Q_A.replace("q_proj", "qkv"): torch.ones(4, 32)}, "which the base model lacks"),
         ({Q_A.removeprefix("base_model."): torch.ones(4, 32)}, "which the base model lacks"),
         ({"base_model.model.score.weight": torch.ones(3, 32)}, "which the base model lacks"),
-        ({f"{LAYER}self_attn.q_proj.bias": torch.ones(32)}, "has .*q_proj.bias: expected"),
-        ({f"{LAYER}self_attn.q_proj.lora_B.bias": torch.ones(32)}, "has .*lora_B.bias: expected"),
+        ({f"{LAYER}self_attn.q_proj.lora_A.bias": torch.ones(32)}, "has .*lora_A.bias: expected"),
+        ({f"{LAYER}self_attn.q_proj.lora_C": torch.ones(32)}, "has .*lora_C: expected"),
+        ({Q_A.replace("weight", "other.weight"): torch.ones(4, 32)}, "lora_A.other.weight twice"),
         ({f"{LAYER}self_attn.q_proj.lora_magnitude_vector": torch.ones(32)}, "magnitude_vector"),
         ({f"{LAYER}self_attn.q_proj.weight": torch.ones(16, 32)}, r"\(16, 32\) for .*q_proj"),
         (
