@@ -404,7 +404,10 @@ LAYER = "base_model.model.model.layers.0."
         ({"base_model.model.score.weight": torch.ones(3, 32)}, "which the base model lacks"),
         ({f"{LAYER}self_attn.q_proj.lora_A.bias": torch.ones(32)}, "has .*lora_A.bias: expected"),
         ({f"{LAYER}self_attn.q_proj.lora_C": torch.ones(32)}, "has .*lora_C: expected"),
-        ({Q_A.replace("weight", "other.weight"): torch.ones(4, 32)}, "lora_A.other.weight twice"),
+        (
+            {Q_A.replace("weight", "other.weight"): torch.ones(4, 32)},
+            "lora_A.* twice: of two adapters",
+        ),
         ({f"{LAYER}self_attn.q_proj.lora_magnitude_vector": torch.ones(32)}, "magnitude_vector"),
         ({f"{LAYER}self_attn.q_proj.weight": torch.ones(16, 32)}, r"\(16, 32\) for .*q_proj"),
         (
