@@ -9,7 +9,7 @@ class ModelArgs:
     """The hyper-parameters of a checkpoint (its ``params.json``) and the size of the cache.
 
     ``vocab_size`` of -1 stands for the tokenizer's. ``n_kv_heads`` of None means one key/value
-    head for each query head (multi-head attention). The last five extend Meta's format:
+    head for each query head (multi-head attention). The last seven extend Meta's format:
 
     Args:
         head_dim: a head's width; -1 for ``dim / n_heads``.
@@ -18,6 +18,8 @@ class ModelArgs:
         rope_scaling: how rotary frequencies are stretched, see ``rope_factors``.
         tie_word_embeddings: whether the output's weight is the embedding's.
         labels: a classifier's classes; the network's logits are theirs, in place of tokens'.
+        attention_bias: whether ``wq``, ``wk``, ``wv`` and ``wo`` have biases.
+        mlp_bias: whether ``w1``, ``w2`` and ``w3`` have biases.
     """
 
     dim: int = 4096
@@ -36,6 +38,8 @@ class ModelArgs:
     rope_scaling: dict[str, Any] | None = None
     tie_word_embeddings: bool = False
     labels: list[str] | None = None
+    attention_bias: bool = False
+    mlp_bias: bool = False
 
     def __post_init__(self) -> None:
         if self.head_dim == -1:

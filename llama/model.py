@@ -128,10 +128,12 @@ class Attention(nn.Module):
         n_kv_heads = max(args.kv_heads, n_ranks)
         self.n_local_heads = args.n_heads // n_ranks
         self.n_local_kv_heads = n_kv_heads // n_ranks
-        self.wq = ColumnParallelLinear(args.dim, args.n_heads * self.head_dim)
-        self.wk = ColumnParallelLinear(args.dim, n_kv_heads * self.head_dim)
-        self.wv = ColumnParallelLinear(args.dim, n_kv_heads * self.head_dim)
-        self.wo = RowParallelLinear(args.n_heads * self.head_dim, args.dim)
+        q_dim, kv_dim = args.n_heads * self.head_dim, n_kv_heads * self.head_dim
+        bias = args.attention_bias
+        self.wq = ColumnParallelLinear(args.dim, q_dim, bias=bias)
+        self.wk = ColumnParallelLinear(args.dim, kv_dim, bias=bias)
+        self.wv = ColumnParallelLinear(args.dim, kv_dim, bias=bias)
+        self.wo = RowParallelLinear(q_dim, args.dim, bias=bias)
 
     def forward(self, x: torch.Tensor, freqs_cis: torch.Tensor, batch: RaggedBatch) -> torch.Tensor:
         heads = self.n_local_heads, self.n_local_kv_heads
@@ -147,11 +149,11 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """SwiGLU: ``w2(silu(w1(x)) * w3(x))`` (https://arxiv.org/abs/2002.05202)."""
 
-    def __init__(self, dim: int, hidden_dim: int):
+    def __init__(self, dim: int, hidden_dim: int, bias: bool = False):
         super().__init__()
-        self.w1 = ColumnParallelLinear(dim, hidden_dim)
-        self.w2 = RowParallelLinear(hidden_dim, dim)
-        self.w3 = ColumnParallelLinear(dim, hidden_dim)
+        self.w1 = ColumnParallelLinear(dim, hidden_dim, bias=bias)
+        self.w2 = RowParallelLinear(hidden_dim, dim, bias=bias)
+        self.w3 = ColumnParallelLinear(dim, hidden_dim, bias=bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         gate, up = fused_linear(x, self.w1, self.w3)
@@ -164,7 +166,7 @@ class TransformerBlock(nn.Module):
     def __init__(self, args: ModelArgs):
         super().__init__()
         self.attention = Attention(args)
-        self.feed_forward = FeedForward(args.dim, args.hidden_dim)
+        self.feed_forward = FeedForward(args.dim, args.hidden_dim, args.mlp_bias)
         self.attention_norm = RMSNorm(args.dim, args.norm_eps)
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
 

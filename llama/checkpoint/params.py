@@ -85,7 +85,7 @@ def _check_numbers(params: Mapping[str, Any], source: str) -> None:
         default = getattr(ModelArgs, name)
         if name in _DERIVED and value == _DERIVED[name] and type(value) is type(_DERIVED[name]):
             continue
-        if name == "tie_word_embeddings":
+        if type(default) is bool:
             if type(value) is not bool:
                 raise ValueError(f"{name} is {short(value)} in {source}: expected true or false")
         elif type(default) is int or name == "n_kv_heads":
