@@ -406,7 +406,7 @@ LAYER = "base_model.model.model.layers.0."
         ({f"{LAYER}self_attn.q_proj.lora_C": torch.ones(32)}, "has .*lora_C: expected"),
         (
             {Q_A.replace("weight", "other.weight"): torch.ones(4, 32)},
-            "lora_A.* twice: of two adapters",
+            "lora_A.* twice: of",
         ),
         ({f"{LAYER}self_attn.q_proj.lora_magnitude_vector": torch.ones(32)}, "magnitude_vector"),
         ({f"{LAYER}self_attn.q_proj.weight": torch.ones(16, 32)}, r"\(16, 32\) for .*q_proj"),
