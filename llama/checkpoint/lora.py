@@ -51,12 +51,14 @@ def apply_adapter(base: Checkpoint, directory: Path) -> Checkpoint:
         )
     changes = read_changes(files.tensors, files.config, args, files.path)
     params = _merged_params(base.params, args, changes, files)
-    shapes = full_shapes(make_args(params, base.source, 0))
+    base_shapes, shapes = full_shapes(args), full_shapes(make_args(params, base.source, 0))
     for name, change in changes.items():
-        check_change(name, change, shapes[name], files.path)
+        check_change(name, change, shapes.get(name), files.path)
 
     def read(name: str) -> torch.Tensor:
         def read_base() -> torch.Tensor:
+            if name.endswith(".bias") and name not in base_shapes:
+                return torch.zeros(shapes[name])
             return base.rank_part(name, args, 0, 1)
 
         return changes[name].apply(read_base) if name in changes else read_base()
@@ -96,6 +98,9 @@ def _merged_params(
         merged["tie_word_embeddings"] = False
     elif args.tie_word_embeddings:
         merged["tie_word_embeddings"] = stays_tied(changes, files.config, files.path)
+    for name in changes:
+        if name.endswith(".bias") and name not in full_shapes(args):  # the base's are zeros
+            merged["attention_bias" if ".attention." in name else "mlp_bias"] = True
     new = changes[EMBEDDING].replacement if EMBEDDING in changes else None
     if new is not None and new.dim() == 2:
         merged["vocab_size"] = len(new)

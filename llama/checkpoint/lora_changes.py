@@ -26,10 +26,11 @@ _WRAPPERS = re.compile(
 # state dictionary, and PEFT leaves it out when it saves.
 _ROLES = re.compile(
     r"\.(?P<role>lora_embedding_[AB]|lora_[AB]|lora_magnitude_vector"
-    r"|token_adapter\.trainable_tokens_delta|(token_adapter\.)?base_layer|original_module)"
+    r"|token_adapter\.trainable_tokens_delta|(token_adapter\.)?base_layer)"
     r"(\.(?!weight$|bias$)[^.]+)?(\.(?P<part>weight|bias))?$"
 )
-_SAVED = re.compile(r"\.modules_to_save(\.default)?(?=\.)")
+# In front of a part, or of the modules within the one that was trained.
+_COPIES = re.compile(r"\.(modules_to_save(\.default)?|original_module)(?=\.)")
 
 
 @dataclass
@@ -99,7 +100,7 @@ def read_changes(
     Raises:
         ValueError: a tensor is unknown or missing.
     """
-    modules = {name.removesuffix(".weight") for name in full_shapes(args).keys() | {OUTPUT}}
+    modules = {name.rpartition(".")[0] for name in full_shapes(args).keys() | {OUTPUT}}
     classifies = args.labels is not None or config.get("task_type") == "SEQ_CLS"
     head, other_head = ("score", "lm_head") if classifies else ("lm_head", "score")
     found: dict[tuple[str, str], dict[str, torch.Tensor]] = defaultdict(dict)
@@ -139,15 +140,18 @@ def _parse(key: str, prefix: str, path: Path) -> tuple[str | None, str, str]:
     name = _WRAPPERS.sub("", key)
     is_ours = name.startswith(prefix)
     name = _WRAPPERS.sub("", name.removeprefix(prefix))
-    name, is_saved = _SAVED.subn("", name)
+    copy = _COPIES.search(name)
+    name = _COPIES.sub("", name, count=1)
     match = _ROLES.search(name)
     if match is not None:
         module, role, part = name[: match.start()], match["role"], match["part"] or "weight"
-        if role.endswith(("base_layer", "original_module")):
+        if role.endswith("base_layer"):
             role = "base"
     else:
         module, _, part = name.rpartition(".")
-        role = "whole" if is_saved else "plain"
+        role = "plain"
+    if copy is not None:
+        role = "base" if copy[1] == "original_module" else "whole"
     known = ("base", "whole", "plain", "lora_B") if part == "bias" else ("weight",)
     if part not in ("weight", "bias") or (part == "bias" and role not in known):
         raise ValueError(
@@ -238,8 +242,17 @@ def stays_tied(changes: dict[str, Change], config: Mapping[str, Any], path: Path
     return True
 
 
-def check_change(name: str, change: Change, shape: Shape, path: Path) -> None:
-    """Raise ``ValueError`` if an adapter's tensors don't fit a weight of this shape."""
+def check_change(name: str, change: Change, shape: Shape | None, path: Path) -> None:
+    """Raise ``ValueError`` if an adapter's tensors don't fit a parameter of this shape.
+
+    The shape is None of a parameter that the network doesn't have, as a norm's bias.
+    """
+    module, _, part = name.rpartition(".")
+    if shape is None:
+        raise ValueError(
+            f"{path} changes {hf_name(module)}.{part}, which a Llama lacks: the adapter belongs to "
+            "another model"
+        )
     pairs = []
     if change.replacement is not None:
         pairs.append((change.replacement, shape))
@@ -260,7 +273,6 @@ def check_change(name: str, change: Change, shape: Shape, path: Path) -> None:
         hint = ", or its vocabulary was resized and it wasn't saved with save_embedding_layers=True"
     for tensor, expected in pairs:
         if tensor.shape != expected:
-            module, _, part = name.rpartition(".")
             raise ValueError(
                 f"{path} has the shape {tuple(tensor.shape)} for {hf_name(module)}.{part}, where "
                 f"{expected} is expected: the adapter belongs to another model{hint}"

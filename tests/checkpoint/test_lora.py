@@ -1,6 +1,7 @@
 """LoRA adapters that PEFT wrote, merged: the logits are those of PEFT's own model."""
 
 import json
+import re
 import shutil
 import warnings
 from collections.abc import Callable
@@ -9,30 +10,26 @@ from typing import Any
 
 import pytest
 import torch
-from hf_files import make_hf, write_adapter
-from peft import PeftModel
+from hf_files import write_adapter
+from peft_files import (
+    ATTENTION,
+    FFN,
+    HEAD_DIM,
+    TOKENS,
+    expected_logits,
+    logits,
+    make_reference,
+    write_base,
+)
 from safetensors.torch import load_file, save_file
-from transformers import LlamaForCausalLM, LlamaForSequenceClassification
+from transformers import LlamaForSequenceClassification
 
-from llama import ModelArgs, parallel
 from llama.checkpoint.base import Checkpoint
-from llama.checkpoint.hf import from_interleaved, hf_name, is_rotary, meta_name, to_interleaved
-from llama.checkpoint.load import load
+from llama.checkpoint.hf import from_interleaved, hf_name, meta_name, to_interleaved
 from llama.checkpoint.lora import apply_adapter
 from llama.checkpoint.meta import open_meta
-from llama.checkpoint.params import make_args
-from llama.checkpoint.save import save
 from llama.generation import TINY
 
-HEAD_DIM, VOCABULARY = 8, 50
-SIZES = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_attention_heads": 4,
-    "vocab_size": VOCABULARY,
-    "pad_token_id": 0,
-}
-TOKENS = torch.randint(0, VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(5))
 Q_A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 
 
@@ -43,46 +40,6 @@ def _quiet() -> Any:
         yield
 
 
-def make_reference(kind: Any = LlamaForCausalLM, tied: bool = False, labels: int = 2) -> Any:
-    return make_hf(kind, 0, **SIZES, tie_word_embeddings=tied, num_labels=labels)
-
-
-def write_base(reference: LlamaForCausalLM, directory: Path, shards: int = 1) -> Path:
-    config = reference.config
-    tied = config.tie_word_embeddings
-    tensors = {}
-    for name, tensor in reference.state_dict().items():
-        name = meta_name(name)
-        if name == "output.weight" and tied:
-            continue
-        tensors[name] = to_interleaved(tensor, HEAD_DIM) if is_rotary(name) else tensor
-    args = ModelArgs(
-        dim=config.hidden_size,
-        n_layers=config.num_hidden_layers,
-        n_heads=config.num_attention_heads,
-        n_kv_heads=config.num_key_value_heads,
-        hidden_dim=config.intermediate_size,
-        vocab_size=VOCABULARY,
-        norm_eps=config.rms_norm_eps,
-        tie_word_embeddings=tied,
-    )
-    save([tensors], args, directory, shards)
-    return directory
-
-
-def logits(checkpoint: Checkpoint, tokens: torch.Tensor = TOKENS) -> torch.Tensor:
-    parallel.initialize(torch.device("cpu"))
-    args = make_args(checkpoint.params, checkpoint.source, 0, 16, 2)
-    return load(checkpoint, args, torch.device("cpu"), torch.float32)(tokens, 0)
-
-
-def expected_logits(model: PeftModel, tokens: torch.Tensor = TOKENS) -> torch.Tensor:
-    with torch.inference_mode():
-        return model(tokens).logits
-
-
-ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
-FFN = ["gate_proj", "up_proj", "down_proj"]
 VARIANTS: dict[str, dict[str, Any]] = {
     "attention": {"target_modules": ATTENTION},
     "feed_forward": {"target_modules": FFN, "lora_alpha": 3},
@@ -144,6 +101,55 @@ def test_logits_are_those_of_peft(variant: str, tmp_path: Path) -> None:
     merged = logits(apply_adapter(base, tmp_path / "adapter"))
     assert (merged - expected_logits(model)).abs().max() < 1e-4
     assert (merged - plain).abs().max() > 1e-2
+
+
+BIASED: dict[str, tuple[dict[str, Any], bool]] = {
+    "all": ({"target_modules": ATTENTION, "bias": "all"}, True),
+    "of_targets": ({"target_modules": ["q_proj", "down_proj"], "bias": "lora_only"}, True),
+    "of_factors": ({"target_modules": ATTENTION + FFN, "lora_bias": True}, True),
+    "of_factors_alone": ({"target_modules": ["q_proj", "o_proj"], "lora_bias": True}, False),
+    "saved": ({"target_modules": ["v_proj"], "modules_to_save": ["q_proj", "mlp"]}, True),
+    "dora": ({"target_modules": "all-linear", "use_dora": True, "bias": "all"}, True),
+}
+
+
+@pytest.mark.parametrize("variant", BIASED)
+def test_biases_are_those_of_peft(variant: str, tmp_path: Path) -> None:
+    """Trained or added biases that were dropped, or q's and k's out of order, change logits."""
+    options, is_biased = BIASED[variant]
+    reference = make_reference(biased=is_biased)
+    base = open_meta(write_base(reference, tmp_path / "base"))
+    assert (logits(base) - expected_logits(reference)).abs().max() < 1e-4
+    model = write_adapter(reference, tmp_path / "adapter", options)
+    merged = apply_adapter(base, tmp_path / "adapter")
+    assert merged.params["attention_bias"]
+    assert (logits(merged) - expected_logits(model)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("wrapper", ["", "module.", "_orig_mod."])
+def test_raw_names_are_those_of_saved_adapters(wrapper: str, tmp_path: Path) -> None:
+    """Trainers save a model's own names, with the adapter's and with wrappers' around them."""
+    reference = make_reference(biased=True)
+    base = open_meta(write_base(reference, tmp_path / "base"))
+    directory = tmp_path / "adapter"
+    options = {"target_modules": ["v_proj", "embed_tokens"], "use_dora": True}
+    saved = {"modules_to_save": ["lm_head", "norm", "q_proj", "mlp"]}
+    model = write_adapter(reference, directory, options | saved)
+    parts = ("lora_", "modules_to_save", "original_module")
+    raw = {
+        wrapper + name: tensor.clone()
+        for name, tensor in model.state_dict().items()
+        if any(part in name for part in parts)
+    }
+    if wrapper == "_orig_mod.":  # of the model that PEFT wrapped
+        raw = {
+            re.sub(r"_orig_mod\.(base_model\.model\.)", r"\1_orig_mod.", n): t
+            for n, t in raw.items()
+        }
+    assert any(".modules_to_save.default.gate_proj.bias" in name for name in raw)
+    save_file(raw, directory / "adapter_model.safetensors")
+    merged = apply_adapter(base, directory)
+    assert (logits(merged) - expected_logits(model)).abs().max() < 1e-4
 
 
 TIED: dict[str, tuple[dict[str, Any], bool]] = {
@@ -404,6 +410,8 @@ LAYER = "base_model.model.model.layers.0."
         ({"base_model.model.score.weight": torch.ones(3, 32)}, "which the base model lacks"),
         ({f"{LAYER}self_attn.q_proj.lora_A.bias": torch.ones(32)}, "has .*lora_A.bias: expected"),
         ({f"{LAYER}self_attn.q_proj.lora_C": torch.ones(32)}, "has .*lora_C: expected"),
+        ({f"{LAYER}input_layernorm.bias": torch.ones(32)}, "input_layernorm.bias, which a Llama"),
+        ({f"{LAYER}self_attn.q_proj.bias": torch.ones(31)}, r"\(31,\) for .*q_proj.bias, where"),
         (
             {Q_A.replace("weight", "other.weight"): torch.ones(4, 32)},
             "lora_A.* twice: of",
