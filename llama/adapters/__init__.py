@@ -5,7 +5,7 @@ adapter then changes the outputs of its own sequences' tokens (``rows.py``).
 """
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -110,14 +110,30 @@ class Adapter:
     number: int = field(default_factory=_numbers.__next__, init=False)  # of each one that is loaded
 
 
-class Adapters:
+def keyed(tokens: Sequence[int], adapter: Adapter | None) -> Sequence[int]:
+    """Return tokens as an adapter's own, so that a cache of prefixes finds no other's for them."""
+    if adapter is None:
+        return tokens
+    return [token + (adapter.number + 1 << 40) for token in tokens]
+
+
+class Adapters(Mapping[str, Adapter]):
     """The adapters that sequences may choose, by name."""
 
     def __init__(self) -> None:
         self._by_name: dict[str, Adapter] = {}
 
+    def __getitem__(self, name: str) -> Adapter:
+        return self._by_name[name]
+
     def __iter__(self) -> Iterator[str]:
-        return iter(tuple(self._by_name))
+        return iter(tuple(self._by_name))  # which another thread may change
+
+    def __len__(self) -> int:
+        return len(self._by_name)
+
+    def __repr__(self) -> str:
+        return f"Adapters({', '.join(self)})"
 
     def add(self, adapter: Adapter) -> None:
         """Take an adapter in, in place of one with the same name, which its sequences keep."""
@@ -131,6 +147,23 @@ class Adapters:
         """
         self.find(name)
         del self._by_name[name]
+
+    def classifier(
+        self, name: str | None, labels: list[str] | None
+    ) -> tuple[list[str], torch.Tensor | None]:
+        """Return the labels of an adapter, or those of its base, and the adapter's head if any.
+
+        Raises:
+            ValueError: neither has labels, or there is no adapter of this name.
+        """
+        adapter = self.find(name)
+        if adapter is not None and adapter.head is not None and adapter.labels is not None:
+            return adapter.labels, adapter.head
+        if labels is None:
+            raise ValueError(
+                "this checkpoint writes text: classifying needs one with labels, or an adapter"
+            )
+        return labels, None
 
     def find(self, name: str | None) -> Adapter | None:
         """Return the adapter of a name; None for None.

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from llama.adapters import keyed
 from llama.engine.prefix_cache import PrefixCache, common_prefix
 from llama.engine.results import FinishReason
 from llama.engine.runner import IN_FLIGHT, Pass, Piece, Runner
@@ -49,7 +50,7 @@ class Engine:
         prefill_beside_decoding: tokens of prompts that a step reads while others are being
             decoded: few keep their streams smooth, many get a batch done sooner.
         max_decoded: tokens that a step decodes at most, drafts included; None for no limit.
-        decode: a faster way to the logits of passes that only decode.
+        decode: a faster way to the logits of passes that only decode, without adapters.
         runs_ahead: whether to start the next pass before the results of one are known, so that
             the device never waits for the host.
     """
@@ -144,7 +145,8 @@ class Engine:
             # Tokens that are scored or pooled must pass through the network.
             whole = sequence.params.scores_prompt or sequence.is_read_only
             limit = 0 if whole else len(sequence.prompt) - 1
-            sequence.slot, n_reused, copy = self._prefixes.take(sequence.prompt, limit)
+            prompt = keyed(sequence.prompt, sequence.adapter)
+            sequence.slot, n_reused, copy = self._prefixes.take(prompt, limit)
             self._running.append(sequence)
             if copy is not None:
                 self.model.copy_cache(copy[0], sequence.slot, copy[1])
@@ -159,12 +161,12 @@ class Engine:
         if sequence.params.scores_prompt or sequence.is_read_only:
             return False
         prompt = sequence.prompt
-        held = self._prefixes.longest(prompt)
+        held = self._prefixes.longest(keyed(prompt, sequence.adapter))
         return any(
             common_prefix(prompt, other.prompt, len(prompt) - 1)
             > held + (1 if other.prompt == prompt else _WORTH_WAITING)
             for other in self._running
-            if other.is_prefilling
+            if other.is_prefilling and other.adapter is sequence.adapter
         )
 
     def _schedule(self) -> list[Piece]:
@@ -206,7 +208,8 @@ class Engine:
         self._n_passes = self.model.n_passes + 1
         if drawn is None:
             for piece in pieces:
-                self._prefixes.write(piece.slot, piece.start, piece.tokens)
+                tokens = keyed(piece.tokens, piece.sequence.adapter)
+                self._prefixes.write(piece.slot, piece.start, tokens)
         return self._runner.start(pieces, self.decode, drawn)
 
     def _goes_on_after(self, current: Pass) -> bool:
@@ -241,7 +244,8 @@ class Engine:
             if not piece.is_running:  # since the pass was started
                 continue
             if piece.tokens == [IN_FLIGHT]:
-                self._prefixes.write(piece.slot, piece.start, sequence.tokens[-1:])
+                tokens = keyed(sequence.tokens[-1:], sequence.adapter)
+                self._prefixes.write(piece.slot, piece.start, tokens)
             if sequence.is_prefilling:
                 self._read(piece, output)
                 draft = []

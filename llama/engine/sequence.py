@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from llama.adapters import Adapter
 from llama.args import ModelArgs
 from llama.engine.detokenizer import Detokenizer
 from llama.engine.prompt_lookup import PromptLookup
@@ -38,6 +39,7 @@ class Sequence:
         ends: those of the stop strings and ids that are the tokenizer's or the format's own, which
             no ``stop_reason`` names.
         visible: control ids whose spelling is part of the text.
+        adapter: which changes the network for it; kept also if it is unloaded meanwhile.
     """
 
     prompt: list[int]
@@ -48,6 +50,7 @@ class Sequence:
     in_context: bool = False
     ends: frozenset[End] = frozenset()
     visible: Mapping[int, str] = field(default_factory=dict)
+    adapter: Adapter | None = None
 
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
