@@ -94,16 +94,17 @@ class Adapter:
         name: which callers choose it by.
         changes: by the names of the modules that they change: ``layers.0.attention.wq``,
             ``tok_embeddings``, ``output``, ``norm`` and others.
-        prompt: embeddings of virtual tokens in front of every prompt, shape (n_virtual, dim).
-        prefix: keys and values in front of every prompt, without rotary embedding, each of the
-            shape (n_layers, n_virtual, local key/value heads, head_dim).
+        n_virtual: how many virtual tokens stand in front of every prompt. Their ids follow the
+            vocabulary's; the embedding's change embeds them, unless there is a prefix.
+        prefix: the virtual tokens' keys and values as the cache holds them, each of the shape
+            (n_layers, n_virtual, local key/value heads, head_dim).
         head: a classifier's weight, shape (n_labels, dim).
         labels: the classifier's.
     """
 
     name: str
     changes: Mapping[str, Change]
-    prompt: torch.Tensor | None = None
+    n_virtual: int = 0
     prefix: tuple[torch.Tensor, torch.Tensor] | None = None
     head: torch.Tensor | None = None
     labels: list[str] | None = None

@@ -9,6 +9,7 @@ import torch
 
 from llama.checkpoint.adapter_config import PROMPT_KINDS, read_config
 from llama.checkpoint.tensor_files import check_plain, open_tensors
+from llama.errors import printable
 
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
@@ -54,5 +55,11 @@ def open_adapter(directory: Path) -> AdapterFiles:
         if path.is_file():
             tensors = open_tensors(path)
             check_plain(tensors, str(path))
+            damaged = [key for key, tensor in tensors.items() if not tensor.isfinite().all()]
+            if damaged:  # others in a batch would end with the first that uses it
+                raise ValueError(
+                    f"{printable(damaged[0])} in {path} holds an infinity or a NaN: the adapter's "
+                    "training failed, or the file is damaged"
+                )
             return AdapterFiles(config, path, tensors)
     raise FileNotFoundError(f"{directory} has no adapter weights: expected {' or '.join(_WEIGHTS)}")
