@@ -13,9 +13,11 @@ import torch
 from hf_files import write_adapter
 from peft_files import (
     ATTENTION,
-    FFN,
+    BIASED,
     HEAD_DIM,
+    TIED,
     TOKENS,
+    VARIANTS,
     expected_logits,
     logits,
     make_reference,
@@ -40,57 +42,6 @@ def _quiet() -> Any:
         yield
 
 
-VARIANTS: dict[str, dict[str, Any]] = {
-    "attention": {"target_modules": ATTENTION},
-    "feed_forward": {"target_modules": FFN, "lora_alpha": 3},
-    "all_linear": {"target_modules": "all-linear"},
-    "regex": {"target_modules": r".*layers\.1\..*(q|down)_proj"},
-    "embedding_and_output": {"target_modules": ["q_proj", "embed_tokens", "lm_head"]},
-    "patterns": {
-        "target_modules": ATTENTION + FFN,
-        "rank_pattern": {"k_proj": 2, r"layers\.1\.mlp.*": 6, "model.layers.0.mlp.up_proj": 3},
-        # Of several that match the first counts, and PEFT sorts them when it saves.
-        "alpha_pattern": {r".*\.0\.self_attn\..*": 5, "^self_attn.v_proj": 100, "q_proj": 20},
-    },
-    "rslora": {
-        "target_modules": ATTENTION,
-        "use_rslora": True,
-        "rank_pattern": {"v_proj": 8},
-        "lora_alpha": 6.5,
-    },
-    "gaussian": {"target_modules": ATTENTION, "init_lora_weights": "gaussian"},
-    "saved_modules": {"target_modules": ["v_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
-    "saved_norms": {"target_modules": ["v_proj"], "modules_to_save": ["norm", "layernorm"]},
-    "saved_queries": {"target_modules": ["v_proj"], "modules_to_save": ["q_proj", "k_proj"]},
-    "one_layer": {"target_modules": ATTENTION, "layers_to_transform": [1]},
-    "layers_pattern": {
-        "target_modules": ATTENTION,
-        "layers_to_transform": 0,
-        "layers_pattern": "layers",
-    },
-    "exclusion": {"target_modules": "all-linear", "exclude_modules": ["k_proj"]},
-    "tokens": {"target_modules": ["v_proj"], "trainable_token_indices": [7, 3, 40]},
-    "tokens_of_both": {
-        "target_modules": ["v_proj"],
-        "trainable_token_indices": {"embed_tokens": [7, 3], "lm_head": [9]},
-    },
-    "unused_bias": {"target_modules": ATTENTION, "bias": "all"},
-    "saved_feed_forward": {"target_modules": ["v_proj"], "modules_to_save": ["mlp"]},
-    "dora": {"target_modules": "all-linear", "use_dora": True},
-    "dora_of_patterns": {
-        "target_modules": ATTENTION + FFN,
-        "use_dora": True,
-        "use_rslora": True,
-        "rank_pattern": {"k_proj": 2, r"layers\.1\.mlp.*": 6},
-        "alpha_pattern": {"q_proj": 20},
-    },
-    "dora_of_embedding_and_output": {
-        "target_modules": ["q_proj", "embed_tokens", "lm_head"],
-        "use_dora": True,
-    },
-}
-
-
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_logits_are_those_of_peft(variant: str, tmp_path: Path) -> None:
     reference = make_reference()
@@ -101,16 +52,6 @@ def test_logits_are_those_of_peft(variant: str, tmp_path: Path) -> None:
     merged = logits(apply_adapter(base, tmp_path / "adapter"))
     assert (merged - expected_logits(model)).abs().max() < 1e-4
     assert (merged - plain).abs().max() > 1e-2
-
-
-BIASED: dict[str, tuple[dict[str, Any], bool]] = {
-    "all": ({"target_modules": ATTENTION, "bias": "all"}, True),
-    "of_targets": ({"target_modules": ["q_proj", "down_proj"], "bias": "lora_only"}, True),
-    "of_factors": ({"target_modules": ATTENTION + FFN, "lora_bias": True}, True),
-    "of_factors_alone": ({"target_modules": ["q_proj", "o_proj"], "lora_bias": True}, False),
-    "saved": ({"target_modules": ["v_proj"], "modules_to_save": ["q_proj", "mlp"]}, True),
-    "dora": ({"target_modules": "all-linear", "use_dora": True, "bias": "all"}, True),
-}
 
 
 @pytest.mark.parametrize("variant", BIASED)
@@ -150,38 +91,6 @@ def test_raw_names_are_those_of_saved_adapters(wrapper: str, tmp_path: Path) -> 
     save_file(raw, directory / "adapter_model.safetensors")
     merged = apply_adapter(base, directory)
     assert (logits(merged) - expected_logits(model)).abs().max() < 1e-4
-
-
-TIED: dict[str, tuple[dict[str, Any], bool]] = {
-    "neither": ({"target_modules": ["q_proj"]}, True),
-    "embedding": ({"target_modules": ["q_proj", "embed_tokens"]}, False),
-    "output": ({"target_modules": ["q_proj", "lm_head"]}, False),
-    "both": ({"target_modules": ["embed_tokens", "lm_head"]}, False),
-    "kept": ({"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True}, True),
-    "saved_embedding": ({"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}, False),
-    "saved_output": ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, False),
-    "saved_and_kept": (
-        {
-            "target_modules": ["q_proj"],
-            "modules_to_save": ["embed_tokens"],
-            "ensure_weight_tying": True,
-        },
-        True,
-    ),
-    "tokens": ({"target_modules": ["q_proj"], "trainable_token_indices": [7, 3]}, True),
-    "dora": ({"target_modules": ["embed_tokens"], "use_dora": True}, False),
-    "dora_kept": (
-        {"target_modules": ["embed_tokens"], "use_dora": True, "ensure_weight_tying": True},
-        False,
-    ),
-    "other_tokens": (
-        {
-            "target_modules": ["q_proj"],
-            "trainable_token_indices": {"embed_tokens": [7, 3], "lm_head": [3, 8]},
-        },
-        False,
-    ),
-}
 
 
 @pytest.mark.parametrize("variant", TIED)
