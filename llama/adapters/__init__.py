@@ -94,8 +94,8 @@ class Adapter:
         name: which callers choose it by.
         changes: by the names of the modules that they change: ``layers.0.attention.wq``,
             ``tok_embeddings``, ``output``, ``norm`` and others.
-        n_virtual: how many virtual tokens stand in front of every prompt. Their ids follow the
-            vocabulary's; the embedding's change embeds them, unless there is a prefix.
+        virtual: the ids of virtual tokens in front of every prompt, which follow the vocabulary's.
+            The embedding's change embeds them, unless there is a prefix.
         prefix: the virtual tokens' keys and values as the cache holds them, each of the shape
             (n_layers, n_virtual, local key/value heads, head_dim).
         head: a classifier's weight, shape (n_labels, dim).
@@ -104,11 +104,16 @@ class Adapter:
 
     name: str
     changes: Mapping[str, Change]
-    n_virtual: int = 0
+    virtual: range = range(0)
     prefix: tuple[torch.Tensor, torch.Tensor] | None = None
     head: torch.Tensor | None = None
     labels: list[str] | None = None
     number: int = field(default_factory=_numbers.__next__, init=False)  # of each one that is loaded
+
+
+def n_virtual(adapter: Adapter | None) -> int:
+    """Return the number of virtual tokens in front of every prompt."""
+    return 0 if adapter is None else len(adapter.virtual)
 
 
 def keyed(tokens: Sequence[int], adapter: Adapter | None) -> Sequence[int]:
@@ -166,12 +171,14 @@ class Adapters(Mapping[str, Adapter]):
             )
         return labels, None
 
-    def find(self, name: str | None) -> Adapter | None:
-        """Return the adapter of a name; None for None.
+    def find(self, name: str | None, writes: bool = False) -> Adapter | None:
+        """Return the adapter of a name, for one that ``writes`` text if so; None for None.
 
         Raises:
-            ValueError: there is none of this name.
+            ValueError: there is none of this name, or it classifies.
         """
+        if writes and name in self._by_name and self._by_name[name].head is not None:
+            raise ValueError(f"the adapter {short(name, 80)} writes no text: use classify")
         if name is None or name in self._by_name:
             return None if name is None else self._by_name[name]
         known = ", ".join(map(repr, self._by_name)) or "none"

@@ -1,12 +1,14 @@
-"""Further kinds of an adapter's changes: of some rows, of biases, several at once, of ids."""
+"""Further kinds of an adapter's changes: of rows, of biases, by virtual tokens, several at once."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from llama.adapters import Change
+from llama.adapters import Adapter, Change
+from llama.layers.kv_cache import KVCache
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,3 +73,25 @@ class VirtualTokens:
         out = self.others(x.clamp(max=self.first - 1), out)
         own = self.rows[(x - self.first).clamp(0, len(self.rows) - 1)]
         return torch.where((x >= self.first)[:, None], own, out)
+
+
+def write_prefix(model: nn.Module, slot: int, adapter: Adapter | None, n_cached: int) -> int:
+    """Write an adapter's prefix, if it has one, to a slot of the cache that lacks it.
+
+    Args:
+        model: whose layers' caches are written.
+        slot: of the cache.
+        adapter: of the sequence that has the slot.
+        n_cached: how many of the sequence's tokens the slot holds, virtual ones included.
+
+    Returns:
+        How many it holds now.
+    """
+    if adapter is None or adapter.prefix is None or n_cached >= len(adapter.virtual):
+        return n_cached
+    caches = [module for module in model.modules() if isinstance(module, KVCache)]
+    keys, values = adapter.prefix
+    positions = torch.arange(len(adapter.virtual), device=keys.device)
+    for cache, xk, xv in zip(caches, keys, values, strict=True):
+        cache.update(xk, xv, torch.full_like(positions, slot), positions)
+    return len(adapter.virtual)

@@ -70,7 +70,8 @@ def read_adapter(directory: Path, name: str, model: Transformer, scale: float = 
         labels = args.labels if same else [f"LABEL_{i}" for i in range(len(head))]
         head = part.own(head)
     by_module = {m: some[0] if len(some) == 1 else Chain(some) for m, some in made.items() if some}
-    return Adapter(name, by_module, n_virtual, prefix, head, labels)
+    virtual = range(args.vocab_size, args.vocab_size + n_virtual)
+    return Adapter(name, by_module, virtual, prefix, head, labels)
 
 
 def _take_head(changes: dict[str, Change], files: AdapterFiles, dim: int) -> torch.Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Sequence as List
 from functools import cached_property
 from typing import Any
 
-from llama.adapters import Adapters
+from llama.adapters import Adapters, n_virtual
 from llama.args import ModelArgs
 from llama.chat.ends import answer_ends
 from llama.chat.layout import ChatFormat
@@ -77,12 +77,12 @@ class Tasks:
                 f"logit_bias names the token id {outside[0]}, outside the vocabulary of "
                 f"{self.tokenizer.n_words}"
             )
-        adapter = self.adapters.find(params.adapter)
+        adapter = self.adapters.find(params.adapter, writes=True)
         seed = self._seeds.getrandbits(63) if params.seed is None else params.seed
         sequences: list[Sequence] = []
-        for i, ids in enumerate(checked_prompts(self.args, prompts)):
+        for i, ids in enumerate(checked_prompts(self.args, prompts, adapter)):
             continues = in_context if isinstance(in_context, bool) else in_context[i]
-            limit = self.args.max_seq_len - len(ids)
+            limit = self.args.max_seq_len - len(ids) - n_virtual(adapter)
             if params.max_gen_len is not None:
                 limit = min(limit, params.max_gen_len)
             for _ in range(params.n):
@@ -154,7 +154,7 @@ class Tasks:
             text if _is_token_ids(text) else self._encode(text)
             for text in checked_list(texts, "texts")
         ]
-        checked = checked_prompts(self.args, prompts)
+        checked = checked_prompts(self.args, prompts, changed)
         return [Sequence(prompt, params, output=output, adapter=changed) for prompt in checked]
 
     def _encode(self, text: str) -> list[int]:

@@ -229,14 +229,16 @@ class ParallelEmbedding(_Stored, fairscale_layers.ParallelEmbedding):
 
     def __init__(self, num_embeddings: int, embedding_dim: int):
         nn.Module.__init__(self)
-        self.embedding_dim = embedding_dim
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         self._allocate(num_embeddings, _split(embedding_dim, "the embedding width"))
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        # Adapters embed ids beyond the vocabulary.
+        known = tokens if self.adapted is None else tokens.clamp(max=self.num_embeddings - 1)
         if self.scheme is None:
-            out = F.embedding(tokens, self.weight)
+            out = F.embedding(known, self.weight)
         else:
-            stored = {name: part[tokens] for name, part in self.named_parameters()}
+            stored = {name: part[known] for name, part in self.named_parameters()}
             block_size = self.scheme.block_size(self.embedding_dim)
             out = self.scheme.dequantize(stored, block_size).to(self.dtype)
         return all_gather(self.adapt(tokens, out))
