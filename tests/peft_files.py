@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from hf_files import make_hf
-from peft import PeftModel
+from peft import PeftModel, PromptLearningConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
 from llama import ModelArgs, Transformer, parallel
@@ -178,3 +178,17 @@ def logits(checkpoint: Checkpoint, tokens: torch.Tensor = TOKENS) -> torch.Tenso
 def expected_logits(model: PeftModel, tokens: torch.Tensor = TOKENS) -> torch.Tensor:
     with torch.inference_mode():
         return model(tokens).logits
+
+
+def write_virtual_tokens(
+    reference: Any, directory: Path, config: PromptLearningConfig, seed: int = 1
+) -> PeftModel:
+    """Save an adapter that puts virtual tokens in front of a network's prompts."""
+    torch.manual_seed(seed)
+    model = get_peft_model(reference, config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+    model.save_pretrained(directory)
+    return model.eval()
