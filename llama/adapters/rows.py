@@ -66,8 +66,8 @@ class AdapterRows:
                 modules[name].adapted = partial(_adapt, changes)
             yield
         finally:
-            for name in parts:
-                modules[name].adapted = None
+            for name in parts:  # without a trace, for which compiled code would be compiled again
+                vars(modules[name]).pop("adapted", None)
 
 
 def _adapt(
