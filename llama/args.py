@@ -15,9 +15,10 @@ class ModelArgs:
         head_dim: a head's width; -1 for ``dim / n_heads``.
         hidden_dim: the feed-forward layer's width; -1 for 2/3 of 4 ``dim``, times
             ``ffn_dim_multiplier``, rounded up to a multiple of ``multiple_of``.
-        rope_scaling: how rotary frequencies are stretched, see ``rope_factors``.
+        rope_scaling: how rotary frequencies are stretched, see ``llama.rope``.
         tie_word_embeddings: whether the output's weight is the embedding's.
-        labels: a classifier's classes; the network's logits are theirs, in place of tokens'.
+        labels: a classifier's classes; the network's logits are theirs, in place of tokens'. An
+            empty list stands for a network without a head, which embeds.
         attention_bias: whether ``wq``, ``wk``, ``wv`` and ``wo`` have biases.
         mlp_bias: whether ``w1``, ``w2`` and ``w3`` have biases.
     """

@@ -165,9 +165,9 @@ class Adapters(Mapping[str, Adapter]):
         adapter = self.find(name)
         if adapter is not None and adapter.head is not None and adapter.labels is not None:
             return adapter.labels, adapter.head
-        if labels is None:
+        if not labels:
             raise ValueError(
-                "this checkpoint writes text: classifying needs one with labels, or an adapter"
+                "this checkpoint has no labels: classifying needs one with labels, or an adapter"
             )
         return labels, None
 

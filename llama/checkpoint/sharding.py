@@ -156,7 +156,7 @@ def full_shapes(args: ModelArgs, scheme: Scheme | None = None) -> dict[str, tupl
             if biased.get(name.partition(".")[0]):
                 shapes[f"layers.{i}.{name}.bias"] = shape[:1]
     shapes["norm.weight"] = (args.dim,)
-    if not args.tie_word_embeddings:
+    if args.n_outputs and not args.tie_word_embeddings:
         shapes["output.weight"] = (args.n_outputs, args.dim)
     if scheme is None:
         return shapes

@@ -193,12 +193,6 @@ def test_stale_rotary_tables_are_ignored(tmp_path: Path) -> None:
     assert_same(build(tmp_path), reference)
 
 
-def test_a_stale_output_next_to_tied_weights_is_ignored(tmp_path: Path) -> None:
-    reference = write(tmp_path, tie_word_embeddings=True)
-    change_weights(tmp_path, lm_head__weight=torch.randn(768, 64))
-    assert_same(build(tmp_path), reference)
-
-
 def test_names_without_the_prefix_are_those_of_a_bare_network(tmp_path: Path) -> None:
     reference = write(tmp_path, tie_word_embeddings=True)
     tensors = load_file(tmp_path / "model.safetensors")
@@ -350,24 +344,24 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
     "bytes": (lambda p: (p / "config.json").write_bytes(b"\xff\xfe{"), ValueError, "is not JSON"),
     "lacks a key": (config(hidden_size=...), ValueError, "config.json lacks hidden_size$"),
     "lacks keys": (text("config.json", '{"model_type": "llama"}'), ValueError, "lacks hidden_size"),
-    "another model": (config(model_type="mistral"), ValueError, "of model_type 'mistral': expect"),
+    "another model": (config(model_type="mixtral"), ValueError, "of model_type 'mixtral': expect"),
     "no model_type": (config(model_type=...), ValueError, "of model_type None: expected 'llama'"),
     "architecture": (config(architectures=["LlamaModel2"]), ValueError, "of architecture .'LlamaM"),
-    "attention bias": (config(attention_bias=True), ValueError, "has attention_bias, which"),
-    "bias": (config(mlp_bias=True), ValueError, "has mlp_bias, which this network doesn't"),
+    "attention bias": (
+        config(attention_bias=True),
+        ValueError,
+        r"lacks layers\.0\.attention\.wk\.b",
+    ),
+    "bias": (config(mlp_bias=True), ValueError, r"lacks layers\.0\.feed_forward\.w1\.bias"),
+    "no truth": (config(mlp_bias="no"), ValueError, "mlp_bias is 'no' in .*: expected true or fal"),
     "quantised": (config(quantization_config={"bits": 4}), ValueError, "has quantization_config"),
     "activation": (config(hidden_act="gelu"), ValueError, "the hidden_act 'gelu': expected 'silu'"),
-    "yarn": (rope(rope_type="yarn", factor=2.0), ValueError, "rope_scaling is 'yarn' in .* known"),
-    "dynamic": (rope(rope_type="dynamic", factor=2.0), ValueError, "rope_scaling is 'dynamic'"),
+    "half of llama3": (rope(rope_type="llama3", factor=2.0), ValueError, "low_freq_factor is None"),
+    "unknown scaling": (rope(rope_type="su", factor=2.0), ValueError, "is 'su' in .* known kinds"),
     "old dynamic": (
         config(rope_parameters=..., rope_scaling={"type": "dynamic", "factor": 2.0}),
         ValueError,
-        "rope_scaling is 'dynamic'",
-    ),
-    "half of llama3": (
-        rope(rope_type="llama3", factor=2.0),
-        ValueError,
-        "needs exactly factor, lo",
+        "max_seq_len is 512, but beyond 128 tokens this model's dynamic rotary scaling",
     ),
     "partial": (rope(partial_rotary_factor=0.5), ValueError, "a part of each head"),
     "no factor": (rope(rope_type="linear"), ValueError, "rope_scaling's factor is None"),
@@ -381,7 +375,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
     ),
     "absurdly large": (config(hidden_size=10**30), ValueError, "larger than any model's"),
     "far too large": (config(hidden_size=10**6), ValueError, "belongs to another model"),
-    "small vocabulary": (config(vocab_size=700), ValueError, "has 768 pieces.*vocabulary of 700"),
+    "small vocabulary": (config(vocab_size=700), ValueError, r"has the shape \(768, 64\)"),
     "more layers": (config(num_hidden_layers=3), ValueError, r"lacks layers\.2\."),
     "fewer layers": (config(num_hidden_layers=1), ValueError, r"has the unexpected layers\.1\."),
     "other heads": (config(num_key_value_heads=4), ValueError, r"wk.weight in .* has the shape"),
@@ -395,7 +389,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
     "biases": (
         weights(model__layers__0__self_attn__q_proj__bias=torch.ones(64)),
         ValueError,
-        r"has the unexpected model\.layers\.0\.self_attn\.q_proj\.bias",
+        r"has the unexpected layers\.0\.attention\.wq\.bias",
     ),
     "twice": (weights(norm__weight=torch.ones(64)), ValueError, r"holds norm\.weight twice, under"),
     "two outputs": (weights(score__weight=torch.ones(768, 64)), ValueError, "output.weight twice"),
