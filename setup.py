@@ -63,6 +63,7 @@ setup(
     python_requires=">=3.10",
     packages=[
         "llama",
+        "llama.adapters",
         "llama.chat",
         "llama.checkpoint",
         "llama.cli",

@@ -12,12 +12,14 @@ LARGEST = 2**31 - 1
 class PromptTooLong(ValueError):
     """A prompt has more tokens than the cache has positions for one sequence."""
 
-    def __init__(self, index: int, n_tokens: int, max_seq_len: int):
+    def __init__(self, index: int, n_tokens: int, max_seq_len: int, n_virtual: int = 0):
+        virtual = f" behind its adapter's {n_virtual} virtual ones" if n_virtual else ""
         super().__init__(
-            f"prompt {index} has {n_tokens} tokens, more than max_seq_len={max_seq_len}: "
+            f"prompt {index} has {n_tokens} tokens{virtual}, more than max_seq_len={max_seq_len}: "
             "shorten it, or give Llama.build a larger max_seq_len"
         )
         self.n_tokens = n_tokens
+        self.n_virtual = n_virtual
         self.max_seq_len = max_seq_len
 
 

@@ -16,7 +16,7 @@ from llama.chat.prompts import *  # noqa: F403 (Meta's names are imported from h
 from llama.chat.prompts import UNSAFE_ERROR, Dialog, has_tags
 from llama.chat.tools import answer_message
 from llama.checkpoint.pretrained import TINY as TINY
-from llama.checkpoint.pretrained import LoadConfig, load_model
+from llama.checkpoint.pretrained import LoadConfig, load_adapter, load_model
 from llama.engine.engine import Engine
 from llama.engine.graphs import decoding_steps
 from llama.engine.lock import CacheLock
@@ -24,7 +24,7 @@ from llama.engine.results import ChatPrediction as ChatPrediction
 from llama.engine.results import Classification as Classification
 from llama.engine.results import CompletionPrediction as CompletionPrediction
 from llama.engine.results import InfillingPrediction as InfillingPrediction
-from llama.engine.results import StreamPiece
+from llama.engine.results import StreamPiece, classification, prediction, stream_pieces
 from llama.engine.sequence import Event, Output
 from llama.engine.sequence import Sequence as EngineSequence
 from llama.engine.tasks import Tasks
@@ -42,6 +42,7 @@ class Llama:
 
     Attributes:
         tasks: makes sequences of prompts, which ``engine`` runs.
+        adapters: those that calls may choose, by name.
         input_guard, output_guard: judge the dialogs that are to be answered, and the answers
             (``llama.guards``); None lets all pass.
     """
@@ -56,8 +57,9 @@ class Llama:
         self.model = model
         self.tokenizer = tokenizer
         self.chat = chat or choose_chat(None, {}, tokenizer)
-        self.tasks = Tasks(model.params, tokenizer, self.chat, seed)
         self.engine = Engine(model, tokenizer)
+        self.tasks = Tasks(model.params, tokenizer, self.chat, seed)
+        self.adapters = self.tasks.adapters
         self.input_guard: guards.InputGuard | None = None
         self.output_guard: guards.OutputGuard | None = None
         self._lock = CacheLock()
@@ -195,7 +197,8 @@ class Llama:
         self._run(sequences)
         decode = self.tokenizer.decode
         texts = [decode(s.prompt) * params.echo + s.text for s in sequences]
-        return [self._scored({"generation": t}, s) for t, s in zip(texts, sequences, strict=True)]
+        pairs = zip(texts, sequences, strict=True)
+        return [prediction(s, self.tokenizer, generation=text) for text, s in pairs]
 
     def chat_completion(
         self,
@@ -221,10 +224,11 @@ class Llama:
         params = SamplingParams(temperature, top_p, max_gen_len, logprobs, **rest)
         dialogs = list(checked_list(dialogs, "dialogs"))
         sequences = self.tasks.chat(dialogs, params, chat)
-        refusals = _repeated([self._refusal(dialog) for dialog in dialogs], params.n)
+        refusals = [self._refusal(dialog) for dialog in dialogs for _ in range(params.n)]
         asked = zip(sequences, refusals, strict=True)
         self._run([sequence for sequence, refused in asked if refused is None])
-        predictions, dialogs = [], _repeated(dialogs, params.n)
+        dialogs = _repeated(dialogs, params.n)
+        predictions: list[ChatPrediction] = []
         for dialog, sequence, refused in zip(dialogs, sequences, refusals, strict=True):
             if refused is None:
                 refused = guards.output_refusal(self.output_guard, dialog, sequence.text)
@@ -235,10 +239,9 @@ class Llama:
             answer = answer_message(refused or sequence.text, parser)
             if self.chat.name == "turn-based":
                 answer["destination"] = "user"
-            prediction: ChatPrediction = self._scored({"generation": answer}, sequence)
+            predictions.append(prediction(sequence, self.tokenizer, generation=answer))
             if "tool_calls" in answer and sequence.finish_reason == "stop":
-                prediction["finish_reason"] = "tool_calls"
-            predictions.append(prediction)
+                predictions[-1]["finish_reason"] = "tool_calls"
         return predictions
 
     def text_infilling(
@@ -267,7 +270,7 @@ class Llama:
         pairs = _repeated(zip(prefixes, suffixes, strict=True), params.n)
         for sequence, (prefix, suffix) in zip(sequences, pairs, strict=True):
             texts = {"generation": sequence.text, "full_text": prefix + sequence.text + suffix}
-            predictions.append(self._scored(texts, sequence))
+            predictions.append(prediction(sequence, self.tokenizer, **texts))
         return predictions
 
     def text_completion_stream(
@@ -323,12 +326,15 @@ class Llama:
         params = SamplingParams(temperature, top_p, max_gen_len, True, False, **options)
         return self._stream(self.tasks.infilling([prefix], [suffix], params, suffix_first))
 
-    def embed(self, texts: Sequence[str], pooling: str = "mean") -> torch.Tensor:
+    def embed(
+        self, texts: Sequence[str], pooling: str = "mean", adapter: str | None = None
+    ) -> torch.Tensor:
         """Return vectors of texts: the network's last hidden states.
 
         Args:
             texts: of any number and lengths up to ``max_seq_len`` tokens.
             pooling: ``"mean"`` over a text's tokens, or the ``"last"`` one's.
+            adapter: see ``SamplingParams``.
 
         Returns:
             float32, shape (len(texts), dim); not normalised.
@@ -338,25 +344,36 @@ class Llama:
         """
         if pooling not in ("mean", "last"):
             raise ValueError(f"pooling is {pooling!r}: expected 'mean' or 'last'")
-        return self._read(texts, pooling).reshape(-1, self.model.params.dim)  # type: ignore[arg-type]
+        vectors = self._read(texts, pooling, adapter)  # type: ignore[arg-type]
+        return vectors.reshape(-1, self.model.params.dim)
 
-    def classify(self, texts: Sequence[str]) -> list[Classification]:
-        """Return the class of each text, for checkpoints with a classifier's head.
-
-        A single label's probability is the sigmoid of its logit, so it may be below 0.5.
+    def classify(self, texts: Sequence[str], adapter: str | None = None) -> list[Classification]:
+        """Return the class of each text, for checkpoints or adapters with a classifier's head.
 
         Raises:
-            ValueError: the checkpoint has no labels, or as in ``embed``.
+            ValueError: neither has labels, or as in ``embed``.
         """
-        labels = self.model.params.labels
-        if not labels:
-            raise ValueError("this checkpoint has no labels, which classifying needs")
-        found = []
-        for logits in self._read(texts, "logits"):
-            probabilities = logits.sigmoid() if len(labels) == 1 else logits.softmax(-1)
-            label, score = labels[int(logits.argmax())], float(probabilities.max())
-            found.append(Classification(label=label, score=score, logits=logits.tolist()))
-        return found
+        labels, head = self.adapters.classifier(adapter, self.model.params.labels)
+        found = self._read(texts, "logits" if head is None else "last", adapter)
+        return [classification(each, labels, head) for each in found]
+
+    def load_adapter(self, name: str, directory: str | Path, scale: float = 1.0) -> None:
+        """Load an adapter in PEFT's format, on all ranks, for calls that name it (``adapter=``).
+
+        One of this name is replaced, but for open streams. ``scale`` multiplies its changes.
+
+        Raises:
+            FileNotFoundError, ImportError, TypeError, ValueError: as in ``build``.
+        """
+        self.adapters.add(load_adapter(directory, name, self.model, self.tokenizer, scale))
+
+    def unload_adapter(self, name: str) -> None:
+        """Free an adapter, once its open streams have ended.
+
+        Raises:
+            ValueError: no adapter has this name.
+        """
+        self.adapters.remove(name)
 
     def reset_cache(self) -> None:
         """Forget the prompts of earlier calls, which later ones otherwise reuse."""
@@ -382,20 +399,10 @@ class Llama:
     def _stream(self, sequences: Sequence[EngineSequence]) -> Generator[StreamPiece, None, None]:
         if len(sequences) > 1:
             raise ValueError(f"n is {len(sequences)}: a stream has one answer, leave n out")
-        return self._pieces(sequences)
+        return stream_pieces(self._events(sequences))
 
-    def _pieces(self, sequences: Sequence[EngineSequence]) -> Generator[StreamPiece, None, None]:
-        n_before = 0
-        for sequence, text in self._events(sequences):
-            n = sequence.n_decoded
-            if text or sequence.finish_reason is not None:
-                tokens, logprobs = sequence.tokens[n_before:n], sequence.logprobs[n_before:n]
-                ended = (sequence.finish_reason, sequence.stop_reason)
-                yield StreamPiece(text, tokens, logprobs, *ended)
-                n_before = n
-
-    def _read(self, texts: Sequence[str], output: Output) -> torch.Tensor:
-        sequences = self.tasks.read(texts, output)
+    def _read(self, texts: Sequence[str], output: Output, adapter: str | None) -> torch.Tensor:
+        sequences = self.tasks.read(texts, output, adapter)
         self._run(sequences)
         pooled = [sequence.pooled for sequence in sequences if sequence.pooled is not None]
         return torch.stack(pooled) if pooled else torch.zeros(0)
@@ -405,15 +412,6 @@ class Llama:
         if has_tags(dialog, self.chat.tags):
             return UNSAFE_ERROR
         return guards.input_refusal(self.input_guard, dialog)
-
-    def _scored(self, prediction: Any, sequence: EngineSequence) -> Any:
-        params = sequence.params
-        prediction |= {k: getattr(sequence, k) for k in ("finish_reason", "stop_reason")}
-        if params.logprobs:
-            ids = sequence.prompt * params.echo + sequence.tokens
-            prediction["tokens"] = [self.tokenizer.token_piece(t) for t in ids]
-            prediction["logprobs"] = sequence.prompt_logprobs * params.echo + sequence.logprobs
-        return prediction
 
 
 def _repeated(items: Iterable[Any], n: int) -> list[Any]:

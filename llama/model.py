@@ -34,13 +34,16 @@ from llama.rope import attention_factor, rope_factors, rope_freqs
 class RMSNorm(nn.Module):
     """Root mean square layer normalisation, in float32 (https://arxiv.org/abs/1910.07467)."""
 
+    adapted: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
+
     def __init__(self, dim: int, eps: float):
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        out = F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return out if self.adapted is None else self.adapted(x, out)
 
 
 def precompute_freqs_cis(args: ModelArgs, device: torch.device) -> torch.Tensor:

@@ -44,6 +44,7 @@ class SamplingOptions(TypedDict, total=False):
     logits_processor: LogitsProcessor | None
     response_format: Mapping[str, Any] | None
     sampling: str | None
+    adapter: str | None
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,8 @@ class SamplingParams:
             "grammar": ...}`` (Lark or GBNF). See ``llama.structure``.
         sampling: "checkpoint" takes what the checkpoint's ``generation_config.json`` recommends
             for parameters that have their default values here.
+        adapter: the name of an adapter that ``Llama.load_adapter`` has loaded; None for the model
+            as it is.
 
     Raises:
         TypeError, ValueError: a value is of the wrong type or out of its range.
@@ -117,6 +120,7 @@ class SamplingParams:
     logits_processor: LogitsProcessor | None = None
     response_format: Mapping[str, Any] | None = None
     sampling: str | None = None
+    adapter: str | None = None
 
     def __post_init__(self) -> None:
         for name, (least, most, meaning) in _RANGES.items():
@@ -149,6 +153,8 @@ class SamplingParams:
             )
         if self.sampling not in (None, "checkpoint"):
             raise ValueError(f"sampling is {self.sampling!r}: expected None or 'checkpoint'")
+        if not isinstance(self.adapter, str | None):
+            raise TypeError(f"adapter is {self.adapter!r}: give the name it was loaded under")
         object.__setattr__(self, "logit_bias", dict(self.logit_bias))
         object.__setattr__(self, "stop", stop)
         object.__setattr__(self, "stop_token_ids", ids)

@@ -105,10 +105,9 @@ def write_adapter(
     torch.manual_seed(0)
     model = get_peft_model(reference, LoraConfig(**{"r": 4, "task_type": "CAUSAL_LM", **options}))
     generator = torch.Generator().manual_seed(seed)
-    parts = ("lora_", "modules_to_save", "trainable_tokens_delta")
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if any(part in name for part in parts):
+        for parameter in model.parameters():
+            if parameter.requires_grad:
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
     model.save_pretrained(directory, **saving)
     return model.eval()

@@ -1,6 +1,7 @@
 """A checkpoint of any format as a model with its tokenizer and chat format."""
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,10 +9,12 @@ from pathlib import Path
 import torch
 
 from llama import parallel
+from llama.adapters import Adapter
 from llama.chat.formats import choose_chat
 from llama.chat.layout import ChatFormat
 from llama.checkpoint import apply_adapter, open_checkpoint
-from llama.checkpoint.base import quantized, replace_tokenizer, vocabulary_size
+from llama.checkpoint.adapters import read_adapter
+from llama.checkpoint.base import quantized, replace_tokenizer, text_files, vocabulary_size
 from llama.checkpoint.load import load
 from llama.checkpoint.params import make_args
 from llama.checkpoint.recognition import clear_errors, explain_texts
@@ -117,3 +120,40 @@ def load_model(
     int8_cache = config.kv_cache_dtype == "int8"
     model = load(source, args, device, config.dtype, int8_cache)
     return model, tokenizer, chat, recommended_sampling(source.files, ckpt_dir)
+
+
+def load_adapter(
+    directory: str | Path,
+    name: str,
+    model: Transformer,
+    tokenizer: BaseTokenizer,
+    scale: float = 1.0,
+) -> Adapter:
+    """Load an adapter for sequences that choose it by a name; see ``Llama.load_adapter``.
+
+    Its sequences have the base's tokenizer: a warning tells if the adapter brings another one.
+
+    Raises:
+        TypeError: the name or the scale is none.
+        FileNotFoundError, ImportError, ValueError: see ``read_adapter``.
+    """
+    if not isinstance(name, str) or not name:
+        raise TypeError(f"the adapter's name is {name!r}: give a string that calls choose it by")
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
+        raise TypeError(f"scale is {scale!r}: give a number, 1 for the adapter as it was trained")
+    directory = Path(directory)
+    adapter = read_adapter(directory, name, model, scale)
+    files = text_files(directory)
+    if files.keys() & {"tokenizer.model", "tokenizer.json"}:
+        own = load_tokenizer(files, model.params.vocab_size, directory)
+        if _pieces(own) != _pieces(tokenizer):
+            logger.warning(
+                "%s has another tokenizer than the model, which is ignored: merge the adapter to "
+                "use it (adapter= of Llama.build)",
+                directory,
+            )
+    return adapter
+
+
+def _pieces(tokenizer: BaseTokenizer) -> list[str]:
+    return [tokenizer.token_piece(i) for i in range(tokenizer.n_words)]

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from llama.adapters import keyed
+from llama.adapters.changes import write_prefix
 from llama.engine.prefix_cache import PrefixCache, common_prefix
 from llama.engine.results import FinishReason
 from llama.engine.runner import IN_FLIGHT, Pass, Piece, Runner
@@ -49,7 +51,7 @@ class Engine:
         prefill_beside_decoding: tokens of prompts that a step reads while others are being
             decoded: few keep their streams smooth, many get a batch done sooner.
         max_decoded: tokens that a step decodes at most, drafts included; None for no limit.
-        decode: a faster way to the logits of passes that only decode.
+        decode: a faster way to the logits of passes that only decode, without adapters.
         runs_ahead: whether to start the next pass before the results of one are known, so that
             the device never waits for the host.
     """
@@ -143,13 +145,16 @@ class Engine:
             self._waiting.remove(sequence)
             # Tokens that are scored or pooled must pass through the network.
             whole = sequence.params.scores_prompt or sequence.is_read_only
-            limit = 0 if whole else len(sequence.prompt) - 1
-            sequence.slot, n_reused, copy = self._prefixes.take(sequence.prompt, limit)
+            adapter = sequence.adapter
+            ids = keyed(sequence.input_ids, adapter)
+            sequence.slot, n_reused, copy = self._prefixes.take(ids, 0 if whole else len(ids) - 1)
             self._running.append(sequence)
             if copy is not None:
                 self.model.copy_cache(copy[0], sequence.slot, copy[1])
-            sequence.n_cached = sequence.n_reused = n_reused
-            self.counts.reused_tokens += n_reused
+            sequence.n_cached = write_prefix(self.model, sequence.slot, adapter, n_reused)
+            self._prefixes.write(sequence.slot, 0, ids[: sequence.n_cached])
+            sequence.n_reused = max(n_reused - sequence.n_virtual, 0)
+            self.counts.reused_tokens += sequence.n_reused
 
     def _waits(self, sequence: Sequence) -> bool:
         """Return whether a prompt being read begins so much like this one that waiting pays.
@@ -158,13 +163,13 @@ class Engine:
         """
         if sequence.params.scores_prompt or sequence.is_read_only:
             return False
-        prompt = sequence.prompt
-        held = self._prefixes.longest(prompt)
+        ids = sequence.input_ids
+        held = self._prefixes.longest(keyed(ids, sequence.adapter))
         return any(
-            common_prefix(prompt, other.prompt, len(prompt) - 1)
-            > held + (1 if other.prompt == prompt else _WORTH_WAITING)
+            common_prefix(ids, other.input_ids, len(ids) - 1)
+            > held + (1 if other.input_ids == ids else _WORTH_WAITING)
             for other in self._running
-            if other.is_prefilling
+            if other.is_prefilling and other.adapter is sequence.adapter
         )
 
     def _schedule(self) -> list[Piece]:
@@ -180,7 +185,7 @@ class Engine:
         for sequence in self._running:
             assert sequence.slot is not None
             if not sequence.is_prefilling:
-                start = len(sequence.prompt) + len(sequence.tokens) - 1
+                start = len(sequence.input_ids) + len(sequence.tokens) - 1
                 tokens = [sequence.tokens[-1], *sequence.draft(max_draft)]
                 n = len(tokens)
                 pieces.append(Piece(sequence, sequence.slot, start, tokens, n, n))
@@ -195,8 +200,8 @@ class Engine:
         keeps_all = sequence.params.scores_prompt or sequence.output == "mean"
         n_tokens = min(budget, self.model.prefill_tokens, _SCORED if keeps_all else budget)
         start = sequence.n_cached
-        tokens = sequence.prompt[start : start + n_tokens]
-        is_last = start + len(tokens) == len(sequence.prompt)
+        tokens = sequence.input_ids[start : start + n_tokens]
+        is_last = start + len(tokens) == len(sequence.input_ids)
         is_continued = not sequence.is_read_only and sequence.max_new_tokens > 0
         n_outputs = len(tokens) if keeps_all else int(is_last)
         return Piece(sequence, slot, start, tokens, n_outputs, int(is_last and is_continued))
@@ -206,7 +211,8 @@ class Engine:
         self._n_passes = self.model.n_passes + 1
         if drawn is None:
             for piece in pieces:
-                self._prefixes.write(piece.slot, piece.start, piece.tokens)
+                tokens = keyed(piece.tokens, piece.sequence.adapter)
+                self._prefixes.write(piece.slot, piece.start, tokens)
         return self._runner.start(pieces, self.decode, drawn)
 
     def _goes_on_after(self, current: Pass) -> bool:
@@ -241,7 +247,8 @@ class Engine:
             if not piece.is_running:  # since the pass was started
                 continue
             if piece.tokens == [IN_FLIGHT]:
-                self._prefixes.write(piece.slot, piece.start, sequence.tokens[-1:])
+                tokens = keyed(sequence.tokens[-1:], sequence.adapter)
+                self._prefixes.write(piece.slot, piece.start, tokens)
             if sequence.is_prefilling:
                 self._read(piece, output)
                 draft = []
@@ -259,7 +266,8 @@ class Engine:
         if sequence.params.scores_prompt:
             self._score_prompt(piece, output)
         if sequence.output == "mean":
-            part = output.sum(0) / len(sequence.prompt)
+            of_prompt = output[max(sequence.n_virtual - piece.start, 0) :]
+            part = of_prompt.sum(0) / len(sequence.prompt)
             sequence.pooled = part if sequence.pooled is None else sequence.pooled + part
         if sequence.is_prefilling:
             return
@@ -272,11 +280,14 @@ class Engine:
 
     def _score_prompt(self, piece: Piece, logits: torch.Tensor) -> None:
         """Add the log-probabilities of the prompt's tokens that a piece predicts."""
-        sequence, start, tokens = piece.sequence, piece.start, piece.tokens
-        if start == 0:
+        sequence = piece.sequence
+        # Of the prompt alone: virtual tokens have no scores, and what they predict has none.
+        start = piece.start - sequence.n_virtual
+        end, logits = start + len(piece.tokens), logits[max(-start, 0) :]
+        if start <= 0 < end:
             sequence.prompt_logprobs.append(0.0)
             sequence.prompt_top_logprobs.append([])
-        predicted = sequence.prompt[start + 1 : start + len(tokens) + 1]
+        predicted = sequence.prompt[max(start, 0) + 1 : max(end, 0) + 1]
         ids = torch.tensor(predicted, device=logits.device, dtype=torch.long)
         logits = logits[: len(predicted)]
         sequence.prompt_logprobs += token_logprobs(logits, ids).tolist()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from llama import parallel
+from llama.adapters.rows import AdapterRows
 from llama.engine.sequence import Sequence
 from llama.errors import NotFinite
 from llama.layers.batch import Segment, to_device, to_host
@@ -38,6 +39,11 @@ class Piece(NamedTuple):
         """True unless its sequence has ended, which may be known after the pass was started."""
         return self.sequence.finish_reason is None
 
+    @property
+    def is_pooled(self) -> bool:
+        """True if its outputs are hidden states, False if they are logits."""
+        return self.sequence.output in ("mean", "last")
+
 
 class Pass(NamedTuple):
     """A pass, which the device may still be computing."""
@@ -67,6 +73,7 @@ class Runner:
         size = model.params.max_batch_size, model.params.max_seq_len
         self._changes = LogitChanges(*size, n_words)
         self._sorts_all = 0  # passes to come whose draws are likely to need all tokens
+        self._modules = dict(model.named_modules())
 
     @torch.inference_mode()
     def start(
@@ -101,7 +108,10 @@ class Runner:
         segments = [Segment(piece.slot, piece.start, len(piece.tokens)) for piece in pieces]
         ids = [token for piece in pieces for token in piece.tokens]
         counts = [piece.n_outputs for piece in pieces]
-        if decode is not None and len(ids) == len(owners) and decode.supports(segments):
+        owned = [(p.sequence.adapter, len(p.tokens), p.n_outputs, p.is_pooled) for p in pieces]
+        rows = AdapterRows(owned)
+        decodes = len(ids) == len(owners) and not rows  # steps are recorded without adapters
+        if decode is not None and decodes and decode.supports(segments):
             whole = [ids, *decode.places(segments), *change.whole]
             tokens, slots, positions, *numbers = to_device(device, whole, floats)
             tokens = tokens if drawn is None else drawn
@@ -110,13 +120,15 @@ class Runner:
         else:
             ends = accumulate(len(piece.tokens) for piece in pieces)
             chosen = [i for end, n in zip(ends, counts, strict=True) for i in range(end - n, end)]
-            whole = [ids, chosen, *change.whole]
+            whole = [ids, chosen, *rows.whole, *change.whole]
             tokens, select, *numbers = to_device(device, whole, floats)
+            indices, numbers = numbers[: len(rows.whole)], numbers[len(rows.whole) :]
             tokens = tokens if drawn is None else drawn
-            hidden = self._model.hidden_states(
-                tokens, segments, select if len(chosen) < len(ids) else None
-            )
-            outputs = self._outputs(hidden, pieces)
+            with rows.applied(self._modules, indices):
+                hidden = self._model.hidden_states(
+                    tokens, segments, select if len(chosen) < len(ids) else None
+                )
+                outputs = self._outputs(hidden, pieces)
             logits = _drawn_rows(outputs, pieces)
         n_changes = len(change.whole) + len(change.floats)
         changed = change.apply(logits[:, : self._n_words], tokens, numbers[:n_changes])
@@ -127,13 +139,13 @@ class Runner:
     def _outputs(self, hidden: torch.Tensor, pieces: List[Piece]) -> tuple[torch.Tensor, ...]:
         """Return each piece's hidden states if they are to be pooled, its logits otherwise."""
         counts = [piece.n_outputs for piece in pieces]
-        pooled = [piece.sequence.output in ("mean", "last") for piece in pieces]
-        if not any(pooled):
+        if not any(piece.is_pooled for piece in pieces):
             return self._model.logits(hidden).split(counts)
-        return tuple(
-            part.float() if pools else self._model.logits(part)
-            for part, pools in zip(hidden.split(counts), pooled, strict=True)
-        )
+        parts = list(zip(hidden.split(counts), pieces, strict=True))
+        rest = [part for part, piece in parts if not piece.is_pooled]
+        logits = self._model.logits(torch.cat((hidden[:0], *rest)))
+        some = iter(logits.split([len(part) for part in rest]))
+        return tuple(part.float() if piece.is_pooled else next(some) for part, piece in parts)
 
     def _draw(self, started: Pass) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Draw tokens; return them and all that the host will want to know."""

@@ -4,10 +4,12 @@ import random
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as List
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 import torch
 
+from llama.adapters import Adapter, n_virtual
 from llama.args import ModelArgs
 from llama.engine.detokenizer import Detokenizer
 from llama.engine.prompt_lookup import PromptLookup
@@ -38,6 +40,7 @@ class Sequence:
         ends: those of the stop strings and ids that are the tokenizer's or the format's own, which
             no ``stop_reason`` names.
         visible: control ids whose spelling is part of the text.
+        adapter: which changes the network for it; kept also if it is unloaded meanwhile.
     """
 
     prompt: list[int]
@@ -48,6 +51,7 @@ class Sequence:
     in_context: bool = False
     ends: frozenset[End] = frozenset()
     visible: Mapping[int, str] = field(default_factory=dict)
+    adapter: Adapter | None = None
 
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -59,8 +63,8 @@ class Sequence:
     finish_reason: FinishReason | None = None
     stop_reason: End | None = None  # the caller's stop string or id that ended it
     slot: int | None = None  # of the cache
-    n_cached: int = 0  # tokens of the prompt in the cache
-    n_reused: int = 0  # of which the cache held so many before
+    n_cached: int = 0  # of input_ids in the cache
+    n_reused: int = 0  # tokens of the prompt that the cache held before
     detokenizer: Detokenizer | None = None
     _spelled: dict[int, str] = field(default_factory=dict)  # stop strings that are control pieces
     _lookup: PromptLookup | None = None
@@ -82,6 +86,15 @@ class Sequence:
             self._lookup = PromptLookup(self.prompt, self.params.prompt_lookup_num_tokens)
         self._rng = random.Random(self.seed)
 
+    @cached_property
+    def input_ids(self) -> list[int]:
+        """The ids that the network reads: the adapter's virtual tokens, then the prompt."""
+        return [*self.adapter.virtual, *self.prompt] if self.adapter else self.prompt
+
+    @property
+    def n_virtual(self) -> int:
+        return n_virtual(self.adapter)
+
     @property
     def is_read_only(self) -> bool:
         """True if nothing is generated after the prompt."""
@@ -90,7 +103,7 @@ class Sequence:
     @property
     def is_prefilling(self) -> bool:
         """True if some of the prompt isn't in the cache yet."""
-        return self.n_cached < len(self.prompt)
+        return self.n_cached < len(self.input_ids)
 
     @property
     def text(self) -> str:
@@ -187,15 +200,17 @@ class Event(NamedTuple):
         return self.sequence.finish_reason
 
 
-def checked_prompts(args: ModelArgs, prompts: Iterable[List[int]]) -> list[list[int]]:
+def checked_prompts(
+    args: ModelArgs, prompts: Iterable[List[int]], adapter: Adapter | None = None
+) -> list[list[int]]:
     """Return prompts as lists of token ids.
 
     Raises:
         TypeError: a prompt isn't a list of ints.
-        PromptTooLong: a prompt has more than ``max_seq_len`` tokens.
+        PromptTooLong: a prompt and its adapter's virtual tokens are more than ``max_seq_len``.
         ValueError: a prompt is empty, or holds an id outside the vocabulary.
     """
-    checked = []
+    checked, room = [], args.max_seq_len - n_virtual(adapter)
     for i, prompt in enumerate(checked_list(prompts, "prompt_tokens")):
         if isinstance(prompt, str | bytes) or not isinstance(prompt, List):
             raise TypeError(f"prompt {i} is {prompt!r}: give a list of token ids for each prompt")
@@ -203,8 +218,8 @@ def checked_prompts(args: ModelArgs, prompts: Iterable[List[int]]) -> list[list[
         invalid = [t for t in ids if not isinstance(t, int)]
         if invalid:
             raise TypeError(f"prompt {i} holds {invalid[0]!r}: give token ids, which are int")
-        if len(ids) > args.max_seq_len:
-            raise PromptTooLong(i, len(ids), args.max_seq_len)
+        if len(ids) > room:
+            raise PromptTooLong(i, len(ids), args.max_seq_len, n_virtual(adapter))
         outside = [t for t in ids if not 0 <= t < args.vocab_size]
         if outside:
             raise ValueError(

@@ -6,6 +6,7 @@ from collections.abc import Sequence as List
 from functools import cached_property
 from typing import Any
 
+from llama.adapters import Adapters, n_virtual
 from llama.args import ModelArgs
 from llama.chat.ends import answer_ends
 from llama.chat.layout import ChatFormat
@@ -32,6 +33,7 @@ class Tasks:
 
     Attributes:
         ranks: "alone" if other ranks don't make the same calls, see ``compile_format``.
+        adapters: those that a call may name.
         recommended: what ``sampling="checkpoint"`` stands for.
     """
 
@@ -42,6 +44,7 @@ class Tasks:
         self.tokenizer = tokenizer
         self.chat_format = chat
         self.recommended = Recommended()
+        self.adapters = Adapters()
         self._seeds = random.Random(seed)
 
     def generate(
@@ -75,17 +78,18 @@ class Tasks:
                 f"logit_bias names the token id {outside[0]}, outside the vocabulary of "
                 f"{self.tokenizer.n_words}"
             )
+        adapter = self.adapters.find(params.adapter, writes=True)
         seed = self._seeds.getrandbits(63) if params.seed is None else params.seed
         sequences: list[Sequence] = []
-        for i, ids in enumerate(checked_prompts(self.args, prompts)):
+        for i, ids in enumerate(checked_prompts(self.args, prompts, adapter)):
             continues = in_context if isinstance(in_context, bool) else in_context[i]
-            limit = self.args.max_seq_len - len(ids)
+            limit = self.args.max_seq_len - len(ids) - n_virtual(adapter)
             if params.max_gen_len is not None:
                 limit = min(limit, params.max_gen_len)
             for _ in range(params.n):
                 number = f"{seed} {len(sequences)}"
                 shown = visible or {}
-                one = Sequence(ids, params, number, limit, output, continues, own, shown)
+                one = Sequence(ids, params, number, limit, output, continues, own, shown, adapter)
                 sequences.append(one)
         hold_to_form(sequences, self.tokenizer, self.ranks)
         return sequences
@@ -142,14 +146,17 @@ class Tasks:
         end = self.tokenizer.eot_id
         return self.generate(ids, params, "infilling", ends=() if end is None else (end,))
 
-    def read(self, texts: List[str | list[int]], output: Output) -> list[Sequence]:
+    def read(
+        self, texts: List[str | list[int]], output: Output, adapter: str | None = None
+    ) -> list[Sequence]:
         """Read texts for the result that ``output`` names."""
+        params, changed = SamplingParams(adapter=adapter), self.adapters.find(adapter)
         prompts = [
             text if _is_token_ids(text) else self._encode(text)
             for text in checked_list(texts, "texts")
         ]
-        checked = checked_prompts(self.args, prompts)
-        return [Sequence(prompt, output=output) for prompt in checked]
+        checked = checked_prompts(self.args, prompts, changed)
+        return [Sequence(prompt, params, output=output, adapter=changed) for prompt in checked]
 
     def _encode(self, text: str) -> list[int]:
         tokenizer = self.tokenizer

@@ -5,7 +5,7 @@ checkpoint fills these: a weight is made in this rank's size, on the default dev
 included), and its memory isn't touched.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -32,6 +32,8 @@ class _Stored(nn.Module):
 
     scheme: Scheme | None = None
     weight: nn.Parameter
+    # Changes this rank's outputs, given the inputs and those, in a pass with adapters.
+    adapted: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
 
     def _allocate(self, out_features: int, in_features: int) -> None:
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
@@ -44,6 +46,10 @@ class _Stored(nn.Module):
         for name, shape in scheme.shapes(*self.weight.shape).items():
             part = torch.empty(shape, dtype=dtypes[name], device=self.weight.device)
             setattr(self, name, nn.Parameter(part, requires_grad=False))
+
+    def adapt(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """Return this rank's outputs as the pass's adapters change them."""
+        return out if self.adapted is None else self.adapted(x, out)
 
 
 class ParallelLinear(_Stored):
@@ -72,10 +78,9 @@ class ParallelLinear(_Stored):
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """Return this rank's part of ``x @ weight.T``: (n_tokens, in_features) to (n_tokens, …)."""
         if self.kernel is not None:
-            return self.kernel(x)[:, self.rows]
-        if self.scheme is None:
-            return F.linear(x, self.weight)
-        return F.linear(x, self.plain_weight().to(x.dtype))
+            return self.adapt(x, self.kernel(x)[:, self.rows])
+        weight = self.weight if self.scheme is None else self.plain_weight().to(x.dtype)
+        return self.adapt(x, F.linear(x, weight))
 
     def biased(self, out: torch.Tensor) -> torch.Tensor:
         """Add the bias, where the layer has one, to a product."""
@@ -130,13 +135,13 @@ def fused_linear(x: torch.Tensor, *layers: ParallelLinear) -> Sequence[torch.Ten
     if kernel is None:
         return [layer.product(x) for layer in layers]
     out = kernel(x)
-    return [layer.biased(out[:, layer.rows]) for layer in layers]
+    return [layer.biased(layer.adapt(x, out[:, layer.rows])) for layer in layers]
 
 
 def joined_linear(x: torch.Tensor, *layers: ParallelLinear) -> torch.Tensor:
     """Return ``fused_linear``'s parts side by side, without a copy where a kernel makes them so."""
     kernel = _shared_kernel(layers)
-    if kernel is None or any(layer.bias is not None for layer in layers):
+    if kernel is None or any(layer.adapted or layer.bias is not None for layer in layers):
         return torch.cat(tuple(fused_linear(x, *layers)), dim=1)
     return kernel(x)
 
@@ -224,14 +229,16 @@ class ParallelEmbedding(_Stored, fairscale_layers.ParallelEmbedding):
 
     def __init__(self, num_embeddings: int, embedding_dim: int):
         nn.Module.__init__(self)
-        self.embedding_dim = embedding_dim
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         self._allocate(num_embeddings, _split(embedding_dim, "the embedding width"))
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        # Adapters embed ids beyond the vocabulary.
+        known = tokens if self.adapted is None else tokens.clamp(max=self.num_embeddings - 1)
         if self.scheme is None:
-            out = F.embedding(tokens, self.weight)
+            out = F.embedding(known, self.weight)
         else:
-            stored = {name: part[tokens] for name, part in self.named_parameters()}
+            stored = {name: part[known] for name, part in self.named_parameters()}
             block_size = self.scheme.block_size(self.embedding_dim)
             out = self.scheme.dequantize(stored, block_size).to(self.dtype)
-        return all_gather(out)
+        return all_gather(self.adapt(tokens, out))

@@ -19,10 +19,14 @@ _LARGEST = 1e9  # of a bias: an infinite one would make NaN of the others
 class Text(Protocol):
     """The part of a sequence that matters here."""
 
-    prompt: list[int]
     tokens: list[int]
     params: SamplingParams
     grammar: Grammar | None
+
+    @property
+    def input_ids(self) -> list[int]: ...  # virtual tokens, then the prompt
+    @property
+    def n_virtual(self) -> int: ...
 
 
 class Part(Protocol):
@@ -148,7 +152,7 @@ class _Changes(Change):
                 else:
                     self._biased.append(base + token)
                     self._biases.append(float(min(bias, _LARGEST)))
-            if part.start + end - len(sequence.prompt) < params.min_tokens:
+            if part.start + end - len(sequence.input_ids) < params.min_tokens:
                 self._banned += [
                     base + token
                     for token in params.stop_token_ids
@@ -165,7 +169,7 @@ class _Changes(Change):
     def _penalise(self, part: Part, row: int, ends: range, first: int) -> None:
         sequence, params = part.sequence, part.sequence.params
         for i, end in enumerate(ends, row):
-            numbers = (i, part.slot, part.start + end - 1, len(sequence.prompt))
+            numbers = (i, part.slot, part.start + end - 1, len(sequence.input_ids))
             for some, number in zip(self._penalised, numbers, strict=True):
                 some.append(number)
         factors = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty)
@@ -176,7 +180,7 @@ class _Changes(Change):
         if not self._changes.take(part.slot, sequence):
             assert not self._is_ahead, "a text's first token is drawn by the pass before"
             start = 0
-            tokens = [*[*sequence.prompt, *sequence.tokens][: part.start], *tokens]
+            tokens = [*[*sequence.input_ids, *sequence.tokens][: part.start], *tokens]
         begin = self._changes.place(part.slot, start)
         self._written[0] += range(begin, begin + len(tokens))
         self._written[1] += tokens
@@ -240,7 +244,8 @@ def _process(logits: torch.Tensor, part: Part, end: int) -> None:
     sequence = part.sequence
     process = sequence.params.logits_processor
     assert process is not None
-    text = [*[*sequence.prompt, *sequence.tokens][: part.start], *part.tokens[:end]]
+    ids = [*[*sequence.input_ids, *sequence.tokens][: part.start], *part.tokens[:end]]
+    text = ids[sequence.n_virtual :]
     changed = process(torch.tensor([text], device=logits.device), logits)
     if not isinstance(changed, torch.Tensor) or changed.shape != logits.shape:
         found = tuple(changed.shape) if isinstance(changed, torch.Tensor) else type(changed)

@@ -82,20 +82,17 @@ class RequestCounter:
 
 def _routes(service: Service) -> APIRouter:
     router = APIRouter()
-    served = schemas.Model(
-        id=service.name, created=service.created, max_model_len=service.max_tokens
-    )
 
     @router.get("/v1/models", responses={k: _ERRORS[k] for k in (401, 403)}, tags=["models"])
     async def models() -> schemas.Models:
-        """Return the served model."""
-        return schemas.Models(data=[served])
+        """Return the served model, and the adapters that are models too."""
+        return schemas.Models(data=tasks.models(service))
 
     @router.get("/v1/models/{model:path}", responses=_ERRORS, tags=["models"])
     async def model(model: str) -> schemas.Model:
-        """Return a model, if it is the served one."""
-        tasks.check_model(service, model)
-        return served
+        """Return a model, if it is the served one or an adapter."""
+        tasks.chosen_adapter(service, model)
+        return next(each for each in tasks.models(service) if each.id == model)
 
     @router.post("/v1/completions", **_text_route(schemas.Completion, schemas.Completion))
     async def completions(body: schemas.CompletionRequest, request: Request) -> Response:

@@ -7,6 +7,7 @@ from typing import Any
 
 from llama.checkpoint.pretrained import TINY
 from llama.cli import dtype_of
+from llama.errors import short
 from llama.server.access import is_loopback
 
 # What ``Llama.build`` takes as it is.
@@ -53,7 +54,9 @@ class ServerConfig:
             sequences are being decoded.
         device: cpu, cuda or mps; the fastest available by default.
         dtype: float32, bfloat16 or float16; by default as checkpoint and device suggest.
-        adapter: a LoRA adapter's directory, or several separated by commas.
+        adapter: the directory of a LoRA adapter to merge in, or several separated by commas.
+        lora_modules: adapters that a request chooses as its model, name=directory, separated by
+            commas; they aren't merged.
         chat_format: how dialogs are written; by default as the checkpoint says.
         chat_template: a Jinja template's text or file, in place of the checkpoint's own.
         tool_format: how tools are described and called where the template has no place for them;
@@ -85,6 +88,7 @@ class ServerConfig:
     device: str | None = None
     dtype: str | None = None
     adapter: str | tuple[str, ...] = ()
+    lora_modules: str | tuple[str, ...] = ()
     chat_format: str | None = None
     chat_template: str | None = None
     tool_format: str | None = None
@@ -95,6 +99,7 @@ class ServerConfig:
     kv_cache_dtype: str | None = None
 
     def __post_init__(self) -> None:
+        self.lora_directories()
         key = self.api_key or os.environ.get("LLAMA_API_KEY") or None
         object.__setattr__(self, "api_key", key)
         if key is None and not is_loopback(self.host):
@@ -107,8 +112,36 @@ class ServerConfig:
     @property
     def name(self) -> str:
         """The model's id."""
+        return self.model_name or self.root
+
+    @property
+    def root(self) -> str:
+        """The checkpoint's own name."""
         path = Path(self.ckpt_dir).resolve()
-        return self.model_name or (path.stem if path.is_file() else path.name)
+        return path.stem if path.is_file() else path.name
+
+    def lora_directories(self) -> dict[str, str]:
+        """Return the directories of ``lora_modules`` by the adapters' names.
+
+        Raises:
+            ValueError: an entry isn't ``name=directory``, or a name isn't the only one.
+        """
+        entries = [self.lora_modules] if isinstance(self.lora_modules, str) else self.lora_modules
+        found: dict[str, str] = {}
+        for entry in entries:
+            name, _, directory = entry.partition("=")
+            if not name.strip() or not directory.strip():
+                raise ValueError(
+                    f"--lora_modules has {short(entry, 80)}: expected name=directory, separated by "
+                    "commas"
+                )
+            if name in found or name == self.name:
+                raise ValueError(
+                    f"--lora_modules has the name {short(name, 80)}, which another adapter or the "
+                    "model has already: a request chooses by it, so give each its own"
+                )
+            found[name] = directory
+        return found
 
     @property
     def origins(self) -> list[str]:

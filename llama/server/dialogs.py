@@ -17,7 +17,7 @@ from llama.server.events import Events, collect, json_response, stream, unless_d
 from llama.server.schemas import FinishReason
 from llama.server.scores import Scores, new_id, usage
 from llama.server.service import Service
-from llama.server.tasks import check_model, check_scores
+from llama.server.tasks import check_scores, chosen_adapter
 
 
 class Turn:
@@ -111,21 +111,23 @@ async def submit_dialog(
 
 async def chat(service: Service, body: schemas.ChatRequest, request: Request) -> Response:
     """Answer a dialog."""
-    check_model(service, body.model)
+    adapter = chosen_adapter(service, body.model)
     score = bool(body.logprobs)
     check_scores(service, score)
     sampling = body.generation | {
         "max_gen_len": body.max_completion_tokens or body.max_tokens,
         "logprobs": score,
         "top_logprobs": body.top_logprobs or 0,
+        "adapter": adapter,
     }
     submission = submit_dialog(service, body.dialog, body.options, sampling, body.timeout)
     answers, turns = await unless_disconnected(request, submission)
     jobs, n = answers.jobs, len(answers.jobs)
     scores = [Scores(service.llama.tokenizer, job) for job in jobs if score]
     name, created = new_id("chatcmpl")
-    whole = partial(schemas.ChatCompletion, id=name, created=created, model=service.name)
-    chunk = partial(schemas.ChatChunk, id=name, created=created, model=service.name)
+    named: Any = {"id": name, "created": created, "model": adapter or service.name}
+    whole = partial(schemas.ChatCompletion, **named)
+    chunk = partial(schemas.ChatChunk, **named)
 
     def logprobs(piece: Piece) -> schemas.ChatLogprobs | None:
         return scores[piece.number].for_chat(piece.n_tokens) if score else None

@@ -18,7 +18,7 @@ from llama.server.schemas import FinishReason
 from llama.server.schemas_chat import TokenLogprob
 from llama.server.scores import Scores, usage
 from llama.server.service import Service
-from llama.server.tasks import check_model, check_scores
+from llama.server.tasks import check_scores, chosen_adapter
 
 _INCOMPLETE: dict[FinishReason, Literal["max_output_tokens", "content_filter"]] = {
     "length": "max_output_tokens",
@@ -28,15 +28,16 @@ _INCOMPLETE: dict[FinishReason, Literal["max_output_tokens", "content_filter"]] 
 
 async def respond(service: Service, body: schemas.ResponsesRequest, request: Request) -> Response:
     """Answer a dialog in the form of a list of items."""
-    check_model(service, body.model)
+    adapter = chosen_adapter(service, body.model)
     check_scores(service, body.wants_logprobs)
+    sampling = body.generation | {"adapter": adapter}
     submission = submit_dialog(
-        service, body.dialog, body.options, body.generation, body.timeout, ("input", "text.format")
+        service, body.dialog, body.options, sampling, body.timeout, ("input", "text.format")
     )
     answers, [turn] = await unless_disconnected(request, submission)
     [job] = answers.jobs
     scores = Scores(service.llama.tokenizer, job) if body.wants_logprobs else None
-    growing = GrowingResponse(_empty(body, service.name), turn, scores)
+    growing = GrowingResponse(_empty(body, adapter or service.name), turn, scores)
     if body.stream:
         return stream(
             answers,

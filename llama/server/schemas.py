@@ -34,7 +34,7 @@ class StreamOptions(RequestBody):
 class TextRequest(SamplingFields):
     """The common part of requests for text and for chat."""
 
-    model: str | None = Field(None, description="The served model's id.")
+    model: str | None = Field(None, description="The served model's id, or an adapter's.")
     n: Annotated[Whole, Field(ge=1, le=16)] | None = Field(
         1, description="Number of answers to each prompt."
     )
@@ -93,7 +93,7 @@ class CompletionRequest(TextRequest):
 
 class EmbeddingRequest(RequestBody):
     input: Prompt
-    model: str | None = Field(None, description="The served model's id.")
+    model: str | None = Field(None, description="The served model's id, or an adapter's.")
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = Field(None, ge=1, description="Only the model's own number.")
     user: str | None = Field(None, description="Ignored.")
@@ -175,6 +175,8 @@ class Model(BaseModel):
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "llama"
+    root: str = Field(description="The name of its file or directory, without the path.")
+    parent: str | None = Field(None, description="Of an adapter the model that it changes.")
     max_model_len: int = Field(description="Tokens of prompt and answer together.")
 
 

@@ -154,7 +154,7 @@ class ResponseStreamOptions(RequestBody):
 
 
 class ResponsesRequest(SamplingFields):
-    model: str | None = Field(None, description="The served model's id.")
+    model: str | None = Field(None, description="The served model's id, or an adapter's.")
     input: str | Annotated[list[Item], Field(min_length=1, fail_fast=True)]
     instructions: str | None = Field(None, description="A first system message.")
     max_output_tokens: Annotated[Whole, Field(ge=1)] | None = Field(

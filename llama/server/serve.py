@@ -62,6 +62,8 @@ def main(config: ServerConfig) -> None:
     """Serve a model until SIGTERM or Ctrl-C, which let running requests finish."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
     llama = Llama.build(**config.build_arguments())
+    for name, directory in config.lora_directories().items():
+        llama.load_adapter(name, directory)
     if config.guard_dir is not None:
         if world_size() > 1:
             raise ValueError(
@@ -100,7 +102,7 @@ def _run_worker(llama: Llama) -> None:
     for sig in (signal.SIGTERM, signal.SIGINT):
         signal.signal(sig, signal.SIG_IGN)
     try:
-        worker_loop(llama.engine)
+        worker_loop(llama.engine, llama.adapters)
     except RuntimeError as error:
         logger.error("this rank failed, or rank 0 has ended: %s", error)
         os._exit(1)

@@ -128,7 +128,7 @@ class Service:
         try:
             sequences = await asyncio.get_running_loop().run_in_executor(threads, make)
         except PromptTooLong as error:
-            raise self._too_long(error.n_tokens) from error
+            raise self._too_long(error.n_tokens, error.n_virtual) from error
         except WrongForm as error:
             raise ApiError(400, str(error), "response_format") from error
         except ImportError as error:  # of what compiles forms
@@ -141,16 +141,17 @@ class Service:
                 raise ApiError(400, UNSAFE_ERROR if is_chat else "a prompt has no tokens")
             if max(sequence.prompt) >= n_words:
                 raise ApiError(400, f"token ids end with {n_words - 1}")
-            leaves_room = len(sequence.prompt) < self.max_tokens or sequence.is_read_only
+            leaves_room = len(sequence.input_ids) < self.max_tokens or sequence.is_read_only
             if not leaves_room and sequence.params.max_gen_len != 0:
-                raise self._too_long(len(sequence.prompt))
+                raise self._too_long(len(sequence.prompt), sequence.n_virtual)
         _check_scores(sequences)
         return sequences
 
-    def _too_long(self, n_tokens: int) -> ApiError:
+    def _too_long(self, n_tokens: int, n_virtual: int) -> ApiError:
+        virtual = f" behind the model's {n_virtual} virtual ones" if n_virtual else ""
         return ApiError(
             400,
-            f"the prompt has {n_tokens} tokens, which leaves no room for an answer in the "
+            f"the prompt has {n_tokens} tokens{virtual}, which leaves no room for an answer in the "
             f"{self.max_tokens} that the server has for both: shorten it, or start the server with "
             "a larger --max_seq_len",
             code="context_length_exceeded",

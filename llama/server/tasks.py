@@ -3,6 +3,7 @@
 import base64
 import struct
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from fastapi import Request, Response
@@ -18,7 +19,7 @@ from llama.server.service import Service
 
 async def complete(service: Service, body: schemas.CompletionRequest, request: Request) -> Response:
     """Continue texts, or fill in the middle between two."""
-    check_model(service, body.model)
+    adapter = chosen_adapter(service, body.model)
     score = body.logprobs is not None
     check_scores(service, score)
     tokenizer, tasks = service.llama.tokenizer, service.llama.tasks
@@ -31,6 +32,7 @@ async def complete(service: Service, body: schemas.CompletionRequest, request: R
             logprobs=score,
             top_logprobs=body.logprobs or 0,
             echo=echo,
+            adapter=adapter,
             **body.generation,
         )
         if suffix is not None:
@@ -41,7 +43,7 @@ async def complete(service: Service, body: schemas.CompletionRequest, request: R
     submission = service.submit(make, len(prompts) * n, n, timeout=body.timeout, has_form=has_form)
     answers = await unless_disconnected(request, submission)
     name, created = new_id("cmpl")
-    answer = partial(schemas.Completion, id=name, created=created, model=service.name)
+    answer = partial(schemas.Completion, id=name, created=created, model=adapter or service.name)
     scored = answers.jobs if score else []
     scores = [Scores(tokenizer, job, echo) for job in scored]
     echoes = set(range(len(answers.jobs))) - set(answers.refusals) if echo else set()
@@ -76,12 +78,13 @@ async def complete(service: Service, body: schemas.CompletionRequest, request: R
 
 async def embed(service: Service, body: schemas.EmbeddingRequest, request: Request) -> Response:
     """Return vectors of texts."""
-    check_model(service, body.model)
+    adapter = chosen_adapter(service, body.model)
     width = service.llama.model.params.dim
     if body.dimensions not in (None, width):
         raise ApiError(400, f"the model's vectors have {width} numbers: leave it out", "dimensions")
     texts = _prompts(body.input)
-    submission = service.submit(lambda: service.llama.tasks.read(texts, "mean"), len(texts))
+    tasks = service.llama.tasks
+    submission = service.submit(lambda: tasks.read(texts, "mean", adapter), len(texts))
     answers = await unless_disconnected(request, submission)
     await collect(request, answers)
 
@@ -96,20 +99,40 @@ async def embed(service: Service, body: schemas.EmbeddingRequest, request: Reque
             data.append(schemas.Embedding(index=i, embedding=vector))
         n_tokens = sum(len(job.sequence.prompt) for job in answers.jobs)
         used = schemas.EmbeddingUsage(prompt_tokens=n_tokens, total_tokens=n_tokens)
-        return schemas.Embeddings(model=service.name, data=data, usage=used)
+        return schemas.Embeddings(model=adapter or service.name, data=data, usage=used)
 
     return await json_response(build)
 
 
-def check_model(service: Service, model: str | None) -> None:
-    """Raise ``ApiError`` if a request is for another model than the served one."""
-    if model not in (None, service.name):
+def chosen_adapter(service: Service, model: str | None) -> str | None:
+    """Return the adapter that is a request's model; None for the served model itself.
+
+    Raises:
+        ApiError: it is neither.
+    """
+    if model in (None, service.name):
+        return None
+    if model not in service.llama.adapters:
+        names = ", ".join(repr(name) for name in (service.name, *service.llama.adapters))
         raise ApiError(
             404,
-            f"there is no model {model!r} here: this server has {service.name!r}",
+            f"there is no model {model!r} here: this server has {names}",
             "model",
             "model_not_found",
         )
+    return model
+
+
+def models(service: Service) -> list[schemas.Model]:
+    """Return what a request's model may be: the served one, then the adapters."""
+    of_all: Any = {"created": service.created, "max_model_len": service.max_tokens}
+    directories = service.config.lora_directories()
+    found = [schemas.Model(id=service.name, root=service.config.root, **of_all)]
+    for name in service.llama.adapters:
+        # Clients needn't know where on this machine it lies.
+        root = Path(directories.get(name, name)).name
+        found.append(schemas.Model(id=name, root=root, parent=service.name, **of_all))
+    return found
 
 
 def _prompts(value: Any) -> list[Any]:

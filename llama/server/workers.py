@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from llama import parallel
+from llama.adapters import Adapters
 from llama.engine.engine import Engine
 from llama.engine.sequence import Sequence
 from llama.errors import NotFinite
@@ -75,8 +76,11 @@ class Workers:
             broadcast_bytes(_STOP)
 
 
-def worker_loop(engine: Engine) -> None:
+def worker_loop(engine: Engine, adapters: Adapters | None = None) -> None:
     """Take part in all steps, on a rank other than 0, until rank 0 stops the loop.
+
+    Args:
+        adapters: those that sequences name, loaded as on rank 0.
 
     Raises:
         RuntimeError: rank 0 has ended.
@@ -88,7 +92,8 @@ def worker_loop(engine: Engine) -> None:
         if not data:
             continue
         message = json.loads(data)
-        new = [_restore(fields, engine) for fields in message.get("submitted", ())]
+        submitted = message.get("submitted", ())
+        new = [_restore(fields, engine, adapters) for fields in submitted]
         sequences |= dict(enumerate(new, n_submitted))
         n_submitted += len(new)
         engine.submit(new)
@@ -108,13 +113,14 @@ def _describe(sequence: Sequence) -> dict[str, Any]:
     return {"params": params, **sets, **{name: getattr(sequence, name) for name in names}}
 
 
-def _restore(fields: dict[str, Any], engine: Engine) -> Sequence:
+def _restore(fields: dict[str, Any], engine: Engine, adapters: Adapters | None = None) -> Sequence:
     params = fields["params"]
     biases = params.get("logit_bias", {})  # JSON has no keys but texts
     params["logit_bias"] = {int(i): bias for i, bias in biases.items()}
     ends, visible = frozenset(fields.get("ends", ())), dict(fields.get("visible", ()))
     restored = {"params": SamplingParams(**params), "ends": ends, "visible": visible}
-    sequence = Sequence(**{**fields, **restored})
+    adapter = (adapters or Adapters()).find(params.get("adapter"))
+    sequence = Sequence(**{**fields, **restored}, adapter=adapter)
     hold_to_form([sequence], engine.tokenizer, "later")
     return sequence
 

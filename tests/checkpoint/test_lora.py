@@ -1,6 +1,7 @@
 """LoRA adapters that PEFT wrote, merged: the logits are those of PEFT's own model."""
 
 import json
+import re
 import shutil
 import warnings
 from collections.abc import Callable
@@ -9,30 +10,28 @@ from typing import Any
 
 import pytest
 import torch
-from hf_files import make_hf, write_adapter
-from peft import PeftModel
+from hf_files import write_adapter
+from peft_files import (
+    ATTENTION,
+    BIASED,
+    HEAD_DIM,
+    TIED,
+    TOKENS,
+    VARIANTS,
+    expected_logits,
+    logits,
+    make_reference,
+    write_base,
+)
 from safetensors.torch import load_file, save_file
-from transformers import LlamaForCausalLM, LlamaForSequenceClassification
+from transformers import LlamaForSequenceClassification
 
-from llama import ModelArgs, parallel
 from llama.checkpoint.base import Checkpoint
-from llama.checkpoint.hf import from_interleaved, hf_name, is_rotary, meta_name, to_interleaved
-from llama.checkpoint.load import load
+from llama.checkpoint.hf import from_interleaved, hf_name, meta_name, to_interleaved
 from llama.checkpoint.lora import apply_adapter
 from llama.checkpoint.meta import open_meta
-from llama.checkpoint.params import make_args
-from llama.checkpoint.save import save
 from llama.generation import TINY
 
-HEAD_DIM, VOCABULARY = 8, 50
-SIZES = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_attention_heads": 4,
-    "vocab_size": VOCABULARY,
-    "pad_token_id": 0,
-}
-TOKENS = torch.randint(0, VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(5))
 Q_A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 
 
@@ -41,84 +40,6 @@ def _quiet() -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-
-
-def make_reference(kind: Any = LlamaForCausalLM, tied: bool = False, labels: int = 2) -> Any:
-    return make_hf(kind, 0, **SIZES, tie_word_embeddings=tied, num_labels=labels)
-
-
-def write_base(reference: LlamaForCausalLM, directory: Path, shards: int = 1) -> Path:
-    config = reference.config
-    tied = config.tie_word_embeddings
-    tensors = {}
-    for name, tensor in reference.state_dict().items():
-        name = meta_name(name)
-        if name == "output.weight" and tied:
-            continue
-        tensors[name] = to_interleaved(tensor, HEAD_DIM) if is_rotary(name) else tensor
-    args = ModelArgs(
-        dim=config.hidden_size,
-        n_layers=config.num_hidden_layers,
-        n_heads=config.num_attention_heads,
-        n_kv_heads=config.num_key_value_heads,
-        hidden_dim=config.intermediate_size,
-        vocab_size=VOCABULARY,
-        norm_eps=config.rms_norm_eps,
-        tie_word_embeddings=tied,
-    )
-    save([tensors], args, directory, shards)
-    return directory
-
-
-def logits(checkpoint: Checkpoint, tokens: torch.Tensor = TOKENS) -> torch.Tensor:
-    parallel.initialize(torch.device("cpu"))
-    args = make_args(checkpoint.params, checkpoint.source, 0, 16, 2)
-    return load(checkpoint, args, torch.device("cpu"), torch.float32)(tokens, 0)
-
-
-def expected_logits(model: PeftModel, tokens: torch.Tensor = TOKENS) -> torch.Tensor:
-    with torch.inference_mode():
-        return model(tokens).logits
-
-
-ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
-FFN = ["gate_proj", "up_proj", "down_proj"]
-VARIANTS: dict[str, dict[str, Any]] = {
-    "attention": {"target_modules": ATTENTION},
-    "feed_forward": {"target_modules": FFN, "lora_alpha": 3},
-    "all_linear": {"target_modules": "all-linear"},
-    "regex": {"target_modules": r".*layers\.1\..*(q|down)_proj"},
-    "embedding_and_output": {"target_modules": ["q_proj", "embed_tokens", "lm_head"]},
-    "patterns": {
-        "target_modules": ATTENTION + FFN,
-        "rank_pattern": {"k_proj": 2, r"layers\.1\.mlp.*": 6, "model.layers.0.mlp.up_proj": 3},
-        # Of several that match the first counts, and PEFT sorts them when it saves.
-        "alpha_pattern": {r".*\.0\.self_attn\..*": 5, "^self_attn.v_proj": 100, "q_proj": 20},
-    },
-    "rslora": {
-        "target_modules": ATTENTION,
-        "use_rslora": True,
-        "rank_pattern": {"v_proj": 8},
-        "lora_alpha": 6.5,
-    },
-    "gaussian": {"target_modules": ATTENTION, "init_lora_weights": "gaussian"},
-    "saved_modules": {"target_modules": ["v_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
-    "saved_norms": {"target_modules": ["v_proj"], "modules_to_save": ["norm", "layernorm"]},
-    "saved_queries": {"target_modules": ["v_proj"], "modules_to_save": ["q_proj", "k_proj"]},
-    "one_layer": {"target_modules": ATTENTION, "layers_to_transform": [1]},
-    "layers_pattern": {
-        "target_modules": ATTENTION,
-        "layers_to_transform": 0,
-        "layers_pattern": "layers",
-    },
-    "exclusion": {"target_modules": "all-linear", "exclude_modules": ["k_proj"]},
-    "tokens": {"target_modules": ["v_proj"], "trainable_token_indices": [7, 3, 40]},
-    "tokens_of_both": {
-        "target_modules": ["v_proj"],
-        "trainable_token_indices": {"embed_tokens": [7, 3], "lm_head": [9]},
-    },
-    "unused_bias": {"target_modules": ATTENTION, "bias": "all"},
-}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -133,31 +54,43 @@ def test_logits_are_those_of_peft(variant: str, tmp_path: Path) -> None:
     assert (merged - plain).abs().max() > 1e-2
 
 
-TIED: dict[str, tuple[dict[str, Any], bool]] = {
-    "neither": ({"target_modules": ["q_proj"]}, True),
-    "embedding": ({"target_modules": ["q_proj", "embed_tokens"]}, False),
-    "output": ({"target_modules": ["q_proj", "lm_head"]}, False),
-    "both": ({"target_modules": ["embed_tokens", "lm_head"]}, False),
-    "kept": ({"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True}, True),
-    "saved_embedding": ({"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}, False),
-    "saved_output": ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, False),
-    "saved_and_kept": (
-        {
-            "target_modules": ["q_proj"],
-            "modules_to_save": ["embed_tokens"],
-            "ensure_weight_tying": True,
-        },
-        True,
-    ),
-    "tokens": ({"target_modules": ["q_proj"], "trainable_token_indices": [7, 3]}, True),
-    "other_tokens": (
-        {
-            "target_modules": ["q_proj"],
-            "trainable_token_indices": {"embed_tokens": [7, 3], "lm_head": [3, 8]},
-        },
-        False,
-    ),
-}
+@pytest.mark.parametrize("variant", BIASED)
+def test_biases_are_those_of_peft(variant: str, tmp_path: Path) -> None:
+    """Trained or added biases that were dropped, or q's and k's out of order, change logits."""
+    options, is_biased = BIASED[variant]
+    reference = make_reference(biased=is_biased)
+    base = open_meta(write_base(reference, tmp_path / "base"))
+    assert (logits(base) - expected_logits(reference)).abs().max() < 1e-4
+    model = write_adapter(reference, tmp_path / "adapter", options)
+    merged = apply_adapter(base, tmp_path / "adapter")
+    assert merged.params["attention_bias"]
+    assert (logits(merged) - expected_logits(model)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("wrapper", ["", "module.", "_orig_mod."])
+def test_raw_names_are_those_of_saved_adapters(wrapper: str, tmp_path: Path) -> None:
+    """Trainers save a model's own names, with the adapter's and with wrappers' around them."""
+    reference = make_reference(biased=True)
+    base = open_meta(write_base(reference, tmp_path / "base"))
+    directory = tmp_path / "adapter"
+    options = {"target_modules": ["v_proj", "embed_tokens"], "use_dora": True}
+    saved = {"modules_to_save": ["lm_head", "norm", "q_proj", "mlp"]}
+    model = write_adapter(reference, directory, options | saved)
+    parts = ("lora_", "modules_to_save", "original_module")
+    raw = {
+        wrapper + name: tensor.clone()
+        for name, tensor in model.state_dict().items()
+        if any(part in name for part in parts)
+    }
+    if wrapper == "_orig_mod.":  # of the model that PEFT wrapped
+        raw = {
+            re.sub(r"_orig_mod\.(base_model\.model\.)", r"\1_orig_mod.", n): t
+            for n, t in raw.items()
+        }
+    assert any(".modules_to_save.default.gate_proj.bias" in name for name in raw)
+    save_file(raw, directory / "adapter_model.safetensors")
+    merged = apply_adapter(base, directory)
+    assert (logits(merged) - expected_logits(model)).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("variant", TIED)
@@ -325,13 +258,15 @@ def attempt(adapter_files: Path, tmp_path: Path) -> Callable[..., Checkpoint]:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"peft_type": "IA3"}, "peft_type 'IA3': only 'LORA'"),
+        ({"peft_type": "IA3"}, "peft_type 'IA3': this library reads 'LORA', .*merge_and_unload"),
         ({"peft_type": None}, "peft_type None"),
+        ({"peft_type": "CPT"}, "peft_type 'CPT'.*PEFT itself"),
         ({"task_type": "TOKEN_CLS"}, "task_type 'TOKEN_CLS': expected"),
         ({"task_type": "SEQ_CLS"}, r"lacks the classifier's weight \(score\)"),
-        ({"use_dora": True}, "sets use_dora to True, which can't be honoured"),
+        ({"use_dora": True}, "has lora_A, lora_B of .*q_proj: expected .*lora_magnitude_vector"),
+        ({"use_dora": True, "lora_bias": True}, "sets both use_dora and lora_bias"),
+        ({"use_qalora": True}, "sets use_qalora to True, which can't be honoured"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out"),
-        ({"lora_bias": True}, "lora_bias"),
         ({"megatron_config": {"a": 1}}, "megatron_config"),
         ({"target_parameters": ["x"]}, "target_parameters"),
         ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
@@ -373,7 +308,7 @@ LAYER = "base_model.model.model.layers.0."
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ({Q_A: None}, "has lora_B of .*q_proj: expected lora_A and lora_B"),
+        ({Q_A: None}, "has lora_B of .*q_proj: expected lora_A, lora_B"),
         ({Q_A: torch.ones(4, 31)}, r"the shape \(4, 31\) for .*q_proj.weight, where \(4, 32\)"),
         ({Q_A: torch.ones(4)}, r"shapes \(4,\) and"),
         ({Q_A: torch.ones(0)}, r"shapes \(0,\) and"),
@@ -382,8 +317,14 @@ LAYER = "base_model.model.model.layers.0."
         ({Q_A.replace("q_proj", "qkv"): torch.ones(4, 32)}, "which the base model lacks"),
         ({Q_A.removeprefix("base_model."): torch.ones(4, 32)}, "which the base model lacks"),
         ({"base_model.model.score.weight": torch.ones(3, 32)}, "which the base model lacks"),
-        ({f"{LAYER}self_attn.q_proj.bias": torch.ones(32)}, "has .*q_proj.bias: expected"),
-        ({f"{LAYER}self_attn.q_proj.lora_B.bias": torch.ones(32)}, "has .*lora_B.bias: expected"),
+        ({f"{LAYER}self_attn.q_proj.lora_A.bias": torch.ones(32)}, "has .*lora_A.bias: expected"),
+        ({f"{LAYER}self_attn.q_proj.lora_C": torch.ones(32)}, "has .*lora_C: expected"),
+        ({f"{LAYER}input_layernorm.bias": torch.ones(32)}, "input_layernorm.bias, which a Llama"),
+        ({f"{LAYER}self_attn.q_proj.bias": torch.ones(31)}, r"\(31,\) for .*q_proj.bias, where"),
+        (
+            {Q_A.replace("weight", "other.weight"): torch.ones(4, 32)},
+            "lora_A.* twice: of",
+        ),
         ({f"{LAYER}self_attn.q_proj.lora_magnitude_vector": torch.ones(32)}, "magnitude_vector"),
         ({f"{LAYER}self_attn.q_proj.weight": torch.ones(16, 32)}, r"\(16, 32\) for .*q_proj"),
         (

@@ -1,4 +1,4 @@
-"""``adapter_config.json``: the settings of PEFT's adapters, as far as they can be merged."""
+"""``adapter_config.json``: the settings of PEFT's adapters, as far as this library honours them."""
 
 import math
 import re
@@ -7,54 +7,92 @@ from pathlib import Path
 from typing import Any
 
 from llama.checkpoint.params import read_params
-from llama.errors import printable
+from llama.errors import LARGEST, printable
 
-# Settings that are read here, and those without effect on a trained adapter. target_modules and
-# the like have none because every tensor of the file is merged.
-_READ = {
-    *("peft_type", "task_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"),
-    *("init_lora_weights", "modules_to_save", "trainable_token_indices", "ensure_weight_tying"),
+PROMPT_KINDS = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")
+"""The kinds that put virtual tokens in front of a prompt, and change no weight."""
+
+MERGE = "merge the adapter with PEFT (merge_and_unload) and load the result"
+
+# Those that PEFT can't merge either.
+_UNMERGEABLE = (
+    *("ADAPTION_PROMPT", "CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING", "POLY", "XLORA"),
+)
+_OF_ALL = {
+    *("peft_type", "task_type", "modules_to_save", "auto_mapping", "inference_mode"),
+    *("base_model_name_or_path", "revision", "peft_version"),
 }
-_WITHOUT_EFFECT = {
-    *("base_model_name_or_path", "revision", "peft_version", "auto_mapping", "inference_mode"),
+# LoRA's settings that are read here, and those without effect on a trained adapter.
+# target_modules and the like have none because every tensor of the file is used.
+_LORA = {
+    *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_bias"),
+    *("init_lora_weights", "trainable_token_indices", "ensure_weight_tying"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
     *("bias", "lora_dropout", "megatron_core", "qalora_group_size", "runtime_config"),
     *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config"),
+}
+# The saved embeddings are the encoder's results, so that its settings have no effect.
+_PROMPT = {
+    *("num_virtual_tokens", "token_dim", "num_layers", "num_attention_heads"),
+    *("num_transformer_submodules", "prompt_tuning_init", "prompt_tuning_init_text"),
+    *("tokenizer_name_or_path", "tokenizer_kwargs", "encoder_reparameterization_type"),
+    *("encoder_hidden_size", "encoder_num_layers", "encoder_dropout", "prefix_projection"),
+    "init_weights",
 }
 # Others change the base's weights, and the saved factors make sense with those only.
 _INITIALISATIONS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Read an adapter's configuration, all of which can be merged.
+    """Read an adapter's configuration, all of which can be honoured.
 
-    ``rank_pattern``, ``alpha_pattern`` and ``modules_to_save`` are filled in where they are unset.
+    ``modules_to_save`` and, of LoRA, ``rank_pattern`` and ``alpha_pattern`` are filled in where
+    they are unset.
 
     Raises:
         FileNotFoundError: ``path`` doesn't exist.
-        ValueError: the file is malformed, or sets something that can't be merged.
+        ValueError: the file is malformed, or sets something that can't be honoured.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no {path}: give the directory that PEFT saved the adapter to")
     config = read_params(path)
-    if config.get("peft_type") != "LORA":
-        kind = printable(repr(config.get("peft_type")))
-        raise ValueError(f"{path} has the peft_type {kind}: only 'LORA' can be merged here")
+    kind = config.get("peft_type")
+    if kind not in ("LORA", *PROMPT_KINDS):
+        advice = MERGE
+        if kind in _UNMERGEABLE:
+            advice = "run it with PEFT itself, which can't merge this kind either"
+        raise ValueError(
+            f"{path} has the peft_type {printable(repr(kind))}: this library reads 'LORA', "
+            f"{', '.join(map(repr, PROMPT_KINDS))}; {advice}"
+        )
     if config.get("task_type") not in (None, "CAUSAL_LM", "SEQ_CLS"):
         task = printable(repr(config["task_type"]))
         raise ValueError(f"{path} has the task_type {task}: expected 'CAUSAL_LM' or 'SEQ_CLS'")
+    known = _OF_ALL | (_LORA if kind == "LORA" else _PROMPT)
     for key, value in config.items():
-        if key not in _READ and key not in _WITHOUT_EFFECT and value:
+        if key not in known and value:
             raise ValueError(
                 f"{path} sets {printable(key)} to {printable(repr(value))}, which can't be "
-                "honoured here: merge the adapter with PEFT (merge_and_unload) and load the result"
+                f"honoured here: {MERGE}"
             )
+    saved = config["modules_to_save"] = config.get("modules_to_save") or []
+    if not isinstance(saved, list) or not all(isinstance(name, str) and name for name in saved):
+        raise ValueError(
+            f"modules_to_save in {path} is {printable(repr(saved))}: expected a list of names"
+        )
+    (_check_lora if kind == "LORA" else _check_prompt)(config, path)
+    return config
+
+
+def _check_lora(config: dict[str, Any], path: Path) -> None:
     if config.get("init_lora_weights") not in _INITIALISATIONS:
         raise ValueError(
             f"{path} has init_lora_weights {printable(repr(config['init_lora_weights']))}, which "
             "changes the base's own weights: save the adapter as a plain LoRA "
             "(path_initial_model_for_weight_conversion) or merge it with PEFT"
         )
+    if config.get("use_dora") and config.get("lora_bias"):
+        raise ValueError(f"{path} sets both use_dora and lora_bias, which PEFT never does: {MERGE}")
     _check_number(config.get("r"), "r", path, whole=True)
     _check_number(config.get("lora_alpha"), "lora_alpha", path)
     for key, whole in (("rank_pattern", True), ("alpha_pattern", False)):
@@ -64,18 +102,27 @@ def read_config(path: Path) -> dict[str, Any]:
         for pattern, value in patterns.items():
             _check_number(value, f"{key}'s {printable(pattern)}", path, whole)
             _check_pattern(pattern, key, path)
-    saved = config["modules_to_save"] = config.get("modules_to_save") or []
-    if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
+
+
+def _check_prompt(config: dict[str, Any], path: Path) -> None:
+    _check_number(config.get("num_virtual_tokens"), "num_virtual_tokens", path, whole=True)
+    if config.get("num_transformer_submodules") not in (None, 1):
+        n = printable(repr(config["num_transformer_submodules"]))
         raise ValueError(
-            f"modules_to_save in {path} is {printable(repr(saved))}: expected a list of names"
+            f"{path} has the num_transformer_submodules {n}, of an encoder and a decoder: a Llama "
+            "has 1"
         )
-    return config
+    if config["peft_type"] == "PREFIX_TUNING" and config.get("task_type") == "SEQ_CLS":
+        raise ValueError(
+            f"{path} is prefix tuning of a classifier: it works for causal models only; train the "
+            "classifier's adapter as 'PROMPT_TUNING', 'P_TUNING' or 'LORA'"
+        )
 
 
 def _check_number(value: object, name: str, path: Path, whole: bool = False) -> None:
-    if type(value) is int and abs(value) < 2**31 and (value > 0 or not whole):
+    if type(value) is int and abs(value) <= LARGEST and (value > 0 or not whole):
         return
-    if type(value) is not float or whole or not abs(value) < 2**31:
+    if type(value) is not float or whole or not abs(value) <= LARGEST:
         expected = "a whole number above 0" if whole else "a number"
         raise ValueError(f"{name} is {printable(repr(value))} in {path}: expected {expected}")
 
