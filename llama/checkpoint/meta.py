@@ -9,14 +9,9 @@ import torch
 
 from llama.checkpoint.base import Checkpoint, Weights, text_files
 from llama.checkpoint.params import read_params, scheme_of
-<<<<<<< HEAD
 from llama.checkpoint.sharding import applied_scheme
 from llama.checkpoint.tensor_files import check_plain, main_dtype, open_shard, unwrapped
-from llama.layers.quantization import Int4, Scheme
-=======
-from llama.checkpoint.tensor_files import check_plain, open_shard
 from llama.errors import short
->>>>>>> meta3
 
 
 def find_shards(ckpt_dir: Path) -> list[Path]:
@@ -69,17 +64,9 @@ def open_meta(ckpt_dir: Path) -> Checkpoint:
     source = str(ckpt_dir / "params.json")
     params = read_params(ckpt_dir / "params.json")
     scheme = scheme_of(params, source)
-<<<<<<< HEAD
-    shards = [_open_unwrapped(path) for path in paths]
-    for path, shard in zip(paths, shards, strict=True):
-        check_plain(shard, str(path), scheme)
-    _check_shard_count(ckpt_dir, len(paths), shards[0], params, scheme)
-    plain = {name: t for name, t in shards[0].items() if not applied_scheme(scheme, name)}
-    dtype = main_dtype(plain, str(paths[0]))
-=======
     _check_kind(ckpt_dir, params, source)
     _read_scaled_rope(params, source)
-    shards = [open_shard(path) for path in paths]
+    shards = [_open_unwrapped(path) for path in paths]
     for path, shard in zip(paths, shards, strict=True):
         check_plain(shard, str(path), scheme)
     _check_shard_count(ckpt_dir, len(paths), shards[0], params)
@@ -87,10 +74,8 @@ def open_meta(ckpt_dir: Path) -> Checkpoint:
         params["tie_word_embeddings"] = True
         for shard in shards:
             del shard["output.weight"]
-    # A quantised embedding has the dtype of its codes.
-    plain = shards[0].get("norm.weight" if scheme else "tok_embeddings.weight")
-    dtype = torch.float32 if plain is None else plain.dtype
->>>>>>> meta3
+    plain = {name: t for name, t in shards[0].items() if not applied_scheme(scheme, name)}
+    dtype = main_dtype(plain, str(paths[0]))
     names = [str(path) for path in paths]
     parts = [Weights.of(shard, mapped=True) for shard in shards]
     files: dict[str, Path | bytes] = dict(text_files(ckpt_dir))
@@ -100,7 +85,6 @@ def open_meta(ckpt_dir: Path) -> Checkpoint:
     return Checkpoint(source, params, parts, names, dtype, files, scheme=scheme)
 
 
-<<<<<<< HEAD
 def _open_unwrapped(path: Path) -> dict[str, torch.Tensor]:
     """Map a file that may have been saved from ``torch.compile`` or a trainer's wrapper."""
     shard = open_shard(path)
@@ -108,7 +92,8 @@ def _open_unwrapped(path: Path) -> dict[str, torch.Tensor]:
     if len(tensors) < len(shard):
         raise ValueError(f"{path} holds some tensors twice, under two names: save one of each")
     return tensors
-=======
+
+
 # What the params.json of Meta's other models have, and this library doesn't read.
 _QUANTIZED = "weights of four bits for ExecuTorch: take the model's bfloat16 weights"
 _VISION = "a model that sees images: take one of text alone, such as Llama 3.1 8B"
@@ -182,7 +167,6 @@ def _is_tied(shard: Mapping[str, torch.Tensor]) -> bool:
         return False
     same_place = embedding.data_ptr() == output.data_ptr() and embedding.numel() > 0
     return same_place and (embedding.shape, embedding.stride()) == (output.shape, output.stride())
->>>>>>> meta3
 
 
 def _check_shard_count(

@@ -151,10 +151,10 @@ def _explain_family(folder: Folder) -> str | None:
     if not isinstance(kind, str) or kind in ("llama", "mistral", ""):
         return None
     names = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
-    more = f" ({printable(names[0])})" if names else ""
+    which = printable(names[0]) if names else "model"
     return (
-        f"{folder.path / 'config.json'} is of model_type {printable(repr(kind))}{more}: expected "
-        "'llama', the only family that is run here; load this one with transformers"
+        f"{folder.path / 'config.json'} is of model_type {printable(repr(kind))}: expected 'llama', "
+        f"the only family that is run here; load this {which} with transformers"
     )
 
 

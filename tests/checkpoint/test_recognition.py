@@ -306,7 +306,7 @@ DIRECTORIES: dict[str, tuple[Callable[[Path], Path | object], type[Exception], s
     "another family": (
         lambda p: config(p, model_type="whisper", architectures=["WhisperForAudio"]),
         WRONG,
-        r"is of model_type 'whisper' \(WhisperForAudio\): expected 'llama'.*transformers",
+        "is of model_type 'whisper': expected 'llama'.* load this WhisperForAudio with transf",
     ),
     "training": (
         lambda p: (
