@@ -1,8 +1,6 @@
 """Networks of Llama's kind that differ a little: their logits are those of transformers."""
 
 import json
-import logging
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,21 +8,8 @@ from typing import Any
 import pytest
 import torch
 from hf_files import make_hf, save_hf
-from processes import script, torchrun
-from safetensors.torch import load_file, save_file
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaModel,
-    MistralConfig,
-    MistralForCausalLM,
-)
 
 from llama import Llama
-from llama.checkpoint import open_checkpoint
-from llama.checkpoint.params import make_args
-from llama.convert import convert
-from llama.generation import TINY
 
 YARN = {
     "rope_type": "yarn",
