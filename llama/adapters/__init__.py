@@ -167,7 +167,7 @@ class Adapters(Mapping[str, Adapter]):
             return adapter.labels, adapter.head
         if not labels:
             raise ValueError(
-                "this checkpoint has no labels: classifying needs one with labels, or an adapter"
+                "this checkpoint has no labels, which classifying needs: an adapter may bring them"
             )
         return labels, None
 

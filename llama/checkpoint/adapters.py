@@ -18,7 +18,8 @@ from llama.checkpoint.lora_changes import (
     read_changes,
     stays_tied,
 )
-from llama.checkpoint.sharding import full_shapes, rank_part, split_dim
+from llama.checkpoint.rounding import round_weight
+from llama.checkpoint.sharding import applied_scheme, full_shapes, rank_part, split_dim
 from llama.checkpoint.virtual_tokens import read_prefix, read_prompt
 from llama.layers.linear import ParallelEmbedding, ParallelLinear
 from llama.model import Transformer
@@ -144,8 +145,12 @@ class _RankPart:
 
     def _differs(self, name: str, weight: torch.Tensor) -> bool:
         """Return whether a weight isn't the model's own: PEFT also saves what it didn't train."""
-        current = self._weight(name)
-        differs = not torch.equal(self.of(name, weight).to(current), current)
+        current, new = self._weight(name), self.of(name, weight)
+        scheme = applied_scheme(self.model.scheme, name)
+        if scheme is not None and (parallel.world_size() == 1 or split_dim(name) == 0):
+            codes = round_weight(scheme, new.float())  # as they were quantised
+            new = scheme.dequantize(codes, scheme.block_size(new.shape[1]))
+        differs = not torch.equal(new.to(current), current)
         # Ranks that decide differently would wait for each other's sums for ever.
         return bool(parallel.max_over_ranks(torch.tensor([float(differs)], device=current.device)))
 

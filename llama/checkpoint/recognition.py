@@ -153,8 +153,8 @@ def _explain_family(folder: Folder) -> str | None:
     names = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
     which = printable(names[0]) if names else "model"
     return (
-        f"{folder.path / 'config.json'} is of model_type {printable(repr(kind))}: expected 'llama', "
-        f"the only family that is run here; load this {which} with transformers"
+        f"{folder.path / 'config.json'} is of model_type {printable(repr(kind))}: expected "
+        f"'llama', the only family that is run here; load this {which} with transformers"
     )
 
 

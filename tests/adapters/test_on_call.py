@@ -340,7 +340,7 @@ def test_vectors_beside_texts(llama: Llama) -> None:
 
 def test_an_adapters_classifier(llama: Llama) -> None:
     """A model that writes text classifies with the head that an adapter brings."""
-    with pytest.raises(ValueError, match="no labels: classifying needs one with labels"):
+    with pytest.raises(ValueError, match="no labels, which classifying needs"):
         llama.classify(["a"])
     generator = torch.Generator().manual_seed(3)
     head = torch.randn(3, llama.model.params.dim, generator=generator)
