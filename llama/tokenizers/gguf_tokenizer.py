@@ -39,12 +39,13 @@ def tokenizer_files(metadata: Mapping[str, Any], source: str = "the file") -> di
     tokens = _column(metadata, "tokens", source)
     types = _column(metadata, "token_type", source, len(tokens))
     special = _special_ids(metadata, model, len(tokens), source)
-    control = {special.get("bos"), special.get("eos")}  # some files have them as plain tokens
+    # Some files have them as plain tokens.
+    control = {special[role] for role in ("bos", "eos", "eot", "eom") if role in special}
     # SentencePiece writes a space as ▁; llama.cpp writes it out in tokens that were added.
     names = [token.replace(" ", "▁") for token in tokens] if model == "llama" else tokens
     for i, (name, kind) in enumerate(zip(names, types, strict=True)):
         is_end = name in END_PIECES and kind in (_NORMAL, _USER_DEFINED)
-        types[i] = _CONTROL if is_end or i in control else kind
+        types[i] = _CONTROL if is_end or i in control or kind == _UNKNOWN else kind
     ids = {name: i for i, name in enumerate(names)}
     if len(ids) < len(names) or "" in ids:
         repeated = next((name for i, name in enumerate(names) if ids[name] != i), "")
@@ -70,6 +71,11 @@ def tokenizer_files(metadata: Mapping[str, Any], source: str = "the file") -> di
     config |= _chat_templates(metadata)
     if model == "llama":
         config["legacy"] = True
+        # A chat template decides which of them are of the structure of prompts.
+        added = [i for i, kind in enumerate(types) if kind == _USER_DEFINED]
+        if added:
+            spec = {str(i): _added(names[i].replace("▁", " "), False) for i in added}
+            config["added_tokens_decoder"] = spec
     files["tokenizer_config.json"] = _json(config)
     ends = _ends(ids, types, special)
     if len(ends) > 1:
@@ -162,9 +168,7 @@ def _sentencepiece(
     proto = need("sentencepiece.sentencepiece_model_pb2").ModelProto()
     for i, (name, score, kind) in enumerate(zip(names, scores, types, strict=True)):
         if i == special["unk"]:
-            kind = _UNKNOWN
-        elif kind == _UNKNOWN:  # a model can have one only
-            kind = _CONTROL
+            kind = _UNKNOWN  # a model can have one only
         if not _NORMAL <= kind <= _BYTE:
             raise ValueError(f"{source} has the token {printable(name)} of the type {kind}")
         proto.pieces.add(piece=name, score=score, type=kind)
@@ -215,15 +219,7 @@ def _byte_level(
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     byte_level |= {"use_regex": False}
     added = [
-        {
-            "id": i,
-            "content": token,
-            "single_word": False,
-            "lstrip": False,
-            "rstrip": False,
-            "normalized": False,
-            "special": types[i] == _CONTROL,
-        }
+        {"id": i, **_added(token, types[i] == _CONTROL)}
         for token, i in ids.items()
         if types[i] in (_CONTROL, _USER_DEFINED)
     ]
@@ -240,6 +236,12 @@ def _byte_level(
             "merges": merges,
         },
     }
+
+
+def _added(content: str, special: bool) -> dict[str, Any]:
+    """Return the description of an added piece."""
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"content": content, **flags, "special": special}
 
 
 def _template(names: list[str], before: list[int], after: list[int]) -> dict[str, Any]:
