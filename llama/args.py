@@ -9,15 +9,18 @@ class ModelArgs:
     """The hyper-parameters of a checkpoint (its ``params.json``) and the size of the cache.
 
     ``vocab_size`` of -1 stands for the tokenizer's. ``n_kv_heads`` of None means one key/value
-    head for each query head (multi-head attention). The last five extend Meta's format:
+    head for each query head (multi-head attention). The last seven extend Meta's format:
 
     Args:
         head_dim: a head's width; -1 for ``dim / n_heads``.
         hidden_dim: the feed-forward layer's width; -1 for 2/3 of 4 ``dim``, times
             ``ffn_dim_multiplier``, rounded up to a multiple of ``multiple_of``.
-        rope_scaling: how rotary frequencies are stretched, see ``rope_factors``.
+        rope_scaling: how rotary frequencies are stretched, see ``llama.rope``.
         tie_word_embeddings: whether the output's weight is the embedding's.
-        labels: a classifier's classes; the network's logits are theirs, in place of tokens'.
+        labels: a classifier's classes; the network's logits are theirs, in place of tokens'. An
+            empty list stands for a network without a head, which embeds.
+        attention_bias: whether ``wq``, ``wk``, ``wv`` and ``wo`` have biases.
+        mlp_bias: whether ``w1``, ``w2`` and ``w3`` have biases.
     """
 
     dim: int = 4096
@@ -36,6 +39,8 @@ class ModelArgs:
     rope_scaling: dict[str, Any] | None = None
     tie_word_embeddings: bool = False
     labels: list[str] | None = None
+    attention_bias: bool = False
+    mlp_bias: bool = False
 
     def __post_init__(self) -> None:
         if self.head_dim == -1:

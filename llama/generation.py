@@ -349,8 +349,8 @@ class Llama:
             ValueError: the checkpoint has no labels, or as in ``embed``.
         """
         labels = self.model.params.labels
-        if labels is None:
-            raise ValueError("this checkpoint writes text: classifying needs one with labels")
+        if not labels:
+            raise ValueError("this checkpoint has no labels, which classifying needs")
         found = []
         for logits in self._read(texts, "logits"):
             probabilities = logits.sigmoid() if len(labels) == 1 else logits.softmax(-1)

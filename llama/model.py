@@ -5,7 +5,6 @@ another, without padding. All but attention treats each token on its own; attent
 sequence's slot of the key/value cache.
 """
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -29,6 +28,7 @@ from llama.layers.linear import (
 )
 from llama.layers.quantization import Scheme
 from llama.parallel import world_size
+from llama.rope import attention_factor, rope_factors, rope_freqs
 
 
 class RMSNorm(nn.Module):
@@ -41,44 +41,6 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-
-
-def rope_factors(args: ModelArgs) -> torch.Tensor:
-    """Return the divisors of the rotary frequencies, which let a network read longer texts.
-
-    ``rope_scaling`` is None, or has a ``rope_type`` and that type's parameters:
-
-    - ``linear``: ``factor`` for all (https://arxiv.org/abs/2306.15595).
-    - ``llama3``: ``factor`` for waves longer than ``original_max_position_embeddings /
-      low_freq_factor``, 1 for those shorter than the same by ``high_freq_factor``, and a mixture
-      of both frequencies in between (Llama 3.1's reference).
-    - ``factors``: ``factors`` lists them.
-
-    Returns:
-        float32, shape (head_dim / 2,).
-    """
-    scaling = args.rope_scaling or {"rope_type": "linear", "factor": 1.0}
-    if scaling["rope_type"] == "factors":
-        return torch.tensor(scaling["factors"], device="cpu", dtype=torch.float32)
-    factor = torch.full((args.head_dim // 2,), float(scaling["factor"]), device="cpu")
-    if scaling["rope_type"] == "linear":
-        return factor
-    rotations = scaling["original_max_position_embeddings"] * rope_freqs(args) / (2 * math.pi)
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    kept = ((rotations - low) / (high - low)).clamp(0, 1)  # part that stays unscaled
-    return 1 / ((1 - kept) / factor + kept)
-
-
-def rope_freqs(args: ModelArgs) -> torch.Tensor:
-    """Return the angles by which the pairs of a head rotate from token to token.
-
-    Pair ``i`` rotates by ``rope_theta ** (-2 i / head_dim)``.
-
-    Returns:
-        float32, shape (head_dim / 2,), before any scaling.
-    """
-    exponents = torch.arange(0, args.head_dim, 2, device="cpu", dtype=torch.float32)
-    return 1.0 / args.rope_theta ** (exponents / args.head_dim)
 
 
 def precompute_freqs_cis(args: ModelArgs, device: torch.device) -> torch.Tensor:
@@ -94,7 +56,8 @@ def precompute_freqs_cis(args: ModelArgs, device: torch.device) -> torch.Tensor:
     angles = torch.outer(positions, freqs)
     cos, sin = angles.cos(), angles.sin()  # (max_seq_len, head_dim / 2)
     pairs = torch.stack((cos, cos, -sin, sin), dim=-1).unflatten(-1, (2, 2))
-    return pairs.transpose(1, 2).flatten(2).to(device)  # (max_seq_len, 2, head_dim)
+    pairs = pairs.transpose(1, 2).flatten(2) * attention_factor(args)
+    return pairs.to(device)  # (max_seq_len, 2, head_dim)
 
 
 def apply_rotary_emb(x: torch.Tensor, freqs_cis: torch.Tensor) -> torch.Tensor:
@@ -128,10 +91,12 @@ class Attention(nn.Module):
         n_kv_heads = max(args.kv_heads, n_ranks)
         self.n_local_heads = args.n_heads // n_ranks
         self.n_local_kv_heads = n_kv_heads // n_ranks
-        self.wq = ColumnParallelLinear(args.dim, args.n_heads * self.head_dim)
-        self.wk = ColumnParallelLinear(args.dim, n_kv_heads * self.head_dim)
-        self.wv = ColumnParallelLinear(args.dim, n_kv_heads * self.head_dim)
-        self.wo = RowParallelLinear(args.n_heads * self.head_dim, args.dim)
+        q_dim, kv_dim = args.n_heads * self.head_dim, n_kv_heads * self.head_dim
+        bias = args.attention_bias
+        self.wq = ColumnParallelLinear(args.dim, q_dim, bias=bias)
+        self.wk = ColumnParallelLinear(args.dim, kv_dim, bias=bias)
+        self.wv = ColumnParallelLinear(args.dim, kv_dim, bias=bias)
+        self.wo = RowParallelLinear(q_dim, args.dim, bias=bias)
 
     def forward(self, x: torch.Tensor, freqs_cis: torch.Tensor, batch: RaggedBatch) -> torch.Tensor:
         heads = self.n_local_heads, self.n_local_kv_heads
@@ -147,11 +112,11 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """SwiGLU: ``w2(silu(w1(x)) * w3(x))`` (https://arxiv.org/abs/2002.05202)."""
 
-    def __init__(self, dim: int, hidden_dim: int):
+    def __init__(self, dim: int, hidden_dim: int, bias: bool = False):
         super().__init__()
-        self.w1 = ColumnParallelLinear(dim, hidden_dim)
-        self.w2 = RowParallelLinear(hidden_dim, dim)
-        self.w3 = ColumnParallelLinear(dim, hidden_dim)
+        self.w1 = ColumnParallelLinear(dim, hidden_dim, bias=bias)
+        self.w2 = RowParallelLinear(hidden_dim, dim, bias=bias)
+        self.w3 = ColumnParallelLinear(dim, hidden_dim, bias=bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         gate, up = fused_linear(x, self.w1, self.w3)
@@ -164,7 +129,7 @@ class TransformerBlock(nn.Module):
     def __init__(self, args: ModelArgs):
         super().__init__()
         self.attention = Attention(args)
-        self.feed_forward = FeedForward(args.dim, args.hidden_dim)
+        self.feed_forward = FeedForward(args.dim, args.hidden_dim, args.mlp_bias)
         self.attention_norm = RMSNorm(args.dim, args.norm_eps)
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
 
@@ -190,8 +155,9 @@ class Transformer(nn.Module):
         self.tok_embeddings = ParallelEmbedding(params.vocab_size, params.dim)
         self.layers = nn.ModuleList(TransformerBlock(params) for _ in range(params.n_layers))
         self.norm = RMSNorm(params.dim, params.norm_eps)
-        self.output = ColumnParallelLinear(params.dim, padded_outputs, gather_output=True)
-        self.output.is_shared = params.tie_word_embeddings
+        if params.n_outputs:  # without a head a network embeds
+            self.output = ColumnParallelLinear(params.dim, padded_outputs, gather_output=True)
+            self.output.is_shared = params.tie_word_embeddings
         self.allocate_buffers(torch.get_default_device(), torch.get_default_dtype())
 
     def allocate_buffers(
@@ -234,7 +200,8 @@ class Transformer(nn.Module):
             yield (attention.wo,)
             yield feed_forward.w1, feed_forward.w3
             yield (feed_forward.w2,)
-        yield (self.output,)
+        if self.params.n_outputs:
+            yield (self.output,)
 
     def pack(self) -> None:
         """Give the linear layers the fastest kernels, which take over their weights."""
@@ -392,6 +359,8 @@ class Transformer(nn.Module):
 
     def logits(self, normed: torch.Tensor) -> torch.Tensor:
         """Return the float32 logits of normed hidden states: (n, dim) to (n, n_outputs)."""
+        if not self.params.n_outputs:
+            raise ValueError("this network has no head, and gives hidden states only")
         return self.output(normed)[:, : self.params.n_outputs].float()
 
     def _blocks(self) -> Iterator[TransformerBlock]:

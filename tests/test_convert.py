@@ -16,7 +16,7 @@ from llama.checkpoint import open_checkpoint, save_hf
 from llama.checkpoint.save import reshard, save
 from llama.convert import convert
 from llama.generation import TINY
-from llama.model import rope_factors
+from llama.rope import rope_factors
 
 LLAMA3 = {
     "rope_type": "llama3",

@@ -13,6 +13,7 @@ from llama.args import ModelArgs
 from llama.checkpoint.memory import release, trim
 from llama.checkpoint.rounding import round_weight
 from llama.checkpoint.sharding import (
+    applied_scheme,
     distinct_pieces,
     full_shapes,
     input_widths,
@@ -194,7 +195,7 @@ def quantized(
     def read_part(name: str, rank: int, ranks: int) -> torch.Tensor:
         nonlocal last, stored, done
         module, part = name.rsplit(".", 1)
-        if not scheme.applies_to(module):
+        if not applied_scheme(scheme, name):
             return source.rank_part(name, args, rank, ranks)
         if (module, rank, ranks) != last:
             stored = {}
@@ -208,7 +209,7 @@ def quantized(
         return stored[part]
 
     def mapped(name: str) -> Sequence[torch.Tensor]:
-        return () if scheme.applies_to(name.rpartition(".")[0]) else source.mapped(name)
+        return () if applied_scheme(scheme, name) else source.mapped(name)
 
     parts = [Weights(full_shapes(args, scheme), lambda name: read_part(name, 0, 1), mapped)]
     return replace(

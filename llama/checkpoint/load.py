@@ -19,7 +19,12 @@ from llama.checkpoint.memory import (
     trim,
     workspace_bytes,
 )
-from llama.checkpoint.sharding import cache_bytes, check_model_parallel_size, weight_bytes
+from llama.checkpoint.sharding import (
+    applied_scheme,
+    cache_bytes,
+    check_model_parallel_size,
+    weight_bytes,
+)
 from llama.cli import progress
 from llama.layers.capability import Capability
 from llama.layers.kv_cache import PAGE
@@ -89,16 +94,14 @@ def _fill(
         The addresses of those that lie in mapped files.
     """
     rank, ranks = parallel.rank(), parallel.world_size()
-    scheme = checkpoint.scheme
     tensors: dict[str, torch.Tensor] = {}
     still_mapped = set()
     for name in model.state_dict():
-        module = name.rpartition(".")[0]
-        if module == "output" and args.tie_word_embeddings and ranks == 1:
+        if name.startswith("output.") and args.tie_word_embeddings and ranks == 1:
             tensors[name] = tensors[name.replace("output", "tok_embeddings")]
             continue
         part = checkpoint.rank_part(name, args, rank, ranks)
-        is_quantized = scheme and scheme.applies_to(module)
+        is_quantized = applied_scheme(checkpoint.scheme, name)
         part = part.to(device, part.dtype if is_quantized else dtype).contiguous()
         mapped = checkpoint.mapped(name)
         # A tensor that needs no change stays mapped: it is read when it is used, never copied.

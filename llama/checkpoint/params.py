@@ -42,7 +42,7 @@ def make_args(
     Args:
         params: as in ``params.json``.
         source: where they come from, for errors.
-        n_words: the tokenizer's vocabulary, which a ``vocab_size`` of -1 stands for.
+        n_words: the rows of the embedding, which a ``vocab_size`` of -1 stands for.
 
     Raises:
         ValueError: a key or a value is unknown.
@@ -62,11 +62,6 @@ def make_args(
     _check(args, source)
     if args.vocab_size == -1:
         args.vocab_size = n_words
-    if n_words > args.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {n_words} pieces, but {source} gives the model a vocabulary of "
-            f"{args.vocab_size}: this is another model's tokenizer"
-        )
     return args
 
 
@@ -85,7 +80,7 @@ def _check_numbers(params: Mapping[str, Any], source: str) -> None:
         default = getattr(ModelArgs, name)
         if name in _DERIVED and value == _DERIVED[name] and type(value) is type(_DERIVED[name]):
             continue
-        if name == "tie_word_embeddings":
+        if type(default) is bool:
             if type(value) is not bool:
                 raise ValueError(f"{name} is {short(value)} in {source}: expected true or false")
         elif type(default) is int or name == "n_kv_heads":
@@ -98,7 +93,8 @@ def _check_numbers(params: Mapping[str, Any], source: str) -> None:
 
 
 def _check_positive(name: str, value: object, source: str) -> None:
-    if type(value) not in (int, float) or not 0 < value <= LARGEST:  # type: ignore[operator]
+    # Far below 1e-30 quotients of two such numbers overflow.
+    if type(value) not in (int, float) or not 1e-30 <= value <= LARGEST:  # type: ignore[operator]
         raise ValueError(f"{name} is {short(value)} in {source}: expected a number above 0")
 
 
@@ -113,58 +109,78 @@ def _check(args: ModelArgs, source: str) -> None:
             f"n_heads {args.n_heads} is no multiple of n_kv_heads {args.kv_heads} in {source}"
         )
     if args.labels is not None and not (
-        isinstance(args.labels, list)
-        and args.labels
-        and all(isinstance(label, str) for label in args.labels)
+        isinstance(args.labels, list) and all(isinstance(label, str) for label in args.labels)
     ):
         raise ValueError(f"labels is {short(args.labels)} in {source}: expected a list of names")
     if args.labels is not None and args.tie_word_embeddings:
         raise ValueError(f"{source} has labels and tie_word_embeddings: a classifier isn't tied")
     if args.rope_scaling is not None:
-        _check_rope_scaling(args.rope_scaling, args.head_dim, source)
+        _check_rope_scaling(args.rope_scaling, args, source)
 
 
-# The kinds of rope_scaling and their parameters.
-_ROPE_TYPES = {
-    "linear": ("factor",),
+# The kinds of rope_scaling, the parameters that they need and those that they may have.
+ROPE_KEYS = {
+    "linear": (("factor",), ()),
     "llama3": (
-        "factor",
-        "low_freq_factor",
-        "high_freq_factor",
-        "original_max_position_embeddings",
+        ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+        (),
     ),
-    "factors": ("factors",),
+    "yarn": (
+        ("factor", "original_max_position_embeddings"),
+        ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+    ),
+    "dynamic": (("factor", "original_max_position_embeddings"), ()),
+    "longrope": (
+        ("factor", "short_factor", "long_factor", "original_max_position_embeddings"),
+        ("attention_factor",),
+    ),
+    "factors": (("factors",), ("attention_factor",)),
 }
 
 
-def _check_rope_scaling(scaling: object, head_dim: int, source: str) -> None:
+def _check_rope_scaling(scaling: object, args: ModelArgs, source: str) -> None:
     kind = scaling.get("rope_type") if isinstance(scaling, dict) else None
-    if not isinstance(scaling, dict) or not isinstance(kind, str) or kind not in _ROPE_TYPES:
+    if not isinstance(scaling, dict) or not isinstance(kind, str) or kind not in ROPE_KEYS:
         raise ValueError(
             f"rope_scaling is {short(scaling if kind is None else kind)} in {source}: known kinds "
-            f"are {', '.join(_ROPE_TYPES)}"
+            f"are {', '.join(ROPE_KEYS)}"
         )
-    if set(scaling) != {"rope_type", *_ROPE_TYPES[kind]}:
+    needed, optional = ROPE_KEYS[kind]
+    if not {"rope_type", *needed} <= set(scaling) <= {"rope_type", *needed, *optional}:
+        more = f", and may have {', '.join(optional)}" if optional else ""
         raise ValueError(
-            f"rope_scaling of the kind {kind} in {source} needs exactly "
-            f"{', '.join(_ROPE_TYPES[kind])}; found {short(sorted(map(str, scaling)))}"
+            f"rope_scaling of the kind {kind} in {source} needs exactly {', '.join(needed)}{more}; "
+            f"found {short(sorted(map(str, scaling)))}"
         )
-    if kind == "factors":
-        factors = scaling["factors"]
-        if not isinstance(factors, list) or len(factors) != head_dim // 2:
-            raise ValueError(
-                f"rope_scaling's factors in {source} are {short(factors)}: expected "
-                f"{head_dim // 2} numbers"
-            )
-        for factor in factors:
-            _check_positive("a factor of rope_scaling", factor, source)
-        return
-    for name in _ROPE_TYPES[kind]:
-        _check_positive(f"rope_scaling's {name}", scaling[name], source)
+    for name, value in scaling.items():
+        if name in ("factors", "short_factor", "long_factor"):
+            _check_factors(name, value, args.head_dim, source)
+        elif name == "truncate":
+            if type(value) is not bool:
+                raise ValueError(f"truncate is {short(value)} in {source}: expected true or false")
+        elif name != "rope_type":
+            _check_positive(f"rope_scaling's {name}", value, source)
     if kind == "llama3" and scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
         raise ValueError(
             f"rope_scaling in {source} has a high_freq_factor that isn't above its low_freq_factor"
         )
+    if kind == "yarn" and scaling.get("beta_fast", 32) < scaling.get("beta_slow", 1):
+        raise ValueError(f"rope_scaling in {source} has a beta_fast below its beta_slow")
+    # Of these logarithms are divided by.
+    base = {"yarn": "rope_theta", "longrope": "original_max_position_embeddings"}.get(kind)
+    number = args.rope_theta if base == "rope_theta" else scaling.get(str(base), 2)
+    if number <= 1:
+        raise ValueError(f"{base} is {number} in {source}: {kind} needs a number above 1")
+
+
+def _check_factors(name: str, factors: object, head_dim: int, source: str) -> None:
+    if not isinstance(factors, list) or len(factors) != head_dim // 2:
+        raise ValueError(
+            f"rope_scaling's {name} in {source} are {short(factors)}: expected {head_dim // 2} "
+            "numbers"
+        )
+    for factor in factors:
+        _check_positive("a factor of rope_scaling", factor, source)
 
 
 def scheme_of(params: dict[str, Any], source: str) -> Scheme | None:

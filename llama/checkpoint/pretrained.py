@@ -1,5 +1,6 @@
 """A checkpoint of any format as a model with its tokenizer and chat format."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ from llama.logits.recommended import Recommended, recommended_sampling
 from llama.model import Transformer
 from llama.tokenizer import BaseTokenizer
 from llama.tokenizers import load_tokenizer, with_template
+
+logger = logging.getLogger(__name__)
 
 TINY = Path(__file__).parents[1] / "tiny"
 """The checkpoint that comes with the package."""
@@ -57,6 +60,22 @@ class LoadConfig:
             raise ValueError(f"kv_cache_dtype is {self.kv_cache_dtype!r}: expected None or 'int8'")
 
 
+def fit_tokenizer(tokenizer: BaseTokenizer, vocab_size: int, source: str) -> None:
+    """Cut a tokenizer's vocabulary to the ids that a network knows; prompts can't have others.
+
+    Raises:
+        ValueError: so few are left that it is another model's tokenizer.
+    """
+    n_words = tokenizer.n_words
+    if n_words <= vocab_size:
+        return
+    found = f"the tokenizer has {n_words} pieces, but {source} gives the model a vocabulary of "
+    if n_words > 2 * vocab_size or tokenizer.bos_id >= vocab_size:
+        raise ValueError(f"{found}{vocab_size}: this is another model's tokenizer")
+    logger.warning("%s%d: text that needs the others is refused", found, vocab_size)
+    tokenizer.n_words = vocab_size
+
+
 def load_model(
     config: LoadConfig,
 ) -> tuple[Transformer, BaseTokenizer, ChatFormat, Recommended]:
@@ -84,12 +103,11 @@ def load_model(
         if config.chat_format is not None:
             raise ValueError("chat_template and chat_format are both given: choose one of them")
         files = with_template(files, config.chat_template)
-    tokenizer = load_tokenizer(files, vocabulary_size(source), ckpt_dir)
+    rows = vocabulary_size(source)
+    tokenizer = load_tokenizer(files, rows, ckpt_dir)
     chat = choose_chat(config.chat_format, files, tokenizer, config.tool_format)
-    n_words = tokenizer.n_words
-    args = make_args(
-        source.params, source.source, n_words, config.max_seq_len, config.max_batch_size
-    )
+    args = make_args(source.params, source.source, rows, config.max_seq_len, config.max_batch_size)
+    fit_tokenizer(tokenizer, args.vocab_size, source.source)
     if config.quantize is not None:
         scheme = make_scheme(config.quantize, config.group_size, source.scheme)
         show = progress(quantized_count(args, scheme), "quantising", "weights")

@@ -18,7 +18,7 @@ from llama.checkpoint.base import Checkpoint, Weights, vocabulary_size
 from llama.checkpoint.memory import device_memory
 from llama.checkpoint.meta import open_meta
 from llama.checkpoint.params import make_args
-from llama.checkpoint.sharding import check_model_parallel_size, stored_bytes
+from llama.checkpoint.sharding import applied_scheme, check_model_parallel_size, stored_bytes
 from llama.cli import progress
 from llama.layers.quantization import Scheme
 
@@ -106,8 +106,7 @@ def _shard(
         if name.startswith("output."):  # ranks need padding, files don't
             n_rows = args.n_outputs - rank * tensor.shape[0]
             tensor = tensor[: max(n_rows, 0)]
-        scheme = checkpoint.scheme
-        is_quantized = scheme and scheme.applies_to(name.rpartition(".")[0])
+        is_quantized = applied_scheme(checkpoint.scheme, name)
         tensor = tensor.detach().to("cpu", None if is_quantized else dtype).contiguous()
         # torch.save writes the whole storage of a view.
         owns_storage = tensor.untyped_storage().nbytes() == tensor.nbytes

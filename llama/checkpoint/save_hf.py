@@ -13,7 +13,7 @@ from llama.checkpoint.hf import from_interleaved, hf_name, is_rotary
 from llama.checkpoint.save import new_directory, write_files, write_json
 from llama.checkpoint.sharding import full_shapes
 from llama.errors import need
-from llama.model import rope_factors
+from llama.rope import rope_factors
 from llama.tokenizers import load_tokenizer
 
 SHARD_BYTES = 5_000_000_000

@@ -63,7 +63,12 @@ def parameter_count(args: ModelArgs, ranks: int = 1) -> int:
     q_dim = args.n_heads * args.head_dim // ranks
     kv_dim = max(args.kv_heads, ranks) // ranks * args.head_dim
     attention = 2 * args.dim * q_dim + 2 * args.dim * kv_dim
-    block = attention + 3 * args.dim * args.hidden_dim // ranks + 2 * args.dim
+    if args.attention_bias:  # each rank has the whole of what is added to a sum
+        attention += q_dim + 2 * kv_dim + args.dim
+    feed_forward = 3 * args.dim * args.hidden_dim // ranks
+    if args.mlp_bias:
+        feed_forward += 2 * args.hidden_dim // ranks + args.dim
+    block = attention + feed_forward + 2 * args.dim
     vocabulary = args.vocab_size * (args.dim // ranks)
     if ranks > 1 or not args.tie_word_embeddings:  # ranks divide the two along different dims
         vocabulary += -(-args.n_outputs // ranks) * args.dim
@@ -105,9 +110,8 @@ def _stored_sizes(args: ModelArgs, dtype: torch.dtype, scheme: Scheme | None) ->
     """Return the bytes of each stored tensor by its name."""
     sizes = {}
     for name, shape in full_shapes(args, scheme).items():
-        module, part = name.rsplit(".", 1)
-        is_quantized = scheme is not None and scheme.applies_to(module)
-        stored = scheme.dtypes()[part] if scheme is not None and is_quantized else dtype
+        applied = applied_scheme(scheme, name)
+        stored = dtype if applied is None else applied.dtypes()[name.rpartition(".")[2]]
         sizes[name] = prod(shape) * stored.itemsize
     return sizes
 
@@ -115,10 +119,14 @@ def _stored_sizes(args: ModelArgs, dtype: torch.dtype, scheme: Scheme | None) ->
 def quantized_count(args: ModelArgs, scheme: Scheme) -> int:
     """Return the number of a checkpoint's weights that a scheme quantises."""
     return sum(
-        prod(shape)
-        for name, shape in full_shapes(args).items()
-        if scheme.applies_to(name.removesuffix(".weight"))
+        prod(shape) for name, shape in full_shapes(args).items() if applied_scheme(scheme, name)
     )
+
+
+def applied_scheme(scheme: Scheme | None, name: str) -> Scheme | None:
+    """Return the scheme if it quantises a parameter, given by its name; None otherwise."""
+    module, _, part = name.rpartition(".")
+    return scheme if scheme and part != "bias" and scheme.applies_to(module) else None
 
 
 def full_shapes(args: ModelArgs, scheme: Scheme | None = None) -> dict[str, tuple[int, ...]]:
@@ -129,6 +137,7 @@ def full_shapes(args: ModelArgs, scheme: Scheme | None = None) -> dict[str, tupl
     """
     q_dim = args.n_heads * args.head_dim
     kv_dim = args.kv_heads * args.head_dim
+    biased = {"attention": args.attention_bias, "feed_forward": args.mlp_bias}
     shapes: dict[str, tuple[int, ...]] = {"tok_embeddings.weight": (args.vocab_size, args.dim)}
     for i in range(args.n_layers):
         block = {
@@ -142,17 +151,20 @@ def full_shapes(args: ModelArgs, scheme: Scheme | None = None) -> dict[str, tupl
             "attention_norm": (args.dim,),
             "ffn_norm": (args.dim,),
         }
-        shapes |= {f"layers.{i}.{name}.weight": shape for name, shape in block.items()}
+        for name, shape in block.items():
+            shapes[f"layers.{i}.{name}.weight"] = shape
+            if biased.get(name.partition(".")[0]):
+                shapes[f"layers.{i}.{name}.bias"] = shape[:1]
     shapes["norm.weight"] = (args.dim,)
-    if not args.tie_word_embeddings:
+    if args.n_outputs and not args.tie_word_embeddings:
         shapes["output.weight"] = (args.n_outputs, args.dim)
     if scheme is None:
         return shapes
     quantized: dict[str, tuple[int, ...]] = {}
     for name, shape in shapes.items():
-        module = name.removesuffix(".weight")
-        if scheme.applies_to(module):
+        if applied_scheme(scheme, name):
             parts = scheme.shapes(*shape)
+            module = name.removesuffix(".weight")
             quantized |= {f"{module}.{part}": size for part, size in parts.items()}
         else:
             quantized[name] = shape
@@ -163,7 +175,8 @@ def split_dim(name: str) -> int | None:
     """Return the dimension along which a parameter is divided; None if each rank has all of it."""
     module, part = name.split(".")[-2:]
     dim = _SPLIT_DIM.get(module)
-    return None if part == "scale" and dim == 1 else dim  # one scale belongs to a whole row
+    # One scale belongs to a whole row, and one bias to a whole sum.
+    return None if part in ("scale", "bias") and dim == 1 else dim
 
 
 def joined_shape(name: str, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...] | None:
@@ -171,11 +184,11 @@ def joined_shape(name: str, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...
     dim = split_dim(name)
     if dim is None:
         return shapes[0] if len(set(shapes)) == 1 else None
-    if any(len(shape) != 2 or shape[1 - dim] != shapes[0][1 - dim] for shape in shapes):
+    rests = {(*shape[:dim], *shape[dim + 1 :]) for shape in shapes}
+    if len(rests) > 1 or any(len(shape) <= dim for shape in shapes):
         return None
-    joined = list(shapes[0])
-    joined[dim] = sum(shape[dim] for shape in shapes)
-    return tuple(joined)
+    first = shapes[0]
+    return (*first[:dim], sum(shape[dim] for shape in shapes), *first[dim + 1 :])
 
 
 def distinct_pieces(name: str, pieces: Sequence[T], args: ModelArgs) -> Sequence[T]:
@@ -218,5 +231,5 @@ def rank_part(
             overlaps.append(piece.narrow(dim, low, high - low))
         first += piece.shape[dim]
     if end - begin < length:  # rows of the padded vocabulary, whose logits are cut
-        overlaps.append(pieces[0].new_zeros(length - max(end - begin, 0), pieces[0].shape[1]))
+        overlaps.append(pieces[0].new_zeros(length - max(end - begin, 0), *pieces[0].shape[1:]))
     return overlaps[0] if len(overlaps) == 1 else torch.cat(overlaps, dim)

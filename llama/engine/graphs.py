@@ -85,8 +85,8 @@ def decoding_steps(model: Transformer, compile: bool = False) -> "DecodingSteps 
     """
     if compile:
         check_compiler(model.capability)
-    if not compile and not _can_record(model):
-        return None
+    if model.params.labels is not None or not (compile or _can_record(model)):
+        return None  # a classifier decodes nothing
     start = time.monotonic()
     steps = DecodingSteps(model, compile)
     try:

@@ -66,7 +66,8 @@ class Tasks:
                 ``response_format`` can't be compiled.
         """
         if self.args.labels is not None:
-            raise ValueError("this checkpoint classifies and writes no text: use classify")
+            able = "classifies" if self.args.labels else "embeds (it has no head)"
+            raise ValueError(f"this checkpoint {able} and writes no text: use classify or embed")
         params, own = with_ends(self.recommended.apply(params), self.tokenizer, ends)
         outside = [i for i in params.logit_bias if not 0 <= i < self.tokenizer.n_words]
         if outside:

@@ -47,34 +47,45 @@ class _Stored(nn.Module):
 
 
 class ParallelLinear(_Stored):
-    """``x @ weight.T``: a stored weight and, once it is chosen, the kernel that holds it."""
+    """``x @ weight.T``: a stored weight and, once it is chosen, the kernel that holds it.
+
+    A layer that has a bias adds it.
+    """
 
     kernel: Kernel | None = None  # None: the stored weight is multiplied as it is
     is_shared = False  # whether the weight is another module's too, which needs it as it is
     rows = slice(0)  # of the kernel's weights
 
-    def __init__(self, in_features: int, out_features: int, shape: tuple[int, int]):
+    def __init__(
+        self, in_features: int, out_features: int, shape: tuple[int, int], n_biases: int = 0
+    ):
         nn.Module.__init__(self)
         self.in_features = in_features
         self.out_features = out_features
         self._allocate(*shape)
+        self.bias = nn.Parameter(torch.empty(n_biases)) if n_biases else None
 
     @property
     def block_size(self) -> int:
         return self.scheme.block_size(self.in_features) if self.scheme else 1
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
-        """Return this rank's part of the outputs, (n_tokens, in_features) to (n_tokens, …)."""
+        """Return this rank's part of ``x @ weight.T``: (n_tokens, in_features) to (n_tokens, …)."""
         if self.kernel is not None:
             return self.kernel(x)[:, self.rows]
         if self.scheme is None:
             return F.linear(x, self.weight)
         return F.linear(x, self.plain_weight().to(x.dtype))
 
+    def biased(self, out: torch.Tensor) -> torch.Tensor:
+        """Add the bias, where the layer has one, to a product."""
+        return out if self.bias is None else out + self.bias
+
     def stored(self) -> StoredWeight:
         """Return the weight as a checkpoint stores it."""
         if self.kernel is None:
-            return {name: part.detach() for name, part in self.named_parameters()}
+            parameters = self.named_parameters()
+            return {name: part.detach() for name, part in parameters if name != "bias"}
         return {name: part[self.rows].clone() for name, part in self.kernel.stored().items()}
 
     def plain_weight(self) -> torch.Tensor:
@@ -88,6 +99,8 @@ class ParallelLinear(_Stored):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         for name, part in self.stored().items():
             destination[prefix + name] = part
+        if self.bias is not None:
+            destination[prefix + "bias"] = self.bias.detach()
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         for name, part in self.__getstate__()["_parameters"].items():
@@ -100,7 +113,7 @@ class ParallelLinear(_Stored):
         if self.kernel is not None:
             stored = self.stored().items()
             parameters = {name: nn.Parameter(part, requires_grad=False) for name, part in stored}
-            state |= {"_parameters": parameters, "kernel": None}
+            state |= {"_parameters": {**parameters, "bias": self.bias}, "kernel": None}
         return state
 
 
@@ -117,13 +130,15 @@ def fused_linear(x: torch.Tensor, *layers: ParallelLinear) -> Sequence[torch.Ten
     if kernel is None:
         return [layer.product(x) for layer in layers]
     out = kernel(x)
-    return [out[:, layer.rows] for layer in layers]
+    return [layer.biased(out[:, layer.rows]) for layer in layers]
 
 
 def joined_linear(x: torch.Tensor, *layers: ParallelLinear) -> torch.Tensor:
     """Return ``fused_linear``'s parts side by side, without a copy where a kernel makes them so."""
     kernel = _shared_kernel(layers)
-    return torch.cat([layer.product(x) for layer in layers], dim=1) if kernel is None else kernel(x)
+    if kernel is None or any(layer.bias is not None for layer in layers):
+        return torch.cat(tuple(fused_linear(x, *layers)), dim=1)
+    return kernel(x)
 
 
 def _shared_kernel(layers: Sequence[ParallelLinear]) -> Kernel | None:
@@ -165,15 +180,25 @@ def pack(layers: Sequence[ParallelLinear], capability: Capability) -> Kernel | N
 
 
 class ColumnParallelLinear(ParallelLinear, fairscale_layers.ColumnParallelLinear):
-    """``x @ weight.T``, each rank computing its part of the outputs.
+    """``x @ weight.T + bias``, each rank computing its part of the outputs.
 
     ``gather_output`` joins the parts on every rank.
     """
 
-    def __init__(self, in_features: int, out_features: int, *, gather_output: bool = False):
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool = False,
+        gather_output: bool = False,
+    ):
         shape = (_split(out_features, "an output width"), in_features)
-        ParallelLinear.__init__(self, in_features, out_features, shape)
+        ParallelLinear.__init__(self, in_features, out_features, shape, bias * shape[0])
         self.gather_output = gather_output
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        return self.biased(super().product(x))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out = self.product(x)
@@ -181,14 +206,17 @@ class ColumnParallelLinear(ParallelLinear, fairscale_layers.ColumnParallelLinear
 
 
 class RowParallelLinear(ParallelLinear, fairscale_layers.RowParallelLinear):
-    """``x @ weight.T`` of inputs that lie split over the ranks; the ranks' sums are added."""
+    """``x @ weight.T + bias`` of inputs that lie split over the ranks, whose sums are added.
 
-    def __init__(self, in_features: int, out_features: int):
+    Each rank has the whole bias, and adds it to the sum.
+    """
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool = False):
         shape = (out_features, _split(in_features, "an input width"))
-        ParallelLinear.__init__(self, in_features, out_features, shape)
+        ParallelLinear.__init__(self, in_features, out_features, shape, bias * out_features)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return all_reduce(self.product(x))
+        return self.biased(all_reduce(self.product(x)))
 
 
 class ParallelEmbedding(_Stored, fairscale_layers.ParallelEmbedding):
