@@ -9,7 +9,8 @@ import torch
 
 from llama.checkpoint.base import Checkpoint, Weights, text_files
 from llama.checkpoint.params import read_params, scheme_of
-from llama.checkpoint.tensor_files import check_plain, open_shard
+from llama.checkpoint.sharding import applied_scheme
+from llama.checkpoint.tensor_files import check_plain, main_dtype, open_shard, unwrapped
 from llama.layers.quantization import Int4, Scheme
 
 
@@ -63,13 +64,12 @@ def open_meta(ckpt_dir: Path) -> Checkpoint:
     source = str(ckpt_dir / "params.json")
     params = read_params(ckpt_dir / "params.json")
     scheme = scheme_of(params, source)
-    shards = [open_shard(path) for path in paths]
+    shards = [_open_unwrapped(path) for path in paths]
     for path, shard in zip(paths, shards, strict=True):
         check_plain(shard, str(path), scheme)
     _check_shard_count(ckpt_dir, len(paths), shards[0], params, scheme)
-    # A quantised embedding has the dtype of its codes.
-    plain = shards[0].get("norm.weight" if scheme else "tok_embeddings.weight")
-    dtype = torch.float32 if plain is None else plain.dtype
+    plain = {name: t for name, t in shards[0].items() if not applied_scheme(scheme, name)}
+    dtype = main_dtype(plain, str(paths[0]))
     names = [str(path) for path in paths]
     parts = [Weights.of(shard, mapped=True) for shard in shards]
     files: dict[str, Path | bytes] = dict(text_files(ckpt_dir))
@@ -77,6 +77,15 @@ def open_meta(ckpt_dir: Path) -> Checkpoint:
         with contextlib.suppress(FileNotFoundError):
             files["tokenizer.model"] = find_tokenizer(ckpt_dir)
     return Checkpoint(source, params, parts, names, dtype, files, scheme=scheme)
+
+
+def _open_unwrapped(path: Path) -> dict[str, torch.Tensor]:
+    """Map a file that may have been saved from ``torch.compile`` or a trainer's wrapper."""
+    shard = open_shard(path)
+    tensors = {unwrapped(name): tensor for name, tensor in shard.items()}
+    if len(tensors) < len(shard):
+        raise ValueError(f"{path} holds some tensors twice, under two names: save one of each")
+    return tensors
 
 
 def _check_shard_count(

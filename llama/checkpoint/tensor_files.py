@@ -1,14 +1,19 @@
 """Files of named tensors, PyTorch's and safetensors, mapped and checked before they are trusted."""
 
+import logging
 import pickletools
 import re
 import zipfile
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
 from llama.errors import need, printable
 from llama.layers.quantization import Scheme
+
+logger = logging.getLogger(__name__)
 
 Tensors = dict[str, torch.Tensor]
 
@@ -24,6 +29,12 @@ _HARMLESS = re.compile(
 _MAX_PICKLE_BYTES = 1_000_000
 # A tensor has four to six. Many more, in one another and hashed as a key, overflow the stack.
 _MAX_TUPLES = 20_000
+
+
+# Names that compilers and trainers put around the network's own, and those of whole models, such
+# as Hugging Face's, which may hold one another.
+_WRAPPERS = "_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|module"
+_WRAPPED = re.compile(rf"^(?:(?:{_WRAPPERS}|base_model|model)\.)+|(?<=\.)(?:(?:{_WRAPPERS})\.)+")
 
 
 class _RefusedError(ValueError):
@@ -115,6 +126,38 @@ def _diagnosis(path: Path, error: Exception) -> str:
         return "is no checkpoint, which would be a zip archive: download it again"
     reason = printable((str(error).splitlines() or [type(error).__name__])[0], 200)
     return f"is damaged or no checkpoint ({reason}): download it again"
+
+
+def unwrapped(name: str) -> str:
+    """Return a tensor's name without those that ``torch.compile``, DDP, FSDP or PEFT put around it.
+
+    Nor does it have the ``model.`` of Hugging Face's names.
+    """
+    return _WRAPPED.sub("", name)
+
+
+def main_dtype(
+    tensors: Mapping[str, torch.Tensor], source: str, stated: torch.dtype | None = None
+) -> torch.dtype:
+    """Return the dtype of a checkpoint's weights; a warning names those that it would round.
+
+    Args:
+        tensors: the weights that aren't quantised.
+        source: the file that describes them, for the warning.
+        stated: the dtype that it gives them; None for that of most weights.
+    """
+    sizes: Counter[torch.dtype] = Counter()
+    for tensor in tensors.values():
+        sizes[tensor.dtype] += tensor.numel()
+    dtype = stated or max(sizes, key=sizes.__getitem__, default=torch.float32)
+    wider = [n for n, t in tensors.items() if torch.promote_types(t.dtype, dtype) != dtype]
+    if wider:
+        logger.warning(
+            "%s is of %s, but %d of %d weights are wider, such as %s in %s: a network in %s "
+            "rounds them, and dtype=torch.float32 keeps them",
+            *(source, dtype, len(wider), len(tensors), wider[0], tensors[wider[0]].dtype, dtype),
+        )
+    return dtype
 
 
 def check_plain(tensors: Tensors, name: str, scheme: Scheme | None = None) -> None:
