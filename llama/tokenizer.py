@@ -28,6 +28,8 @@ class BaseTokenizer:
         step_id: the end of a turn of Code Llama 70B-Instruct, or None.
         spaced: whether each text after a control piece of a rendered prompt begins like a text on
             its own, with SentencePiece's space, as in Meta's prompts.
+        lstrip_ids, rstrip_ids, single_word_ids: the control pieces that take away the white space
+            before or after them in a prompt, and those that are one only as a word on its own.
     """
 
     n_words: int
@@ -38,6 +40,9 @@ class BaseTokenizer:
     spaced: bool = True
     stop_ids: frozenset[int]
     control_ids: dict[str, int]
+    lstrip_ids: frozenset[int] = frozenset()
+    rstrip_ids: frozenset[int] = frozenset()
+    single_word_ids: frozenset[int] = frozenset()
 
     def _to_ids(self, s: str, continued: bool) -> list[int]:
         """Return the ids of a text; one that is ``continued`` has other text before it."""

@@ -22,6 +22,7 @@ SIZES = {
     "vocab_size": 60,
     "rope_theta": 5000.0,
     "tied": False,
+    "biased": (),
 }
 
 
@@ -43,6 +44,7 @@ def shapes(sizes: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     found: dict[str, tuple[int, ...]] = {"token_embd.weight": (sizes["vocab_size"], dim)}
     for i in range(sizes["n_layers"]):
         found |= {f"blk.{i}.{name}.weight": shape for name, shape in block.items()}
+        found |= {f"blk.{i}.{name}.bias": block[name][:1] for name in sizes["biased"]}
     found["output_norm.weight"] = (dim,)
     if not sizes["tied"]:
         found["output.weight"] = (sizes["vocab_size"], dim)

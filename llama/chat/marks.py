@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from llama.tokenizer import BaseTokenizer
+from llama.tokenizers.added import around_controls
 
 _BEGIN, _END, _CUT = "\ufdd0", "\ufde1", "\ufde2"
 _DIGITS = [chr(0xFDD1 + digit) for digit in range(16)]
@@ -60,9 +61,8 @@ class Marks:
         parts: list[str | int] = []
         for i, part in enumerate(_MARK.split(text)):
             parts.append(_number(part) if i % 2 else _RESERVED.sub("", part))
-        return self._tokenizer.encode_parts(
-            part for part in parts if isinstance(part, str) or part in self._pieces
-        )
+        known = [part for part in parts if isinstance(part, str) or part in self._pieces]
+        return self._tokenizer.encode_parts(around_controls(known, self._tokenizer, self._pieces))
 
 
 def _number(digits: str) -> int:

@@ -28,11 +28,13 @@ def _open(path: Path) -> Checkpoint:
     if path.is_file():
         return _open_file(path)
     if path.is_dir() and not any(path.glob("consolidated.*.pth")):
-        if (path / "config.json").is_file():
+        gguf_files = sorted(path.glob("*.gguf"))
+        # Beside GGUF files alone config.json is what the model's page says of it.
+        is_hf = any([*path.glob("model*.safetensors*"), *path.glob("pytorch_model*")])
+        if (path / "config.json").is_file() and (is_hf or not gguf_files):
             from llama.checkpoint.hf import open_hf
 
             return open_hf(path)
-        gguf_files = sorted(path.glob("*.gguf"))
         models = {re.sub(r"-\d{5}-of-\d{5}\.gguf$", "", file.name) for file in gguf_files}
         if len(models) == 1:  # in one file, or in parts
             return _open_gguf(gguf_files[0])

@@ -1,8 +1,9 @@
 """llama.cpp's GGUF files: hyper-parameters, weights of any usual quantisation, tokenizer."""
 
 import json
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,12 @@ META_NAMES = {
     "attn_norm": "attention_norm",
     "ffn_norm": "ffn_norm",
 }
-_NAME = re.compile(r"(blk\.(?:0|[1-9][0-9]*)\.|)(\w+)\.weight")
+_NAME = re.compile(r"(blk\.(?:0|[1-9][0-9]*)\.|)(\w+)\.(weight|bias)")
+# The modules that have biases together, by the parameter that says so.
+_BIASED = {
+    "attention_bias": ("attention.wq", "attention.wk", "attention.wv", "attention.wo"),
+    "mlp_bias": ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),
+}
 _DERIVED = (".attn_rot_embd.weight", "rope_freqs.weight")  # the second is read as rope_scaling
 
 # Hyper-parameters by their keys in a file, without the architecture's name.
@@ -56,6 +62,7 @@ _UNSUPPORTED_KEYS = {
     "logit_scale": (0, 1),
     "residual_scale": (0, 1),
     "embedding_scale": (0, 1),
+    "rope.scaling.yarn_ext_factor": (1, -1),  # -1 stands for 1
 }
 
 
@@ -84,10 +91,13 @@ def open_gguf(path: Path) -> Checkpoint:
         )
     tensors = _renamed(stored, str(paths[0]))
     params = _params(metadata, stored, str(paths[0]))
+    biased = {key: _missing_biases(tensors, modules) for key, modules in _BIASED.items()}
+    params |= {key: True for key, missing in biased.items() if missing is not None}
+    zeros = {name: shape for missing in biased.values() for name, shape in (missing or {}).items()}
     weights = Weights(
-        {name: tensor.shape for name, tensor in tensors.items()},
-        lambda name: read(tensors[name]),
-        lambda name: (mapped(tensors[name]),),
+        {name: tensor.shape for name, tensor in tensors.items()} | zeros,
+        lambda name: torch.zeros(zeros[name]) if name in zeros else read(tensors[name]),
+        lambda name: () if name in zeros else (mapped(tensors[name]),),
     )
     text = tokenizer_files(metadata, str(paths[0]))
     if sampling := gguf_sampling(metadata):
@@ -120,8 +130,6 @@ def _renamed(stored: Mapping[str, Stored], source: str) -> dict[str, Stored]:
     """Return the network's tensors under Meta's names, and unknown ones under their own."""
     tensors = {}
     for name, tensor in stored.items():
-        if name.endswith(".bias"):
-            raise ValueError(f"{source} has {printable(name)}: Llama's projections have no biases")
         if tensor.kind not in SUPPORTED:
             raise ValueError(
                 f"{source} has {printable(name)} in the type {tensor.kind}: known are "
@@ -129,10 +137,25 @@ def _renamed(stored: Mapping[str, Stored], source: str) -> dict[str, Stored]:
             )
         match = _NAME.fullmatch(name)
         if match and match[2] in META_NAMES:
-            tensors[f"{match[1].replace('blk', 'layers')}{META_NAMES[match[2]]}.weight"] = tensor
+            layer = match[1].replace("blk", "layers")
+            tensors[f"{layer}{META_NAMES[match[2]]}.{match[3]}"] = tensor
         elif not name.endswith(_DERIVED):
             tensors[name] = tensor
     return tensors
+
+
+def _missing_biases(
+    tensors: Mapping[str, Stored], modules: Sequence[str]
+) -> dict[str, tuple[int, ...]] | None:
+    """Return the shapes of biases that aren't stored although others of these modules' are.
+
+    They count as zeros. None if no bias is stored.
+    """
+    if not any(name.endswith(tuple(f".{module}.bias" for module in modules)) for name in tensors):
+        return None
+    weights = [n for n in tensors if n.endswith(tuple(f".{module}.weight" for module in modules))]
+    shapes = {n.removesuffix("weight") + "bias": tensors[n].shape[:1] for n in weights}
+    return {name: shape for name, shape in shapes.items() if name not in tensors}
 
 
 def _params(
@@ -162,10 +185,10 @@ def _params(
     scaling = _rope_scaling(values, stored, source)
     if scaling is not None:
         params["rope_scaling"] = scaling
-    tokens = metadata.get("tokenizer.ggml.tokens")
     if "context_length" in values:
         params["max_seq_len"] = values["context_length"]
-    params["vocab_size"] = len(tokens) if isinstance(tokens, list) else values.get("vocab_size", -1)
+    if "token_embd.weight" in stored:
+        params["vocab_size"] = stored["token_embd.weight"].shape[0]
     params["tie_word_embeddings"] = "output.weight" not in stored
     return params
 
@@ -175,20 +198,51 @@ def _rope_scaling(
 ) -> dict[str, Any] | None:
     """Return ``rope_scaling`` as ``ModelArgs`` has it; None if frequencies aren't scaled."""
     kind = values.get("rope.scaling.type", "linear")
-    if kind not in ("none", "linear"):
+    table = stored.get("rope_freqs.weight")
+    if kind not in ("none", "linear", "yarn") or (kind == "yarn" and table is not None):
+        more = " beside rope_freqs.weight" if kind == "yarn" else ""
         raise ValueError(
-            f"{source} has llama.rope.scaling.type = {_short(kind)}: known are none, linear and "
-            "rope_freqs.weight"
+            f"{source} has llama.rope.scaling.type = {_short(kind)}{more}: known are none, linear, "
+            "yarn and rope_freqs.weight"
         )
     factor = values.get("rope.scaling.factor", values.get("rope.scale_linear")) or 1.0
     factor = 1.0 if kind == "none" else factor
-    if not isinstance(factor, int | float):
+    if type(factor) not in (int, float):
         raise ValueError(f"{source} has a scaling factor of {_short(factor)}: expected a number")
-    table = stored.get("rope_freqs.weight")
+    if kind == "yarn":
+        return _yarn(values, factor, source)
     if table is not None:
         factors = (read(table).flatten().double() * factor).tolist()
         return {"rope_type": "factors", "factors": factors}
     return None if factor == 1 else {"rope_type": "linear", "factor": factor}
+
+
+def _yarn(values: Mapping[str, Any], factor: float, source: str) -> dict[str, Any]:
+    """Return ``rope_scaling`` of the kind yarn.
+
+    llama.cpp's converter keeps the model's own numbers, of which llama.cpp ignores most;
+    transformers computes with them.
+    """
+    scaling: dict[str, Any] = {"rope_type": "yarn", "factor": factor}
+    names = {
+        "original_context_length": "original_max_position_embeddings",
+        "yarn_attn_factor": "attention_factor",
+        "yarn_beta_fast": "beta_fast",
+        "yarn_beta_slow": "beta_slow",
+    }
+    for key, name in names.items():
+        if f"rope.scaling.{key}" in values:
+            scaling[name] = values[f"rope.scaling.{key}"]
+    if "context_length" in values:
+        scaling.setdefault("original_max_position_embeddings", values["context_length"])
+    growth = values.get("rope.scaling.attn_factor", 1)
+    usual = scaling.get("attention_factor", 0.1 * math.log(max(1, factor)) + 1)
+    for number in (growth, usual):
+        if type(number) not in (int, float):
+            raise ValueError(f"{source} has an attn_factor of {_short(number)}: expected a number")
+    if growth != 1:
+        scaling["attention_factor"] = growth * usual
+    return scaling
 
 
 def _main_dtype(tensors: Mapping[str, Stored]) -> torch.dtype:

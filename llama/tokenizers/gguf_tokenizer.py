@@ -6,54 +6,10 @@ from typing import Any
 
 from llama.errors import need, printable
 from llama.tokenizers.control import END_PIECES
+from llama.tokenizers.pre_tokenizers import Rule, find_rule
 
 # The types of tokens, which are SentencePiece's.
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
-
-# The regular expressions that split text before pairs are merged, by the rule's name. They are
-# those of the models' own tokenizer.json, as llama.cpp (src/llama-vocab.cpp) quotes them.
-_CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
-_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
-_SYMBOLS = r" ?[^\s\p{L}\p{N}]+[\r\n]*"
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_DIGITS = r"\p{N}"
-_RULES: dict[str, tuple[str, ...]] = {
-    "llama3": (rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}{{1,3}}|{_SYMBOLS}|{_SPACES}",),
-    "tekken": (
-        rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
-        rf"|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}",
-    ),
-    "qwen2": (rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}|{_SYMBOLS}|{_SPACES}",),
-    "seed-coder": (rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|{_SPACES}",),
-    "gpt-2": (_GPT2,),
-    "starcoder": (_DIGITS, _GPT2),
-    "deepseek-coder": (
-        r"[\r\n]",
-        r"\s?\p{L}+",
-        r"\s?\p{P}+",
-        "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+",
-        _DIGITS,
-    ),
-    "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]"),
-}
-# Other names of the rules in ``tokenizer.ggml.pre``.
-_ALIASES = {
-    "llama-bpe": "llama3",
-    "llama-v3": "llama3",
-    "falcon3": "llama3",
-    "smaug-bpe": "llama3",
-    "dbrx": "llama3",
-    "megrez": "qwen2",
-    "smollm": "starcoder",
-    "refact": "starcoder",
-    "minerva-7b": "starcoder",
-}
-# Rules that keep a split text which is a token as it is, whatever the merges would give, and whose
-# texts begin with the beginning-of-sequence token unless the file says otherwise.
-_WHOLE_WORDS = ("llama3", "llama-bpe", "llama-v3", "falcon3", "tekken")
-_NFC = ("qwen2",)  # rules whose own tokenizer normalises text to NFC
 
 _ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 
@@ -83,28 +39,30 @@ def tokenizer_files(metadata: Mapping[str, Any], source: str = "the file") -> di
     tokens = _column(metadata, "tokens", source)
     types = _column(metadata, "token_type", source, len(tokens))
     special = _special_ids(metadata, model, len(tokens), source)
-    control = {special.get("bos"), special.get("eos")}  # some files have them as plain tokens
+    # Some files have them as plain tokens.
+    control = {special[role] for role in ("bos", "eos", "eot", "eom") if role in special}
     # SentencePiece writes a space as ▁; llama.cpp writes it out in tokens that were added.
     names = [token.replace(" ", "▁") for token in tokens] if model == "llama" else tokens
     for i, (name, kind) in enumerate(zip(names, types, strict=True)):
         is_end = name in END_PIECES and kind in (_NORMAL, _USER_DEFINED)
-        types[i] = _CONTROL if is_end or i in control else kind
+        types[i] = _CONTROL if is_end or i in control or kind == _UNKNOWN else kind
     ids = {name: i for i, name in enumerate(names)}
     if len(ids) < len(names) or "" in ids:
         repeated = next((name for i, name in enumerate(names) if ids[name] != i), "")
         raise ValueError(f"{source} has the token {printable(repeated)!r} twice, or an empty one")
-    rule = metadata.get("tokenizer.ggml.pre")
+    rule = None if model == "llama" else find_rule(metadata.get("tokenizer.ggml.pre"), source)
+    adds_bos = rule is None or rule.whole_words
     adds = {
         role: metadata.get(f"tokenizer.ggml.add_{role}_token", default) is True and role in special
-        for role, default in (("bos", model == "llama" or rule in _WHOLE_WORDS), ("eos", False))
+        for role, default in (("bos", adds_bos), ("eos", False))
     }
     files = {}
-    if model == "llama":
+    if rule is None:
         scores = _column(metadata, "scores", source, len(tokens))
         files["tokenizer.model"] = _sentencepiece(metadata, names, scores, types, special, source)
     else:
         merges = _merges(metadata, ids, source)
-        data = _byte_level(rule, ids, merges, types, source)
+        data = _byte_level(rule, ids, merges, types)
         around = [[special[role]] if adds[role] else [] for role in ("bos", "eos")]
         data["post_processor"] = _template(names, *around) if any(around) else None
         files["tokenizer.json"] = _json(data)
@@ -113,6 +71,11 @@ def tokenizer_files(metadata: Mapping[str, Any], source: str = "the file") -> di
     config |= _chat_templates(metadata)
     if model == "llama":
         config["legacy"] = True
+        # A chat template decides which of them are of the structure of prompts.
+        added = [i for i, kind in enumerate(types) if kind == _USER_DEFINED]
+        if added:
+            spec = {str(i): _added(names[i].replace("▁", " "), False) for i in added}
+            config["added_tokens_decoder"] = spec
     files["tokenizer_config.json"] = _json(config)
     ends = _ends(ids, types, special)
     if len(ends) > 1:
@@ -205,9 +168,7 @@ def _sentencepiece(
     proto = need("sentencepiece.sentencepiece_model_pb2").ModelProto()
     for i, (name, score, kind) in enumerate(zip(names, scores, types, strict=True)):
         if i == special["unk"]:
-            kind = _UNKNOWN
-        elif kind == _UNKNOWN:  # a model can have one only
-            kind = _CONTROL
+            kind = _UNKNOWN  # a model can have one only
         if not _NORMAL <= kind <= _BYTE:
             raise ValueError(f"{source} has the token {printable(name)} of the type {kind}")
         proto.pieces.add(piece=name, score=score, type=kind)
@@ -245,50 +206,42 @@ def _merges(
 
 
 def _byte_level(
-    rule: object,
+    rule: Rule,
     ids: Mapping[str, int],
     merges: list[tuple[str, str]],
     types: list[int],
-    source: str,
 ) -> dict[str, Any]:
     """Return the object of a ``tokenizer.json`` for a byte-level tokenizer."""
-    name = _ALIASES.get(rule, rule) if isinstance(rule, str) else None
-    if name not in _RULES:
-        names = ", ".join(sorted([*_RULES, *_ALIASES]))
-        found = f"tokenizer.ggml.pre = {printable(repr(rule))}" if rule else "no tokenizer.ggml.pre"
-        raise ValueError(f"{source} has {found}: known rules are {names}")
     splits = [
         {"type": "Split", "pattern": {"Regex": rx}, "behavior": "Isolated", "invert": False}
-        for rx in _RULES[name]
+        for rx in rule.patterns
     ]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     byte_level |= {"use_regex": False}
     added = [
-        {
-            "id": i,
-            "content": token,
-            "single_word": False,
-            "lstrip": False,
-            "rstrip": False,
-            "normalized": False,
-            "special": types[i] == _CONTROL,
-        }
+        {"id": i, **_added(token, types[i] == _CONTROL)}
         for token, i in ids.items()
         if types[i] in (_CONTROL, _USER_DEFINED)
     ]
     return {
         "version": "1.0",
         "added_tokens": added,
-        "normalizer": {"type": "NFC"} if rule in _NFC else None,
+        "normalizer": {"type": "NFC"} if rule.nfc else None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*splits, byte_level]},
         "decoder": byte_level,
         "model": {
             "type": "BPE",
-            "ignore_merges": rule in _WHOLE_WORDS,
+            "ignore_merges": rule.whole_words,
             "vocab": ids,
             "merges": merges,
         },
     }
+
+
+def _added(content: str, special: bool) -> dict[str, Any]:
+    """Return the description of an added piece."""
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"content": content, **flags, "special": special}
 
 
 def _template(names: list[str], before: list[int], after: list[int]) -> dict[str, Any]:

@@ -3,11 +3,14 @@
 import copy
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 from llama.errors import need, printable
 from llama.tokenizer import BaseTokenizer
+from llama.tokenizers.added import AddedPiece, set_flags
+from llama.tokenizers.descriptions import Description
 
 # GPT-2's characters for the 256 bytes (https://github.com/openai/gpt-2, src/encoder.py): those
 # that are visible in Latin-1 stand for themselves, the others for characters from 256 on.
@@ -15,6 +18,7 @@ _VISIBLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 _OTHERS = [byte for byte in range(256) if byte not in _VISIBLE]
 BYTE_LEVEL = {chr(byte): byte for byte in _VISIBLE}
 BYTE_LEVEL |= {chr(256 + i): byte for i, byte in enumerate(_OTHERS)}
+_NEVER = (0xC0, 0xC1, *range(0xF5, 0x100))  # the bytes that no UTF-8 has
 
 
 class JsonTokenizer(BaseTokenizer):
@@ -57,7 +61,7 @@ class JsonTokenizer(BaseTokenizer):
         tokenizers = need("tokenizers")
         try:
             self._whole = tokenizers.Tokenizer.from_str(json.dumps(data))
-            self._continued = tokenizers.Tokenizer.from_str(json.dumps(_without_prefix(data)))
+            self._continued = tokenizers.Tokenizer.from_str(json.dumps(without_prefix(data)))
         except Exception as error:  # the library raises no narrower one
             reason = printable(str(error), 200)
             raise ValueError(f"{name} is no tokenizer.json: {reason}") from error
@@ -71,16 +75,18 @@ class JsonTokenizer(BaseTokenizer):
             for spec in added
             if spec["special"] and str(spec.get("content")) in vocabulary
         }
+        self._verbatim = {vocabulary[t]: t for t in _verbatim(data) if t in vocabulary}
         self._silent_ids = {i for text, i in self.control_ids.items() if text in silent}
         self.bos_id = self.eos_id = self.pad_id = -1
         self.stop_ids = frozenset()
         # As with SentencePiece, except that "first" puts a space before the first text only.
         steps = _steps(data.get("pre_tokenizer"))
         self.spaced = all(step.get("prepend_scheme") != "first" for step in steps)
-        around: list[int] = self._whole.encode("").ids  # what the post-processor adds to a text
-        self.add_bos = bool(around) and around[0] in self.control_ids.values()
+        first = _first_id(self._whole)
+        self.add_bos = first in self.control_ids.values()
         if self.add_bos:
-            self.bos_id = around[0]
+            self.bos_id = first
+        set_flags(self, [AddedPiece.of(spec) for spec in added])
         # Prompts get their control ids otherwise (encode_parts): what the library sees is text.
         self._whole.encode_special_tokens = self._continued.encode_special_tokens = True
 
@@ -90,9 +96,17 @@ class JsonTokenizer(BaseTokenizer):
         return ids
 
     def _to_text(self, ids: list[int], continued: bool) -> str:
-        model = self._continued if continued else self._whole
         shown = [i for i in ids if i not in self._silent_ids]
-        text: str = model.decode(shown, skip_special_tokens=False)
+        text, begin = "", 0
+        for end, i in enumerate(shown):
+            if i in self._verbatim:
+                text += self._shown(shown[begin:end], continued) + self._verbatim[i]
+                begin, continued = end + 1, True
+        return text + self._shown(shown[begin:], continued)
+
+    def _shown(self, ids: list[int], continued: bool) -> str:
+        model = self._continued if continued else self._whole
+        text: str = model.decode(ids, skip_special_tokens=False)
         return text
 
     def token_piece(self, t: int) -> str:
@@ -111,8 +125,83 @@ class JsonTokenizer(BaseTokenizer):
         if unknown or not self._decoder:
             found = ", ".join(sorted(unknown)) or "no decoder"
             raise ValueError(f"a piece's bytes aren't known with {found} in tokenizer.json")
-        pieces = (self._whole.id_to_token(i) or "" for i in range(self.n_words))
-        return [_decoded(piece, self._decoder) for piece in pieces]
+        names = (self._whole.id_to_token(i) or "" for i in range(self.n_words))
+        pieces = [_decoded(name, self._decoder) for name in names]
+        for i, text in self._verbatim.items():
+            pieces[i] = text.encode()
+        return pieces
+
+
+def n_pieces(data: Mapping[str, Any]) -> int:
+    """Return the number of ids of a parsed ``tokenizer.json``, as far as it is well formed."""
+    ids = [*_vocabulary(data).values(), *(spec.get("id") for spec in _specs(data))]
+    return max((i for i in ids if isinstance(i, int)), default=-1) + 1
+
+
+def with_pieces(data: Mapping[str, Any], description: Description) -> dict[str, Any]:
+    """Return a parsed ``tokenizer.json`` with pieces that the files next to it add or describe.
+
+    A piece of an id that the file gives to another one is left out.
+    """
+    vocabulary, specs = _vocabulary(data), _specs(data)
+    known = {str(spec.get("content")) for spec in specs}
+    taken = {*vocabulary.values(), *(spec.get("id") for spec in specs)}
+    described = {piece.content: piece for piece in description.described.values()}
+    more = {i: piece for i, piece in description.added.items() if i not in taken}
+    more |= {
+        vocabulary[piece.content]: piece
+        for piece in [*description.special.values(), *description.added.values()]
+        if piece.content in vocabulary
+    }
+    new = [
+        {"id": i, **asdict(piece)}
+        for i, piece in sorted(more.items())
+        if piece.content not in known
+    ]
+    kept = [
+        {**spec, **asdict(described[text])} if (text := spec.get("content")) in described else spec
+        for spec in specs
+    ]
+    return {**data, "added_tokens": kept + new} if new or described else dict(data)
+
+
+def _specs(data: Mapping[str, Any]) -> list[dict[str, Any]]:
+    specs = data.get("added_tokens")
+    return [spec for spec in specs if isinstance(spec, dict)] if isinstance(specs, list) else []
+
+
+def _vocabulary(data: Mapping[str, Any]) -> dict[str, int]:
+    """Return the ids of the pieces that weren't added."""
+    model = data.get("model")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(vocabulary, list):  # Unigram's pieces, with their scores
+        return {str(entry[0]): i for i, entry in enumerate(vocabulary) if entry}
+    return vocabulary if isinstance(vocabulary, dict) else {}
+
+
+def _first_id(tokenizer: Any) -> int:
+    """Return the id that a post-processor puts in front of a text; -1 for none."""
+    if tokenizer.post_processor is None:
+        return -1
+    tokenizers = need("tokenizers")
+    text = tokenizers.Tokenizer(tokenizers.models.WordLevel({"text": 0}, "text")).encode("text")
+    processed = tokenizer.post_processor.process(text)
+    first: int = processed.ids[0] if processed.special_tokens_mask[0] else -1
+    return first
+
+
+def _verbatim(data: Mapping[str, Any]) -> set[str]:
+    """Return the added pieces whose letters a byte-level decoder would take for bytes."""
+    if all(step.get("type") != "ByteLevel" for step in _steps(data.get("decoder"))):
+        return set()
+    texts = {spec["content"] for spec in _specs(data)}
+    texts = {text for text in texts if BYTE_LEVEL.keys() >= set(text) and not text.isascii()}
+    # A piece that the vocabulary has, too, may stand for bytes: for one that UTF-8 has, or several
+    # that were merged.
+    merges = data["model"].get("merges") or () if texts & _vocabulary(data).keys() else ()
+    bytes_too = {"".join(pair).replace(" ", "") for pair in merges}
+    bytes_too |= {char for char, byte in BYTE_LEVEL.items() if byte not in _NEVER}
+    return {text for text in texts if text not in bytes_too or text not in _vocabulary(data)}
 
 
 def _is_beyond(spec: object, vocab_size: int | None) -> bool:
@@ -145,18 +234,18 @@ def _decoded(piece: str, decoder: list[dict[str, Any]]) -> bytes:
     return piece.encode()
 
 
-def _without_prefix(data: dict[str, Any]) -> dict[str, Any]:
-    """Return a tokenizer that adds no space before a text, and removes none in decoding."""
-    data = copy.deepcopy(data)
-    for step in _steps(data.get("normalizer")):
+def without_prefix(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a ``tokenizer.json`` that adds no space to a text, and removes none in decoding."""
+    copied: dict[str, Any] = copy.deepcopy(dict(data))
+    for step in _steps(copied.get("normalizer")):
         if step.get("type") == "Prepend":
             step["prepend"] = ""
     for part in ("pre_tokenizer", "decoder"):
-        for step in _steps(data.get(part)):
+        for step in _steps(copied.get(part)):
             if step.get("type") == "Metaspace":
                 step["prepend_scheme"] = "never"
             if step.get("type") == "ByteLevel":
                 step["add_prefix_space"] = False
             if step.get("type") == "Strip":
                 step["start"] = 0
-    return data
+    return copied

@@ -1,5 +1,7 @@
 """GGUF files: the network that they hold is the one that was written."""
 
+import functools
+import math
 import random
 import struct
 from collections.abc import Callable
@@ -12,10 +14,10 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
 from gguf_files import BPE, SIZES, add_byte_level, write_gguf
-from hf_files import of_paired_tensors
+from hf_files import make_hf, of_paired_tensors, save_hf
 from transformers import AutoModelForCausalLM
 
-from llama import Transformer, parallel
+from llama import Llama, Transformer, parallel
 from llama.checkpoint import open_checkpoint
 from llama.checkpoint.base import Checkpoint
 from llama.checkpoint.gguf import open_gguf
@@ -44,9 +46,9 @@ def reference(values: dict[str, torch.Tensor], rope: dict[str, Any], **sizes: An
     sizes = {**SIZES, **sizes}
     tensors = {}
     for name, value in values.items():
-        *layer, part, _ = name.split(".")
+        *layer, part, kind = name.split(".")
         prefix = f"model.layers.{layer[1]}." if layer else ""
-        tensors[f"{prefix}{NAMES[part]}.weight"] = value
+        tensors[f"{prefix}{NAMES[part]}.{kind}"] = value
     return of_paired_tensors(
         tensors,
         hidden_size=sizes["dim"],
@@ -60,6 +62,8 @@ def reference(values: dict[str, torch.Tensor], rope: dict[str, Any], **sizes: An
         max_position_embeddings=64,
         rope_parameters={"rope_type": "default", "rope_theta": sizes["rope_theta"], **rope},
         tie_word_embeddings=sizes["tied"],
+        attention_bias="attn_q" in sizes["biased"],
+        mlp_bias="ffn_up" in sizes["biased"],
     )
 
 
@@ -129,6 +133,93 @@ def test_linear_scaling(tmp_path: Path, change: Callable[[gguf.GGUFWriter], None
     assert_same_logits(load(open_gguf(tmp_path / "model.gguf")), network)
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+
+
+@pytest.mark.parametrize(
+    ("keys", "rope"),
+    [
+        ({}, {}),
+        ({"yarn_beta_fast": 4.0, "yarn_beta_slow": 0.5}, {"beta_fast": 4.0, "beta_slow": 0.5}),
+        ({"yarn_attn_factor": 1.5}, {"attention_factor": 1.5}),
+        ({"attn_factor": 1.25}, {"attention_factor": 1.25 * (0.1 * math.log(4) + 1)}),
+    ],
+    ids=str,
+)
+def test_yarn_scaling(tmp_path: Path, keys: dict[str, float], rope: dict[str, float]) -> None:
+    """A file of a model that yarn stretched would be refused, or rotated otherwise."""
+
+    def change(writer: gguf.GGUFWriter) -> None:
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(4.0)
+        writer.add_rope_scaling_orig_ctx_len(16)
+        for key, value in keys.items():
+            writer.add_float32(f"llama.rope.scaling.{key}", value)
+
+    values = write_gguf(tmp_path / "model.gguf", change=change)
+    assert_same_logits(load(open_gguf(tmp_path / "model.gguf")), reference(values, YARN | rope))
+
+
+def test_yarn_stretches_the_length_that_a_file_names_if_it_names_one_only(tmp_path: Path) -> None:
+    """A yarn file without the length before it was stretched would be refused."""
+
+    def change(writer: gguf.GGUFWriter) -> None:
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(4.0)
+        writer.add_context_length(16)
+
+    values = write_gguf(tmp_path / "model.gguf", change=change)
+    assert_same_logits(load(open_gguf(tmp_path / "model.gguf")), reference(values, YARN))
+
+
+ATTENTION = ("attn_q", "attn_k", "attn_v", "attn_output")
+FEED_FORWARD = ("ffn_gate", "ffn_down", "ffn_up")
+
+
+@pytest.mark.parametrize(
+    "biased", [ATTENTION, FEED_FORWARD, (*ATTENTION, *FEED_FORWARD), ATTENTION[:3]], ids=str
+)
+def test_biases(tmp_path: Path, biased: tuple[str, ...]) -> None:
+    """A file of a network with biases would be refused, or its queries' be added in a wrong order.
+
+    Some files have biases for queries, keys and values only.
+    """
+    values = write_gguf(tmp_path / "model.gguf", biased=biased)
+    if biased == ATTENTION[:3]:
+        values |= {f"blk.{i}.attn_output.bias": torch.zeros(64) for i in range(2)}
+    network = reference(values, {}, biased=biased)
+    model = load(open_gguf(tmp_path / "model.gguf"))
+    assert any(name.endswith("bias") for name in model.state_dict())
+    assert_same_logits(model, network)
+
+
+@pytest.mark.parametrize("rows", [len(BPE["vocab"]) + 9, len(BPE["vocab"]) - 9])
+def test_embeddings_of_another_size_than_the_vocabulary(tmp_path: Path, rows: int) -> None:
+    """A padded embedding, or one that lacks the last pieces, would be refused."""
+    path = tmp_path / "model.gguf"
+    change = functools.partial(add_byte_level, rule="smollm")
+    values = write_gguf(path, change=change, vocab_size=rows)
+    ckpt = open_gguf(path)
+    assert_same_logits(load(ckpt), reference(values, {}, vocab_size=rows))
+    llama = Llama.build(path, dtype=torch.float32, device="cpu")
+    assert llama.model.params.vocab_size == rows
+    assert llama.tokenizer.n_words == min(rows, len(BPE["vocab"]) + 1)
+    assert llama.text_completion(["once"], max_gen_len=2)[0]["generation"] is not None
+
+
+def test_config_json_alone_is_no_checkpoint_beside_a_gguf_file(tmp_path: Path) -> None:
+    """A GGUF repository's directory, which has the model's config.json, would not load."""
+    write_gguf(tmp_path / "model.gguf")
+    for config in ("{}", '{"model_type": "mixtral"}'):
+        (tmp_path / "config.json").write_text(config)
+        assert open_checkpoint(tmp_path).names == [str(tmp_path / "model.gguf")]
+    write_gguf(tmp_path / "other.gguf")
+    with pytest.raises(ValueError, match=r"several GGUF files.*model.gguf, other.gguf"):
+        open_checkpoint(tmp_path)
+    save_hf(make_hf(), tmp_path)
+    assert open_checkpoint(tmp_path).names == [str(tmp_path)]
+
+
 def test_frequency_factors_are_llama_3s_scaling(tmp_path: Path) -> None:
     scaling = {
         "rope_type": "llama3",
@@ -183,7 +274,14 @@ WRONG = {
         {"change": lambda writer: writer.add_expert_count(8)},
         "llama.expert_count = 8: no such network",
     ),
-    "bias": ({"tensors": {"blk.0.attn_q.bias": np.zeros(64, np.float32)}}, "no biases"),
+    "bias": (
+        {"tensors": {"blk.0.attn_norm.bias": np.zeros(64, np.float32)}},
+        "has the unexpected layers.0.attention_norm.bias",
+    ),
+    "short bias": (
+        {"tensors": {"blk.0.attn_q.bias": np.zeros(60, np.float32)}},
+        r"layers.0.attention.wq.bias in .* has the shape \(60,\)",
+    ),
     "fused": (
         {"tensors": {"blk.0.attn_qkv.weight": np.zeros((4, 4), np.float32)}},
         "has the unexpected blk.0.attn_qkv.weight",
@@ -192,17 +290,28 @@ WRONG = {
         {"tensors": {"rope_freqs.weight": np.zeros(8, np.int32)}},
         "rope_freqs.weight in the type I32: known are F32, F16, BF16, Q8_0",
     ),
+    "longrope": (
+        {"change": lambda writer: writer.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE)},
+        "llama.rope.scaling.type = 'longrope': known are none, linear, yarn and rope_freqs.weight",
+    ),
     "yarn": (
         {"change": lambda writer: writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)},
-        "llama.rope.scaling.type = 'yarn'",
+        "rope_scaling of the kind yarn in .* needs exactly factor, original_max_position_e",
+    ),
+    "yarn and a table": (
+        {
+            "change": lambda writer: writer.add_rope_scaling_type(gguf.RopeScalingType.YARN),
+            "tensors": {"rope_freqs.weight": np.ones(8, np.float32)},
+        },
+        "'yarn' beside rope_freqs.weight",
+    ),
+    "extrapolation": (
+        {"change": lambda writer: writer.add_rope_scaling_yarn_ext_factor(0.5)},
+        "llama.rope.scaling.yarn_ext_factor = 0.5",
     ),
     "partial": (
         {"change": lambda writer: writer.add_value_length(8)},
         "llama.attention.value_length = 8: expected the size of all of a head, 16",
-    ),
-    "heads": (
-        {"change": lambda writer: writer.add_array("tokenizer.ggml.tokens", ["a", "b"])},
-        r"token_embd|tok_embeddings.weight in .* has the shape \(60, 64\)",
     ),
     "freqs": (
         {"tensors": {"rope_freqs.weight": np.ones(3, np.float32)}},
