@@ -100,7 +100,9 @@ def _special(config: Mapping[str, Any]) -> Iterator[AddedPiece]:
         listed = list(listed.values()) if isinstance(listed, dict) else listed
         named += listed if isinstance(listed, list) else []
     for value in named:
-        if text := _text(value):
+        text = _text(value)
+        # Of one letter, as "!" for padding, it remains part of texts, which can't be without it.
+        if text and len(text.strip()) > 1:
             spec = value if isinstance(value, dict) else {}
             yield AddedPiece.of({**spec, "content": text, "special": True})
 

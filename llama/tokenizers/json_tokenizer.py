@@ -132,10 +132,14 @@ class JsonTokenizer(BaseTokenizer):
         return pieces
 
 
-def n_pieces(data: Mapping[str, Any]) -> int:
-    """Return the number of ids of a parsed ``tokenizer.json``, as far as it is well formed."""
-    ids = [*_vocabulary(data).values(), *(spec.get("id") for spec in _specs(data))]
-    return max((i for i in ids if isinstance(i, int)), default=-1) + 1
+def n_pieces(data: Mapping[str, Any], vocab_size: int | None) -> int:
+    """Return the number of ids of a parsed ``tokenizer.json``, as far as it is well formed.
+
+    Added pieces from the id ``vocab_size`` on don't count.
+    """
+    added = (spec.get("id") for spec in _specs(data) if not _is_beyond(spec, vocab_size))
+    ids = [i for i in [*_vocabulary(data).values(), *added] if isinstance(i, int)]
+    return max(ids, default=-1) + 1
 
 
 def with_pieces(data: Mapping[str, Any], description: Description) -> dict[str, Any]:
