@@ -61,7 +61,7 @@ def describe(files: Files, vocab_size: int | None = None) -> Description:
     added = {
         i: special.get(text, AddedPiece(text, normalized=True))
         for text, i in ids.items()
-        if isinstance(i, int) and text
+        if type(i) is int and i >= 0 and text
     }
     decoder = config.get("added_tokens_decoder")
     described = {
