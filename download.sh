@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Downloads Llama 2 and Code Llama checkpoints through the signed URL from Meta's e-mail.
+# Downloads Llama 2, Code Llama and Llama 3 checkpoints through the signed URL from Meta's e-mail.
 # Needs bash 3.2 or newer, curl or GNU wget, and md5sum or md5; see --help.
 
 # -f: a signed URL holds a `*`, and nothing here wants a file name pattern.
@@ -26,15 +26,17 @@ usage() {
   cat <<'END'
 Usage: download.sh [options]
 
-Downloads Llama 2 or Code Llama checkpoints. Asks for the signed URL from the
-e-mail and for the models where neither an option nor a variable gives them.
+Downloads Llama 2, Code Llama or Llama 3.x checkpoints. Asks for the signed URL
+from the e-mail and for the models where no option or variable gives them.
 Started again, it resumes what is partial and skips what is complete.
 
   --url URL        the signed URL, in quotes             (or LLAMA_URL)
-  --family NAME    llama-2 or CodeLlama                  (or LLAMA_FAMILY)
+  --family NAME    llama-2, CodeLlama, Llama-3, Llama-3.1,
+                   Llama-3.2 or Llama-3.3                (or LLAMA_FAMILY)
   --models LIST    comma-separated, or all               (or LLAMA_MODELS)
                    folder names, as in llama-2-7b,llama-2-13b-chat;
                    with --family also short, as in 7B,13B-chat
+                   or, for each Llama-3, 8B,70B-Instruct
   --dir DIR        where to put them, default .          (or LLAMA_DIR)
   --dry-run        print what would be fetched
   --list           print the models and their sizes
@@ -46,27 +48,44 @@ LLAMA_STALL_SECONDS (default 60) is the patience with a silent server.
 END
 }
 
-# folder, parameters, shards
+# folder, parameters, shards; a file of Llama 3.2 has the embedding's weights once
 known_models() {
   cat <<'END'
-llama-2-7b              6738415616  1
-llama-2-7b-chat         6738415616  1
-llama-2-13b             13015864320 2
-llama-2-13b-chat        13015864320 2
-llama-2-70b             68976648192 8
-llama-2-70b-chat        68976648192 8
-CodeLlama-7b            6738546688  1
-CodeLlama-7b-Python     6738415616  1
-CodeLlama-7b-Instruct   6738546688  1
-CodeLlama-13b           13016028160 2
-CodeLlama-13b-Python    13015864320 2
-CodeLlama-13b-Instruct  13016028160 2
-CodeLlama-34b           33743970304 4
-CodeLlama-34b-Python    33743970304 4
-CodeLlama-34b-Instruct  33743970304 4
-CodeLlama-70b           68976910336 8
-CodeLlama-70b-Python    68976648192 8
-CodeLlama-70b-Instruct  68976910336 8
+llama-2-7b                   6738415616   1
+llama-2-7b-chat              6738415616   1
+llama-2-13b                  13015864320  2
+llama-2-13b-chat             13015864320  2
+llama-2-70b                  68976648192  8
+llama-2-70b-chat             68976648192  8
+CodeLlama-7b                 6738546688   1
+CodeLlama-7b-Python          6738415616   1
+CodeLlama-7b-Instruct        6738546688   1
+CodeLlama-13b                13016028160  2
+CodeLlama-13b-Python         13015864320  2
+CodeLlama-13b-Instruct       13016028160  2
+CodeLlama-34b                33743970304  4
+CodeLlama-34b-Python         33743970304  4
+CodeLlama-34b-Instruct       33743970304  4
+CodeLlama-70b                68976910336  8
+CodeLlama-70b-Python         68976648192  8
+CodeLlama-70b-Instruct       68976910336  8
+8b_pre_trained               8030261248   1
+8b_instruction_tuned         8030261248   1
+70b_pre_trained              70553706496  8
+70b_instruction_tuned        70553706496  8
+Llama-3.1-8B                 8030261248   1
+Llama-3.1-8B-Instruct        8030261248   1
+Llama-3.1-70B                70553706496  8
+Llama-3.1-70B-Instruct       70553706496  8
+Llama-3.1-405B-MP8           405853388800 8
+Llama-3.1-405B-Instruct-MP8  405853388800 8
+Llama-3.1-405B-MP16          410081247232 16
+Llama-3.1-405B-Instruct-MP16 410081247232 16
+Llama-3.2-1B                 1235814400   1
+Llama-3.2-1B-Instruct        1235814400   1
+Llama-3.2-3B                 3212749824   1
+Llama-3.2-3B-Instruct        3212749824   1
+Llama-3.3-70B-Instruct       70553706496  8
 END
 }
 
@@ -102,10 +121,11 @@ ask() {  # ask QUESTION OPTION: sets $answer; OPTION would have made the questio
   fi || misuse "nobody to ask on standard input: give $2 (see --help)"
 }
 
-list_models() {
+list_models() {  # list_models [FAMILY]
   local folder parameters shards
   while read -r folder parameters shards; do
-    printf '%-24s %9s  %d file(s)\n' "$folder" "$(gigabytes $((2 * parameters)))" "$shards"
+    [ "${1-$(family_of "$folder")}" = "$(family_of "$folder")" ] || continue
+    printf '%-28s %9s  %d file(s)\n' "$folder" "$(gigabytes $((2 * parameters)))" "$shards"
   done <<< "$(known_models)"
 }
 
@@ -114,18 +134,28 @@ list_models() {
 family_of() {  # family_of FOLDER
   case $1 in
     llama-2-*) printf 'llama-2' ;;
-    *) printf 'CodeLlama' ;;
+    CodeLlama-*) printf 'CodeLlama' ;;
+    Llama-3.*) printf '%.9s' "$1" ;;
+    *) printf 'Llama-3' ;;
   esac
 }
 
 folders_of() {  # folders_of FAMILY
-  known_models | awk -v start="$1-" 'index($1, start) == 1 { print $1 }'
+  local folder
+  while read -r folder _; do
+    [ "$(family_of "$folder")" != "$1" ] || printf '%s\n' "$folder"
+  done <<< "$(known_models)"
 }
 
 # find_model NAME: its folder, or nothing. Meta writes 7B for one family and 7b for the other, which
 # is too fine a difference to choose by: either will do.
 find_model() {
-  known_models | awk -v name="$1" -v short="$family-$1" '
+  local short=$family-$1
+  case $family:$1 in
+    Llama-3:*-[Ii]nstruct) short=${1%-*}_instruction_tuned ;;
+    Llama-3:*) short=$1_pre_trained ;;
+  esac
+  known_models | awk -v name="$1" -v short="$short" '
     tolower($1) == tolower(name) || tolower($1) == tolower(short) { print $1 }'
 }
 
@@ -133,17 +163,19 @@ check_family() {
   case $family in
     [Ll]lama-2) family=llama-2 ;;
     [Cc]ode[Ll]lama) family=CodeLlama ;;
-    *) misuse "unknown family '$(first_word "$family")': llama-2 or CodeLlama" ;;
+    [Ll]lama-3 | [Ll]lama-3.[123]) family=Llama-${family#*-} ;;
+    *) misuse "unknown family '$(first_word "$family")': llama-2, CodeLlama, Llama-3 or" \
+      "Llama-3.1 to 3.3" ;;
   esac
 }
 
 ask_models() {
   if [ -z "$family" ]; then
-    ask 'Family (llama-2 or CodeLlama)' --family
+    ask 'Family (llama-2, CodeLlama, Llama-3, Llama-3.1, Llama-3.2 or Llama-3.3)' --family
     family=$answer
     check_family
   fi
-  list_models | grep "^$family-" >&2
+  list_models "$family" >&2
   ask 'Models, comma-separated, or Enter for all of them' --models
   models=${answer:-all}
 }
@@ -152,7 +184,7 @@ select_models() {
   local name folder
   [ -z "$family" ] || check_family
   if [ "$models" = all ]; then
-    [ -n "$family" ] || misuse 'all of which family? give --family llama-2 or --family CodeLlama'
+    [ -n "$family" ] || misuse 'all of which family? give --family llama-2 or another'
     models=$(folders_of "$family")
   fi
   for name in ${models//,/ }; do
@@ -172,7 +204,10 @@ select_models() {
 
 manifest() {  # every file of the selection as "bytes path", a checklist before what it lists
   local folder
-  printf '0 %s\n' LICENSE USE_POLICY.md
+  case $selected in
+    *llama-2-* | *CodeLlama-*) printf '0 %s\n' LICENSE USE_POLICY.md ;;
+    *b_*) printf '0 %s\n' LICENSE USE_POLICY ;;  # later versions of Llama 3 have neither
+  esac
   case $selected in
     *llama-2-*) printf '0 %s\n' tokenizer_checklist.chk tokenizer.model ;;
   esac
@@ -186,7 +221,8 @@ model_files() {  # only checkpoints have a size worth counting: the rest stays b
   read -r _ parameters shards <<< "$(known_models | grep "^$1 ")"
   printf '0 %s\n' "$1/checklist.chk" "$1/params.json"
   case $1 in
-    CodeLlama-*) printf '0 %s\n' "$1/tokenizer.model" ;;
+    llama-2-*) ;;
+    *) printf '0 %s\n' "$1/tokenizer.model" ;;
   esac
   for ((shard = 0; shard < shards; shard++)); do
     printf '%s %s/consolidated.%02d.pth\n' $((2 * parameters / shards)) "$1" "$shard"
@@ -215,7 +251,7 @@ missing() {  # what is left of the manifest, as "bytes still to come, path"
 
 checklist_of() {  # checklist_of PATH: the file with its checksum; nothing for a file without one
   case $1 in
-    *.chk | LICENSE | USE_POLICY.md) ;;
+    *.chk | LICENSE | USE_POLICY*) ;;
     */*) printf '%s/checklist.chk' "${1%/*}" ;;
     *) printf 'tokenizer_checklist.chk' ;;
   esac
@@ -241,8 +277,9 @@ examine() {
   state=good
   checklist=$(checklist_of "$2")
   if [ -n "$checklist" ]; then
-    expected=$(awk -v name="${2##*/}" '$2 == name || $2 == "*" name { print $1; exit }' \
-      "$dir/$checklist" 2> /dev/null) || true
+    # Names stand there as they are, after a *, or after ./ for the later versions of Llama 3.
+    expected=$(awk -v name="${2##*/}" '{ sub(/^([*]|[.][/])/, "", $2) }
+      $2 == name { print $1; exit }' "$dir/$checklist" 2> /dev/null) || true
   fi
   if [ -n "$checklist" ] && [ -z "$expected" ]; then
     state=unlisted
@@ -257,7 +294,7 @@ examine() {
 verify() {
   local folder path bad=0
   check_md5
-  for folder in $(folders_of llama-2) $(folders_of CodeLlama); do
+  for folder in $(known_models | awk '{ print $1 }'); do
     [ ! -d "$dir/$folder" ] || selected="$selected $folder"
   done
   [ -n "$selected" ] || fail "no model in $dir: name the folder that holds llama-2-7b or the like"

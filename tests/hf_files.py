@@ -76,8 +76,8 @@ NAMES = {
 }
 
 
-def as_transformers(model: Transformer) -> LlamaForCausalLM:
-    """The same network in transformers."""
+def as_transformers(model: Transformer, **more: Any) -> LlamaForCausalLM:
+    """The same network in transformers; ``more`` overrides its configuration."""
     args = model.params
     tensors = {}
     for name, parameter in model.named_parameters():
@@ -95,7 +95,7 @@ def as_transformers(model: Transformer) -> LlamaForCausalLM:
         "max_position_embeddings": args.max_seq_len,
         "rope_parameters": {"rope_type": "default", "rope_theta": args.rope_theta},
     }
-    return of_paired_tensors(tensors, tie_word_embeddings=False, **config)
+    return of_paired_tensors(tensors, **{"tie_word_embeddings": False, **config, **more})
 
 
 def write_adapter(

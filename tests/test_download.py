@@ -53,6 +53,16 @@ def llama_2(folder: str, shards: int) -> dict[str, bytes]:
     return files
 
 
+def llama_3(folder: str, shards: int, *more: str) -> dict[str, bytes]:
+    """A folder of Llama 3, whose checklists have ./ before the names from 3.1 on."""
+    names = [f"{folder}/consolidated.{shard:02d}.pth" for shard in range(shards)]
+    names += [f"{folder}/params.json", f"{folder}/tokenizer.model"]
+    files = {name: content(name) for name in [*names, *more]}
+    listed = checklist(files, *names)
+    files[f"{folder}/checklist.chk"] = listed if more else listed.replace(b"  ", b"  ./")
+    return files
+
+
 def code_llama(folder: str, shards: int) -> dict[str, bytes]:
     names = [f"{folder}/consolidated.{shard:02d}.pth" for shard in range(shards)]
     names += [f"{folder}/params.json", f"{folder}/tokenizer.model"]
@@ -296,6 +306,65 @@ def test_code_llama_has_a_tokenizer_in_each_folder(script, server):
     server.files = code_llama("CodeLlama-34b-Python", 4)
     script.succeed("--family", "codellama", "--models", "34B-python")
     script.assert_complete()
+
+
+def test_llama_3_has_a_policy_without_an_ending(script, server):
+    """A failure means that Llama 3's files aren't where Meta's own script finds them."""
+    server.files = llama_3("8b_instruction_tuned", 1, "LICENSE", "USE_POLICY")
+    script.succeed("--family", "llama-3", "--models", "8B-instruct")
+    script.assert_complete()
+    assert "good      8b_instruction_tuned/tokenizer.model" in script.succeed("--verify", ".")
+
+
+def test_later_llama_3_has_nothing_beside_its_folders(downloader, server):
+    """A failure means that a run ends with a refusal of a file that was never there."""
+    server.files = llama_3("Llama-3.1-405B-MP16", 16)
+    downloader.succeed("--family", "Llama-3.1", "--models", "405b-mp16")
+    downloader.assert_complete()
+    assert len(server.requests) == 19
+    server.files |= llama_3("Llama-3.1-8B-Instruct", 1)
+    downloader.succeed("--models", "Llama-3.1-405B-MP16,llama-3.1-8b-instruct")
+    downloader.assert_complete()
+
+
+@pytest.mark.parametrize(
+    ("family", "short", "folder"),
+    [
+        ("Llama-3", "8B", "8b_pre_trained"),
+        ("llama-3", "70b-Instruct", "70b_instruction_tuned"),
+        ("llama-3.1", "70B-instruct", "Llama-3.1-70B-Instruct"),
+        ("Llama-3.2", "1b", "Llama-3.2-1B"),
+        ("llama-3.3", "70B-Instruct", "Llama-3.3-70B-Instruct"),
+    ],
+)
+def test_short_names_are_those_of_metas_scripts(script, family, short, folder):
+    """A failure means that a model is asked for by its size and isn't found."""
+    out = script.succeed("--dry-run", "--family", family, "--models", short)
+    assert set(re.findall(r"(\S+)/params.json", out)) == {folder}
+
+
+def test_folders_and_files_of_llama_3_are_metas(script):
+    """A failure means that a folder or a file is asked for that Meta's server doesn't have."""
+    sku_list = pytest.importorskip("llama_models.sku_list")
+    sizes = pytest.importorskip("llama_models.sku_types").CheckpointQuantizationFormat
+    named = script.succeed("--list")
+    found = 0
+    for model in sku_list.all_registered_models():
+        folder = sku_list.llama_meta_net_info(model).folder
+        is_text = "vision" not in model.core_model_id.value.lower()
+        is_later = re.match(r"llama3_[123]$", model.model_family.value)
+        if not (is_later and is_text and model.quantization_format == sizes.bf16):
+            continue
+        assert re.search(rf"^{folder} ", named, re.MULTILINE), folder
+        out = script.succeed("--dry-run", LLAMA_MODELS=folder)
+        files = set(re.findall(rf"{folder}/(\S+)", out))
+        assert files == set(sku_list.llama_meta_net_info(model).files)
+        size = sku_list.llama_meta_net_info(model).pth_size  # known of the largest alone
+        if size:
+            assert re.search(rf"{size / 1e9:.1f} GB  {folder}/consolidated.00.pth", out)
+        found += 1
+    assert found == 13
+    assert len(re.findall(r"^Llama-3\.", named, re.MULTILINE)) == found
 
 
 def test_dir_is_made_where_it_is_missing(script):
@@ -616,10 +685,12 @@ def test_terminal_shows_a_refusal_but_not_the_url(downloader, server):
 
 def test_list_names_each_model_with_its_size(script):
     sizes = dict(re.findall(r"^(\S+) +([\d.]+ GB)", script.succeed("--list"), re.MULTILINE))
-    assert len(sizes) == 6 + 12
+    assert len(sizes) == 6 + 12 + 4 + 13
     assert sizes["llama-2-7b"] == "13.5 GB"
     assert sizes["llama-2-70b-chat"] == "138.0 GB"
     assert sizes["CodeLlama-34b-Instruct"] == "67.5 GB"
+    assert sizes["70b_pre_trained"] == "141.1 GB"
+    assert sizes["Llama-3.2-3B"] == "6.4 GB"
 
 
 def test_dry_run_names_what_is_missing_and_touches_nothing(script, server):
@@ -673,7 +744,9 @@ def test_help_names_every_option_and_variable(script):
         (["--models", "llama-2-7b,CodeLlama-7b"], "a URL covers one family"),
         (["--models", "all"], "which family"),
         (["--models", ","], "no model"),
-        (["--family", "llama-3"], "unknown family"),
+        (["--family", "llama-4"], "unknown family"),
+        (["--models", "Llama-3.1-8B,Llama-3.2-1B"], "a URL covers one family"),
+        (["--models", "8b_pre_trained,Llama-3.1-8B"], "a URL covers one family"),
         (["--fast"], "unknown option '--fast'"),
         (["--models"], "needs a value"),
     ],

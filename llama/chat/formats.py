@@ -6,7 +6,7 @@ space around them, and ``<s>`` and ``</s>`` for the tokenizer's begin and end of
 
 A system message replaces the format's own system text; an empty one leaves the head of the prompt
 out. In formats without a system text it is put before the first user's message, with a blank line
-between.
+between. Llama 3's format (``llama.chat.llama3``) has every message as it is.
 
 Formats for single questions have earlier turns one after another, each as in training: ``</s>``
 ends an answer, so that the model sees where the next one has to end.
@@ -14,6 +14,7 @@ ends an answer, so that the model sees where the next one has to end.
 
 from llama.chat.hermes import with_tools
 from llama.chat.layout import ChatFormat, lay_out
+from llama.chat.llama3 import is_llama3, llama3_tokens
 from llama.chat.options import NO_OPTIONS, ChatOptions
 from llama.chat.prompts import SPECIAL_TAGS, Dialog, inst_tokens, turn_based_tokens
 from llama.chat.rendering import template_format
@@ -257,28 +258,6 @@ def chatml_tokens(
     )
 
 
-def llama3_tokens(
-    tokenizer: BaseTokenizer, dialog: Dialog, options: ChatOptions = NO_OPTIONS
-) -> list[int]:
-    r"""Return a dialog in Llama 3's format.
-
-    <|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nSYSTEM<|eot_id|>
-    <|start_header_id|>user<|end_header_id|>\n\nUSER<|eot_id|>
-    <|start_header_id|>assistant<|end_header_id|>\n\nANSWER<|eot_id|>…
-
-    Source: https://github.com/meta-llama/llama3 (llama/tokenizer.py, class ChatFormat)
-    """
-    start, end = "<|start_header_id|>", "<|end_header_id|>\n\n"
-    return lay_out(
-        tokenizer,
-        dialog,
-        options,
-        head=f"{start}system{end}{{system}}<|eot_id|>",
-        user=f"{start}user{end}{{user}}<|eot_id|>{start}assistant{end}",
-        answer="{answer}<|eot_id|>",
-    )
-
-
 _FORMATS = {
     "inst": ChatFormat(inst_tokens, tags=SPECIAL_TAGS),
     "turn-based": ChatFormat(turn_based_tokens, tags=SPECIAL_TAGS),
@@ -320,6 +299,8 @@ def choose_chat(
     if name is None and templates:
         chat = template_format(templates)
     else:
+        if name is None and is_llama3(tokenizer):
+            name = "llama3"
         name = name or ("inst" if tokenizer.step_id is None else "turn-based")
         if name not in FORMATS:
             raise ValueError(f"chat_format is {name!r}: known are {', '.join(FORMATS)}")

@@ -20,6 +20,7 @@ from llama.checkpoint.sharding import (
     parameter_count,
     rank_part,
     split_dim,
+    stored_dim,
 )
 from llama.errors import listed, printable
 from llama.layers.quantization import Scheme, StoredWeight
@@ -129,8 +130,12 @@ class Checkpoint:
 
 def vocabulary_size(checkpoint: Checkpoint) -> int:
     """Return the number of rows of the embedding, or -1 if it is missing."""
-    shape = checkpoint.parts[0].shapes.get("tok_embeddings.weight", ())
-    return shape[0] if shape else -1
+    name = "tok_embeddings.weight"
+    shapes = [part.shapes.get(name, ()) for part in checkpoint.parts]
+    if not shapes[0]:
+        return -1
+    by_rows = stored_dim(name, shapes, checkpoint.params.get("dim")) == 0
+    return sum(shape[0] for shape in shapes) if by_rows else shapes[0][0]
 
 
 def text_files(directory: Path) -> dict[str, Path]:
@@ -286,7 +291,7 @@ def check_shapes(
                 raise ValueError(f"{name} {problem} {listed([printable(key) for key in keys])}")
     for key, shape in expected.items():
         pieces = [part[key] for part in parts]
-        joined = joined_shape(key, distinct_pieces(key, pieces, args))
+        joined = joined_shape(key, distinct_pieces(key, pieces, args), args)
         if joined != shape:
             raise ValueError(
                 f"{key} in {names[0]} has the shape {joined or pieces[0]}, but {source} and the "

@@ -29,7 +29,18 @@ _SIZES = {
     (8192, 48): "34B",
     (8192, 80): "65B or 70B",
 }
-_PUBLISHED_NAME = re.compile(r"llama-2-\d+b(-chat)?|CodeLlama-\d+b(-Python|-Instruct)?")
+_LLAMA3_SIZES = {
+    (2048, 16): "1B",
+    (3072, 28): "3B",
+    (4096, 32): "8B",
+    (8192, 80): "70B",
+    (16384, 126): "405B",
+}
+_LLAMA3_VOCABULARY = 128_000  # ids and more; fine-tuned models add a few
+_PUBLISHED_NAME = re.compile(
+    r"llama-2-\d+b(-chat)?|CodeLlama-\d+b(-Python|-Instruct)?|\d+b_(pre_trained|instruction_tuned)"
+    r"|(Meta-)?Llama-?3(\.\d)?-\d+B(-Instruct)?(-MP\d+)?"
+)
 _WEIGHT_FILES = ("consolidated.*.pth", "*.safetensors", "pytorch_model*.bin", "*.gguf")
 
 
@@ -112,17 +123,29 @@ def identify(directory: Path, args: ModelArgs, tokenizer: BaseTokenizer | None) 
 
     Judges by the folder's name, the shape and the tokenizer.
     """
-    size = _SIZES.get((args.dim, args.n_layers), "unknown size")
+    is_llama3 = args.vocab_size >= _LLAMA3_VOCABULARY
+    sizes = _LLAMA3_SIZES if is_llama3 else _SIZES
+    size = sizes.get((args.dim, args.n_layers), "unknown size")
     name = directory.resolve().name
     if _PUBLISHED_NAME.fullmatch(name):
         return f"{name} by its folder's name ({size} by its shape)"
     if size == "unknown size":
         return "unknown"
+    if is_llama3:
+        return f"{_llama3_version(args, size)} {size}"
     if args.rope_theta == 1e6 or (tokenizer and tokenizer.prefix_id is not None):
         return f"Code Llama {size.removeprefix('65B or ')}"
     if size == "65B or 70B":
         return "LLaMA 65B" if args.kv_heads == args.n_heads else "Llama 2 70B"
     return f"LLaMA {size}" if size == "33B" else f"LLaMA or Llama 2 {size}"
+
+
+def _llama3_version(args: ModelArgs, size: str) -> str:
+    if args.rope_scaling is None:
+        return "Llama 3"
+    if size in ("1B", "3B"):
+        return "Llama 3.2"
+    return "Llama 3.1 or 3.3" if size == "70B" else "Llama 3.1"
 
 
 def verify(directory: Path) -> list[str]:
@@ -152,12 +175,14 @@ def _check_list(checklist: Path) -> list[str]:
     problems = []
     for line in checklist.read_text(encoding="utf-8", errors="replace").splitlines():
         expected, _, name = line.strip().partition(" ")
-        name = name.strip().removeprefix("*")
+        name = name.strip().removeprefix("*").removeprefix("./")
         path = checklist.parent / name
         if not line.strip():
             continue
         if not re.fullmatch(r"[0-9a-f]{32}", expected) or not name or "/" in name:
             problems.append(f"{checklist} has the line {line!r}, which is no checksum")
+        elif name == "orig_params.json" and not path.exists():
+            continue  # Llama 3.2's checklists name it, and no download has it
         elif not path.is_file():
             problems.append(f"{path} is missing, but {checklist.name} names it")
         elif _md5(path) != expected:

@@ -10,7 +10,7 @@ import torch
 from llama.checkpoint.base import Checkpoint, Weights, text_files
 from llama.checkpoint.params import read_params, scheme_of
 from llama.checkpoint.tensor_files import check_plain, open_shard
-from llama.layers.quantization import Int4, Scheme
+from llama.errors import short
 
 
 def find_shards(ckpt_dir: Path) -> list[Path]:
@@ -57,16 +57,22 @@ def open_meta(ckpt_dir: Path) -> Checkpoint:
 
     Raises:
         FileNotFoundError: weight files or ``params.json`` are missing.
-        ValueError: a file is no checkpoint.
+        ValueError: a file is no checkpoint, or the network is no Llama that this library has.
     """
     paths = find_shards(ckpt_dir)
     source = str(ckpt_dir / "params.json")
     params = read_params(ckpt_dir / "params.json")
     scheme = scheme_of(params, source)
+    _check_kind(ckpt_dir, params, source)
+    _read_scaled_rope(params, source)
     shards = [open_shard(path) for path in paths]
     for path, shard in zip(paths, shards, strict=True):
         check_plain(shard, str(path), scheme)
-    _check_shard_count(ckpt_dir, len(paths), shards[0], params, scheme)
+    _check_shard_count(ckpt_dir, len(paths), shards[0], params)
+    if scheme is None and all(_is_tied(shard) for shard in shards):
+        params["tie_word_embeddings"] = True
+        for shard in shards:
+            del shard["output.weight"]
     # A quantised embedding has the dtype of its codes.
     plain = shards[0].get("norm.weight" if scheme else "tok_embeddings.weight")
     dtype = torch.float32 if plain is None else plain.dtype
@@ -79,26 +85,99 @@ def open_meta(ckpt_dir: Path) -> Checkpoint:
     return Checkpoint(source, params, parts, names, dtype, files, scheme=scheme)
 
 
+# What the params.json of Meta's other models have, and this library doesn't read.
+_QUANTIZED = "weights of four bits for ExecuTorch: take the model's bfloat16 weights"
+_VISION = "a model that sees images: take one of text alone, such as Llama 3.1 8B"
+_OTHER_KINDS = {
+    "quantization_args": _QUANTIZED,
+    "lora_args": _QUANTIZED,
+    "vision_chunk_size": _VISION,
+    "vision_max_num_chunks": _VISION,
+    "vision_num_cross_attention_layers": _VISION,
+    "vision_model": _VISION,
+    "moe_args": "a mixture of experts, Llama 4: take a dense model, such as Llama 3.3 70B",
+}
+
+
+def _check_kind(ckpt_dir: Path, params: Mapping[str, Any], source: str) -> None:
+    """Raise ``ValueError`` for those of Meta's models that are another network."""
+    found = next((key for key in _OTHER_KINDS if params.get(key) is not None), None)
+    if found is not None:
+        raise ValueError(f"{source} has {found}, which describes {_OTHER_KINDS[found]}")
+    scales = next(ckpt_dir.glob("fp8_scales_*.pt"), None)
+    if scales is not None:
+        raise ValueError(
+            f"{scales} belongs to weights of eight bits (FP8), which this version doesn't read: "
+            "take the bfloat16 ones, such as Llama-3.1-405B-MP8"
+        )
+
+
+# dim and n_layers of Llama 3.2's 1B and 3B.
+_LLAMA_32 = ((2048, 16), (3072, 28))
+_CONTEXT = 8192  # of Llama 3's training
+_SCALED_CONTEXT = 131072
+
+
+def scaled_rope(dim: object, n_layers: object) -> dict[str, Any]:
+    """Return the ``rope_scaling`` that ``use_scaled_rope`` stands for in Meta's ``params.json``.
+
+    The key doesn't tell Llama 3.1's scaling from that of the smaller Llama 3.2: the shape does.
+
+    Source: ``apply_scaling`` in https://github.com/meta-llama/llama-models
+    (models/llama3/model.py), and the ``config.json`` of
+    https://huggingface.co/meta-llama/Llama-3.2-1B
+    """
+    return {
+        "rope_type": "llama3",
+        "factor": 32.0 if (dim, n_layers) in _LLAMA_32 else 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": _CONTEXT,
+    }
+
+
+def _read_scaled_rope(params: dict[str, Any], source: str) -> None:
+    """Replace ``use_scaled_rope``, and add the length of Llama 3's training."""
+    is_scaled = params.pop("use_scaled_rope", False)
+    if type(is_scaled) is not bool:
+        raise ValueError(
+            f"use_scaled_rope is {short(is_scaled)} in {source}: expected true or false"
+        )
+    if is_scaled and params.get("rope_scaling") is not None:
+        raise ValueError(f"{source} has use_scaled_rope and rope_scaling: remove one of them")
+    if is_scaled:
+        params["rope_scaling"] = scaled_rope(params.get("dim"), params.get("n_layers"))
+    if params.get("rope_theta") == 500000:
+        params.setdefault("max_seq_len", _SCALED_CONTEXT if is_scaled else _CONTEXT)
+
+
+def _is_tied(shard: Mapping[str, torch.Tensor]) -> bool:
+    """Return whether a file has one tensor as embedding and output, as those of Llama 3.2 do."""
+    embedding, output = shard.get("tok_embeddings.weight"), shard.get("output.weight")
+    if embedding is None or output is None:
+        return False
+    same_place = embedding.data_ptr() == output.data_ptr() and embedding.numel() > 0
+    return same_place and (embedding.shape, embedding.stride()) == (output.shape, output.stride())
+
+
 def _check_shard_count(
     ckpt_dir: Path,
     n_shards: int,
     first: Mapping[str, torch.Tensor],
     params: Mapping[str, Any],
-    scheme: Scheme | None,
 ) -> None:
-    """Raise ``FileNotFoundError`` if the first shard's width shows that the last ones are missing.
+    """Raise ``FileNotFoundError`` if the first file's heads show that the last ones are missing.
 
     No error if the shapes make no sense: ``Checkpoint.check`` names them later.
     """
-    embedding, dim = first.get("tok_embeddings.weight"), params.get("dim")
-    if embedding is None or embedding.dim() != 2 or not embedding.shape[1]:
+    wq, dim = first.get("layers.0.attention.wq.weight"), params.get("dim")
+    n_heads, head_dim = params.get("n_heads"), params.get("head_dim", -1)
+    if isinstance(n_heads, int) and isinstance(head_dim, int) and head_dim > 0:
+        dim = n_heads * head_dim
+    if wq is None or wq.dim() != 2 or not len(wq) or not isinstance(dim, int):
         return
-    if not isinstance(dim, int):
-        return
-    if isinstance(scheme, Int4):
-        dim //= 2  # a byte holds two codes
-    total = dim // embedding.shape[1]
-    if n_shards < total <= 64 and total * embedding.shape[1] == dim:
+    total = dim // len(wq)
+    if n_shards < total <= 64 and total * len(wq) == dim:
         raise FileNotFoundError(
             f"{ckpt_dir} has {n_shards} of {total} weight files: "
             f"consolidated.{n_shards:02d}.pth is missing"

@@ -16,7 +16,7 @@ import torch
 from llama.args import ModelArgs
 from llama.checkpoint.base import Checkpoint, Weights, vocabulary_size
 from llama.checkpoint.memory import device_memory
-from llama.checkpoint.meta import open_meta
+from llama.checkpoint.meta import open_meta, scaled_rope
 from llama.checkpoint.params import make_args
 from llama.checkpoint.sharding import check_model_parallel_size, stored_bytes
 from llama.cli import progress
@@ -126,12 +126,16 @@ def _params(args: ModelArgs) -> dict[str, Any]:
         ffn_dim_multiplier=args.ffn_dim_multiplier,
     )
     defaults |= {"head_dim": derived.head_dim, "hidden_dim": derived.hidden_dim}
-    return {
+    params = {
         key: value
         for key, value in dataclasses.asdict(args).items()
         if key not in ("max_seq_len", "max_batch_size")
         and (key in always or value != defaults[key])
     }
+    if params.get("rope_scaling") == scaled_rope(args.dim, args.n_layers):
+        params = {key: value for key, value in params.items() if key != "rope_scaling"}
+        params["use_scaled_rope"] = True  # Meta's code would ignore the other
+    return params
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from llama.checkpoint.sharding import full_shapes
 from llama.errors import need
 from llama.model import rope_factors
 from llama.tokenizers import load_tokenizer
+from llama.tokenizers.tiktoken import hf_files, is_tiktoken
 
 SHARD_BYTES = 5_000_000_000
 """The most bytes of weights that one file gets, as in ``transformers``' ``save_pretrained``."""
@@ -157,6 +158,10 @@ def _text_defaults(checkpoint: Checkpoint) -> Mapping[str, bytes]:
     """Return the tokenizer's settings that Meta's directories leave out."""
     if "tokenizer.model" not in checkpoint.files:
         return {}
+    model = checkpoint.files["tokenizer.model"]
+    data = model if isinstance(model, bytes) else model.read_bytes()
+    if is_tiktoken(data):
+        return hf_files(data, "tokenizer.model")
     config = {
         "tokenizer_class": "LlamaTokenizer",
         "bos_token": "<s>",

@@ -166,9 +166,26 @@ def split_dim(name: str) -> int | None:
     return None if part == "scale" and dim == 1 else dim  # one scale belongs to a whole row
 
 
-def joined_shape(name: str, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...] | None:
+def stored_dim(name: str, shapes: Sequence[tuple[int, ...]], width: object) -> int | None:
+    """Return the dimension along which a checkpoint's files divide a parameter.
+
+    It is the one along which ranks do, except for an embedding whose files hold rows of the whole
+    ``width``, the network's ``dim``: Llama 3's.
+
+    Source: ``VocabParallelEmbedding`` in https://github.com/meta-llama/llama-models
+    (models/llama3/model.py)
+    """
+    by_rows = name == "tok_embeddings.weight" and len(shapes) > 1
+    if by_rows and all(len(shape) == 2 and shape[1] == width for shape in shapes):
+        return 0
+    return split_dim(name)
+
+
+def joined_shape(
+    name: str, shapes: Sequence[tuple[int, ...]], args: ModelArgs
+) -> tuple[int, ...] | None:
     """Return the shape of concatenated pieces; None if they don't fit together."""
-    dim = split_dim(name)
+    dim = stored_dim(name, shapes, args.dim)
     if dim is None:
         return shapes[0] if len(set(shapes)) == 1 else None
     if any(len(shape) != 2 or shape[1 - dim] != shapes[0][1 - dim] for shape in shapes):
@@ -204,6 +221,8 @@ def rank_part(
     if dim is None:
         return pieces[0]
     pieces = distinct_pieces(name, pieces, args)
+    if stored_dim(name, [tuple(piece.shape) for piece in pieces], args.dim) != dim:
+        return torch.cat([rank_part(name, [piece], args, rank, ranks) for piece in pieces])
     total = sum(piece.shape[dim] for piece in pieces)
     if name.split(".")[-2] in ("wk", "wv") and ranks > args.kv_heads:
         length, begin = args.head_dim, rank * args.kv_heads // ranks * args.head_dim

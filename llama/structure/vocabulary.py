@@ -13,6 +13,7 @@ import torch
 from llama.structure.worker import build_tokenizer
 from llama.tokenizer import BaseTokenizer, Tokenizer
 from llama.tokenizers.json_tokenizer import JsonTokenizer
+from llama.tokenizers.tiktoken import TiktokenTokenizer
 
 _MAX_GRAMMARS = 64  # compiled ones that are kept
 _BYTE = re.compile("<0x([0-9A-F]{2})>")
@@ -146,7 +147,7 @@ def piece_bytes(tokenizer: BaseTokenizer) -> list[bytes]:
         silent |= {i for i in ids if model.is_unknown(i) or model.is_unused(i)}
         names = [tokenizer.token_piece(i) for i in ids]
         pieces = [_spelled(name, model.is_byte(i)) for i, name in enumerate(names)]
-    elif isinstance(tokenizer, JsonTokenizer):
+    elif isinstance(tokenizer, JsonTokenizer | TiktokenTokenizer):
         pieces = tokenizer.piece_bytes()
     else:
         raise ValueError(f"response_format knows no bytes of a {type(tokenizer).__name__}'s pieces")

@@ -2,7 +2,6 @@
 
 import logging
 import math
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,6 +20,7 @@ from llama.tokenizers.files import (
     with_template,
 )
 from llama.tokenizers.json_tokenizer import JsonTokenizer, n_pieces, with_pieces, without_prefix
+from llama.tokenizers.tiktoken import TiktokenTokenizer, is_tiktoken
 
 __all__ = ["TEMPLATES", "Files", "chat_templates", "load_tokenizer", "with_template"]
 
@@ -29,8 +29,6 @@ logger = logging.getLogger(__name__)
 # A field of SentencePiece's models, normalizer_spec (3) with its field add_dummy_prefix (3), which
 # protobuf's rules merge into a model that it is appended to.
 _DUMMY_PREFIX = b"\x1a\x02\x18"
-# The first line of tiktoken's files.
-_TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+={0,2} [0-9]+\r?(\n|\Z)")
 
 
 def load_tokenizer(
@@ -63,7 +61,7 @@ def load_tokenizer(
     if _is_json(files, description, vocab_size):
         tokenizer = _from_json(files, description, vocab_size)
     else:
-        tokenizer = _from_model(files, description)
+        tokenizer = _from_model(files, description, vocab_size)
     _set_special_ids(tokenizer, description.roles, files)
     return tokenizer
 
@@ -73,7 +71,7 @@ def _is_json(files: Files, description: Description, vocab_size: int | None) -> 
     if "tokenizer.model" not in files or "tokenizer.json" not in files:
         return "tokenizer.json" in files
     proto = read(files, "tokenizer.model")
-    if _TIKTOKEN.match(proto):
+    if is_tiktoken(proto):
         return True
     try:
         n_words = Tokenizer(name_of(files, "tokenizer.model"), proto).n_words
@@ -92,12 +90,14 @@ def _is_json(files: Files, description: Description, vocab_size: int | None) -> 
     return covered(n_json) > covered(n_words)
 
 
-def _from_model(files: Files, description: Description) -> BaseTokenizer:
+def _from_model(files: Files, description: Description, vocab_size: int | None) -> BaseTokenizer:
     config = read_json(files, "tokenizer_config.json")
-    proto = read(files, "tokenizer.model")
+    name, proto = name_of(files, "tokenizer.model"), read(files, "tokenizer.model")
+    if is_tiktoken(proto):
+        return TiktokenTokenizer(proto, name, vocab_size)
     if isinstance(config.get("add_prefix_space"), bool):
         proto += _DUMMY_PREFIX + bytes([config["add_prefix_space"]])
-    tokenizer = extended(name_of(files, "tokenizer.model"), proto, description)
+    tokenizer = extended(name, proto, description)
     set_flags(tokenizer, [*description.special.values(), *description.added.values()])
     # transformers' name for whether each text between control pieces begins with a space. Unless
     # it is given, versions differ about texts after added words.

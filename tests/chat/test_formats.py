@@ -176,26 +176,27 @@ LITERAL = [
         "<|im_start|>assistant\n1.<|im_end|>\n<|im_start|>user\nTwo?<|im_end|>\n"
         "<|im_start|>assistant\n",
     ),
+    # Meta's code keeps the white space.
     (
         "llama3",
         ONE,
-        "<|start_header_id|>user<|end_header_id|>\n\nHi there<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\n Hi there \n<|eot_id|>"
         "<|start_header_id|>assistant<|end_header_id|>\n\n",
     ),
     (
         "llama3",
         TWO,
         "<|start_header_id|>user<|end_header_id|>\n\nOne?<|eot_id|>"
-        "<|start_header_id|>assistant<|end_header_id|>\n\n1.<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n 1. <|eot_id|>"
         "<|start_header_id|>user<|end_header_id|>\n\nTwo?<|eot_id|>"
         "<|start_header_id|>assistant<|end_header_id|>\n\n",
     ),
     (
         "llama3",
         SYSTEM,
-        "<|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
+        "<|start_header_id|>system<|end_header_id|>\n\n Be brief.\n<|eot_id|>"
         "<|start_header_id|>user<|end_header_id|>\n\nOne?<|eot_id|>"
-        "<|start_header_id|>assistant<|end_header_id|>\n\n1.<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n 1. <|eot_id|>"
         "<|start_header_id|>user<|end_header_id|>\n\nTwo?<|eot_id|>"
         "<|start_header_id|>assistant<|end_header_id|>\n\n",
     ),
@@ -239,7 +240,7 @@ def test_prompts_are_the_literal_format(
 
 @pytest.mark.parametrize(
     ("name", "dialog", "literal"),
-    [c for c in LITERAL if c[0] in ("chatml", "openassistant", "llama3")],
+    [c for c in LITERAL if c[0] in ("chatml", "openassistant")],
 )
 def test_marks_are_control_ids_where_the_tokenizer_has_them(
     name: str, dialog: Dialog, literal: str, marked_tokenizer: Tokenizer, sp: SentencePieceProcessor

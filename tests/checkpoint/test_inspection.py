@@ -87,6 +87,10 @@ class TestInspection:
         digest = hashlib.md5((path / "params.json").read_bytes()).hexdigest()
         (path / "checklist.chk").write_text(f"{digest}  params.json\n\n")
         assert inspection.verify(path) == []
+        # As Llama 3.2's are written, which name a file that isn't fetched.
+        lines = f"{digest}  ./params.json\n{digest}  ./orig_params.json\n"
+        (path / "checklist.chk").write_text(lines)
+        assert inspection.verify(path) == []
         with open(path / "params.json", "a") as file:
             file.write(" ")
         assert "params.json differs" in inspection.verify(path)[0]

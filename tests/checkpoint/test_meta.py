@@ -155,7 +155,7 @@ class TestBroken:
             ("[1]", "holds a list"),
             ("[" * 100_000, "not JSON"),
             ('{"dim": ' + "9" * 5000 + "}", "not JSON"),
-            ({"use_scaled_rope": True}, "unknown key 'use_scaled_rope'"),
+            ({"use_scaled": True}, "unknown key 'use_scaled'"),
             ({"dim": 65}, "heads of an even size"),
             ({"dim": -64}, "dim is -64"),
             ({"dim": "64"}, "dim is '64'"),
