@@ -11,7 +11,6 @@ import gc
 import json
 import linecache
 import os
-import random
 import resource
 import shutil
 import signal
@@ -49,7 +48,7 @@ def main(kind: str, seed: int, folder: Path) -> None:
         reports.write(json.dumps(content) + "\n")
         reports.flush()
 
-    bases = mutations.make_bases() if kind == "meta" else formats.make_bases(kind, folder)
+    bases = formats.make_bases(kind, folder)
     for name, files in bases.items():  # what is sound must run, or nothing here means much
         outcome, text = answer_of_files(kind, files, folder / name)
         if outcome != "runs":
@@ -73,11 +72,7 @@ def run_one(
     marker = folder / "marker"
     target = folder / "ckpt"
     try:
-        if kind == "meta":
-            what, files = mutations.make(seed, number, bases, marker)
-        else:
-            rng = random.Random(f"{kind} {seed} {number}")
-            what, files = formats.mutate(kind, rng, number, bases, marker)
+        what, files = formats.make(kind, seed, number, bases, marker)
         mutations.write_files(files, target)
         report(what=what)
         del files
@@ -151,7 +146,7 @@ def _run(kind: str, path: Path) -> tuple[str, str]:
         path = TINY
     model = Llama.build(path, dtype=torch.float32, **options)
     found = model.text_completion(["Once upon a"], max_gen_len=4, logprobs=True, seed=1)
-    if kind in ("hf", "gguf"):
+    if kind in ("llama3", "hf", "gguf"):
         dialog: Any = [{"role": "user", "content": "Hi"}]
         model.chat_completion([dialog], max_gen_len=2, seed=1)
     return ("runs", "") if isinstance(found[0]["generation"], str) else ("NO TEXT", str(found))
