@@ -93,7 +93,8 @@ class JsonTokenizer(BaseTokenizer):
         # As with SentencePiece, except that "first" puts a space before the first text only.
         steps = _steps(data.get("pre_tokenizer"))
         self.spaced = all(step.get("prepend_scheme") != "first" for step in steps)
-        first = _first_id(self._whole)
+        with _clear_errors(f"{name} has a post-processor that fails"):
+            first = _first_id(self._whole)
         self.add_bos = first in self.control_ids.values()
         if self.add_bos:
             self.bos_id = first
@@ -199,7 +200,8 @@ def _first_id(tokenizer: Any) -> int:
     tokenizers = need("tokenizers")
     text = tokenizers.Tokenizer(tokenizers.models.WordLevel({"text": 0}, "text")).encode("text")
     processed = tokenizer.post_processor.process(text)
-    first: int = processed.ids[0] if processed.special_tokens_mask[0] else -1
+    is_special = processed.special_tokens_mask[:1] == [1]
+    first: int = processed.ids[0] if is_special else -1
     return first
 
 
