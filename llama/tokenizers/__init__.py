@@ -63,7 +63,7 @@ def load_tokenizer(
     elif is_tiktoken(proto := read(files, "tokenizer.model")):
         tokenizer = TiktokenTokenizer(proto, name_of(files, "tokenizer.model"), vocab_size)
     else:
-        tokenizer = _from_model(files, description)
+        tokenizer = _from_model(files, description, vocab_size)
     _set_special_ids(tokenizer, description.roles, files)
     return tokenizer
 
@@ -88,15 +88,18 @@ def _is_json(files: Files, description: Description, vocab_size: int | None) -> 
 
     if covered(n_words) == vocab_size:
         return False
-    return covered(n_pieces(read_json(files, "tokenizer.json"))) > covered(n_words)
+    n_json = n_pieces(read_json(files, "tokenizer.json"), vocab_size)
+    return covered(n_json) > covered(n_words)
 
 
-def _from_model(files: Files, description: Description) -> BaseTokenizer:
+def _from_model(files: Files, description: Description, vocab_size: int | None) -> BaseTokenizer:
     config = read_json(files, "tokenizer_config.json")
-    proto = read(files, "tokenizer.model")
+    name, proto = name_of(files, "tokenizer.model"), read(files, "tokenizer.model")
+    if is_tiktoken(proto):
+        return TiktokenTokenizer(proto, name, vocab_size)
     if isinstance(config.get("add_prefix_space"), bool):
         proto += _DUMMY_PREFIX + bytes([config["add_prefix_space"]])
-    tokenizer = extended(name_of(files, "tokenizer.model"), proto, description)
+    tokenizer = extended(name, proto, description)
     set_flags(tokenizer, [*description.special.values(), *description.added.values()])
     # transformers' name for whether each text between control pieces begins with a space. Unless
     # it is given, versions differ about texts after added words.
