@@ -53,7 +53,7 @@ def rope_factors(args: ModelArgs) -> torch.Tensor:
     """
     scaling = args.rope_scaling or {"rope_type": "linear", "factor": 1.0}
     kind = scaling["rope_type"]
-    if kind in ("dynamic", "longrope"):
+    if kind == "dynamic" or scaling.get("short_factor") != scaling.get("long_factor"):
         _check_length(args.max_seq_len, scaling)
     if kind in ("factors", "longrope"):
         listed = scaling["factors" if kind == "factors" else "short_factor"]

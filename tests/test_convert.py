@@ -25,6 +25,21 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+YARN = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+    "beta_fast": 8,
+    "attention_factor": 1.5,
+    "truncate": False,
+}
+LONG = {
+    "rope_type": "longrope",
+    "factor": 2.0,
+    "short_factor": [1.0, 1.25, 1.5, 2.0],
+    "long_factor": [1.0, 2.0, 3.0, 4.0],
+    "original_max_position_embeddings": 512,
+}
 VARIANTS = {
     "gqa": {"n_kv_heads": 2},
     "mha, 801 pieces": {"vocab_size": 801},
@@ -33,6 +48,16 @@ VARIANTS = {
     "linear": {"rope_scaling": {"rope_type": "linear", "factor": 4.0}, "rope_theta": 5e5},
     "llama3": {"rope_scaling": LLAMA3},
     "classifier": {"labels": ["good", "bad", "ugly"]},
+    "biases": {"attention_bias": True, "mlp_bias": True, "n_kv_heads": 2},
+    "yarn": {"rope_scaling": YARN},
+    "longrope": {"rope_scaling": LONG},
+    "dynamic": {
+        "rope_scaling": {
+            "rope_type": "dynamic",
+            "factor": 2.0,
+            "original_max_position_embeddings": 512,
+        }
+    },
 }
 
 
@@ -114,7 +139,8 @@ def test_large_models_are_split_and_the_index_names_every_tensor(tmp_path, monke
     assert same_files(meta, tmp_path / "back")
 
 
-def test_llama3s_factors_are_recognised_and_others_refused(tmp_path: Path) -> None:
+def test_llama3s_factors_are_recognised_and_others_listed(tmp_path: Path) -> None:
+    """A failure means that a GGUF file's table of factors gets lost on the way to transformers."""
     published = {**LLAMA3, "original_max_position_embeddings": 8192}
     model = make_model(rope_scaling=published, rope_theta=5e5, head_dim=64)
     factors = rope_factors(model.params).tolist()
@@ -125,8 +151,13 @@ def test_llama3s_factors_are_recognised_and_others_refused(tmp_path: Path) -> No
     assert config["rope_scaling"] == published
     params["rope_scaling"]["factors"][0] = 1.5
     other = saved(tmp_path / "other", rope_theta=5e5, **params)
-    with pytest.raises(ValueError, match="rotary factors are neither"):
-        convert(str(other), str(tmp_path / "none"), "hf")
+    convert(str(other), str(tmp_path / "listed"), "hf")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "listed", dtype=torch.float32).eval()
+    tokens = torch.arange(3, 100)[None]
+    for directory in (other, tmp_path / "listed"):
+        model = Llama.build(directory, device="cpu", dtype=torch.float32).model
+        with torch.no_grad():
+            torch.testing.assert_close(model(tokens), theirs(tokens).logits, atol=1e-4, rtol=0)
 
 
 @pytest.mark.slow

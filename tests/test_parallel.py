@@ -121,7 +121,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         paths[f"tiny{n}"] = directory / f"tiny{n}"
         reshard(str(TINY), str(paths[f"tiny{n}"]), model_parallel_size=n)
     for name, params in {
-        "mqa": {"n_kv_heads": 1, "vocab_size": 768},
+        "mqa": {"n_kv_heads": 1, "vocab_size": 768, "attention_bias": True, "mlp_bias": True},
         "odd_vocab": {"n_kv_heads": 2, "vocab_size": 769},
     }.items():
         model = make_model(**params)

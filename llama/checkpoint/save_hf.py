@@ -13,7 +13,7 @@ from llama.checkpoint.hf import from_interleaved, hf_name, is_rotary
 from llama.checkpoint.save import new_directory, write_files, write_json
 from llama.checkpoint.sharding import full_shapes
 from llama.errors import need
-from llama.rope import rope_factors
+from llama.rope import attention_factor, rope_factors
 from llama.tokenizers import load_tokenizer
 
 SHARD_BYTES = 5_000_000_000
@@ -106,6 +106,8 @@ def _config(checkpoint: Checkpoint, args: ModelArgs, dtype: torch.dtype) -> dict
     if {"tokenizer.model", "tokenizer.json"} & checkpoint.files.keys():
         tokenizer = load_tokenizer(checkpoint.files, args.vocab_size)
     task = "ForCausalLM" if args.labels is None else "ForSequenceClassification"
+    task = "Model" if args.labels == [] else task
+    scaling, length = _rope_scaling(args, checkpoint.params.get("max_seq_len"))
     config: dict[str, Any] = {
         "architectures": [f"Llama{task}"],
         "model_type": "llama",
@@ -118,13 +120,12 @@ def _config(checkpoint: Checkpoint, args: ModelArgs, dtype: torch.dtype) -> dict
         "vocab_size": args.vocab_size,
         "hidden_act": "silu",
         "rms_norm_eps": args.norm_eps,
-        # Meta's params.json doesn't say how long the training's sequences were.
-        "max_position_embeddings": checkpoint.params.get("max_seq_len", 4096),
+        "max_position_embeddings": length,
         "rope_theta": args.rope_theta,
-        "rope_scaling": _rope_scaling(args),
+        "rope_scaling": scaling,
         "tie_word_embeddings": args.tie_word_embeddings,
-        "attention_bias": False,
-        "mlp_bias": False,
+        "attention_bias": args.attention_bias,
+        "mlp_bias": args.mlp_bias,
         "torch_dtype": str(dtype).removeprefix("torch."),
     }
     if tokenizer is not None:
@@ -132,25 +133,44 @@ def _config(checkpoint: Checkpoint, args: ModelArgs, dtype: torch.dtype) -> dict
         config["bos_token_id"] = tokenizer.bos_id if tokenizer.bos_id >= 0 else None
         config["eos_token_id"] = stops[0] if len(stops) == 1 else stops or None
         config["pad_token_id"] = tokenizer.pad_id if tokenizer.pad_id >= 0 else None
-    if args.labels is not None:
+    if args.labels:
         config["id2label"] = {str(i): label for i, label in enumerate(args.labels)}
         config["label2id"] = {label: i for i, label in enumerate(args.labels)}
     return config
 
 
-def _rope_scaling(args: ModelArgs) -> dict[str, Any] | None:
-    """Return the scaling as ``config.json`` has it, without a factor for each frequency."""
-    scaling = args.rope_scaling
-    if scaling is None or scaling["rope_type"] != "factors":
-        return scaling
+def _rope_scaling(args: ModelArgs, length: int | None) -> tuple[dict[str, Any] | None, int]:
+    """Return the rotary scaling as ``config.json`` has it, and ``max_position_embeddings``.
+
+    Args:
+        args: the hyper-parameters.
+        length: how long a text may be; None if the checkpoint, as Meta's, doesn't say.
+    """
+    scaling = dict(args.rope_scaling or {})
+    kind = scaling.get("rope_type")
+    if kind == "dynamic":  # where the trained length isn't stated twice
+        return scaling, int(scaling.pop("original_max_position_embeddings"))
+    if kind == "factors":
+        scaling = _as_published(args) or {
+            "rope_type": "longrope",  # the one kind that lists factors
+            "factor": 1.0,
+            "short_factor": scaling["factors"],
+            "long_factor": scaling["factors"],
+            "attention_factor": scaling.get("attention_factor", 1.0),
+            "original_max_position_embeddings": length or 4096,
+        }
+    stretched = scaling.get("original_max_position_embeddings", 4096) * scaling.get("factor", 1)
+    return scaling or None, length or int(stretched)
+
+
+def _as_published(args: ModelArgs) -> dict[str, Any] | None:
+    """Return Llama 3.1's or 3.2's scaling if it has the same factors."""
     for published in _LLAMA3:
-        published_args = ModelArgs(**{**vars(args), "rope_scaling": published})
-        if torch.allclose(rope_factors(published_args), rope_factors(args), rtol=1e-4):
+        twin = ModelArgs(**{**vars(args), "rope_scaling": published})
+        same = torch.allclose(rope_factors(twin), rope_factors(args), rtol=1e-4)
+        if same and attention_factor(args) == 1:
             return published
-    raise ValueError(
-        "this model's rotary factors are neither Llama 3.1's nor 3.2's, and Hugging Face's format "
-        "has no place for others: write Meta's (--to meta)"
-    )
+    return None
 
 
 def _text_defaults(checkpoint: Checkpoint) -> Mapping[str, bytes]:

@@ -3,6 +3,8 @@
 import logging
 import shutil
 import weakref
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -58,6 +60,20 @@ def test_steps_compile_nothing_more(compiled: Llama) -> None:
         compiled.generate([[1, 77]], 60, temperature=0)
         with pytest.raises(RuntimeError):  # the stance would tell
             torch.compile(lambda x: x + 1)(torch.ones(2))
+
+
+@pytest.mark.slow
+def test_biases_are_in_compiled_steps_too(checkpoint_dir: Callable[..., Path]) -> None:
+    """A failure means that a network with biases answers otherwise where its steps are compiled."""
+    if not any(map(shutil.which, ("g++", "clang++"))):
+        pytest.skip("there is no C++ compiler")
+    path = checkpoint_dir(n_kv_heads=2, n_layers=1, attention_bias=True, mlp_bias=True)
+    how = {"device": "cpu", "dtype": torch.float32, "max_batch_size": 1}
+    rows = [
+        Llama.build(path, compile=compiles, **how).generate(PROMPTS[:1], 24, temperature=0)
+        for compiles in (True, False)
+    ]
+    assert rows[0] == rows[1]
 
 
 @pytest.mark.slow

@@ -80,6 +80,18 @@ def test_forward_changes_nothing_but_the_cache(dtype: torch.dtype) -> None:
     assert [layer.kernel for layer in linear_layers(model)] == kernels
 
 
+def test_a_bias_is_added_once_packed_or_not(dtype: torch.dtype) -> None:
+    """A failure means that a kernel of several layers drops their biases, or mixes them up."""
+    biased = {"n_kv_heads": 2, "attention_bias": True, "mlp_bias": True}
+    plain = make_model(**biased).to(dtype).requires_grad_(False)
+    plain.allocate_buffers(CPU, dtype)
+    same_logits(make_packed(dtype, **biased), plain)
+    layer = plain.layers[0].feed_forward.w2
+    x = torch.randn(3, layer.in_features).to(dtype)
+    exact = x.float() @ layer.weight.float().T + layer.bias.float()
+    torch.testing.assert_close(layer(x).float(), exact, atol=0.05, rtol=0.05)
+
+
 def test_few_tokens_are_padded_once_a_pass(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -148,7 +160,7 @@ def test_layers_with_one_input_share_a_kernel_that_goes_with_their_model(
 
 @pytest.fixture
 def packed(dtype: torch.dtype) -> Transformer:
-    model = make_packed(dtype, n_kv_heads=2)
+    model = make_packed(dtype, n_kv_heads=2, attention_bias=True, mlp_bias=True)
     assert model.layers[0].attention.wk.kernel is not None
     return model
 
@@ -159,7 +171,7 @@ def test_a_packed_layer_alone_gives_its_own_product(
     attention = packed.layers[0].attention
     x = torch.randn(5, 64).to(dtype)
     for layer in (attention.wq, attention.wk, attention.wv):
-        exact = x.float() @ layer.plain_weight().float().T
+        exact = x.float() @ layer.plain_weight().float().T + layer.bias.float()
         torch.testing.assert_close(layer(x).float(), exact, atol=0.05, rtol=0.05)
 
 
@@ -186,7 +198,8 @@ def test_copies_of_a_packed_model_are_whole(packed: Transformer) -> None:
 
 
 def test_a_packed_model_takes_other_weights(packed: Transformer, dtype: torch.dtype) -> None:
-    other = make_model(seed=5, n_kv_heads=2).to(dtype).requires_grad_(False)
+    other = make_model(seed=5, n_kv_heads=2, attention_bias=True, mlp_bias=True)
+    other = other.to(dtype).requires_grad_(False)
     other.allocate_buffers(CPU, dtype)
     for assign in (False, True):
         old = [weakref.ref(layer.kernel) for layer in linear_layers(packed)]

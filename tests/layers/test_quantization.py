@@ -239,7 +239,7 @@ def test_an_input_of_zeros_gives_zeros_and_not_a_number_stays_one() -> None:
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_layers_can_be_saved_loaded_copied_and_pickled(scheme: Scheme) -> None:
-    _, model = quantised_model(scheme)
+    _, model = quantised_model(scheme, attention_bias=True)
     x = torch.randn(3, 128)
     layer = model.layers[0].attention.wk  # the middle one of three that are packed together
     assert layer.kernel is not None
@@ -252,7 +252,7 @@ def test_layers_can_be_saved_loaded_copied_and_pickled(scheme: Scheme) -> None:
         assert all(torch.equal(twin.stored()[n], part) for n, part in layer.stored().items())
         pack([twin], Capability())
         assert torch.equal(twin(x), expected)
-    _, other = quantised_model(scheme, seed=9)
+    _, other = quantised_model(scheme, seed=9, attention_bias=True)
     other.load_state_dict(state)
     assert torch.equal(other.layers[0].attention.wk(x), expected)
     tokens = torch.tensor([[3, 1, 4]])
