@@ -75,7 +75,8 @@ class BaseTokenizer:
         spelled = {}
         for piece, control in self.control_ids.items():
             text = piece.replace("▁", " ")
-            spelled[control] = [*self._to_ids(text[:2], True), *self._to_ids(text[2:], True)]
+            cut = min(2, len(text) - 1)
+            spelled[control] = [*self._to_ids(text[:cut], True), *self._to_ids(text[cut:], True)]
         return spelled
 
     def _encode(self, s: str, continued: bool) -> list[int]:

@@ -88,7 +88,8 @@ def _is_json(files: Files, description: Description, vocab_size: int | None) -> 
 
     if covered(n_words) == vocab_size:
         return False
-    return covered(n_pieces(read_json(files, "tokenizer.json"))) > covered(n_words)
+    n_json = n_pieces(read_json(files, "tokenizer.json"), vocab_size)
+    return covered(n_json) > covered(n_words)
 
 
 def _from_model(files: Files, description: Description) -> BaseTokenizer:

@@ -61,7 +61,7 @@ def describe(files: Files, vocab_size: int | None = None) -> Description:
     added = {
         i: special.get(text, AddedPiece(text, normalized=True))
         for text, i in ids.items()
-        if isinstance(i, int) and text
+        if type(i) is int and i >= 0 and text
     }
     decoder = config.get("added_tokens_decoder")
     described = {
@@ -100,7 +100,9 @@ def _special(config: Mapping[str, Any]) -> Iterator[AddedPiece]:
         listed = list(listed.values()) if isinstance(listed, dict) else listed
         named += listed if isinstance(listed, list) else []
     for value in named:
-        if text := _text(value):
+        text = _text(value)
+        # Of one letter, as "!" for padding, it remains part of texts, which can't be without it.
+        if text and len(text.strip()) > 1:
             spec = value if isinstance(value, dict) else {}
             yield AddedPiece.of({**spec, "content": text, "special": True})
 

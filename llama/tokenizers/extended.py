@@ -95,41 +95,43 @@ def extended(name: str, proto: bytes, description: Description) -> Tokenizer:
         ValueError: the model is malformed, or there are no such pieces.
     """
     plain = Tokenizer(name, proto)
-    texts = [plain.token_piece(i) for i in range(plain.n_words)]
-    ids = {text: i for i, text in enumerate(texts)}
-    named = {_written(text): piece for text, piece in description.special.items()}
-    found = {ids[text]: piece for text, piece in named.items() if text in ids}
+    ids = {plain.token_piece(i): i for i in range(plain.n_words)}
+    found = {
+        ids[text]: piece
+        for piece in description.special.values()
+        if (text := _written(piece.content)) in ids
+    }
     found |= description.added
     pieces = {
         i: piece
         for i, piece in sorted(found.items())
-        if not (i < len(texts) and texts[i] == _written(piece.content) and _is_reserved(plain, i))
+        if ids.get(_written(piece.content)) != i or not _is_reserved(plain, i)
     }
-    # User-defined pieces, which a model finds in every text.
+    # The model finds its own user-defined pieces in every text.
     marks = {
         i: AddedPiece(text)
         for text, i in ids.items()
-        if i not in found
-        and (description.is_control(text) or BRACKETED.fullmatch(text))
-        and (description.is_control(text) or description.is_structure(text))
-        and not _is_reserved(plain, i)
+        if i not in found and not _is_reserved(plain, i) and _is_mark(text, description)
     }
     if not pieces and not marks:
         return plain
     model = need("sentencepiece.sentencepiece_model_pb2").ModelProto()
     model.ParseFromString(proto)
-    types = model.SentencePiece
-    pieces |= {i: p for i, p in marks.items() if model.pieces[i].type == types.USER_DEFINED}
+    own = model.SentencePiece.USER_DEFINED
+    pieces |= {i: piece for i, piece in marks.items() if model.pieces[i].type == own}
     silent = {i: p for i, p in pieces.items() if p.special or description.is_control(p.content)}
-    structure = {
-        i: piece
-        for i, piece in pieces.items()
-        if i not in silent and description.is_structure(piece.content)
-    }
-    words = {i: p for i, p in pieces.items() if i not in silent and i not in structure}
+    others = {i: piece for i, piece in pieces.items() if i not in silent}
+    structure = {i: p for i, p in others.items() if description.is_structure(p.content)}
+    words = {i: piece for i, piece in others.items() if i not in structure}
     for i, piece in pieces.items():
         _set(model, ids, i, piece, i in words)
     return ExtendedTokenizer(name, model.SerializeToString(), silent, structure, words)
+
+
+def _is_mark(text: str, description: Description) -> bool:
+    """Return whether a piece that no file names is a control piece, if it is user-defined."""
+    in_brackets = BRACKETED.fullmatch(text) is not None
+    return description.is_control(text) or (in_brackets and description.is_structure(text))
 
 
 def _written(text: str) -> str:

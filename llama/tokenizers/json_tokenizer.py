@@ -132,10 +132,14 @@ class JsonTokenizer(BaseTokenizer):
         return pieces
 
 
-def n_pieces(data: Mapping[str, Any]) -> int:
-    """Return the number of ids of a parsed ``tokenizer.json``, as far as it is well formed."""
-    ids = [*_vocabulary(data).values(), *(spec.get("id") for spec in _specs(data))]
-    return max((i for i in ids if isinstance(i, int)), default=-1) + 1
+def n_pieces(data: Mapping[str, Any], vocab_size: int | None) -> int:
+    """Return the number of ids of a parsed ``tokenizer.json``, as far as it is well formed.
+
+    Added pieces from the id ``vocab_size`` on don't count.
+    """
+    added = (spec.get("id") for spec in _specs(data) if not _is_beyond(spec, vocab_size))
+    ids = [*_vocabulary(data).values(), *(i for i in added if isinstance(i, int))]
+    return max(ids, default=-1) + 1
 
 
 def with_pieces(data: Mapping[str, Any], description: Description) -> dict[str, Any]:
@@ -145,7 +149,7 @@ def with_pieces(data: Mapping[str, Any], description: Description) -> dict[str, 
     """
     vocabulary, specs = _vocabulary(data), _specs(data)
     known = {str(spec.get("content")) for spec in specs}
-    taken = {*vocabulary.values(), *(spec.get("id") for spec in specs)}
+    taken = {*vocabulary.values(), *(i for s in specs if isinstance(i := s.get("id"), int))}
     described = {piece.content: piece for piece in description.described.values()}
     more = {i: piece for i, piece in description.added.items() if i not in taken}
     more |= {
@@ -158,16 +162,18 @@ def with_pieces(data: Mapping[str, Any], description: Description) -> dict[str, 
         for i, piece in sorted(more.items())
         if piece.content not in known
     ]
-    kept = [
-        {**spec, **asdict(described[text])} if (text := spec.get("content")) in described else spec
-        for spec in specs
-    ]
-    return {**data, "added_tokens": kept + new} if new or described else dict(data)
+    if not new and not described:
+        return dict(data)
+    for spec in specs:
+        if piece := described.get(str(spec.get("content"))):
+            spec |= asdict(piece)
+    return {**data, "added_tokens": specs + new}
 
 
 def _specs(data: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return copies of the objects that describe added pieces."""
     specs = data.get("added_tokens")
-    return [spec for spec in specs if isinstance(spec, dict)] if isinstance(specs, list) else []
+    return [dict(s) for s in specs if isinstance(s, dict)] if isinstance(specs, list) else []
 
 
 def _vocabulary(data: Mapping[str, Any]) -> dict[str, int]:
@@ -175,8 +181,9 @@ def _vocabulary(data: Mapping[str, Any]) -> dict[str, int]:
     model = data.get("model")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     if isinstance(vocabulary, list):  # Unigram's pieces, with their scores
-        return {str(entry[0]): i for i, entry in enumerate(vocabulary) if entry}
-    return vocabulary if isinstance(vocabulary, dict) else {}
+        return {str(e[0]): i for i, e in enumerate(vocabulary) if isinstance(e, list) and e}
+    ids = vocabulary.items() if isinstance(vocabulary, dict) else ()
+    return {text: i for text, i in ids if isinstance(i, int)}
 
 
 def _first_id(tokenizer: Any) -> int:
@@ -196,12 +203,13 @@ def _verbatim(data: Mapping[str, Any]) -> set[str]:
         return set()
     texts = {spec["content"] for spec in _specs(data)}
     texts = {text for text in texts if BYTE_LEVEL.keys() >= set(text) and not text.isascii()}
-    # A piece that the vocabulary has, too, may stand for bytes: for one that UTF-8 has, or several
-    # that were merged.
-    merges = data["model"].get("merges") or () if texts & _vocabulary(data).keys() else ()
-    bytes_too = {"".join(pair).replace(" ", "") for pair in merges}
-    bytes_too |= {char for char, byte in BYTE_LEVEL.items() if byte not in _NEVER}
-    return {text for text in texts if text not in bytes_too or text not in _vocabulary(data)}
+    if texts.isdisjoint(vocabulary := _vocabulary(data)):
+        return texts
+    # A piece that the vocabulary has, too, may stand for bytes: for one that UTF-8 has, or for
+    # several that are merged.
+    bytes_too = {char for char, byte in BYTE_LEVEL.items() if byte not in _NEVER}
+    bytes_too |= {"".join(pair).replace(" ", "") for pair in data["model"].get("merges") or ()}
+    return texts - (bytes_too & vocabulary.keys())
 
 
 def _is_beyond(spec: object, vocab_size: int | None) -> bool:
