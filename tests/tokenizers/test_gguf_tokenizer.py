@@ -210,7 +210,9 @@ def test_user_defined_pieces_of_a_template_are_control_pieces(tmp_path: Path) ->
     # Without a template it is as any other word.
     del metadata["tokenizer.chat_template"]
     plain = load_tokenizer(tokenizer_files(metadata))
-    assert start + 2 in plain.encode("x<tool>", bos=False, eos=False)
+    # As in llama.cpp, the texts beside it begin with a space, and it doesn't.
+    text = original.encode("a tree", bos=False, eos=False)
+    assert plain.encode("<tool>a tree<tool>", bos=False, eos=False) == [start + 2, *text, start + 2]
     assert plain.decode([start + 2]) == "<tool>"
 
 
