@@ -318,6 +318,16 @@ def test_saving_a_model_keeps_the_tokenizer(llama3_dir, tmp_path: Path) -> None:
     assert torch.equal(logits(saved.model), logits(llama.model))
 
 
+def test_answers_are_held_to_a_schema(llama3_dir) -> None:
+    """A failure means that a grammar masks other tokens than its pieces' ids."""
+    pytest.importorskip("llguidance")
+    dialog = [{"role": "user", "content": "the cow"}]
+    schema = {"name": "animal", "schema": {"enum": ["the cow", "日本"]}}
+    form = {"type": "json_schema", "json_schema": schema}
+    found = build(llama3_dir()).chat_completion([dialog], temperature=0, response_format=form)
+    assert json.loads(found[0]["generation"]["content"]) in schema["schema"]["enum"]
+
+
 @pytest.mark.parametrize("name", ["example_chat_completion", "example_text_completion"])
 def test_examples_run(llama3_dir, capsys, name: str) -> None:
     """A failure means that Llama 3's directories can't be tried out."""
