@@ -241,13 +241,15 @@ def test_prefixes_stay_with_their_adapter(
     llama.unload_adapter("all")
     llama.load_adapter("all", folder / "all")
     assert ask("all") == (old, 0)
-    # Nor does one wait for another's prompt, or count what that has read.
+    # Nor does one wait for another's prompt.
+    n_passes = llama.engine.counts.passes
     sequences = make_sequences(llama)
     for sequence in sequences:
         sequence.prompt = [1, *range(300, 400)]
     llama.reset_cache()
     run(llama, sequences)
     assert [sequence.n_reused for sequence in sequences] == [0, 0, 0, 100, 100]
+    assert llama.engine.counts.passes == n_passes + N_NEW + 1
 
 
 def test_scales(llama: Llama, folder: Path, references: dict[str | None, Any]) -> None:
