@@ -14,6 +14,8 @@ PROMPT_KINDS = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")
 
 MERGE = "merge the adapter with PEFT (merge_and_unload) and load the result"
 
+_USE_PEFT = "run the adapter with PEFT itself, which can't merge this kind either"
+
 # Those that PEFT can't merge either.
 _UNMERGEABLE = (
     *("ADAPTION_PROMPT", "CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING", "POLY", "XLORA"),
@@ -58,9 +60,7 @@ def read_config(path: Path) -> dict[str, Any]:
     config = read_params(path)
     kind = config.get("peft_type")
     if kind not in ("LORA", *PROMPT_KINDS):
-        advice = MERGE
-        if kind in _UNMERGEABLE:
-            advice = "run it with PEFT itself, which can't merge this kind either"
+        advice = _USE_PEFT if kind in _UNMERGEABLE else MERGE
         raise ValueError(
             f"{path} has the peft_type {printable(repr(kind))}: this library reads 'LORA', "
             f"{', '.join(map(repr, PROMPT_KINDS))}; {advice}"
@@ -73,7 +73,7 @@ def read_config(path: Path) -> dict[str, Any]:
         if key not in known and value:
             raise ValueError(
                 f"{path} sets {printable(key)} to {printable(repr(value))}, which can't be "
-                f"honoured here: {MERGE}"
+                f"honoured here: {MERGE if kind == 'LORA' else _USE_PEFT}"
             )
     saved = config["modules_to_save"] = config.get("modules_to_save") or []
     if not isinstance(saved, list) or not all(isinstance(name, str) and name for name in saved):

@@ -94,15 +94,13 @@ def _check(changes: Mapping[str, Change], files: AdapterFiles, model: Transforme
     args, path = model.params, files.path
     shapes = full_shapes(replace(args, attention_bias=True, mlp_bias=True))
     shapes.setdefault(OUTPUT, shapes[EMBEDDING])
+    table = changes.get(EMBEDDING, Change()).replacement
+    if table is not None and table.dim() == 2 and len(table) != args.vocab_size:
+        raise ValueError(
+            f"{path} has an embedding of {len(table)} rows, and the model's has {args.vocab_size}: "
+            "another vocabulary needs a model of its own, which Llama.build(adapter=...) makes"
+        )
     for parameter, change in changes.items():
-        new = change.replacement
-        resized = new is not None and new.dim() == 2 and new.shape[1] == args.dim
-        if parameter == EMBEDDING and new is not None and resized and len(new) != args.vocab_size:
-            raise ValueError(
-                f"{path} has an embedding of {len(new)} rows, and the model's has "
-                f"{args.vocab_size}: another vocabulary needs a model of its own, which "
-                "Llama.build(adapter=...) makes"
-            )
         check_change(parameter, change, shapes.get(parameter), path)
         if change.rows is not None and change.magnitude is not None:
             raise ValueError(
