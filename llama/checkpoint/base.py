@@ -90,7 +90,8 @@ class Checkpoint:
         params: the hyper-parameters, with the keys of ``params.json`` (``ModelArgs``).
         parts: the weights, in one or more parts as Meta divides them.
         names: the parts' names in errors.
-        dtype: the dtype of most stored weights, or a half-precision one if they are quantised.
+        dtype: the dtype that the files give their weights, or that of most weights; a
+            half-precision one if they are quantised.
         files: the files next to the weights that concern text, by Hugging Face's names:
             ``tokenizer.model`` or ``tokenizer.json``, ``tokenizer_config.json`` and so on.
         in_float32: whether tensors are made in float32 when they are read, because they are

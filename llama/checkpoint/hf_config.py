@@ -24,6 +24,7 @@ _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "sliding_window": 4096,
     },
 }
+_TRAINED = "original_max_position_embeddings"
 _ARCHITECTURES = ("Llama", "LLaMA", "Mistral")
 _TASKS = ("ForCausalLM", "ForSequenceClassification", "Model")
 
@@ -118,18 +119,18 @@ def _rope_scaling(
     if not isinstance(kind, str) or kind not in ROPE_KEYS or kind == "factors":
         return {"rope_type": kind}  # make_args names the known kinds
     needed, optional = ROPE_KEYS[kind]
-    meant = ("type", "rope_type", "rope_theta", "partial_rotary_factor")
-    meant += ("original_max_position_embeddings",)  # which some have with every kind
-    unknown = sorted(set(rope) - {*needed, *optional, *meant})
+    # Some have the last one with every kind.
+    others = {"type", "rope_type", "rope_theta", "partial_rotary_factor", _TRAINED}
+    unknown = sorted(set(rope) - {*needed, *optional} - others)
     if unknown:
         names = listed([short(name) for name in unknown])
         logger.warning("%s has %s in its %s rotary scaling: ignored", source, names, kind)
     scaling = {key: rope[key] for key in (*needed, *optional) if rope.get(key) is not None}
-    trained, length = "original_max_position_embeddings", config["max_position_embeddings"]
-    if trained in needed:
-        outer = config.get(trained)  # of which the inner one is an older copy
-        own = scaling.get(trained, length) if outer is None else outer
-        own = scaling[trained] = length if kind == "dynamic" else own
+    length = config["max_position_embeddings"]
+    if _TRAINED in needed:
+        outer = config.get(_TRAINED)  # which transformers prefers
+        own = scaling.get(_TRAINED, length) if outer is None else outer
+        own = scaling[_TRAINED] = length if kind == "dynamic" else own
         known = all(type(n) in (int, float) and 0 < n <= LARGEST for n in (own, length))
         if kind in ("yarn", "longrope") and "factor" not in scaling and known:
             scaling["factor"] = length / own

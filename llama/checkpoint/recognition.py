@@ -99,25 +99,22 @@ def _explain_directory(folder: Folder) -> str | None:
             "the path"
         )
     texts = [folder.path / name for name in (*_CONFIGS, *_INDEXES, *TEXTS)]
-    checks = (
-        lambda: explain_heads([*folder.weights, *texts]),
-        lambda: _explain_adapter_alone(folder),
-        lambda: _explain_quantised(folder),
-        lambda: _explain_family(folder),
-        lambda: _explain_contents(folder),
-        lambda: _explain_unfinished(folder),
-    )
+    first = folder.weights[0] if folder.weights else None
+    is_hf = first is not None and first.suffix in (".safetensors", ".bin")
+    checks = [lambda: explain_heads([*folder.weights, *texts]), lambda: _explain_adapter(folder)]
+    if is_hf or first is None:  # other formats' weights don't go by config.json
+        checks += [lambda: _explain_quantised(folder), lambda: _explain_family(folder)]
+    checks += [lambda: _explain_contents(folder), lambda: _explain_unfinished(folder)]
     if found := next((sentence for check in checks if (sentence := check())), None):
         return found
-    if not folder.weights:
+    if first is None:
         return explain_without_weights(folder)
-    config = "config.json" if folder.weights[0].suffix in (".safetensors", ".bin") else ""
-    if not config or config in folder.files:
+    if not is_hf or "config.json" in folder.files:
         return None
-    return f"{folder.path} has {folder.weights[0].name} but no {config}: download that too"
+    return f"{folder.path} has {first.name} but no config.json: download that too"
 
 
-def _explain_adapter_alone(folder: Folder) -> str | None:
+def _explain_adapter(folder: Folder) -> str | None:
     if not folder.is_adapter:
         return None
     config = folder.json("adapter_config.json")
@@ -186,8 +183,8 @@ def _explain_unfinished(folder: Folder) -> str | None:
 def _explain_index(folder: Folder, index: str) -> str | None:
     """Return which of the files that an index names are missing or too short."""
     wanted = folder.json(index).get("weight_map")
-    names = set(wanted.values()) if isinstance(wanted, dict) else set()
-    names = {name for name in names if isinstance(name, str) and "/" not in name}
+    values = wanted.values() if isinstance(wanted, dict) else ()
+    names = {name for name in values if isinstance(name, str) and "/" not in name}
     missing = sorted(names - {*folder.files})
     if missing:
         others = f", as {len(missing) - 1} more of {len(names)} files are" * (len(missing) > 1)

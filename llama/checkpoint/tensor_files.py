@@ -98,8 +98,8 @@ def _check_archive(path: Path) -> None:
                 continue
             if entry.file_size > _MAX_PICKLE_BYTES:
                 raise _RefusedError(f"{path} is refused: its pickle is far too large")
-            tuples = 0
-            for opcode, argument, _ in pickletools.genops(archive.read(entry)):
+            tuples, data = 0, archive.read(entry)
+            for opcode, argument, _ in pickletools.genops(data):
                 tuples += opcode.name.startswith("TUPLE")
                 if opcode.name in ("GLOBAL", "INST") and not _HARMLESS.fullmatch(str(argument)):
                     raise _RefusedError(
@@ -108,6 +108,41 @@ def _check_archive(path: Path) -> None:
                     )
             if tuples > _MAX_TUPLES:
                 raise _RefusedError(f"{path} is refused: its pickle nests too deeply")
+            if not _calls_names_only(data):
+                raise _RefusedError(
+                    f"{path} is refused: its pickle calls a value, which no weights need and whose "
+                    "numbers PyTorch would write into its error"
+                )
+
+
+def _calls_names_only(data: bytes) -> bool:
+    """Return whether all that a pickle calls are its globals, as far as it is well-formed.
+
+    Follows the stack of the unpickler, whose entries are True for globals.
+    """
+    stack: list[bool] = []
+    marks: list[int] = []
+    memo: dict[object, bool] = {}
+    try:
+        for opcode, argument, _ in pickletools.genops(data):
+            if opcode.name == "MARK":
+                marks.append(len(stack))
+            elif opcode.name.endswith("PUT"):
+                memo[argument] = stack[-1]
+            elif opcode.name.endswith("GET"):
+                stack.append(memo[argument])
+            elif opcode.name in ("REDUCE", "NEWOBJ") and not stack[-2]:
+                return False
+            else:
+                taken = [kind.name for kind in opcode.stack_before]
+                if "mark" in taken:
+                    del stack[marks.pop() :]
+                    taken = taken[: taken.index("mark")]
+                del stack[len(stack) - len(taken) :]
+                stack += [opcode.name == "GLOBAL"] * len(opcode.stack_after)
+    except (IndexError, KeyError):  # PyTorch finds the same, and says so
+        pass
+    return True
 
 
 def _diagnosis(path: Path, error: Exception) -> str:

@@ -157,6 +157,8 @@ def _set(model: Any, ids: dict[str, int], i: int, piece: AddedPiece, is_word: bo
             "pieces stand before it: added_tokens.json or tokenizer_config.json lacks some"
         )
     text = _written(piece.content)
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError(f"the piece {printable(text)} holds half of a surrogate pair")
     if ids.setdefault(text, i) != i:
         raise ValueError(f"the piece {printable(text)} has the ids {ids[text]} and {i}")
     entry = model.pieces[i] if i < len(model.pieces) else model.pieces.add(score=0.0)

@@ -42,6 +42,13 @@ def read_json(files: Files, name: str) -> dict[str, Any]:
     return value
 
 
+def _read_text(files: Files, name: str) -> str:
+    try:
+        return read(files, name).decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name_of(files, name)} is not UTF-8: {error}") from error
+
+
 def chat_templates(files: Files) -> dict[str, str]:
     """Return the checkpoint's own chat templates, in Jinja's language, by name.
 
@@ -51,11 +58,11 @@ def chat_templates(files: Files) -> dict[str, str]:
     named = template if isinstance(template, list) else [{"name": "default", "template": template}]
     templates = {t.get("name"): t.get("template") for t in named if isinstance(t, dict)}
     if "chat_template.jinja" in files:
-        templates["default"] = read(files, "chat_template.jinja").decode()
+        templates["default"] = _read_text(files, "chat_template.jinja")
     for name in files:
         folder, _, file = name.partition("/")
         if folder == TEMPLATES:
-            templates[file.removesuffix(".jinja")] = read(files, name).decode()
+            templates[file.removesuffix(".jinja")] = _read_text(files, name)
     found = {n: t for n, t in templates.items() if isinstance(n, str) and isinstance(t, str)}
     return found if "default" in found else {}
 

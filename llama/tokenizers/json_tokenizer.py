@@ -3,7 +3,8 @@
 import copy
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -19,6 +20,18 @@ _OTHERS = [byte for byte in range(256) if byte not in _VISIBLE]
 BYTE_LEVEL = {chr(byte): byte for byte in _VISIBLE}
 BYTE_LEVEL |= {chr(256 + i): byte for i, byte in enumerate(_OTHERS)}
 _NEVER = (0xC0, 0xC1, *range(0xF5, 0x100))  # the bytes that no UTF-8 has
+
+
+@contextmanager
+def _clear_errors(problem: str) -> Iterator[None]:
+    """Raise ``ValueError`` for an error of the library, which raises no narrower one."""
+    try:
+        yield
+    except BaseException as error:
+        # A strange file can make it panic, which no Exception tells.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"{problem}: {printable(str(error), 200)}") from error
 
 
 class JsonTokenizer(BaseTokenizer):
@@ -59,12 +72,10 @@ class JsonTokenizer(BaseTokenizer):
                 silent.add(text)
             spec["special"] = text in silent or is_structure(text)
         tokenizers = need("tokenizers")
-        try:
+        self._name = name
+        with _clear_errors(f"{name} is no tokenizer.json"):
             self._whole = tokenizers.Tokenizer.from_str(json.dumps(data))
             self._continued = tokenizers.Tokenizer.from_str(json.dumps(without_prefix(data)))
-        except Exception as error:  # the library raises no narrower one
-            reason = printable(str(error), 200)
-            raise ValueError(f"{name} is no tokenizer.json: {reason}") from error
         self._decoder = _steps(data.get("decoder"))
         vocabulary: dict[str, int] = self._whole.get_vocab(with_added_tokens=True)
         if not vocabulary:
@@ -82,7 +93,8 @@ class JsonTokenizer(BaseTokenizer):
         # As with SentencePiece, except that "first" puts a space before the first text only.
         steps = _steps(data.get("pre_tokenizer"))
         self.spaced = all(step.get("prepend_scheme") != "first" for step in steps)
-        first = _first_id(self._whole)
+        with _clear_errors(f"{name} has a post-processor that fails"):
+            first = _first_id(self._whole)
         self.add_bos = first in self.control_ids.values()
         if self.add_bos:
             self.bos_id = first
@@ -92,7 +104,8 @@ class JsonTokenizer(BaseTokenizer):
 
     def _to_ids(self, s: str, continued: bool) -> list[int]:
         model = self._continued if continued else self._whole
-        ids: list[int] = model.encode(s, add_special_tokens=False).ids
+        with _clear_errors(f"{self._name} can't encode a text"):
+            ids: list[int] = model.encode(s, add_special_tokens=False).ids
         return ids
 
     def _to_text(self, ids: list[int], continued: bool) -> str:
@@ -106,7 +119,8 @@ class JsonTokenizer(BaseTokenizer):
 
     def _shown(self, ids: list[int], continued: bool) -> str:
         model = self._continued if continued else self._whole
-        text: str = model.decode(ids, skip_special_tokens=False)
+        with _clear_errors(f"{self._name} can't decode ids"):
+            text: str = model.decode(ids, skip_special_tokens=False)
         return text
 
     def token_piece(self, t: int) -> str:
@@ -193,7 +207,8 @@ def _first_id(tokenizer: Any) -> int:
     tokenizers = need("tokenizers")
     text = tokenizers.Tokenizer(tokenizers.models.WordLevel({"text": 0}, "text")).encode("text")
     processed = tokenizer.post_processor.process(text)
-    first: int = processed.ids[0] if processed.special_tokens_mask[0] else -1
+    is_special = processed.special_tokens_mask[:1] == [1]
+    first: int = processed.ids[0] if is_special else -1
     return first
 
 

@@ -1,6 +1,7 @@
 """Directories that transformers has written: the network and its ids are those of transformers."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -21,6 +22,7 @@ from llama import Llama
 from llama.checkpoint.hf import open_hf
 from llama.checkpoint.params import make_args
 from llama.generation import TINY
+from llama.rope import attention_factor, rope_factors
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -516,10 +518,12 @@ KEYS = [
     *SIZES,
     *("model_type", "architectures", "head_dim", "rms_norm_eps", "rope_theta", "rope_scaling"),
     *("rope_parameters", "tie_word_embeddings", "hidden_act", "attention_bias", "id2label"),
-    *("quantization_config", "bos_token_id", "eos_token_id", "mlp_bias", "num_labels"),
+    *("quantization_config", "bos_token_id", "eos_token_id", "mlp_bias", "num_labels", "dtype"),
+    *("sliding_window", "torch_dtype", "original_max_position_embeddings"),
 ]
 NUMBERS = st.sampled_from([-1, 0, 1, 2, 3, 8, 64, 768, 2**31, 2**63, 10**400, 0.5, 1e-320, 1e300])
 WORDS = ["llama", "silu", "default", "linear", "llama3", "factors", "LlamaForCausalLM", "\ud800"]
+WORDS += ["mistral", "MistralForCausalLM", "LlamaModel", "yarn", "dynamic", "longrope", "bfloat16"]
 SCALARS = st.one_of(
     st.none(),
     st.booleans(),
@@ -530,7 +534,13 @@ SCALARS = st.one_of(
     st.text(max_size=5),
 )
 ROPE = st.dictionaries(
-    st.sampled_from(["rope_type", "type", "rope_theta", "partial_rotary_factor", *LLAMA3]),
+    st.sampled_from(
+        [
+            *("rope_type", "type", "rope_theta", "partial_rotary_factor", *LLAMA3),
+            *("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+            *("attention_factor", "short_factor", "long_factor"),
+        ]
+    ),
     SCALARS | st.lists(SCALARS, max_size=2),
     max_size=7,
 )
@@ -560,7 +570,10 @@ def test_any_configuration_loads_or_is_refused_with_a_reason(
         (tmp_path / "config.json").write_text(json.dumps({**whole, **values}))
         try:
             found = open_hf(tmp_path)
-            found.check(make_args(found.params, found.source, n_words=768))
+            args = make_args(found.params, found.source, n_words=768)
+            found.check(args)
+            assert math.isfinite(attention_factor(args))
+            rope_factors(args)
         except ValueError as error:
             assert str(error).isprintable() and len(str(error)) < 600
 

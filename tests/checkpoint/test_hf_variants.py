@@ -288,6 +288,18 @@ def test_an_embedding_smaller_than_the_tokenizer(
             build(tmp_path / f"{rows}")
 
 
+@pytest.mark.parametrize("rows", [760, 800])
+def test_an_embedding_that_params_json_leaves_to_the_files(rows: int, tmp_path: Path) -> None:
+    """A failure means that a padded embedding is taken for another model's."""
+    reference = write(tmp_path / "hf", vocab_size=rows)
+    convert(str(tmp_path / "hf"), str(tmp_path / "meta"))
+    path = tmp_path / "meta/params.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "vocab_size": -1}))
+    llama = build(tmp_path / "meta")
+    assert llama.tokenizer.n_words == min(rows, 768)
+    assert_same(llama, logits_of(reference))
+
+
 def test_texts_that_dynamic_scaling_would_change_are_refused(tmp_path: Path) -> None:
     """A failure means that the same prompt, cut otherwise, gets other logits without a word."""
     for name, rope in (("dynamic", {"rope_type": "dynamic", "factor": 2.0}), ("longrope", LONG)):

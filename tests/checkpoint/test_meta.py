@@ -204,6 +204,21 @@ class TestBroken:
             with pytest.raises(ValueError, match=message):
                 build(path)
 
+    def test_a_pickle_that_calls_a_value_is_refused(self, checkpoint_dir) -> None:
+        """A failure means that PyTorch spells out gigabytes of numbers in an error."""
+        path = checkpoint_dir()
+        file = path / "consolidated.00.pth"
+        with zipfile.ZipFile(file) as archive:
+            entries = {info.filename: archive.read(info) for info in archive.infolist()}
+        name = next(entry for entry in entries if entry.endswith("data.pkl"))
+        at = entries[name].index(b"Q")  # a storage, behind which its tensor's offset would stand
+        entries[name] = entries[name][: at + 1] + b")R" + entries[name][at + 1 :]
+        with zipfile.ZipFile(file, "w") as archive:
+            for entry, content in entries.items():
+                archive.writestr(entry, content)
+        with pytest.raises(ValueError, match="its pickle calls a value"):
+            build(path)
+
     def test_files_that_are_no_checkpoints(self, checkpoint_dir) -> None:
         path = checkpoint_dir()
         file = path / "consolidated.00.pth"

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 TIMEOUT = 20.0  # seconds for one mutation
-FORMATS = ("meta", "hf", "gguf", "adapter")
+FORMATS = ("meta", "llama3", "hf", "gguf", "adapter")
 START = 300.0  # seconds for a worker to import torch and to run the sound checkpoints
 
 

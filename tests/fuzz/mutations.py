@@ -192,6 +192,15 @@ def file_names(rng: random.Random, files: Files, marker: Path) -> str:
 def odd_values(rng: random.Random, files: Files, marker: Path) -> str:
     params = json.loads(_content(files, "params.json"))
     keys = [*params, "ffn_dim_multiplier", "n_kv_heads", "max_seq_len", "max_batch_size", "unknown"]
+    keys += [
+        "head_dim",
+        "hidden_dim",
+        "rope_theta",
+        "rope_scaling",
+        "tie_word_embeddings",
+        "labels",
+    ]
+    keys += ["attention_bias", "mlp_bias", "use_scaled_rope", "quantization"]
     numbers = (*ODD_INTS, 0.5, -0.0, 1e-300, 1e308, 64.0, 10**300, 10**400, 10**4000, 10**18 + 8)
     others: tuple[Any, ...] = (
         float("nan"),

@@ -27,58 +27,53 @@ EXPECTED = {
     "llama3": (
         "I¦'ll¦ say¦ it¦'s¦ '¦Dwhat¦ THEY¦'VE¦ ¦ said¦:¦ ¦123¦45¦x¦²¦ HäuserBau¦"
         "!?\n\n¦\t你好¦，世界か¦3¦.¦14¦…(¦ab¦|c¦)¦ /¦a¦<=¦b¦+$`¦x¦`¦ \u0294\u01c5o¦\n¦"
-        "한국어¦…¦  \r\n¦ ¦ !\r\n¦//¦end¦\n¦\u3000¦.a¦！😀¦ \u0294¦  "
+        "한국어¦…¦  \r\n¦ ¦ !\r\n¦//¦end¦\n¦\u3000¦.a¦！😀¦  "
     ),
     "tekken": (
         "I¦'ll¦ say¦ it¦'s¦ '¦Dwhat¦ THEY¦'VE¦ ¦ said¦:¦ ¦1¦2¦3¦4¦5¦x¦²¦ Häuser¦"
         "Bau¦!?\n\n¦\t你好¦，世界か¦3¦.¦1¦4¦…(¦ab¦|c¦)¦ /¦a¦<=¦b¦+$`¦x¦`¦"
-        " \u0294\u01c5o¦\n¦한국어¦…¦  \r\n¦ ¦ !\r\n//¦end¦\n¦\u3000¦.a¦！😀¦ \u0294¦  "
+        " \u0294\u01c5o¦\n¦한국어¦…¦  \r\n¦ ¦ !\r\n//¦end¦\n¦\u3000¦.a¦！😀¦  "
     ),
     "qwen2": (
         "I¦'ll¦ say¦ it¦'s¦ '¦Dwhat¦ THEY¦'VE¦ ¦ said¦:¦ ¦1¦2¦3¦4¦5¦x¦²¦"
         " HäuserBau¦!?\n\n¦\t你好¦，世界か¦3¦.¦1¦4¦…(¦ab¦|c¦)¦ /¦a¦<=¦b¦+$`¦x¦`¦"
-        " \u0294\u01c5o¦\n¦한국어¦…¦  \r\n¦ ¦ !\r\n¦//¦end¦\n¦\u3000¦.a¦！😀¦ \u0294¦"
-        "  "
+        " \u0294\u01c5o¦\n¦한국어¦…¦  \r\n¦ ¦ !\r\n¦//¦end¦\n¦\u3000¦.a¦！😀¦  "
     ),
     "seed-coder": (
         "I¦'ll¦ say¦ it¦'s¦ '¦Dwhat¦ THEY¦'VE¦ ¦ said¦:¦ ¦1¦2¦3¦4¦5¦x¦²¦"
         " HäuserBau¦!?¦\n\n¦\t你好¦，世界か¦3¦.¦1¦4¦…(¦ab¦|c¦)¦ /¦a¦<=¦b¦+$`¦x¦`¦"
-        " \u0294\u01c5o¦\n¦한국어¦…¦  \r\n¦ ¦ !¦\r\n¦//¦end¦\n¦\u3000¦.a¦！😀¦ \u0294¦"
-        "  "
+        " \u0294\u01c5o¦\n¦한국어¦…¦  \r\n¦ ¦ !¦\r\n¦//¦end¦\n¦\u3000¦.a¦！😀¦  "
     ),
     "gpt-2": (
         "I¦'ll¦ say¦ it¦'s¦ '¦Dwhat¦ THEY¦'¦VE¦ ¦ said¦:¦ 12345¦x¦²¦ HäuserBau¦"
         "!?¦\n\n¦\t¦你好¦，¦世界か¦3¦.¦14¦…(¦ab¦|¦c¦)¦ /¦a¦<=¦b¦+$`¦x¦`¦ \u0294\u01c5o¦"
-        "\n¦한국어¦…¦  \r\n ¦ !¦\r¦\n¦//¦end¦\n¦\u3000¦.¦a¦！😀¦ \u0294¦  "
+        "\n¦한국어¦…¦  \r\n ¦ !¦\r¦\n¦//¦end¦\n¦\u3000¦.¦a¦！😀¦  "
     ),
     "starcoder": (
         "I¦'ll¦ say¦ it¦'s¦ '¦Dwhat¦ THEY¦'¦VE¦ ¦ said¦:¦ ¦1¦2¦3¦4¦5¦x¦²¦"
         " HäuserBau¦!?¦\n\n¦\t¦你好¦，¦世界か¦3¦.¦1¦4¦…(¦ab¦|¦c¦)¦ /¦a¦<=¦b¦+$`¦x¦`¦"
-        " \u0294\u01c5o¦\n¦한국어¦…¦  \r\n ¦ !¦\r¦\n¦//¦end¦\n¦\u3000¦.¦a¦！😀¦"
-        " \u0294¦  "
+        " \u0294\u01c5o¦\n¦한국어¦…¦  \r\n ¦ !¦\r¦\n¦//¦end¦\n¦\u3000¦.¦a¦！😀¦  "
     ),
     "deepseek-llm": (
         "I¦'¦ll¦ say¦ it¦'¦s¦ '¦Dwhat¦ THEY¦'¦VE¦ ¦ said¦:¦ ¦12345¦x¦²¦ H¦ä¦"
         "userBau¦!?¦\n¦\n¦\t¦你好¦，¦世界か¦3¦.¦14¦…¦(¦ab¦|¦c¦)¦ /¦a¦<=¦b¦+$`¦x¦`¦"
-        " \u0294¦\u01c5¦o¦\n¦한국어¦…¦  ¦\r¦\n¦ ¦ !¦\r¦\n¦//¦end¦\n¦\u3000¦.¦a¦！¦"
-        "😀 \u0294¦  "
+        " \u0294¦\u01c5¦o¦\n¦한국어¦…¦  ¦\r¦\n¦ ¦ !¦\r¦\n¦//¦end¦\n¦\u3000¦.¦a¦！¦😀¦"
+        "  "
     ),
     "deepseek-coder": (
         "I¦'¦ll¦ say¦ it¦'¦s¦ '¦Dwhat¦ THEY¦'¦VE¦ ¦ said¦:¦ ¦1¦2¦3¦4¦5¦x¦²¦"
         " HäuserBau¦!?¦\n¦\n¦\t¦你好¦，¦世界か¦3¦.¦1¦4¦…¦(¦ab¦|¦c¦)¦ /¦a¦<=¦b¦+$`¦x¦`¦"
-        " \u0294\u01c5o¦\n¦한국어¦…¦  ¦\r¦\n¦ ¦ !¦\r¦\n¦//¦end¦\n¦\u3000¦.¦a¦！¦😀¦"
-        " \u0294¦  "
+        " \u0294\u01c5o¦\n¦한국어¦…¦  ¦\r¦\n¦ ¦ !¦\r¦\n¦//¦end¦\n¦\u3000¦.¦a¦！¦😀  "
     ),
     "viking": (
         "I'll¦ say¦ it's¦ 'Dwhat¦ THEY'VE¦ ¦ said:¦ ¦1¦2¦3¦4¦5¦x¦²¦ HäuserBau¦"
         "!?\n\n\t¦你好¦，¦世界か¦3¦.¦1¦4¦…(¦ab¦|¦c¦)¦ /a<=b+$`x`¦ \u0294\u01c5o¦\n¦한국어¦"
-        "…  \r\n  !\r\n¦//end¦\n\u3000.¦a¦！😀¦ \u0294¦  "
+        "…  \r\n  !\r\n¦//end¦\n\u3000.¦a¦！😀¦  "
     ),
     "default": (
         "I¦'¦ll¦ say¦ it¦'¦s¦ ¦'¦Dwhat¦ THEY¦'¦VE¦ ¦ said¦:¦ ¦123¦45¦x¦²¦"
         " HäuserBau¦!?¦\n\n¦\t¦你好¦，¦世界か¦3¦.¦14¦…(¦ab¦|¦c¦)¦ ¦/¦a¦<=¦b¦+$¦`¦x¦`¦"
-        " \u0294\u01c5o¦\n¦한국어¦…¦  \r\n¦  ¦!¦\r\n¦//¦end¦\n\u3000¦.¦a¦！¦😀¦"
-        " \u0294¦  "
+        " \u0294\u01c5o¦\n¦한국어¦…¦  \r\n¦  ¦!¦\r\n¦//¦end¦\n\u3000¦.¦a¦！¦😀¦  "
     ),
 }
 
@@ -99,6 +94,7 @@ def vocabulary() -> tuple[list[str], list[str]]:
     The longest are merged first, so that a split piece becomes one token.
     """
     words = {word for line in EXPECTED.values() for word in line.split("¦")} | set(TEXT)
+    words.add(TEXT[-3:])  # which no rule leaves whole
     tokens, merges = [_LETTERS[byte] for byte in range(256)], []
     for word in sorted(map(letters, words), key=lambda word: (-len(word), word)):
         for end in range(2, len(word) + 1):
