@@ -131,7 +131,7 @@ def test_mistral_without_a_sliding_window_is_a_llama(tmp_path: Path) -> None:
         torch.manual_seed(1)
         return MistralForCausalLM(MistralConfig(**sizes)).eval()
 
-    reference = write(tmp_path, make, num_key_value_heads=8)
+    reference = write(tmp_path, make, num_attention_heads=16, num_key_value_heads=8)
     assert_same(build(tmp_path), logits_of(reference))
     change(tmp_path, num_key_value_heads=...)  # transformers' default is another one than Llama's
     assert_same(build(tmp_path), logits_of(reference))
