@@ -84,12 +84,20 @@ def test_recorded_steps_are_for_passes_without_adapters(
 def test_passes_ahead_of_the_host_keep_their_adapters(
     usual: Llama, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The pass after one that is still running has the same rows, whose tokens aren't known yet."""
+    """The pass after one that is still running has the same rows, whose tokens aren't known yet.
+
+    What it writes is the adapter's too: a dialog's next turn doesn't read the answer again.
+    """
     expected = run(usual, CHOICES, temperature=0.8, seed=3)
     fake_cuda.pretend(monkeypatch.setattr)
     llama = build()
     assert llama.engine.runs_ahead
     assert run(llama, CHOICES, temperature=0.8, seed=3) == expected
+    longer = [PROMPTS[0] + expected[0] + [7]]
+    [sequence] = llama.tasks.generate(longer, SamplingParams(0, max_gen_len=2, adapter="a"), "ids")
+    llama.engine.submit([sequence])
+    llama.engine.step()
+    assert sequence.n_reused == len(PROMPTS[0] + expected[0]) - 1
 
 
 @pytest.mark.slow
