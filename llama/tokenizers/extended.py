@@ -121,7 +121,7 @@ def extended(name: str, proto: bytes, description: Description) -> Tokenizer:
     model.ParseFromString(proto)
     own = model.SentencePiece.USER_DEFINED
     pieces |= {i: piece for i, piece in marks.items() if model.pieces[i].type == own}
-    silent = {i: p for i, p in pieces.items() if p.special or description.is_control(p.content)}
+    silent = {i: p for i, p in pieces.items() if description.is_control(p.content)}
     others = {i: piece for i, piece in pieces.items() if i not in silent}
     structure = {i: p for i, p in others.items() if description.is_structure(p.content)}
     words = {i: piece for i, piece in others.items() if i not in structure}
