@@ -143,7 +143,7 @@ class Runner:
             return self._model.logits(hidden).split(counts)
         parts = list(zip(hidden.split(counts), pieces, strict=True))
         rest = [part for part, piece in parts if not piece.is_pooled]
-        logits = self._model.logits(torch.cat((hidden[:0], *rest)))
+        logits = self._model.logits(torch.cat(rest)) if rest else hidden[:0]
         some = iter(logits.split([len(part) for part in rest]))
         return tuple(part.float() if piece.is_pooled else next(some) for part, piece in parts)
 
