@@ -84,6 +84,9 @@ def test_transformers_loads_what_was_written_and_the_way_back_is_exact(
     convert(str(tmp_path / "hf"), str(tmp_path / "back"), "meta", model_parallel_size=2)
     reshard(str(tmp_path / "back"), str(tmp_path / "whole"))
     assert same_files(meta, tmp_path / "whole")
+    params = [json.loads((path / "params.json").read_text()) for path in (meta, tmp_path / "whole")]
+    for key in ("rope_scaling", "attention_bias", "mlp_bias"):
+        assert params[0].get(key) == params[1].get(key)
 
     model = Llama.build(meta, device="cpu", dtype=torch.float32).model
     labels = VARIANTS[variant].get("labels")

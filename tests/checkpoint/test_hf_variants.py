@@ -21,6 +21,7 @@ from transformers import (
 from llama import Llama, Transformer
 from llama.checkpoint import open_checkpoint
 from llama.checkpoint.hf import from_interleaved, hf_name, is_rotary
+from llama.checkpoint.pretrained import fit_tokenizer
 from llama.checkpoint.sharding import parameter_count, weight_bytes
 from llama.convert import convert
 from llama.layers.linear import ParallelLinear
@@ -131,7 +132,7 @@ def test_mistral_without_a_sliding_window_is_a_llama(tmp_path: Path) -> None:
         torch.manual_seed(1)
         return MistralForCausalLM(MistralConfig(**sizes)).eval()
 
-    reference = write(tmp_path, make, num_key_value_heads=8)
+    reference = write(tmp_path, make, num_attention_heads=16, num_key_value_heads=8)
     assert_same(build(tmp_path), logits_of(reference))
     change(tmp_path, num_key_value_heads=...)  # transformers' default is another one than Llama's
     assert_same(build(tmp_path), logits_of(reference))
@@ -282,10 +283,14 @@ def test_an_embedding_smaller_than_the_tokenizer(
     text = llama.tokenizer.sp_model.id_to_piece(767).replace("▁", " ")
     with pytest.raises(ValueError, match=r"holds the token id 76\d, outside the vocabulary of 760"):
         llama.text_completion([text * 3])
-    for rows in (300, 2):
-        write(tmp_path / f"{rows}", vocab_size=rows)
-        with pytest.raises(ValueError, match="this is another model's tokenizer"):
-            build(tmp_path / f"{rows}")
+    with pytest.raises(ValueError, match="the token id 765, outside the vocabulary of 760"):
+        llama.generate([[1, 5]], 1, logit_bias={765: 1.0})
+    write(tmp_path / "300", vocab_size=300)
+    with pytest.raises(ValueError, match="300: this is another model's tokenizer"):
+        build(tmp_path / "300")
+    llama.tokenizer.n_words, llama.tokenizer.bos_id = 768, 765
+    with pytest.raises(ValueError, match="760: this is another model's tokenizer"):
+        fit_tokenizer(llama.tokenizer, 760, "config.json")
 
 
 @pytest.mark.parametrize("rows", [760, 800])
