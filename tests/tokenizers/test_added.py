@@ -174,6 +174,12 @@ class TestWords:
         assert 768 in ids and ours.decode(ids) == "ein Schmetterling fliegt"
         assert "Schmetterling" not in ours.control_ids
 
+    def test_the_config_outranks_added_tokens_json(self, tmp_path: Path) -> None:
+        """A failure means that a file that transformers no longer reads is in the way of others."""
+        config = {"added_tokens_decoder": decoder([{"content": "<w>"}])}
+        ours = load_tokenizer(with_model(tmp_path, config, added_tokens__json={"<w>": 769}))
+        assert ours.n_words == 769 and 768 in ours.encode("<w>", bos=False, eos=False)
+
     def test_a_word_that_the_model_has_as_its_own(self, tmp_path: Path) -> None:
         """A failure means that SentencePiece finds a word where its flags forbid it."""
         spec = {"content": "Wqq", "single_word": True}
