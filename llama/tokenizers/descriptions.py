@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from llama.tokenizers.added import AddedPiece
@@ -56,26 +56,24 @@ def describe(files: Files, vocab_size: int | None = None) -> Description:
     config = read_json(files, "tokenizer_config.json")
     others = read_json(files, "special_tokens_map.json")
     special = {piece.content: piece for piece in [*_special(others), *_special(config)]}
-    # Older directories' file has no more than texts and ids.
-    ids = read_json(files, "added_tokens.json")
-    added = {
-        i: special.get(text, AddedPiece(text, normalized=True))
-        for text, i in ids.items()
-        if type(i) is int and i >= 0 and text
-    }
     decoder = config.get("added_tokens_decoder")
     described = {
         int(i): AddedPiece.of(spec)
         for i, spec in (decoder.items() if isinstance(decoder, dict) else ())
         if i.isdecimal() and isinstance(spec, dict) and _text(spec)
     }
-    special |= {piece.content: piece for piece in described.values() if piece.special}
-    described = {
-        i: replace(piece, special=piece.content in special)
-        for i, piece in described.items()
-        if vocab_size is None or i < vocab_size
-    }
     known = {piece.content for piece in described.values()}
+    special |= {piece.content: piece for piece in described.values() if piece.special}
+    # Older directories' file has no more than texts and ids.
+    ids = read_json(files, "added_tokens.json")
+    added = {
+        i: special.get(text, AddedPiece(text, normalized=True))
+        for text, i in ids.items()
+        if type(i) is int and i >= 0 and text and text not in known
+    }
+    added |= described
+    if vocab_size is not None:
+        added = {i: piece for i, piece in added.items() if i < vocab_size}
     roles = {role: _text(config.get(f"{role}_token")) for role in _ROLES}
     return Description(
         roles={
@@ -83,9 +81,8 @@ def describe(files: Files, vocab_size: int | None = None) -> Description:
             for role, own in roles.items()
             if (text := own if own is not None else _text(others.get(f"{role}_token")))
         },
-        added={i: piece for i, piece in added.items() if vocab_size is None or i < vocab_size}
-        | described,
-        described=described,
+        added=added,
+        described={i: piece for i, piece in added.items() if i in described},
         special=special,
         marks=frozenset(text for text in ids if text not in known and BRACKETED.fullmatch(text)),
         template="".join(chat_templates(files).values()),

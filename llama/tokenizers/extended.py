@@ -43,6 +43,7 @@ class ExtendedTokenizer(Tokenizer):
         self.control_ids |= {p.content: i for i, p in {**silent, **structure}.items()}
         self.spaced_words = False
         self._words = AddedWords(words)
+        self._silent = silent.keys()
         self._contents = {i: piece.content for i, piece in pieces.items()}
         shown = {**structure, **words}
         self._shown = {i: piece.content.replace("▁", " ") for i, piece in shown.items()}
@@ -65,6 +66,7 @@ class ExtendedTokenizer(Tokenizer):
 
     def _to_text(self, ids: list[int], continued: bool) -> str:
         text, begin = "", 0
+        ids = [i for i in ids if i not in self._silent]
         for end, i in enumerate(ids):
             if i in self._shown:
                 text += super()._to_text(ids[begin:end], continued)
@@ -119,12 +121,14 @@ def extended(name: str, proto: bytes, description: Description) -> Tokenizer:
     model.ParseFromString(proto)
     own = model.SentencePiece.USER_DEFINED
     pieces |= {i: piece for i, piece in marks.items() if model.pieces[i].type == own}
-    silent = {i: p for i, p in pieces.items() if p.special or description.is_control(p.content)}
+    silent = {i: p for i, p in pieces.items() if description.is_control(p.content)}
     others = {i: piece for i, piece in pieces.items() if i not in silent}
     structure = {i: p for i, p in others.items() if description.is_structure(p.content)}
     words = {i: piece for i, piece in others.items() if i not in structure}
     for i, piece in pieces.items():
-        _set(model, ids, i, piece, i in words)
+        # Pieces that texts never become anyhow stay: others are merged from them.
+        if plain.control_ids.get(piece.content) != i:
+            _set(model, ids, i, piece, i in words)
     return ExtendedTokenizer(name, model.SerializeToString(), silent, structure, words)
 
 

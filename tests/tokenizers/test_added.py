@@ -14,6 +14,7 @@ from json_tokenizers import byte_level, like_llama2, structure_ids
 from sentencepiece import sentencepiece_model_pb2
 from transformers import AutoTokenizer
 
+from llama import Tokenizer
 from llama.chat.formats import choose_chat
 from llama.engine.detokenizer import Detokenizer
 from llama.generation import TINY
@@ -23,9 +24,9 @@ from llama.tokenizers import load_tokenizer
 from llama.tokenizers.control import END_PIECES
 
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
-# One word for each combination of flags.
+# One word for each combination of flags. One that begins another has to be looked for after it.
 WORDS = [
-    *("Wq", "Wqx", "xWq", "Zé", "<w>", " lead", "tail ", "語"),
+    *("Wq", "xWq", "Wqx", "Zé", "<w>", " lead", "tail ", "語"),
     *("q q", "naïve", "õ", "--", "_u", "Ⓐb", "a1", "🙂🙂"),
 ]
 SPECS: list[dict[str, Any]] = [
@@ -173,6 +174,24 @@ class TestWords:
         assert 768 in ids and ours.decode(ids) == "ein Schmetterling fliegt"
         assert "Schmetterling" not in ours.control_ids
 
+    def test_the_flags_of_the_config_outrank_those_of_tokenizer_json(self, tmp_path: Path) -> None:
+        """A failure means that white space goes that transformers keeps, or the other way round."""
+        data = byte_level()
+        word = next(spec for spec in data["added_tokens"] if spec["content"] == "assistant")
+        config = {"added_tokens_decoder": decoder([{**word, "lstrip": True}], word["id"])}
+        del config["added_tokens_decoder"][str(word["id"])]["id"]
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        ours = load_tokenizer(write(tmp_path, tokenizer__json=data, tokenizer_config__json=config))
+        library = AutoTokenizer.from_pretrained(tmp_path)
+        ids = ours.encode("a \n assistant", bos=False, eos=False)
+        assert ids == library.encode("a \n assistant", add_special_tokens=False) and len(ids) == 2
+
+    def test_the_config_outranks_added_tokens_json(self, tmp_path: Path) -> None:
+        """A failure means that a file that transformers no longer reads is in the way of others."""
+        config = {"added_tokens_decoder": decoder([{"content": "<w>"}])}
+        ours = load_tokenizer(with_model(tmp_path, config, added_tokens__json={"<w>": 769}))
+        assert ours.n_words == 769 and 768 in ours.encode("<w>", bos=False, eos=False)
+
     def test_a_word_that_the_model_has_as_its_own(self, tmp_path: Path) -> None:
         """A failure means that SentencePiece finds a word where its flags forbid it."""
         spec = {"content": "Wqq", "single_word": True}
@@ -219,6 +238,17 @@ class TestSpecialPieces:
         assert structure_ids(ours, "".join(MARKS)) == [768, 769]
         assert ours.decode([768, 300, 769]).replace(MARKS[0], "") == ours.decode([300])
         self._never(ours)
+
+    def test_of_code_llama_are_spelled_as_before_and_not_shown(self, tmp_path: Path) -> None:
+        """A failure means that texts have pieces that were only made to be merged to others."""
+        own = dict.fromkeys(["<st", "<ste", "<step", "<step>"], "NORMAL")
+        with_model(tmp_path, {}, own)
+        plain = Tokenizer(tmp_path / "tokenizer.model")
+        files = with_model(tmp_path, {"additional_special_tokens": ["<step>"]}, own)
+        ours = load_tokenizer(files)
+        assert ours.step_id == plain.step_id == 771 and ours.decode([771]) == ""
+        for text in ("<step>", " <step> the <step"):
+            assert ours.encode_infilling(text) == plain.encode_infilling(text)
 
     def test_named_by_no_file_but_the_template(self, tmp_path: Path) -> None:
         """A failure means that the marks of a template are pieces that messages write."""
