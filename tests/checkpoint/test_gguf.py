@@ -140,7 +140,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
     ("keys", "rope"),
     [
         ({}, {}),
-        ({"yarn_beta_fast": 4.0, "yarn_beta_slow": 0.5}, {"beta_fast": 4.0, "beta_slow": 0.5}),
+        ({"yarn_beta_fast": 0.5, "yarn_beta_slow": 0.05}, {"beta_fast": 0.5, "beta_slow": 0.05}),
         ({"yarn_attn_factor": 1.5}, {"attention_factor": 1.5}),
         ({"attn_factor": 1.25}, {"attention_factor": 1.25 * (0.1 * math.log(4) + 1)}),
     ],
