@@ -319,6 +319,8 @@ def test_every_task_takes_an_adapter(llama: Llama, folder: Path) -> None:
 
 def test_vectors_beside_texts(llama: Llama) -> None:
     """The output layer sees other rows than the layers where some outputs are only pooled."""
+    before = llama.tasks.read([PROMPTS[1]], "mean", "all")
+    run(llama, before)
     weight = llama.model.norm.weight.flip(0)
     changes = {**llama.adapters["all"].changes, "norm": Replaced(weight, llama.model.norm.eps)}
     llama.adapters.add(Adapter("all", changes))
@@ -338,6 +340,9 @@ def test_vectors_beside_texts(llama: Llama) -> None:
         if one.pooled is not None and other.pooled is not None:
             torch.testing.assert_close(one.pooled, other.pooled, atol=1e-4, rtol=1e-4)
     assert llama.engine.counts.passes < 30
+    assert before[0].pooled is not None and together[0].pooled is not None
+    renormed = before[0].pooled / llama.model.norm.weight * weight
+    torch.testing.assert_close(together[0].pooled, renormed, atol=1e-4, rtol=1e-4)
 
 
 def test_an_adapters_classifier(llama: Llama) -> None:
