@@ -57,20 +57,17 @@ class Chain:
 
 @dataclass(frozen=True, eq=False)
 class VirtualTokens:
-    """Embeddings of ids beyond the vocabulary, besides a change of the vocabulary's.
+    """Embeddings of ids beyond the vocabulary.
 
     Args:
         rows: this rank's columns of their embeddings, shape (n_virtual, ...).
         first: the first one's id, which is the size of the vocabulary.
-        others: changes of the other ids' embeddings.
     """
 
     rows: torch.Tensor
     first: int
-    others: Change
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        out = self.others(x.clamp(max=self.first - 1), out)
         own = self.rows[(x - self.first).clamp(0, len(self.rows) - 1)]
         return torch.where((x >= self.first)[:, None], own, out)
 

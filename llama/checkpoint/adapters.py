@@ -62,8 +62,8 @@ def read_adapter(directory: Path, name: str, model: Transformer, scale: float = 
         prefix, n_virtual = (keys, values), keys.shape[1]
     elif files.has_prompt:
         rows = part.own(part.of(EMBEDDING, read_prompt(files, args)))
-        others = Chain(made.get("tok_embeddings", []))
-        made["tok_embeddings"] = [VirtualTokens(rows, args.vocab_size, others)]
+        # PEFT embeds the prompt by the base's own table, also if the adapter has saved one.
+        made["tok_embeddings"] = [VirtualTokens(rows, args.vocab_size)]
         n_virtual = len(rows)
     labels = None
     if head is not None:

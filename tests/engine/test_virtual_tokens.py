@@ -22,6 +22,9 @@ CAUSAL: dict[str, Any] = {"task_type": "CAUSAL_LM"}
 CONFIGS: dict[str, Callable[[], Any]] = {
     "prompt": lambda: PromptTuningConfig(num_virtual_tokens=5, **CAUSAL),
     "other": lambda: PromptTuningConfig(num_virtual_tokens=7, **CAUSAL),
+    "embedded": lambda: PromptTuningConfig(
+        num_virtual_tokens=3, modules_to_save=["embed_tokens"], **CAUSAL
+    ),
     "mlp": lambda: PromptEncoderConfig(num_virtual_tokens=4, encoder_hidden_size=16, **CAUSAL),
     "lstm": lambda: PromptEncoderConfig(
         num_virtual_tokens=3,
@@ -91,7 +94,7 @@ def greedy(model: Any, prompt: list[int], penalty: float = 1.0) -> tuple[list[in
 
 def run(llama: Llama, asked: list[tuple[str | None, list[int]]], **options: Any) -> list[Sequence]:
     """All in one batch, each with its own adapter."""
-    options = {"temperature": 0, "max_gen_len": LENGTH, "stop_token_ids": ()} | options
+    options = {"temperature": 0, "max_gen_len": LENGTH, "ignore_eos": True} | options
     sequences = []
     for adapter, prompt in asked:
         params = SamplingParams(adapter=adapter, **options)
@@ -172,7 +175,7 @@ def test_virtual_tokens_take_room(directory: Path, llama: Llama) -> None:
         with pytest.raises(PromptTooLong, match=f"behind its adapter's {n_virtual} virtual ones"):
             small.generate([[5] * (room + 1)], 1, adapter=name)
         assert small.generate([[5] * room], 9, adapter=name)[0] == [[]]
-        one = run(small, [(name, [5] * (room - 3))], max_gen_len=None, stop_token_ids=())[0]
+        one = run(small, [(name, [5] * (room - 3))], max_gen_len=None)[0]
         assert len(one.tokens) == 3 and one.finish_reason == "length"
     with pytest.raises(
         ValueError, match=r"has 6 virtual tokens, which leave no room .* larger max"
