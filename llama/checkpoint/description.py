@@ -13,6 +13,7 @@ import torch
 from llama.args import ModelArgs
 from llama.chat.formats import choose_chat
 from llama.checkpoint import open_checkpoint
+from llama.checkpoint.adapter_config import PROMPT_KINDS
 from llama.checkpoint.base import Checkpoint, text_files, vocabulary_size
 from llama.checkpoint.file_kinds import (
     missing_bytes,
@@ -243,7 +244,10 @@ def _adapters(checkpoint: Checkpoint, args: ModelArgs) -> dict[str, Any]:
         module = name.removeprefix("layers.0.").removesuffix(".weight")
         if len(shape) == 2 and module in hf_names and name.endswith(".weight"):
             modules[hf_names[module]] = {"in": shape[1], "out": shape[0], "max_rank": min(shape)}
-    return {"kinds": ["LORA"] if checkpoint.scheme is None else [], "modules": modules}
+    kinds = ["LORA", *PROMPT_KINDS] if args.n_outputs else ["LORA"]
+    if args.labels is not None:  # a classifier takes no keys and values in front
+        kinds = [kind for kind in kinds if kind != "PREFIX_TUNING"]
+    return {"kinds": kinds, "merged": checkpoint.scheme is None, "modules": modules}
 
 
 def _memory(checkpoint: Checkpoint, args: ModelArgs) -> dict[str, Any]:

@@ -161,10 +161,10 @@ def _adapters(found: dict[str, Any]) -> str | None:
     adapters = found["adapters"]
     if adapters is None:
         return None
-    if not adapters["kinds"]:
-        return "none, since the weights are quantised"
     modules = (f"{name} {size['in']}→{size['out']}" for name, size in adapters["modules"].items())
-    return f"{', '.join(adapters['kinds'])} of {', '.join(modules)}"
+    merged = "" if adapters["merged"] else " (on call alone: quantised weights take no merging)"
+    first, *others = adapters["kinds"]
+    return f"{', '.join([*others, first])} of {', '.join(modules)}{merged}"
 
 
 def _adapter(found: dict[str, Any]) -> str | None:

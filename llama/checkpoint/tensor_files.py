@@ -98,16 +98,17 @@ def _check_archive(path: Path) -> None:
                 continue
             if entry.file_size > _MAX_PICKLE_BYTES:
                 raise _RefusedError(f"{path} is refused: its pickle is far too large")
-            tuples, data = 0, archive.read(entry)
+            tuples, marks, data = 0, 0, archive.read(entry)
             for opcode, argument, _ in pickletools.genops(data):
                 tuples += opcode.name.startswith("TUPLE")
+                marks += opcode.name == "MARK"
+                if max(tuples, marks) > _MAX_TUPLES:
+                    raise _RefusedError(f"{path} is refused: its pickle nests too deeply")
                 if opcode.name in ("GLOBAL", "INST") and not _HARMLESS.fullmatch(str(argument)):
                     raise _RefusedError(
                         f"{path} is refused: its pickle names {printable(str(argument))}, which no "
                         "weights need and which could run any code"
                     )
-            if tuples > _MAX_TUPLES:
-                raise _RefusedError(f"{path} is refused: its pickle nests too deeply")
             if not _calls_names_only(data):
                 raise _RefusedError(
                     f"{path} is refused: its pickle calls a value, which no weights need and whose "

@@ -62,6 +62,7 @@ def test_a_directory_of_transformers(saved: Path, capsys: pytest.CaptureFixture[
     )
     assert found["chat_format"] == {"name": "inst", "templates": []}
     assert found["adapters"]["modules"]["k_proj"] == {"in": 64, "out": 16, "max_rank": 16}
+    assert "PREFIX_TUNING" in found["adapters"]["kinds"] and found["adapters"]["merged"]
     assert found["adapters"]["modules"].keys() >= {"down_proj", "embed_tokens", "lm_head"}
     assert "of the family llama" in lines and "k_proj 64→16" in lines and "128 positions" in lines
 
@@ -93,13 +94,13 @@ def test_stored_types_of_a_gguf_file(tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_weights_that_this_library_quantised(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A failure means that adapters are offered to codes, which can't take them."""
+    """A failure means that merging adapters is offered to codes, which can't take them."""
     convert(str(TINY), str(tmp_path / "int8"), quantize="int8")
     found, lines = told(tmp_path / "int8", capsys)
     assert found["quantization"] == "int8"
     assert found["dtypes"]["int8"] > 0.5
-    assert found["adapters"]["kinds"] == []
-    assert "none, since the weights are quantised" in lines and "but for int8:" in lines
+    assert (found["adapters"]["kinds"][0], found["adapters"]["merged"]) == ("LORA", False)
+    assert "on call alone: quantised weights" in lines and "but for int8:" in lines
 
 
 def test_an_adapter(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

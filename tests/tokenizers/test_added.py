@@ -174,6 +174,24 @@ class TestWords:
         assert 768 in ids and ours.decode(ids) == "ein Schmetterling fliegt"
         assert "Schmetterling" not in ours.control_ids
 
+    def test_the_flags_of_the_config_outrank_those_of_tokenizer_json(self, tmp_path: Path) -> None:
+        """A failure means that white space goes that transformers keeps, or the other way round."""
+        data = byte_level()
+        word = next(spec for spec in data["added_tokens"] if spec["content"] == "assistant")
+        config = {"added_tokens_decoder": decoder([{**word, "lstrip": True}], word["id"])}
+        del config["added_tokens_decoder"][str(word["id"])]["id"]
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        ours = load_tokenizer(write(tmp_path, tokenizer__json=data, tokenizer_config__json=config))
+        library = AutoTokenizer.from_pretrained(tmp_path)
+        ids = ours.encode("a \n assistant", bos=False, eos=False)
+        assert ids == library.encode("a \n assistant", add_special_tokens=False) and len(ids) == 2
+
+    def test_the_config_outranks_added_tokens_json(self, tmp_path: Path) -> None:
+        """A failure means that a file that transformers no longer reads is in the way of others."""
+        config = {"added_tokens_decoder": decoder([{"content": "<w>"}])}
+        ours = load_tokenizer(with_model(tmp_path, config, added_tokens__json={"<w>": 769}))
+        assert ours.n_words == 769 and 768 in ours.encode("<w>", bos=False, eos=False)
+
     def test_a_word_that_the_model_has_as_its_own(self, tmp_path: Path) -> None:
         """A failure means that SentencePiece finds a word where its flags forbid it."""
         spec = {"content": "Wqq", "single_word": True}
