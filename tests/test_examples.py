@@ -35,6 +35,11 @@ def run(*command: str, cwd: Path = EXAMPLES) -> str:
     return done.stdout
 
 
+@pytest.fixture(autouse=True)
+def examples_import_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+
+
 def run_here(name: str, *flags: str) -> None:
     """Run an example's command line in this process."""
     cli.run(runpy.run_path(str(EXAMPLES / name))["main"], name, flags)
@@ -45,37 +50,43 @@ def test_every_example_is_tested() -> None:
     assert set(EXPECTED) == examples - {"example_smollm2.py", "example_tools.py"}
 
 
-def test_a_real_model_answers() -> None:
+def test_a_real_model_answers(capsys: pytest.CaptureFixture[str]) -> None:
     path = os.environ.get("LLAMA_SMOLLM2")
     if not path:
         pytest.skip("LLAMA_SMOLLM2 is not set")
-    out = run("example_smollm2.py", "--ckpt_dir", path, "--max_gen_len", "12")
-    assert "> Assistant: The capital of France is Paris." in out
-    out = run("example_json.py", "--ckpt_dir", path)
-    assert '> {"city":"Paris","country":"France","continent":"Europe"}' in out
+    run_here("example_smollm2.py", "--ckpt_dir", path, "--max_gen_len", "12")
+    assert "> Assistant: The capital of France is Paris." in capsys.readouterr().out
+    run_here("example_json.py", "--ckpt_dir", path)
+    expected = '> {"city":"Paris","country":"France","continent":"Europe"}'
+    assert expected in capsys.readouterr().out
 
 
 @pytest.mark.slow
-def test_a_real_model_calls_a_function_and_uses_its_result() -> None:
+def test_a_real_model_calls_a_function_and_uses_its_result(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     pytest.importorskip("llguidance")
     path = os.environ.get("LLAMA_SMOLLM2")
     if not path:
         pytest.skip("LLAMA_SMOLLM2 is not set")
-    out = run("example_tools.py", "--ckpt_dir", path, "--max_gen_len", "40")
+    run_here("example_tools.py", "--ckpt_dir", path, "--max_gen_len", "40")
+    out = capsys.readouterr().out
     assert '> Call: get_population({"city": "Oslo"})' in out
     assert re.search(r"> Assistant: .*720,?000", out)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", EXPECTED)
-def test_plain_python_from_anywhere(
-    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_plain_python_from_anywhere(tmp_path: Path) -> None:
+    name = "example_text_completion.py"
     whole = run(str(EXAMPLES / name), "--temperature", "0", cwd=tmp_path)
     assert re.search(EXPECTED[name], whole)
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    run_here(name, "--temperature", "0", "--stream")
-    assert re.search(EXPECTED[name], capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_whole_and_streamed(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for flags in ((), ("--stream",)):
+        run_here(name, "--temperature", "0", *flags)
+        assert re.search(EXPECTED[name], capsys.readouterr().out)
 
 
 @pytest.mark.slow
@@ -93,10 +104,11 @@ def test_torchrun_from_inside_examples_with_the_references_flags() -> None:
 
 
 @pytest.mark.slow
-def test_ranks_above_0_print_nothing_and_ids_agree() -> None:
+def test_ranks_above_0_print_nothing_and_ids_agree(capsys: pytest.CaptureFixture[str]) -> None:
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    one = run("example_chat_completion.py", "--temperature", "0")
-    assert run(*launcher, "example_chat_completion.py", "--temperature", "0") == one
+    two = run(*launcher, "example_chat_completion.py", "--temperature", "0")
+    run_here("example_chat_completion.py", "--temperature", "0")
+    assert two == capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +127,6 @@ def int8(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_greedy_text_of_every_example_is_unchanged_in_int8(
     name: str, int8: Path, capsys, monkeypatch
 ) -> None:
-    monkeypatch.syspath_prepend(str(EXAMPLES))
     # In bfloat16 the usual weights' text isn't float32's either: stories have near ties.
     monkeypatch.setattr(load, "choose_dtype", lambda *_: torch.float32)
     run_here(name, "--temperature", "0")
