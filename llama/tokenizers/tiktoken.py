@@ -152,6 +152,17 @@ def _read(data: bytes, name: str) -> list[bytes]:
     return pieces
 
 
+def n_words(data: bytes, name: str, vocab_size: int | None = None) -> int:
+    """Return the number of ids of a vocabulary; control pieces beyond ``vocab_size`` don't count.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    n_pieces = len(_read(data, name))
+    n_all = n_pieces + _N_CONTROLS
+    return n_all if vocab_size is None else max(min(n_all, vocab_size), n_pieces)
+
+
 def _control_names() -> list[str]:
     reserved = (f"<|reserved_special_token_{i}|>" for i in count())
     return [_NAMED.get(i) or next(reserved) for i in range(_N_CONTROLS)]
