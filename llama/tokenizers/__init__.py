@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llama.errors import printable
-from llama.tokenizer import BaseTokenizer, Tokenizer
+from llama.tokenizer import DUMMY_PREFIX, BaseTokenizer, Tokenizer
 from llama.tokenizers.added import set_flags
 from llama.tokenizers.control import end_ids
 from llama.tokenizers.descriptions import Description, describe
@@ -26,10 +26,6 @@ from llama.tokenizers.tiktoken import TiktokenTokenizer, is_tiktoken, n_words
 __all__ = ["TEMPLATES", "Files", "chat_templates", "load_tokenizer", "with_template"]
 
 logger = logging.getLogger(__name__)
-
-# A field of SentencePiece's models, normalizer_spec (3) with its field add_dummy_prefix (3), which
-# protobuf's rules merge into a model that it is appended to.
-_DUMMY_PREFIX = b"\x1a\x02\x18"
 
 
 def load_tokenizer(
@@ -121,7 +117,7 @@ def _from_model(files: Files, description: Description) -> BaseTokenizer:
     config = read_json(files, "tokenizer_config.json")
     name, proto = name_of(files, "tokenizer.model"), read(files, "tokenizer.model")
     if isinstance(config.get("add_prefix_space"), bool):
-        proto += _DUMMY_PREFIX + bytes([config["add_prefix_space"]])
+        proto += DUMMY_PREFIX + bytes([config["add_prefix_space"]])
     tokenizer = extended(name, proto, description)
     set_flags(tokenizer, [*description.special.values(), *description.added.values()])
     # transformers' name for whether each text between control pieces begins with a space. Unless

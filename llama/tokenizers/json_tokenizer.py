@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import count
 from typing import Any
 
 from llama.errors import need, printable
@@ -81,8 +82,7 @@ class JsonTokenizer(BaseTokenizer):
         vocabulary: dict[str, int] = self._whole.get_vocab(with_added_tokens=True)
         if not vocabulary:
             raise ValueError(f"{name} has an empty vocabulary")
-        # Pieces that the vocabulary has, too, keep its ids.
-        _check_ids([spec for spec in added if spec.get("content") not in own], vocabulary, name)
+        _check_ids(added, own, vocabulary, name)
         self.n_words = max(vocabulary.values()) + 1
         self.control_ids = {
             spec["content"]: vocabulary[spec["content"]]
@@ -205,13 +205,18 @@ def _vocabulary(data: Mapping[str, Any]) -> dict[str, int]:
     return {text: i for text, i in ids if isinstance(i, int)}
 
 
-def _check_ids(specs: list[dict[str, Any]], vocabulary: Mapping[str, int], name: str) -> None:
-    """Raise ``ValueError`` if the library, which counts without gaps, gave a piece another id."""
+def _check_ids(
+    specs: list[dict[str, Any]], own: Mapping[str, int], found: Mapping[str, int], name: str
+) -> None:
+    """Raise an error if the library, which counts on without gaps, gave a piece another id."""
+    stated = {*own.values(), *(spec.get("id") for spec in specs)}
+    gap = next(i for i in count() if i not in stated)
     for spec in specs:
-        text, i = spec.get("content"), spec.get("id")
-        if isinstance(text, str) and vocabulary.get(text, i) != i:
+        text, i = str(spec.get("content")), spec.get("id")
+        # Pieces that the vocabulary has, too, keep its ids.
+        if text not in own and isinstance(i, int) and i > gap and found.get(text, i) != i:
             raise ValueError(
-                f"the piece {printable(text)} has the id {i}, but {vocabulary[text]} in {name} "
+                f"the piece {printable(text)} has the id {i}, but {found[text]} in {name} "
                 "with the pieces before it: added_tokens.json or tokenizer_config.json lacks some"
             )
 

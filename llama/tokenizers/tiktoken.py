@@ -17,14 +17,12 @@ from typing import Any
 from llama.errors import need, printable
 from llama.tokenizer import BaseTokenizer
 from llama.tokenizers.json_tokenizer import BYTE_LEVEL
+from llama.tokenizers.pre_tokenizers import RULES
 
 _LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} [0-9]+\r?(\n|\Z)")
 _MAX_BYTES = 20_000_000  # ten times Llama 3's
 
-_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+(_WORDS,) = RULES["llama3"]
 # Meta's tokenizer cuts texts, since tiktoken's expressions fail on very long ones, and then words
 # or white space, since merging takes far longer than their length.
 _MAX_CHARS = 400_000

@@ -136,6 +136,17 @@ class TestSpecialPieces:
 
         assert marks_of("x" + "".join(marks) + "y") == marks_of("x") != []
 
+    def test_of_llama_3_take_white_space_away(self, tmp_path: Path) -> None:
+        """A failure means that a prompt has white space that the model never saw there."""
+        marks = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+        specs = [{"content": text, "special": True, "lstrip": True} for text in marks]
+        ours = load_tokenizer(with_model(tmp_path, {"added_tokens_decoder": decoder(specs)}))
+        prompt = FORMATS["llama3"].prompt
+        first, second = (
+            prompt(ours, [{"role": "user", "content": text}]) for text in ("the cat", "the cat  ")
+        )
+        assert first == second and first.count(770) == 1
+
     def test_with_a_space_that_only_the_template_names(self, tmp_path: Path) -> None:
         """A failure means that a mark of two words is a piece that messages write."""
         config = {
