@@ -6,9 +6,9 @@ from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
 
-# Appended to a serialised model, it is merged into the model by protobuf's rules: the field
-# normalizer_spec (3) with its field add_dummy_prefix (3) set to false.
-_NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
+# Appended to a serialised model with a byte that is 0 or 1, it is merged into the model by
+# protobuf's rules: the field normalizer_spec (3) with its field add_dummy_prefix (3).
+DUMMY_PREFIX = b"\x1a\x02\x18"
 
 
 def _control_id(piece: str) -> "cached_property[int | None]":
@@ -182,7 +182,7 @@ class Tokenizer(BaseTokenizer):
             self.sp_model = SentencePieceProcessor(model_proto=proto)
             # Code Llama's infilling encodes and decodes text without the space that SentencePiece
             # adds before every text.
-            self._sp_continuation = SentencePieceProcessor(model_proto=proto + _NO_DUMMY_PREFIX)
+            self._sp_continuation = SentencePieceProcessor(model_proto=proto + DUMMY_PREFIX + b"\0")
             pieces = self.sp_model.id_to_piece(list(range(self.sp_model.vocab_size())))
         # A piece that is no UTF-8 can't become a str, not even in SentencePiece's own error.
         except (RuntimeError, UnicodeDecodeError) as error:

@@ -18,6 +18,7 @@ from llama.chat.prompts import (
     refuse_inputs,
 )
 from llama.tokenizer import BaseTokenizer
+from llama.tokenizers.added import around_controls
 
 _START, _END, _EOT = "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"
 _PYTHON = "<|python_tag|>"
@@ -65,6 +66,8 @@ def llama3_tokens(
         begin("assistant")
     if not is_own:  # to which the marks are words
         parts = ["".join(map(str, parts))]
+    spelled = {i: piece for piece, i in controls.items()}
+    parts = around_controls(parts, tokenizer, spelled)
     # Each text is encoded by itself, as in Meta's code.
     return [tokenizer.bos_id] * tokenizer.add_bos + tokenizer.encode_parts(parts)
 

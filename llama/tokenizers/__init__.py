@@ -5,7 +5,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from llama.tokenizer import BaseTokenizer, Tokenizer
+from llama.errors import printable
+from llama.tokenizer import DUMMY_PREFIX, BaseTokenizer, Tokenizer
 from llama.tokenizers.added import set_flags
 from llama.tokenizers.control import end_ids
 from llama.tokenizers.descriptions import Description, describe
@@ -20,15 +21,11 @@ from llama.tokenizers.files import (
     with_template,
 )
 from llama.tokenizers.json_tokenizer import JsonTokenizer, n_pieces, with_pieces, without_prefix
-from llama.tokenizers.tiktoken import TiktokenTokenizer, is_tiktoken
+from llama.tokenizers.tiktoken import TiktokenTokenizer, is_tiktoken, n_words
 
 __all__ = ["TEMPLATES", "Files", "chat_templates", "load_tokenizer", "with_template"]
 
 logger = logging.getLogger(__name__)
-
-# A field of SentencePiece's models, normalizer_spec (3) with its field add_dummy_prefix (3), which
-# protobuf's rules merge into a model that it is appended to.
-_DUMMY_PREFIX = b"\x1a\x02\x18"
 
 
 def load_tokenizer(
@@ -36,8 +33,9 @@ def load_tokenizer(
 ) -> BaseTokenizer:
     """Load the tokenizer from ``tokenizer.model`` or ``tokenizer.json``.
 
-    Of both it is the one whose pieces cover more of the embedding, ``tokenizer.model`` if they
-    cover the same.
+    Of both it is the one whose pieces cover more of the embedding. If they cover the same, it is
+    a ``tokenizer.model`` of SentencePiece's, but none of tiktoken's. A damaged one yields to the
+    other, with a warning.
 
     Args:
         files: the files next to the weights.
@@ -60,10 +58,10 @@ def load_tokenizer(
     tokenizer: BaseTokenizer
     if _is_json(files, description, vocab_size):
         tokenizer = _from_json(files, description, vocab_size)
-    elif is_tiktoken(proto := read(files, "tokenizer.model")):
-        tokenizer = TiktokenTokenizer(proto, name_of(files, "tokenizer.model"), vocab_size)
+    elif is_tiktoken(read(files, "tokenizer.model")):
+        tokenizer = _from_tiktoken(files, description, vocab_size)
     else:
-        tokenizer = _from_model(files, description, vocab_size)
+        tokenizer = _from_model(files, description)
     _set_special_ids(tokenizer, description.roles, files)
     return tokenizer
 
@@ -72,33 +70,54 @@ def _is_json(files: Files, description: Description, vocab_size: int | None) -> 
     """Return whether the vocabulary is that of ``tokenizer.json``."""
     if "tokenizer.model" not in files or "tokenizer.json" not in files:
         return "tokenizer.json" in files
-    proto = read(files, "tokenizer.model")
-    if is_tiktoken(proto):
-        return True
+    name, proto = name_of(files, "tokenizer.model"), read(files, "tokenizer.model")
+    has_ranks = is_tiktoken(proto)
     try:
-        n_words = Tokenizer(name_of(files, "tokenizer.model"), proto).n_words
+        n_model = n_words(proto, name, vocab_size) if has_ranks else Tokenizer(name, proto).n_words
     except ValueError as error:
         logger.warning("%s: tokenizer.json beside it is read", error)
         return True
 
-    def covered(n: int) -> float:
-        while n in description.added:
+    def covered(n: int, takes_added: bool = True) -> float:
+        while takes_added and n in description.added:
             n += 1
         return n if n <= (vocab_size or math.inf) else -n
 
-    if covered(n_words) == vocab_size:
+    if covered(n_model) == vocab_size and not has_ranks:
         return False
-    n_json = n_pieces(read_json(files, "tokenizer.json"), vocab_size)
-    return covered(n_json) > covered(n_words)
+    try:
+        n_json = covered(n_pieces(read_json(files, "tokenizer.json"), vocab_size))
+    except ValueError as error:
+        logger.warning("%s: tokenizer.model beside it is read", error)
+        return False
+    own = covered(n_model, takes_added=not has_ranks)
+    return n_json >= own if has_ranks else n_json > own
 
 
-def _from_model(files: Files, description: Description, vocab_size: int | None) -> BaseTokenizer:
+def _from_tiktoken(files: Files, description: Description, vocab_size: int | None) -> BaseTokenizer:
+    name, proto = name_of(files, "tokenizer.model"), read(files, "tokenizer.model")
+    tokenizer = TiktokenTokenizer(proto, name, vocab_size)
+    unknown = [
+        printable(piece.content)
+        for piece in description.added.values()
+        if piece.content not in tokenizer.control_ids
+    ]
+    if unknown:
+        logger.warning(
+            "%s, a file of tiktoken's, has no place for %d pieces that the files beside it add, as "
+            "%s: give a tokenizer.json as tokenizer_path for them",
+            *(name, len(unknown), unknown[0]),
+        )
+    if read_json(files, "tokenizer_config.json").get("add_bos_token") is False:
+        tokenizer.add_bos = False
+    return tokenizer
+
+
+def _from_model(files: Files, description: Description) -> BaseTokenizer:
     config = read_json(files, "tokenizer_config.json")
     name, proto = name_of(files, "tokenizer.model"), read(files, "tokenizer.model")
-    if is_tiktoken(proto):
-        return TiktokenTokenizer(proto, name, vocab_size)
     if isinstance(config.get("add_prefix_space"), bool):
-        proto += _DUMMY_PREFIX + bytes([config["add_prefix_space"]])
+        proto += DUMMY_PREFIX + bytes([config["add_prefix_space"]])
     tokenizer = extended(name, proto, description)
     set_flags(tokenizer, [*description.special.values(), *description.added.values()])
     # transformers' name for whether each text between control pieces begins with a space. Unless
@@ -134,15 +153,19 @@ def _set_special_ids(tokenizer: BaseTokenizer, names: Mapping[str, str], files: 
     for role, name in names.items():
         if name in tokenizer.control_ids:
             setattr(tokenizer, f"{role}_id", tokenizer.control_ids[name])
-    ids = _ids(tokenizer, read_json(files, "generation_config.json"))
-    if tokenizer.eos_id < 0 and ids:
-        tokenizer.eos_id = min(ids)
+        elif len(name) == 1 and role != "pad":
+            # A letter that is part of texts, too; padding is put nowhere.
+            ids = tokenizer.encode_infilling(name)
+            setattr(tokenizer, f"{role}_id", ids[0] if len(ids) == 1 else -1)
+    ends = _ids(tokenizer, read_json(files, "generation_config.json"))
+    if tokenizer.eos_id < 0 and ends:
+        tokenizer.eos_id = min(ends)
     config = read_json(files, "config.json")
     for part in (config, config.get("text_config")):
         if isinstance(part, dict):
             # Of another tokenizer than the present one, such an id may be any word.
-            ids |= _ids(tokenizer, part) & set(tokenizer.control_ids.values())
-    tokenizer.stop_ids = end_ids(tokenizer, ids)
+            ends |= _ids(tokenizer, part) & set(tokenizer.control_ids.values())
+    tokenizer.stop_ids = end_ids(tokenizer, ends)
     tokenizer.add_bos = tokenizer.add_bos and tokenizer.bos_id >= 0
 
 

@@ -5,6 +5,7 @@ The rules are those of Hugging Face's library ``tokenizers`` (src/tokenizer/adde
 
 import re
 import unicodedata
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -49,6 +50,15 @@ class AddedPiece:
         return cls(spec["content"], special, **flags, normalized=normalized)
 
 
+def is_letter(text: str) -> bool:
+    """Return whether a piece is at most one letter, besides white space.
+
+    Of a piece that the vocabulary has anyhow, as "!" for padding, that is part of texts: they
+    can't be without it.
+    """
+    return len(text.replace("▁", " ").strip()) < 2
+
+
 class AddedWords:
     """Finds added pieces in texts."""
 
@@ -71,20 +81,33 @@ class _Pass:
 
     def __init__(self, pieces: Mapping[int, AddedPiece]):
         self._pieces = {piece.content: (i, piece) for i, piece in pieces.items()}
-        # There may be thousands: a place is compared only with as many as there are lengths.
-        lengths: dict[str, set[int]] = {}
-        for text in self._pieces:
-            lengths.setdefault(text[0], set()).add(len(text))
-        self._lengths = {char: sorted(found, reverse=True) for char, found in lengths.items()}
-        self._begin = re.compile(f"[{''.join(map(re.escape, lengths))}]")
+        self._begin = re.compile(f"[{''.join(re.escape(t) for t in {t[0] for t in self._pieces})}]")
+        # There may be thousands. In alphabetical order, all pieces that a text begins with begin
+        # the last one before the text, too.
+        self._sorted = sorted(self._pieces)
+        self._longest = max(map(len, self._sorted))
+        self._shorter = {}  # the longest other piece that begins each one
+        outer = [""]
+        for text in self._sorted:
+            while not text.startswith(outer[-1]):
+                outer.pop()
+            self._shorter[text] = outer[-1]
+            outer.append(text)
+
+    def _find(self, text: str, begin: int) -> str:
+        """Return the longest piece at a place; "" if there is none."""
+        at = bisect_right(self._sorted, text[begin : begin + self._longest])
+        found = self._sorted[at - 1] if at else ""
+        while not text.startswith(found, begin):
+            found = self._shorter[found]
+        return found
 
     def split(self, text: str) -> list[str | int]:
         parts: list[str | int] = []
         done = at = 0
         while match := self._begin.search(text, at):
             begin = match.start()
-            spelled = (text[begin : begin + n] for n in self._lengths[match[0]])
-            found = next((t for t in spelled if t in self._pieces), "")
+            found = self._find(text, begin)
             at = end = begin + (len(found) or 1)
             if not found:
                 continue

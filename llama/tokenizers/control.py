@@ -18,6 +18,17 @@ END_PIECES = frozenset(
     }
 )
 
+# The marks that this library's chat formats write, and those that published templates put
+# together from a role. No text becomes one, even where no file tells that they are marks.
+FORMAT_MARKS = frozenset(
+    {
+        *("<|im_start|>", "<|im_end|>"),
+        *("<|prompter|>", "<|assistant|>", "<|system|>", "<|user|>"),
+        *("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+        "<|python_tag|>",
+    }
+)
+
 End = int | str
 """The end of a text: a token's id or a string."""
 

@@ -1,31 +1,40 @@
-"""What the files next to a vocabulary say about its pieces."""
+"""The descriptions of a vocabulary's pieces in the files next to it."""
 
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from llama.tokenizers.added import AddedPiece
-from llama.tokenizers.control import END_PIECES
+from llama.tokenizers.added import AddedPiece, is_letter
+from llama.tokenizers.control import END_PIECES, FORMAT_MARKS
 from llama.tokenizers.files import Files, chat_templates, read_json
 
 _ROLES = ("bos", "eos", "pad")
 _LISTS = ("additional_special_tokens", "extra_special_tokens")
-BRACKETED = re.compile(r"<.+>|\[.+\]", re.DOTALL)
-"""Texts that look like marks of a prompt's structure."""
+# Texts that look like marks of a prompt's structure: as a whole, and in a template, where each has
+# a beginning of its own, so that no template takes long.
+_BRACKETED = re.compile(r"<.+>|\[.+\]", re.DOTALL)
+_IN_TEMPLATE = [
+    re.compile(pattern)
+    for pattern in (
+        *(r"<[^<>]+>", r"(?<!<)<+[^<>]+>+"),
+        *(r"\[[^\[\]]+\]", r"(?<!\[)\[+[^\[\]]+\]+"),
+    )
+]
+_MAX_DIGITS = 9  # of an id
 
 
 @dataclass(frozen=True)
 class Description:
-    """What ``tokenizer_config.json`` and the files beside it say about pieces.
+    """The pieces in ``tokenizer_config.json`` and the files beside it.
 
     Attributes:
         roles: the pieces that begin, end and pad a sequence, by role.
         added: pieces that were added, by id.
         described: those of them whose flags are known.
         special: control pieces, by their texts.
-        marks: texts in brackets of which no file says what they are.
-        template: the chat templates' text.
+        marks: texts in brackets that belong to the structure of prompts: those that chat
+            formats and templates write, and added ones of which no file says what they are.
     """
 
     roles: Mapping[str, str]
@@ -33,7 +42,6 @@ class Description:
     described: Mapping[int, AddedPiece]
     special: Mapping[str, AddedPiece]
     marks: frozenset[str]
-    template: str
 
     def is_control(self, text: str) -> bool:
         """Return whether a file calls an added piece special, or its name ends texts."""
@@ -41,10 +49,12 @@ class Description:
 
     def is_structure(self, text: str) -> bool:
         """Return whether another added piece belongs to the structure of prompts."""
-        # White space and words may be in any template without being pieces of its structure.
-        visible = "".join(text.replace("▁", " ").split())
-        in_template = bool(visible) and not visible.isalnum() and text in self.template
-        return in_template or text in self.marks
+        return self.as_mark(text) in self.marks
+
+    def as_mark(self, text: str) -> str:
+        """Return a piece as the marks of prompts spell it, with spaces or with ``▁`` for them."""
+        spellings = (text, text.replace("▁", " "), text.replace(" ", "▁"))
+        return next((spelled for spelled in spellings if spelled in self.marks), text)
 
 
 def describe(files: Files, vocab_size: int | None = None) -> Description:
@@ -60,7 +70,7 @@ def describe(files: Files, vocab_size: int | None = None) -> Description:
     described = {
         int(i): AddedPiece.of(spec)
         for i, spec in (decoder.items() if isinstance(decoder, dict) else ())
-        if i.isdecimal() and isinstance(spec, dict) and _text(spec)
+        if i.isdecimal() and len(i) <= _MAX_DIGITS and isinstance(spec, dict) and _text(spec)
     }
     known = {piece.content for piece in described.values()}
     special |= {piece.content: piece for piece in described.values() if piece.special}
@@ -84,9 +94,15 @@ def describe(files: Files, vocab_size: int | None = None) -> Description:
         added=added,
         described={i: piece for i, piece in added.items() if i in described},
         special=special,
-        marks=frozenset(text for text in ids if text not in known and BRACKETED.fullmatch(text)),
-        template="".join(chat_templates(files).values()),
+        marks=FORMAT_MARKS
+        | {text for text in ids if text not in known and _BRACKETED.fullmatch(text)}
+        | _marks("".join(chat_templates(files).values())),
     )
+
+
+def _marks(template: str) -> set[str]:
+    """Return the texts in brackets in a template: all its marks, and some of its code."""
+    return {text for pattern in _IN_TEMPLATE for text in pattern.findall(template)}
 
 
 def _special(config: Mapping[str, Any]) -> Iterator[AddedPiece]:
@@ -98,8 +114,7 @@ def _special(config: Mapping[str, Any]) -> Iterator[AddedPiece]:
         named += listed if isinstance(listed, list) else []
     for value in named:
         text = _text(value)
-        # Of one letter, as "!" for padding, it remains part of texts, which can't be without it.
-        if text and len(text.strip()) > 1:
+        if text and not is_letter(text):
             spec = value if isinstance(value, dict) else {}
             yield AddedPiece.of({**spec, "content": text, "special": True})
 

@@ -1,12 +1,13 @@
 """A SentencePiece model with pieces that the files next to it add or describe."""
 
 from collections.abc import Mapping
+from itertools import count
 from typing import Any
 
 from llama.errors import need, printable
 from llama.tokenizer import Tokenizer
-from llama.tokenizers.added import AddedPiece, AddedWords
-from llama.tokenizers.descriptions import BRACKETED, Description
+from llama.tokenizers.added import AddedPiece, AddedWords, is_letter
+from llama.tokenizers.descriptions import Description
 
 
 class ExtendedTokenizer(Tokenizer):
@@ -67,12 +68,16 @@ class ExtendedTokenizer(Tokenizer):
     def _to_text(self, ids: list[int], continued: bool) -> str:
         text, begin = "", 0
         ids = [i for i in ids if i not in self._silent]
+        drops = self._drops_space and not continued
         for end, i in enumerate(ids):
             if i in self._shown:
-                text += super()._to_text(ids[begin:end], continued)
-                is_first = not text and not continued and self._drops_space
+                part = ids[begin:end]
+                text += super()._to_text(part, continued)
+                # A piece before it that is nothing but a space is the one that gave it up.
+                spaces = any(self.sp_model.id_to_piece(p).startswith("▁") for p in part)
+                is_first = drops and not text and not spaces
                 text += self._shown[i].removeprefix(" " if is_first else "")
-                begin, continued = end + 1, True
+                begin, continued, drops = end + 1, True, False
         return text + super()._to_text(ids[begin:], continued)
 
     def token_piece(self, t: int) -> str:
@@ -107,13 +112,16 @@ def extended(name: str, proto: bytes, description: Description) -> Tokenizer:
     pieces = {
         i: piece
         for i, piece in sorted(found.items())
-        if ids.get(_written(piece.content)) != i or not _is_reserved(plain, i)
+        if ids.get(text := _written(piece.content)) != i
+        or not (_is_reserved(plain, i) or (piece.special and is_letter(text)))
     }
     # The model finds its own user-defined pieces in every text.
     marks = {
-        i: AddedPiece(text)
+        i: AddedPiece(description.as_mark(text))
         for text, i in ids.items()
-        if i not in found and not _is_reserved(plain, i) and _is_mark(text, description)
+        if (description.is_control(text) or description.is_structure(text))
+        and i not in found
+        and not _is_reserved(plain, i)
     }
     if not pieces and not marks:
         return plain
@@ -130,12 +138,6 @@ def extended(name: str, proto: bytes, description: Description) -> Tokenizer:
         if plain.control_ids.get(piece.content) != i:
             _set(model, ids, i, piece, i in words)
     return ExtendedTokenizer(name, model.SerializeToString(), silent, structure, words)
-
-
-def _is_mark(text: str, description: Description) -> bool:
-    """Return whether a piece that no file names is a control piece, if it is user-defined."""
-    in_brackets = BRACKETED.fullmatch(text) is not None
-    return description.is_control(text) or (in_brackets and description.is_structure(text))
 
 
 def _written(text: str) -> str:
@@ -163,6 +165,9 @@ def _set(model: Any, ids: dict[str, int], i: int, piece: AddedPiece, is_word: bo
     text = _written(piece.content)
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise ValueError(f"the piece {printable(text)} holds half of a surrogate pair")
+    if is_word and " " in piece.content and ids.get(text, i) != i:
+        # The model has a word with this space, which remains another piece than the added one.
+        text = next(name for n in count() if (name := f"<added {i} {n}>") not in ids)
     if ids.setdefault(text, i) != i:
         raise ValueError(f"the piece {printable(text)} has the ids {ids[text]} and {i}")
     entry = model.pieces[i] if i < len(model.pieces) else model.pieces.add(score=0.0)

@@ -6,11 +6,12 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import count
 from typing import Any
 
 from llama.errors import need, printable
 from llama.tokenizer import BaseTokenizer
-from llama.tokenizers.added import AddedPiece, set_flags
+from llama.tokenizers.added import AddedPiece, is_letter, set_flags
 from llama.tokenizers.descriptions import Description
 
 # GPT-2's characters for the 256 bytes (https://github.com/openai/gpt-2, src/encoder.py): those
@@ -65,10 +66,11 @@ class JsonTokenizer(BaseTokenizer):
         if isinstance(specs, list):
             data["added_tokens"] = [spec for spec in specs if not _is_beyond(spec, vocab_size)]
         added = [spec for spec in data.get("added_tokens") or [] if isinstance(spec, dict)]
+        own = _vocabulary(data)
         silent = set()  # control pieces, which have no text
         for spec in added:
             text = str(spec.get("content"))
-            if spec.get("special") or is_control(text):
+            if (spec.get("special") or is_control(text)) and not (is_letter(text) and text in own):
                 silent.add(text)
             spec["special"] = text in silent or is_structure(text)
         tokenizers = need("tokenizers")
@@ -80,6 +82,7 @@ class JsonTokenizer(BaseTokenizer):
         vocabulary: dict[str, int] = self._whole.get_vocab(with_added_tokens=True)
         if not vocabulary:
             raise ValueError(f"{name} has an empty vocabulary")
+        _check_ids(added, own, vocabulary, name)
         self.n_words = max(vocabulary.values()) + 1
         self.control_ids = {
             spec["content"]: vocabulary[spec["content"]]
@@ -159,7 +162,8 @@ def n_pieces(data: Mapping[str, Any], vocab_size: int | None) -> int:
 def with_pieces(data: Mapping[str, Any], description: Description) -> dict[str, Any]:
     """Return a parsed ``tokenizer.json`` with pieces that the files next to it add or describe.
 
-    A piece of an id that the file gives to another one is left out.
+    A piece of an id that the file gives to another one is left out. One that a file calls special
+    is such, whatever the others say: else texts would become it.
     """
     vocabulary, specs = _vocabulary(data), _specs(data)
     known = {str(spec.get("content")) for spec in specs}
@@ -180,7 +184,8 @@ def with_pieces(data: Mapping[str, Any], description: Description) -> dict[str, 
         return dict(data)
     for spec in specs:
         if piece := described.get(str(spec.get("content"))):
-            spec |= asdict(piece)
+            special = bool(spec.get("special")) or piece.special
+            spec |= {**asdict(piece), "special": special}
     return {**data, "added_tokens": specs + new}
 
 
@@ -198,6 +203,22 @@ def _vocabulary(data: Mapping[str, Any]) -> dict[str, int]:
         return {str(e[0]): i for i, e in enumerate(vocabulary) if isinstance(e, list) and e}
     ids = vocabulary.items() if isinstance(vocabulary, dict) else ()
     return {text: i for text, i in ids if isinstance(i, int)}
+
+
+def _check_ids(
+    specs: list[dict[str, Any]], own: Mapping[str, int], found: Mapping[str, int], name: str
+) -> None:
+    """Raise an error if the library, which counts on without gaps, gave a piece another id."""
+    stated = {*own.values(), *(spec.get("id") for spec in specs)}
+    gap = next(i for i in count() if i not in stated)
+    for spec in specs:
+        text, i = str(spec.get("content")), spec.get("id")
+        # Pieces that the vocabulary has, too, keep its ids.
+        if text not in own and isinstance(i, int) and i > gap and found.get(text, i) != i:
+            raise ValueError(
+                f"the piece {printable(text)} has the id {i}, but {found[text]} in {name} "
+                "with the pieces before it: added_tokens.json or tokenizer_config.json lacks some"
+            )
 
 
 def _first_id(tokenizer: Any) -> int:

@@ -1,4 +1,4 @@
-"""How the byte-level tokenizers of GGUF files split a text before they merge pairs."""
+"""The rules by which byte-level tokenizers split a text before they merge pairs."""
 
 import logging
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ _CASED = (
     "\U00010400-\U0001044f\U000104b0-\U000104d3\U000104d8-\U000104fb\U00010c80-\U00010cb2"
     "\U00010cc0-\U00010cf2\U000118a0-\U000118df\U0001e900-\U0001e943"
 )
-_RULES: dict[str, tuple[str, ...]] = {
+RULES: dict[str, tuple[str, ...]] = {
     "llama3": (rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}{{1,3}}|{_SYMBOLS}|{_SPACES}",),
     "tekken": (
         rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
@@ -63,14 +63,14 @@ _NAMES = {
     "gpt-2": ("trillion", "mpt", "olmo", "phi-2", "jais", "exaone4", "gigachat", "mellum"),
     "starcoder": ("smollm", "refact", "minerva-7b", "command-r", "codeshell", "exaone"),
 }
-_ALIASES = {name: rule for rule, names in _NAMES.items() for name in names}
+ALIASES = {name: rule for rule, names in _NAMES.items() for name in names}
 _WHOLE_WORDS = ("llama3", *_LLAMA3, "tekken")
 _NFC = ("qwen2",)
 
 
 @dataclass(frozen=True)
 class Rule:
-    """How one vocabulary splits texts.
+    """The rule by which one vocabulary splits texts.
 
     Attributes:
         patterns: regular expressions, each of which splits the pieces that the one before it left.
@@ -96,14 +96,15 @@ def find_rule(name: object, source: str) -> Rule:
     """
     if name in (None, ""):
         logger.warning(
-            f"{source} has no tokenizer.ggml.pre: texts are split by llama.cpp's rule 'default', "
-            "which may not be the model's; convert the model again"
+            "%s has no tokenizer.ggml.pre: texts are split by llama.cpp's rule 'default', "
+            "which may not be the model's; convert the model again",
+            source,
         )
         name = "default"
-    rule = _ALIASES.get(name, name) if isinstance(name, str) else None
-    if rule not in _RULES:
-        names = ", ".join(sorted([*_RULES, *_ALIASES]))
+    rule = ALIASES.get(name, name) if isinstance(name, str) else None
+    if rule not in RULES:
+        names = ", ".join(sorted([*RULES, *ALIASES]))
         raise ValueError(
             f"{source} has tokenizer.ggml.pre = {printable(repr(name))}: known rules are {names}"
         )
-    return Rule(_RULES[rule], name in _WHOLE_WORDS, name in _NFC)
+    return Rule(RULES[rule], name in _WHOLE_WORDS, name in _NFC)

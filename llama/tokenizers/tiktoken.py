@@ -17,14 +17,12 @@ from typing import Any
 from llama.errors import need, printable
 from llama.tokenizer import BaseTokenizer
 from llama.tokenizers.json_tokenizer import BYTE_LEVEL
+from llama.tokenizers.pre_tokenizers import RULES
 
 _LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} [0-9]+\r?(\n|\Z)")
 _MAX_BYTES = 20_000_000  # ten times Llama 3's
 
-_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+(_WORDS,) = RULES["llama3"]
 # Meta's tokenizer cuts texts, since tiktoken's expressions fail on very long ones, and then words
 # or white space, since merging takes far longer than their length.
 _MAX_CHARS = 400_000
@@ -150,6 +148,17 @@ def _read(data: bytes, name: str) -> list[bytes]:
             "made: download it again"
         )
     return pieces
+
+
+def n_words(data: bytes, name: str, vocab_size: int | None = None) -> int:
+    """Return the number of ids of a vocabulary; control pieces beyond ``vocab_size`` don't count.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    n_pieces = len(_read(data, name))
+    n_all = n_pieces + _N_CONTROLS
+    return n_all if vocab_size is None else max(min(n_all, vocab_size), n_pieces)
 
 
 def _control_names() -> list[str]:

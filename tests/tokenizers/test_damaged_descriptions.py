@@ -53,6 +53,21 @@ def test_a_template_that_is_not_utf_8_is_named(name: str) -> None:
         chat_templates({"chat_template.jinja": b"{{ x }}", name: b"\xff"})
 
 
+def test_a_gap_before_an_added_piece_is_named() -> None:
+    """A failure means that a piece silently has another id than in training."""
+    spec = {"content": "<far>", "special": True}
+    config = json.dumps({"added_tokens_decoder": {"400": spec}}).encode()
+    with pytest.raises(ValueError, match="the piece <far> has the id 400, but 346 in tokenizer"):
+        load_tokenizer({**tokenizer(), "tokenizer_config.json": config})
+
+
+def test_an_id_of_thousands_of_digits_is_none() -> None:
+    """A failure means that an error is Python's own, and names no file."""
+    config = json.dumps({"added_tokens_decoder": {"9" * 5000: {"content": "<far>"}}}).encode()
+    model = (TINY / "tokenizer.model").read_bytes()
+    assert load_tokenizer({"tokenizer.model": model, "tokenizer_config.json": config}).n_words
+
+
 def test_a_piece_that_is_no_text_is_refused() -> None:
     """A failure means that half of a surrogate pair in a JSON file is an error of protobuf."""
     model = (TINY / "tokenizer.model").read_bytes()

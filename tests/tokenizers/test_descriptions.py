@@ -14,6 +14,7 @@ from llama import Llama, Tokenizer
 from llama.generation import TINY
 from llama.tokenizers import load_tokenizer
 from llama.tokenizers.json_tokenizer import JsonTokenizer
+from llama.tokenizers.tiktoken import TiktokenTokenizer
 
 FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
 TIKTOKEN = "".join(f"{base64.b64encode(bytes([i])).decode()} {i}\n" for i in range(256)).encode()
@@ -91,6 +92,35 @@ def test_a_model_of_another_kind_beside_json(
         assert load_tokenizer(files, 346).n_words == 346
     warned = "tokenizer.model is not a SentencePiece model: tokenizer.json " in caplog.text
     assert warned is (content is not TIKTOKEN)
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+
+
+@pytest.mark.parametrize("ranks", [True, False])
+def test_damaged_json_beside_a_model(ranks: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """A failure means that a directory is refused although its vocabulary is whole."""
+    model = TIKTOKEN if ranks else TINY / "tokenizer.model"
+    tokenizer = load_tokenizer({"tokenizer.model": model, "tokenizer.json": LFS}, 832)
+    assert tokenizer.n_words == (512 if ranks else 768)
+    assert "tokenizer.json is not JSON" in caplog.text and "tokenizer.model beside" in caplog.text
+
+
+def test_tiktoken_beside_json_that_covers_less(caplog: pytest.LogCaptureFixture) -> None:
+    """A failure means that the control pieces of prompts are unknown."""
+    files = {
+        "tokenizer.model": TIKTOKEN,
+        "tokenizer.json": json.dumps(byte_level()).encode(),
+        "tokenizer_config.json": b'{"add_bos_token": false}',
+        "added_tokens.json": b'{"<x>": 512}',
+    }
+    tokenizer = load_tokenizer(files, 600)
+    assert isinstance(tokenizer, TiktokenTokenizer) and not tokenizer.add_bos
+    assert "no place for 1 pieces that the files beside it add, as <x>" in caplog.text
+    # Cut off in a line, or in a letter
+    damaged = {**files, "tokenizer.model": TIKTOKEN[:-9]}
+    assert isinstance(load_tokenizer(damaged, 346), JsonTokenizer)
+    assert "tokenizer.json beside it is read" in caplog.text
 
 
 @pytest.mark.parametrize("has_json", [True, False])

@@ -20,7 +20,7 @@ from llama.tokenizer import BaseTokenizer
 from llama.tokenizers import load_tokenizer
 from llama.tokenizers.gguf_tokenizer import tokenizer_files
 from llama.tokenizers.json_tokenizer import BYTE_LEVEL
-from llama.tokenizers.pre_tokenizers import _ALIASES, _RULES
+from llama.tokenizers.pre_tokenizers import ALIASES, RULES
 
 # The tokens that llama.cpp makes of one text under each rule.
 EXPECTED = {
@@ -124,7 +124,7 @@ def load(rule: str | None) -> BaseTokenizer:
 @pytest.mark.parametrize("rule", EXPECTED)
 def test_each_rule_splits_a_text_as_llama_cpp_does(rule: str) -> None:
     """A model whose file names this rule would read other tokens than it has learnt."""
-    assert set(EXPECTED) == set(_RULES)
+    assert set(EXPECTED) == set(RULES)
     tokenizer = load(rule)
     ids = tokenizer.encode(TEXT, bos=False, eos=False)
     assert ids == ids_of(rule)
@@ -250,7 +250,7 @@ _PARTS = [
 
 def texts(rule: str | None) -> list[str]:
     """Random texts, less what llama.cpp and the models' own tokenizers read in two ways."""
-    rule = _ALIASES.get(rule or "default", rule or "default")
+    rule = ALIASES.get(rule or "default", rule or "default")
     rng = random.Random(0)
 
     def is_apart(char: str) -> bool:
@@ -271,7 +271,7 @@ def texts(rule: str | None) -> list[str]:
     return [unicodedata.normalize("NFC", text) if rule == "qwen2" else text for text in kept]
 
 
-@pytest.mark.parametrize("rule", [*_RULES, *_ALIASES, None])
+@pytest.mark.parametrize("rule", [*RULES, *ALIASES, None])
 def test_ids_are_llama_cpp_s_own(tmp_path: Path, rule: str | None) -> None:
     """A rule would differ from llama.cpp's, whatever the text above shows of it."""
     llama_cpp = pytest.importorskip("llama_cpp")
