@@ -14,6 +14,9 @@ logger = logging.getLogger(__name__)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 """Those of weights that aren't quantised."""
 
+EXPECTED_TYPES = "'llama', or 'mistral' without a sliding window"
+"""The model types that are read, for errors."""
+
 # transformers' defaults of keys that a configuration may leave out, by its model_type.
 _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "llama": {"max_position_embeddings": 2048},
@@ -75,8 +78,7 @@ def _check_supported(config: Mapping[str, Any], source: str) -> Mapping[str, Any
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in _DEFAULTS:
         raise ValueError(
-            f"{source} is of model_type {short(model_type)}: expected 'llama', or 'mistral' "
-            "without a sliding window"
+            f"{source} is of model_type {short(model_type)}: expected {EXPECTED_TYPES}"
         )
     defaults = _DEFAULTS[model_type]
     window = config.get("sliding_window", defaults.get("sliding_window"))

@@ -10,7 +10,13 @@ from pathlib import Path
 
 import torch
 
-from llama.checkpoint.file_kinds import foreign_kind, missing_bytes, read_head
+from llama.checkpoint.file_kinds import (
+    foreign_kind,
+    missing_bytes,
+    pickle_texts,
+    read_head,
+    training_kind,
+)
 from llama.errors import need, printable
 from llama.layers.quantization import Scheme
 
@@ -69,7 +75,11 @@ def open_shard(path: Path) -> Tensors:
     try:
         _check_archive(path)
         tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except (MemoryError, _RefusedError):
+    except MemoryError:
+        raise
+    except _RefusedError as error:
+        if kind := training_kind(pickle_texts(path)):
+            raise ValueError(f"{path} is {kind.what}: {kind.remedy}") from error
         raise
     except Exception as error:
         if "unable to mmap" in str(error):
@@ -79,6 +89,8 @@ def open_shard(path: Path) -> Tensors:
         isinstance(name, str) and isinstance(tensor, torch.Tensor)
         for name, tensor in dict.items(tensors)  # a pickle may give an OrderedDict other items
     ):
+        if kind := training_kind(pickle_texts(path)):
+            raise ValueError(f"{path} is {kind.what}: {kind.remedy}")
         raise ValueError(f"{path} is no checkpoint: expected a dictionary of named tensors")
     return {name: t for name, t in dict.items(tensors) if not name.endswith(_DERIVED)}
 

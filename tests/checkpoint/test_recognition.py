@@ -1,4 +1,4 @@
-"""What people hand over by mistake: each error says what it is and what to do, in one sentence."""
+"""Paths handed over by mistake: each error says what it is and what to do, in one sentence."""
 
 import io
 import json
@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from hf_files import make_hf
 from safetensors.torch import load_file, save_file
 
 from llama import Llama
@@ -109,7 +110,7 @@ FILES: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "GPTQ in an old file": (
         "llama-7b-4bit.pt",
         lambda p: torch_file(p, {f"{Q}.qweight": CODES, f"{Q}.g_idx": CODES}, legacy=True),
-        "quantised with GPTQ, a format|old format",
+        "is in PyTorch's old format: torch.load it and torch.save it again",
     ),
     "GPTQ in safetensors": (
         "llama-7b-4bit-128g.safetensors",
@@ -255,7 +256,7 @@ DIRECTORIES: dict[str, tuple[Callable[[Path], Path | object], type[Exception], s
     "AutoGPTQ": (
         lambda p: (
             write(
-                (p / "model.safetensors").rename(p / "gptq_model-4bit-128g.safetensors").parent
+                quantised(p, "gptq_model-4bit-128g.safetensors", qweight=CODES)
                 / "quantize_config.json",
                 {"bits": 4},
             ).parent
@@ -306,7 +307,7 @@ DIRECTORIES: dict[str, tuple[Callable[[Path], Path | object], type[Exception], s
     "another family": (
         lambda p: config(p, model_type="whisper", architectures=["WhisperForAudio"]),
         WRONG,
-        "is of model_type 'whisper': expected 'llama'.* load this WhisperForAudio with transf",
+        "is of model_type 'whisper': expected 'llama', or 'mistral'.*; load this WhisperForAudio",
     ),
     "training": (
         lambda p: (
@@ -544,6 +545,30 @@ def test_another_fault_keeps_its_own_error(saved: Path, tmp_path: Path) -> None:
     write(path / "model.onnx", b"1")
     config(path, hidden_act="gelu")
     assert explain_path(path) is None
+    refused(path, ValueError, "the hidden_act 'gelu': expected 'silu'")
+
+
+def test_a_plain_state_dict_is_no_training_checkpoint(saved: Path, tmp_path: Path) -> None:
+    """A failure means that the modules' names beside weights hide why these are refused."""
+    path = without(shutil.copytree(saved, tmp_path / "model"), "model.safetensors")
+    model = make_hf()
+    torch_file(path / "pytorch_model.bin", model.state_dict())
+    config(path, hidden_act="gelu")
+    refused(path, ValueError, "the hidden_act 'gelu': expected 'silu'")
+    config(path, hidden_act="silu")
+    model.register_buffer("args", torch.ones(1))  # a key of training checkpoints
+    torch_file(path / "pytorch_model.bin", model.state_dict())
+    refused(path, ValueError, "has the unexpected args")
+    torch_file(path / "pytorch_model.bin", {"model": model.state_dict(), "optimizer": {}})
+    refused(path, ValueError, "training checkpoint.* 'model' holds alone")
+
+
+@pytest.mark.parametrize("name", ["quantize_config.json", "quant_config.json"])
+def test_a_leftover_of_a_quantiser_hides_no_error(name: str, saved: Path, tmp_path: Path) -> None:
+    """A failure means that plain weights are called quantised, by a file that lies beside them."""
+    path = shutil.copytree(saved, tmp_path / "model")
+    write(path / name, {"bits": 4})
+    config(path, hidden_act="gelu")
     refused(path, ValueError, "the hidden_act 'gelu': expected 'silu'")
 
 
