@@ -186,12 +186,15 @@ def main_dtype(
     Args:
         tensors: the weights that aren't quantised.
         source: the file that describes them, for the warning.
-        stated: the dtype that it gives them; None for that of most weights.
+        stated: the dtype that it gives them, which counts where they are of several; None for
+            that of most weights.
     """
     sizes: Counter[torch.dtype] = Counter()
     for tensor in tensors.values():
         sizes[tensor.dtype] += tensor.numel()
-    dtype = stated or max(sizes, key=sizes.__getitem__, default=torch.float32)
+    dtype = max(sizes, key=sizes.__getitem__, default=torch.float32)
+    if stated is not None and len(sizes) > 1:
+        dtype = stated
     wider = [n for n, t in tensors.items() if torch.promote_types(t.dtype, dtype) != dtype]
     if wider:
         logger.warning(

@@ -428,7 +428,8 @@ DIRECTORIES: dict[str, tuple[Callable[[Path], Path | object], type[Exception], s
     "another name": (
         lambda p: (p / "model.safetensors").rename(p / "llama.safetensors").parent,
         MISSING,
-        "under a name that isn't looked for, llama.safetensors: rename it to model.safetensors",
+        "under a name that isn't looked for, llama.safetensors: rename it to "
+        "model.safetensors if it is all of a transformers model$",
     ),
     "GGML inside": (lambda p: emptied(p, x__bin=GGML), MISSING, r"x\.bin is a GGML file \(ggjt"),
 }
