@@ -1,4 +1,4 @@
-"""A directory's entries by kind, and what a directory without weights is."""
+"""A directory's entries by kind, and the recognition of directories without weights."""
 
 import contextlib
 import json
@@ -120,7 +120,7 @@ class Folder:
 
     @property
     def is_adapter(self) -> bool:
-        """Whether it has an adapter's configuration, and no weights of a whole network."""
+        """True for an adapter's configuration, and no weights of a whole network."""
         return "adapter_config.json" in self.files and not self.weights
 
     @property
