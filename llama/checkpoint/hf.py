@@ -181,7 +181,9 @@ def _open_renamed(directory: Path, classifies: bool) -> dict[str, torch.Tensor]:
         if meta is None:
             raise ValueError(f"{directory} has the unexpected {printable(name)}")
         if meta in tensors:
-            raise ValueError(f"{directory} holds {printable(bare)} twice, under two names")
+            raise ValueError(
+                f"{directory} holds {meta} twice, under two names: one is {printable(name)}"
+            )
         tensors[meta] = stored[name] = tensor
     check_plain(stored, str(directory))
     for name, tensor in stored.items():
