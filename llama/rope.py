@@ -18,7 +18,7 @@ with its parameters:
   (https://arxiv.org/abs/2402.13753).
 - ``factors``: ``factors`` lists them, with an ``attention_factor`` or without.
 
-Source of the last but one: transformers' ``modeling_rope_utils.py``.
+Source of ``longrope``: transformers' ``modeling_rope_utils.py``.
 """
 
 import math

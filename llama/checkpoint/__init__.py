@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from llama.checkpoint.base import Checkpoint
+from llama.checkpoint.folders import Folder
 from llama.checkpoint.meta import find_shards, open_meta
 from llama.checkpoint.recognition import clear_errors, explain_adapter, explain_path
 from llama.errors import listed
@@ -27,7 +28,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
 def _open(path: Path) -> Checkpoint:
     if path.is_file():
         return _open_file(path)
-    if path.is_dir() and not any(path.glob("consolidated.*.pth")):
+    is_meta = any(path.glob("consolidated.*.pth"))
+    if path.is_dir() and (not is_meta or Folder(path).is_hf_beside_meta):
         gguf_files = sorted(path.glob("*.gguf"))
         # Beside GGUF files alone config.json is what the model's page says of it.
         is_hf = any([*path.glob("model*.safetensors*"), *path.glob("pytorch_model*")])

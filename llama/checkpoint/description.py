@@ -8,8 +8,6 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from llama.args import ModelArgs
 from llama.chat.formats import choose_chat
 from llama.checkpoint import open_checkpoint
@@ -22,8 +20,10 @@ from llama.checkpoint.file_kinds import (
     tensor_names,
 )
 from llama.checkpoint.folders import Folder
+from llama.checkpoint.gguf import split_paths
 from llama.checkpoint.hf import META_NAMES
 from llama.checkpoint.identity import identify
+from llama.checkpoint.load import choose_dtype
 from llama.checkpoint.params import make_args
 from llama.checkpoint.pretrained import fit_tokenizer
 from llama.checkpoint.recognition import clear_errors, explain_adapter, explain_texts
@@ -36,6 +36,7 @@ from llama.checkpoint.sharding import (
 )
 from llama.errors import listed, printable, short
 from llama.logits.recommended import recommended_sampling
+from llama.sampling import SamplingParams
 from llama.tokenizer import BaseTokenizer
 from llama.tokenizers import chat_templates, load_tokenizer
 
@@ -147,9 +148,28 @@ def _describe_checkpoint(
     if tokenizer is not None:
         found["tokenizer"] = _tokenizer(tokenizer)
         found["chat_format"] = _chat_format(tokenizer, checkpoint)
-        sampling = recommended_sampling(checkpoint.files, path)
-        found["sampling"] = dict(sampling.values)
         found["warnings"] += _oddities(path, args, tokenizer, found)
+        try:
+            found["sampling"] = _sampling(checkpoint, path)
+        except ERRORS as error:
+            found["problems"].append(printable(str(error), 1000))
+
+
+def _sampling(checkpoint: Checkpoint, path: Path) -> dict[str, Any]:
+    """Return the recommended sampling by names of ``SamplingParams``, whose values make sense.
+
+    Raises:
+        ValueError: they don't.
+    """
+    try:
+        recommended = recommended_sampling(checkpoint.files, path)
+    except (AttributeError, RecursionError) as error:
+        raise ValueError(
+            "generation_config.json is no object of JSON: download it again"
+        ) from error
+    if recommended:
+        recommended.apply(SamplingParams(sampling="checkpoint"))
+    return dict(recommended.values)
 
 
 def _format(checkpoint: Checkpoint) -> str:
@@ -163,9 +183,7 @@ def _files(path: Path, checkpoint: Checkpoint) -> dict[str, int]:
     if path.is_dir():
         paths = Folder(path).weights
     else:
-        paths = [path]
-        if path.suffix == ".gguf" and "-of-" in path.name:
-            paths = sorted(path.parent.glob(f"{path.stem[:-14]}-*-of-{path.stem[-5:]}.gguf"))
+        paths = split_paths(path) if path.suffix == ".gguf" else [path]
     return {"count": len(paths), "bytes": sum(each.stat().st_size for each in paths)}
 
 
@@ -247,21 +265,22 @@ def _adapters(checkpoint: Checkpoint, args: ModelArgs) -> dict[str, Any]:
     kinds = ["LORA", *PROMPT_KINDS] if args.n_outputs else ["LORA"]
     if args.labels is not None:  # a classifier takes no keys and values in front
         kinds = [kind for kind in kinds if kind != "PREFIX_TUNING"]
-    return {"kinds": kinds, "merged": checkpoint.scheme is None, "modules": modules}
+    return {"kinds": kinds, "mergeable": checkpoint.scheme is None, "modules": modules}
 
 
 def _memory(checkpoint: Checkpoint, args: ModelArgs) -> dict[str, Any]:
     """Return the bytes of weights and cache of each process, by the number of processes."""
+    dtype = choose_dtype(checkpoint.dtype, "cuda", fast_bf16=True)  # as on today's GPUs
     processes = {}
     for n in range(1, min(args.n_heads, 128) + 1):
         with contextlib.suppress(ValueError):  # the network can't be divided so
             check_model_parallel_size(args, n, checkpoint.scheme)
             processes[str(n)] = {
-                "weights": weight_bytes(args, torch.bfloat16, n, checkpoint.scheme),
-                "cache": cache_bytes(args, torch.bfloat16, n),
+                "weights": weight_bytes(args, dtype, n, checkpoint.scheme),
+                "cache": cache_bytes(args, dtype, n),
             }
     return {
-        "dtype": "bfloat16",
+        "dtype": str(dtype).removeprefix("torch."),
         "max_seq_len": args.max_seq_len,
         "max_batch_size": args.max_batch_size,
         "quantization": checkpoint.scheme and checkpoint.scheme.name,

@@ -24,7 +24,7 @@ _MAX_HEADER = 100_000_000  # bytes, as in safetensors itself
 
 
 class Kind(NamedTuple):
-    """What a file is and what to do about it: "PATH is ``what``: ``remedy``"."""
+    """A kind of file, and a remedy, for the sentence "PATH is ``what``: ``remedy``"."""
 
     what: str
     remedy: str
@@ -171,11 +171,19 @@ def missing_bytes(path: Path) -> str | None:
 
 
 def _pickled_texts(data: bytes) -> Iterator[str]:
-    """Yield the strings of a pickle without running it, as far as it can be parsed."""
+    """Yield the strings of a pickle without running it, as far as it can be parsed.
+
+    Leaves out a state dictionary's ``_metadata``, whose keys are modules' names such as "model".
+    """
+    is_metadata = False
     try:
         for opcode, argument, _ in pickletools.genops(io.BytesIO(data)):
-            if "UNICODE" in opcode.name and isinstance(argument, str):
-                yield argument
+            if opcode.name == "BUILD":  # it gives a dictionary its attributes
+                is_metadata = False
+            elif "UNICODE" in opcode.name and isinstance(argument, str):
+                is_metadata = is_metadata or argument == "_metadata"
+                if not is_metadata:
+                    yield argument
     except Exception:  # the end is cut off, or it is damaged
         return
 

@@ -1,4 +1,4 @@
-"""A directory's entries by kind, and what a directory without weights is."""
+"""A directory's entries by kind, and the recognition of directories without weights."""
 
 import contextlib
 import json
@@ -86,10 +86,26 @@ class Folder:
         return [name for name in self.files if any(fnmatch(name, p) for p in patterns)]
 
     @cached_property
+    def _groups(self) -> list[list[Path]]:
+        """The weight files of each format, the one that is read first."""
+        patterns = [*WEIGHTS]
+        if self.is_hf_beside_meta:
+            patterns.append(patterns.pop(0))
+        groups = ([self.path / name for name in self.match(*each)] for each in patterns)
+        return [group for group in groups if group]
+
+    @property
+    def is_hf_beside_meta(self) -> bool:
+        """True where Meta's weight files lack params.json, and a whole HF directory is there."""
+        if "params.json" in self.files or "config.json" not in self.files:
+            return False
+        indexes = ("*.safetensors.index.json", "pytorch_model.bin.index.json")
+        return bool(self.match(*WEIGHTS[1], *WEIGHTS[2], *indexes))
+
+    @cached_property
     def weights(self) -> list[Path]:
         """The weight files that are read."""
-        groups = ([self.path / name for name in self.match(*patterns)] for patterns in WEIGHTS)
-        return next((group for group in groups if group), [])
+        return next(iter(self._groups), [])
 
     @cached_property
     def other_weights(self) -> list[Path]:
@@ -100,12 +116,11 @@ class Folder:
     @property
     def ignored_weights(self) -> list[Path]:
         """Weight files that aren't read, since others are there too."""
-        groups = ([self.path / name for name in self.match(*patterns)] for patterns in WEIGHTS)
-        return [path for group in [g for g in groups if g][1:] for path in group]
+        return [path for group in self._groups[1:] for path in group]
 
     @property
     def is_adapter(self) -> bool:
-        """Whether it has an adapter's configuration, and no weights of a whole network."""
+        """True for an adapter's configuration, and no weights of a whole network."""
         return "adapter_config.json" in self.files and not self.weights
 
     @property
@@ -199,9 +214,10 @@ def _explain_rest(folder: Folder) -> str | None:
         found = printable(folder.other_weights[0].name)
         ending = folder.other_weights[0].suffix
         name = "model.safetensors" if ending == ".safetensors" else "pytorch_model.bin"
+        llama2c = ", or give that file if it is llama2.c's" if ending == ".bin" else ""
         return (
             f"{path} has its weights under a name that isn't looked for, {found}: rename it to "
-            f"{name} if it is all of a transformers model, or give that file if it is llama2.c's"
+            f"{name} if it is all of a transformers model{llama2c}"
         )
     if folder.match("index.html", "index.htm", "*.html"):
         return f"{path} holds a web page, not a model's files: download these from its links"

@@ -75,7 +75,7 @@ def open_gguf(path: Path) -> Checkpoint:
         MemoryError: no address space is left to map it.
         ValueError: it is no GGUF file, damaged, or of an unknown network or quantisation.
     """
-    paths = _split_paths(path)
+    paths = split_paths(path)
     metadata, stored = open_file(paths[0])
     if metadata.get("split.count", 0) not in (0, len(paths)):
         raise ValueError(
@@ -111,7 +111,7 @@ def open_gguf(path: Path) -> Checkpoint:
     return Checkpoint(str(paths[0]), params, [weights], names, dtype, files, is_quantised, kinds)
 
 
-def _split_paths(path: Path) -> list[Path]:
+def split_paths(path: Path) -> list[Path]:
     """Return the paths of all parts of a file, by its name."""
     match = re.fullmatch(r"(.+)-[0-9]{5}-of-([0-9]{5})\.gguf", path.name)
     count = int(match[2]) if match else 1

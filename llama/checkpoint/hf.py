@@ -170,6 +170,7 @@ def _tie(tensors: dict[str, torch.Tensor], dtype: torch.dtype, source: str) -> b
 def _open_renamed(directory: Path, classifies: bool) -> dict[str, torch.Tensor]:
     """Map all tensors of a directory under Meta's names."""
     tensors: dict[str, torch.Tensor] = {}
+    stored: dict[str, torch.Tensor] = {}  # under the files' own names
     for name, tensor in _open_weights(directory).items():
         if name.endswith("rotary_emb.inv_freq"):  # stale: it follows from the hyper-parameters
             continue
@@ -180,12 +181,14 @@ def _open_renamed(directory: Path, classifies: bool) -> dict[str, torch.Tensor]:
         if meta is None:
             raise ValueError(f"{directory} has the unexpected {printable(name)}")
         if meta in tensors:
-            raise ValueError(f"{directory} holds {meta} twice, under two names")
-        tensors[meta] = tensor
-    check_plain(tensors, str(directory))
-    for name, tensor in tensors.items():
+            raise ValueError(
+                f"{directory} holds {meta} twice, under two names: one is {printable(name)}"
+            )
+        tensors[meta] = stored[name] = tensor
+    check_plain(stored, str(directory))
+    for name, tensor in stored.items():
         if tensor.dtype not in DTYPES:
-            raise ValueError(f"{name} in {directory} is {tensor.dtype}: it is quantised")
+            raise ValueError(f"{printable(name)} in {directory} is {tensor.dtype}: it is quantised")
     return tensors
 
 
@@ -203,7 +206,10 @@ def _open_weights(directory: Path) -> dict[str, torch.Tensor]:
         if index.is_file():
             return _open_index(index)
     names = [file for name in _WEIGHTS for file in (name, f"{name}.index.json")]
-    raise FileNotFoundError(f"{directory} has no weights: expected one of {', '.join(names)}")
+    raise FileNotFoundError(
+        f"{directory} has no weights: expected one of {', '.join(names)}; download them, or run "
+        "git lfs pull in a clone"
+    )
 
 
 def _open_index(path: Path) -> dict[str, torch.Tensor]:

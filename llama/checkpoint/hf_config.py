@@ -1,7 +1,7 @@
 """``config.json`` of Hugging Face's directories, with the keys of ``params.json``."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +14,9 @@ logger = logging.getLogger(__name__)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 """Those of weights that aren't quantised."""
 
+EXPECTED_TYPES = "'llama', or 'mistral' without a sliding window"
+"""The model types that are read, for errors."""
+
 # transformers' defaults of keys that a configuration may leave out, by its model_type.
 _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "llama": {"max_position_embeddings": 2048},
@@ -25,6 +28,7 @@ _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     },
 }
 _TRAINED = "original_max_position_embeddings"
+_SCALES = ("mscale", "mscale_all_dim")
 _ARCHITECTURES = ("Llama", "LLaMA", "Mistral")
 _TASKS = ("ForCausalLM", "ForSequenceClassification", "Model")
 
@@ -55,10 +59,15 @@ def hf_params(config: Mapping[str, Any], source: str) -> dict[str, Any]:
     if type(config["max_position_embeddings"]) is int:
         params["max_seq_len"] = config["max_position_embeddings"]
     params |= _rope_params(config, source)
-    params["tie_word_embeddings"] = config.get("tie_word_embeddings", False)
+    tied = config.get("tie_word_embeddings")
+    params["tie_word_embeddings"] = False if tied is None else tied
+    if type(params["tie_word_embeddings"]) is not bool:  # it is used before make_args checks all
+        raise ValueError(
+            f"tie_word_embeddings is {short(tied)} in {source}: expected true or false"
+        )
     if config["model_type"] == "llama":  # Mistral's network has none, whatever its file says
         for name in ("attention_bias", "mlp_bias"):
-            params[name] = config.get(name, False)
+            params[name] = False if config.get(name) is None else config[name]
     for name in ("dim", "n_heads", "head_dim"):  # they are used before make_args checks all
         value = params.get(name, 1)
         if type(value) is not int or value < 1:
@@ -75,8 +84,7 @@ def _check_supported(config: Mapping[str, Any], source: str) -> Mapping[str, Any
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in _DEFAULTS:
         raise ValueError(
-            f"{source} is of model_type {short(model_type)}: expected 'llama', or 'mistral' "
-            "without a sliding window"
+            f"{source} is of model_type {short(model_type)}: expected {EXPECTED_TYPES}"
         )
     defaults = _DEFAULTS[model_type]
     window = config.get("sliding_window", defaults.get("sliding_window"))
@@ -87,7 +95,7 @@ def _check_supported(config: Mapping[str, Any], source: str) -> Mapping[str, Any
         )
     if config.get("quantization_config"):
         raise ValueError(f"{source} has quantization_config, which this network doesn't have")
-    if config.get("hidden_act", "silu") != "silu":
+    if config.get("hidden_act", "silu") not in ("silu", "swish"):  # two names of one function
         act = short(config["hidden_act"])
         raise ValueError(f"{source} has the hidden_act {act}: expected 'silu'")
     return defaults
@@ -107,9 +115,20 @@ def _rope_params(config: Mapping[str, Any], source: str) -> dict[str, Any]:
             "rotates all of it"
         )
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
+    if kind == "default":
+        _warn_of_unknown(rope, (), "default", source)
+    else:
         params["rope_scaling"] = _rope_scaling(kind, rope, config, source)
     return params
+
+
+def _warn_of_unknown(rope: Mapping[str, Any], known: Iterable[str], kind: str, source: str) -> None:
+    # Some have the last one with every kind.
+    others = {"type", "rope_type", "rope_theta", "partial_rotary_factor", _TRAINED}
+    unknown = sorted(set(rope) - {*known} - others)
+    if unknown:
+        names = listed([short(name) for name in unknown])
+        logger.warning("%s has %s in its %s rotary scaling: ignored", source, names, kind)
 
 
 def _rope_scaling(
@@ -119,13 +138,11 @@ def _rope_scaling(
     if not isinstance(kind, str) or kind not in ROPE_KEYS or kind == "factors":
         return {"rope_type": kind}  # make_args names the known kinds
     needed, optional = ROPE_KEYS[kind]
-    # Some have the last one with every kind.
-    others = {"type", "rope_type", "rope_theta", "partial_rotary_factor", _TRAINED}
-    unknown = sorted(set(rope) - {*needed, *optional} - others)
-    if unknown:
-        names = listed([short(name) for name in unknown])
-        logger.warning("%s has %s in its %s rotary scaling: ignored", source, names, kind)
+    _warn_of_unknown(rope, (*needed, *optional), kind, source)
     scaling = {key: rope[key] for key in (*needed, *optional) if rope.get(key) is not None}
+    if any(type(n := scaling.get(k)) in (int, float) and n == 0 for k in _SCALES):
+        for name in _SCALES:  # as in transformers both count or none
+            scaling.pop(name, None)
     length = config["max_position_embeddings"]
     if _TRAINED in needed:
         outer = config.get(_TRAINED)  # which transformers prefers
@@ -165,13 +182,16 @@ def hf_labels(config: Mapping[str, Any], n_labels: int) -> list[str]:
 def hf_dtype(config: Mapping[str, Any], source: str) -> torch.dtype | None:
     """Return the dtype that ``config.json`` gives the weights; None if it doesn't say.
 
-    Raises:
-        ValueError: it is unknown.
+    A warning tells that it names none that weights have here.
     """
     name = config.get("dtype", config.get("torch_dtype"))
     known = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
     if name is None or name == "auto":
         return None
-    if not isinstance(name, str) or name not in known:
-        raise ValueError(f"dtype is {short(name)} in {source}: expected one of {', '.join(known)}")
-    return known[name]
+    dtype = known.get(name.removeprefix("torch.")) if isinstance(name, str) else None
+    if dtype is None:
+        logger.warning(
+            "dtype is %s in %s, which is none of %s: the weights' own is used",
+            *(short(name), source, ", ".join(known)),
+        )
+    return dtype

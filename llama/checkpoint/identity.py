@@ -22,6 +22,7 @@ _LLAMA3_SIZES = {
     (16384, 126): "405B",
 }
 _LLAMA3_VOCABULARY = 128_000  # ids and more; fine-tuned models add a few
+_MISTRAL_HIDDEN = 14336  # of Mistral 7B, whose other sizes are Llama's 7B; that has 11008
 _PUBLISHED_NAME = re.compile(
     r"llama-2-\d+b(-chat)?|CodeLlama-\d+b(-Python|-Instruct)?|\d+b_(pre_trained|instruction_tuned)"
     r"|(Meta-)?Llama-?3(\.\d)?-\d+B(-Instruct)?(-MP\d+)?"
@@ -43,6 +44,8 @@ def identify(directory: Path, args: ModelArgs, tokenizer: BaseTokenizer | None) 
         return "unknown"
     if is_llama3:
         return f"{_llama3_version(args, size)} {size}"
+    if size == "7B" and args.hidden_dim == _MISTRAL_HIDDEN:
+        return "Mistral 7B"
     if args.rope_theta == 1e6 or (tokenizer and tokenizer.prefix_id is not None):
         return f"Code Llama {size.removeprefix('65B or ')}"
     if size == "65B or 70B":

@@ -162,7 +162,7 @@ def _adapters(found: dict[str, Any]) -> str | None:
     if adapters is None:
         return None
     modules = (f"{name} {size['in']}→{size['out']}" for name, size in adapters["modules"].items())
-    merged = "" if adapters["merged"] else " (on call alone: quantised weights take no merging)"
+    merged = "" if adapters["mergeable"] else " (on call alone: quantised weights take no merging)"
     first, *others = adapters["kinds"]
     return f"{', '.join([*others, first])} of {', '.join(modules)}{merged}"
 

@@ -121,8 +121,9 @@ def _check_kind(ckpt_dir: Path, params: Mapping[str, Any], source: str) -> None:
         )
 
 
-# dim and n_layers of Llama 3.2's 1B and 3B.
-_LLAMA_32 = ((2048, 16), (3072, 28))
+LLAMA_32 = ((2048, 16), (3072, 28))
+"""``dim`` and ``n_layers`` of Llama 3.2's 1B and 3B."""
+
 _CONTEXT = 8192  # of Llama 3's training
 _SCALED_CONTEXT = 131072
 
@@ -138,7 +139,7 @@ def scaled_rope(dim: object, n_layers: object) -> dict[str, Any]:
     """
     return {
         "rope_type": "llama3",
-        "factor": 32.0 if (dim, n_layers) in _LLAMA_32 else 8.0,
+        "factor": 32.0 if (dim, n_layers) in LLAMA_32 else 8.0,
         "low_freq_factor": 1.0,
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": _CONTEXT,

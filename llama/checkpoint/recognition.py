@@ -1,4 +1,4 @@
-"""What a path that can't be opened is, and what to do about it: one sentence for each.
+"""Recognition of paths that can't be opened: a sentence for each says what to do about it.
 
 Nothing here runs where a checkpoint opens: ``clear_errors`` asks after an error.
 """
@@ -17,9 +17,11 @@ from llama.checkpoint.file_kinds import (
     explain_heads,
     foreign_kind,
     missing_bytes,
+    quantisation,
     quantised_kind,
     read_head,
     safetensors_header,
+    tensor_names,
 )
 from llama.checkpoint.folders import (
     TEXTS,
@@ -29,6 +31,7 @@ from llama.checkpoint.folders import (
     explain_partial,
     explain_without_weights,
 )
+from llama.checkpoint.hf_config import EXPECTED_TYPES
 from llama.errors import listed, printable
 
 _CONFIGS = ("config.json", "params.json", "generation_config.json")
@@ -131,12 +134,14 @@ def _explain_adapter(folder: Folder) -> str | None:
 def _explain_quantised(folder: Folder) -> str | None:
     config = folder.json("config.json").get("quantization_config")
     method = config.get("quant_method") if isinstance(config, dict) else None
-    if not isinstance(method, str) and "quantize_config.json" in folder.files:
-        method = "AutoGPTQ (quantize_config.json)"
-    if not isinstance(method, str) and "quant_config.json" in folder.files:
-        method = "AWQ (quant_config.json)"
     if not isinstance(method, str):
-        return None
+        tools = {"quantize_config.json": "AutoGPTQ", "quant_config.json": "AWQ"}
+        left = next((name for name in tools if name in folder.files), None)
+        paths = [*folder.weights, *folder.other_weights][:MAX_FILES]
+        # Beside plain weights it is a leftover.
+        if left is None or (paths and not any(quantisation(tensor_names(p)) for p in paths)):
+            return None
+        method = f"{tools[left]} ({left})"
     kind = quantised_kind(method)
     return f"{folder.path} is {kind.what}: {kind.remedy}"
 
@@ -151,13 +156,22 @@ def _explain_family(folder: Folder) -> str | None:
     which = printable(names[0]) if names else "model"
     return (
         f"{folder.path / 'config.json'} is of model_type {printable(repr(kind))}: expected "
-        f"'llama', the only family that is run here; load this {which} with transformers"
+        f"{EXPECTED_TYPES}; load this {which} with transformers"
     )
 
 
 def _explain_contents(folder: Folder) -> str | None:
+    """Return which weight file holds something else than weights.
+
+    Where weights are read, opening them tells a training checkpoint, so that its error is left to
+    stand; only names that no plain weights have count here.
+    """
     for path in (folder.weights or folder.other_weights)[:MAX_FILES]:
-        if kind := contents_kind(path):
+        method = quantisation(tensor_names(path))
+        kind = quantised_kind(method) if method else None
+        if kind is None and not folder.weights:
+            kind = contents_kind(path)
+        if kind is not None:
             return f"{path} is {kind.what}: {kind.remedy}"
     return None
 

@@ -10,6 +10,7 @@ import torch
 from llama.args import ModelArgs
 from llama.checkpoint.base import Checkpoint
 from llama.checkpoint.hf import from_interleaved, hf_name, is_rotary
+from llama.checkpoint.meta import LLAMA_32, scaled_rope
 from llama.checkpoint.save import new_directory, write_files, write_json
 from llama.checkpoint.sharding import full_shapes
 from llama.errors import need
@@ -21,16 +22,7 @@ SHARD_BYTES = 5_000_000_000
 """The most bytes of weights that one file gets, as in ``transformers``' ``save_pretrained``."""
 
 # Llama 3.1's and 3.2's scaling, which GGUF files have as one factor for each frequency.
-_LLAMA3 = [
-    {
-        "rope_type": "llama3",
-        "factor": factor,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    }
-    for factor in (8.0, 32.0)
-]
+_LLAMA3 = [scaled_rope(*shape) for shape in ((None, None), LLAMA_32[0])]
 
 
 def save_hf(

@@ -10,7 +10,13 @@ from pathlib import Path
 
 import torch
 
-from llama.checkpoint.file_kinds import foreign_kind, missing_bytes, read_head
+from llama.checkpoint.file_kinds import (
+    foreign_kind,
+    missing_bytes,
+    pickle_texts,
+    read_head,
+    training_kind,
+)
 from llama.errors import need, printable
 from llama.layers.quantization import Scheme
 
@@ -69,7 +75,11 @@ def open_shard(path: Path) -> Tensors:
     try:
         _check_archive(path)
         tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except (MemoryError, _RefusedError):
+    except MemoryError:
+        raise
+    except _RefusedError as error:
+        if kind := training_kind(pickle_texts(path)):
+            raise ValueError(f"{path} is {kind.what}: {kind.remedy}") from error
         raise
     except Exception as error:
         if "unable to mmap" in str(error):
@@ -79,6 +89,8 @@ def open_shard(path: Path) -> Tensors:
         isinstance(name, str) and isinstance(tensor, torch.Tensor)
         for name, tensor in dict.items(tensors)  # a pickle may give an OrderedDict other items
     ):
+        if kind := training_kind(pickle_texts(path)):
+            raise ValueError(f"{path} is {kind.what}: {kind.remedy}")
         raise ValueError(f"{path} is no checkpoint: expected a dictionary of named tensors")
     return {name: t for name, t in dict.items(tensors) if not name.endswith(_DERIVED)}
 
@@ -174,12 +186,15 @@ def main_dtype(
     Args:
         tensors: the weights that aren't quantised.
         source: the file that describes them, for the warning.
-        stated: the dtype that it gives them; None for that of most weights.
+        stated: the dtype that it gives them, which counts where they are of several; None for
+            that of most weights.
     """
     sizes: Counter[torch.dtype] = Counter()
     for tensor in tensors.values():
         sizes[tensor.dtype] += tensor.numel()
-    dtype = stated or max(sizes, key=sizes.__getitem__, default=torch.float32)
+    dtype = max(sizes, key=sizes.__getitem__, default=torch.float32)
+    if stated is not None and len(sizes) > 1:
+        dtype = stated
     wider = [n for n, t in tensors.items() if torch.promote_types(t.dtype, dtype) != dtype]
     if wider:
         logger.warning(

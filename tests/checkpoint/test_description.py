@@ -1,7 +1,8 @@
-"""What ``python -m llama.checkpoint`` tells of a checkpoint, an adapter and anything else."""
+"""Descriptions by ``python -m llama.checkpoint`` of checkpoints, adapters and anything else."""
 
 import json
 import logging
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ from gguf_files import write_gguf
 from hf_files import make_hf, save_hf, write_adapter
 from safetensors.torch import load_file, save_file
 
-from llama.checkpoint import inspection
-from llama.checkpoint.description import describe
+from llama.checkpoint import inspection, open_checkpoint
+from llama.checkpoint.description import _files, describe
 from llama.convert import convert
 from llama.generation import TINY
 
@@ -62,7 +63,7 @@ def test_a_directory_of_transformers(saved: Path, capsys: pytest.CaptureFixture[
     )
     assert found["chat_format"] == {"name": "inst", "templates": []}
     assert found["adapters"]["modules"]["k_proj"] == {"in": 64, "out": 16, "max_rank": 16}
-    assert "PREFIX_TUNING" in found["adapters"]["kinds"] and found["adapters"]["merged"]
+    assert "PREFIX_TUNING" in found["adapters"]["kinds"] and found["adapters"]["mergeable"]
     assert found["adapters"]["modules"].keys() >= {"down_proj", "embed_tokens", "lm_head"}
     assert "of the family llama" in lines and "k_proj 64→16" in lines and "128 positions" in lines
 
@@ -75,11 +76,59 @@ def test_memory_is_told_for_each_number_of_processes(
     assert [*memory["processes"]] == ["1", "2", "4", "8"]
     n_parameters = sum(p.numel() for p in make_hf().parameters())
     one, four = memory["processes"]["1"], memory["processes"]["4"]
-    assert one == {"weights": 2 * n_parameters, "cache": 2 * 2 * (2 * 2 * 8) * 100 * 3}
+    assert one == {"weights": 4 * n_parameters, "cache": 4 * 2 * (2 * 2 * 8) * 100 * 3}
     assert four["cache"] == one["cache"] // 2  # of two heads one is left
     assert one["weights"] / 4 < four["weights"] < one["weights"] / 3
     lines = told(saved, capsys)[1]
     assert "4 processes, each:" in lines and "16 processes" not in lines
+    assert memory["dtype"] == "float32" and "in float32:" in lines
+
+
+def test_memory_of_half_precision_is_counted_as_such(tmp_path: Path) -> None:
+    """A failure means that a model seems to need twice the memory that it does."""
+    model = save_hf(make_hf().half(), tmp_path)
+    memory = describe(tmp_path)["memory"]
+    assert memory["dtype"] == "bfloat16"
+    assert memory["processes"]["1"]["weights"] == 2 * sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"do_sample": true, "temperature": NaN}', "temperature is nan"),
+        ('{"do_sample": true, "top_p": Infinity}', "top_p is inf"),
+        ('{"do_sample": true, "top_k": "many"}', "top_k is 'many'"),
+        ("[]", "no object of JSON|generation_config"),
+    ],
+)
+def test_sampling_that_makes_no_sense_is_a_problem(
+    text: str, message: str, saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A failure means that a program gets no JSON for a file that holds none either."""
+    path = shutil.copytree(saved, tmp_path / "model")
+    (path / "generation_config.json").write_text(text)
+    found, lines = told(path, capsys)
+    assert found["sampling"] is None and found["parameters"]
+    assert re.search(message, " ".join(found["problems"]))
+    assert "PROBLEM: " in lines and "sampling " not in lines
+
+
+@pytest.mark.parametrize(
+    ("names", "given"),
+    [
+        (["a-00001-of-00002.gguf", "a-00002-of-00002.gguf"], 1),
+        (["one-of-many.gguf"], 0),
+        (["[b]*-of-00001.gguf"], 0),
+    ],
+)
+def test_files_of_a_gguf_checkpoint(names: list[str], given: int, tmp_path: Path) -> None:
+    """A failure means that a model in parts, or with a name like one, has no files or bytes."""
+    paths = [tmp_path / name for name in names]
+    for path in paths:
+        path.write_bytes(b"12345")
+    (tmp_path / "bb-of-00001.gguf").write_bytes(b"another model's")
+    checkpoint = open_checkpoint(TINY)
+    assert _files(paths[given], checkpoint) == {"count": len(paths), "bytes": 5 * len(paths)}
 
 
 def test_stored_types_of_a_gguf_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -99,7 +148,7 @@ def test_weights_that_this_library_quantised(
     found, lines = told(tmp_path / "int8", capsys)
     assert found["quantization"] == "int8"
     assert found["dtypes"]["int8"] > 0.5
-    assert (found["adapters"]["kinds"][0], found["adapters"]["merged"]) == ("LORA", False)
+    assert (found["adapters"]["kinds"][0], found["adapters"]["mergeable"]) == ("LORA", False)
     assert "on call alone: quantised weights" in lines and "but for int8:" in lines
 
 

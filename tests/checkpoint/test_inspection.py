@@ -42,6 +42,7 @@ class TestInspection:
             ("CodeLlama-34b", {}, "CodeLlama-34b by its folder's name (7B"),
             ("somewhere", {}, "LLaMA or Llama 2 7B"),
             ("somewhere", {"rope_theta": 1e6}, "Code Llama 7B"),
+            ("somewhere", {"rope_theta": 1e6, "hidden_dim": 14336}, "Mistral 7B"),
             ("somewhere", {"dim": 8192, "n_layers": 80, "n_heads": 64}, "LLaMA 65B"),
             (
                 "somewhere",

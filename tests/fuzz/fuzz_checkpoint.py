@@ -25,7 +25,7 @@ START = 300.0  # seconds for a worker to import torch and to run the sound check
 
 @dataclass
 class Outcome:
-    """What came of one mutation. ``kind`` is "runs", "clean: ..." or the kind of a finding."""
+    """The result of one mutation. ``kind`` is "runs", "clean: ..." or the kind of a finding."""
 
     number: int
     what: str
@@ -75,7 +75,7 @@ class Fuzzer:
         return Outcome(number, what, done["kind"], done["text"], done["seconds"], done["memory"])
 
     def command(self, number: int) -> str:
-        """What repeats a mutation."""
+        """A command that repeats a mutation."""
         return (
             f"{sys.executable} {__file__} --format {self.kind} --seed {self.seed} --only {number}"
         )

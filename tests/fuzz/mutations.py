@@ -25,7 +25,7 @@ from llama.generation import TINY
 
 
 class Special(Enum):
-    """What can stand in a file's place."""
+    """Things that can stand in a file's place."""
 
     DIRECTORY = "a directory"
     DANGLING = "a dangling symlink"

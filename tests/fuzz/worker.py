@@ -97,7 +97,7 @@ def answer_of_files(kind: str, files: mutations.Files, target: Path) -> tuple[st
 
 
 def answer(kind: str, directory: Path, plant: str, marker: Path) -> tuple[str, str]:
-    """What the library does with a directory: the kind of its answer, and its text."""
+    """Return the kind of the library's answer to a directory, and its text."""
     path = directory / "model.gguf" if kind == "gguf" else directory
     outcomes = []
     for run in (_run_on_call, _run) if kind == "adapter" else (_run,):
@@ -153,7 +153,7 @@ def _run(kind: str, path: Path) -> tuple[str, str]:
 
 
 def judge(error: BaseException) -> tuple[str, str]:
-    """Whether an error is one of those that the library raises on purpose, and says something."""
+    """Return the kind of an error, raised on purpose and saying something or not, and its text."""
     tb = error.__traceback__
     while tb is not None and tb.tb_next is not None:
         tb = tb.tb_next
