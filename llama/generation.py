@@ -364,8 +364,7 @@ class Llama:
         One of this name is replaced, but for open streams. ``scale`` multiplies its changes.
 
         Raises:
-            FileNotFoundError, ImportError, TypeError, ValueError: as in ``build``.
-            RuntimeError: as in ``generate``.
+            OSError, ImportError, RuntimeError, TypeError, ValueError: as in ``build``.
         """
         self._lock.check_thread()
         self.adapters.add(load_adapter(name, directory, self.model, self.tokenizer, scale))

@@ -151,9 +151,7 @@ def load_adapter(
         try:
             own = _pieces(load_tokenizer(files, rows, directory), rows)
         except (ValueError, ImportError) as error:
-            logger.warning(
-                "the tokenizer in %s is ignored, and can't be read: %s", directory, error
-            )
+            logger.warning("the tokenizer in %s is ignored: it can't be read: %s", directory, error)
             return adapter
         if own != _pieces(tokenizer, rows):
             logger.warning(

@@ -3,6 +3,7 @@
 import gc
 import json
 import logging
+import math
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -121,17 +122,10 @@ def test_one_batch_has_several_adapters_and_none(
         for name in loaded:
             llama.adapters.add(loaded[name])
     prompts = [*PROMPTS[:3], REPEATED, PROMPTS[4]]
-    sequences = make_sequences(llama, prompts, prompt_lookup_num_tokens=4 * (way == "drafts"))
-    accepted: list[range] = []
-    append = Sequence.append
-
-    def counting(sequence: Sequence, draft: list[int], chosen: list[tuple[int, float]]) -> str:
-        before = len(sequence.tokens)
-        text = append(sequence, draft, chosen)
-        accepted.append(range(before, len(sequence.tokens)))
-        return text
-
-    monkeypatch.setattr(Sequence, "append", counting)
+    sequences = make_sequences(llama, prompts, prompt_lookup_num_tokens=3 * (way == "drafts"))
+    if way == "drafts":  # random networks repeat nothing: all drafts are right
+        rest = {s: continued(references[s.params.adapter], s.prompt) for s in sequences}
+        monkeypatch.setattr(Sequence, "draft", lambda self, _: rest[self][len(self.tokens) :][:3])
     run(llama, sequences)
     for sequence, name in zip(sequences, CHOICES, strict=True):
         assert sequence.tokens == continued(references[name], sequence.prompt)
@@ -139,8 +133,7 @@ def test_one_batch_has_several_adapters_and_none(
     if way == "whole":
         assert n_passes == N_NEW, "the adapters had passes of their own"
     if way == "drafts":
-        assert n_passes < N_NEW * len(sequences)
-        assert max(map(len, accepted)) > 1, "no draft was right"
+        assert n_passes == 1 + math.ceil((N_NEW - 1) / 4), "drafts weren't taken"
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -433,7 +426,7 @@ def test_an_unreadable_tokenizer_is_ignored(
     (directory / "tokenizer.json").write_text('{"model": {"type": "WordPiece", "vocab": {}}}')
     with caplog.at_level(logging.WARNING):
         llama.load_adapter("unreadable", directory)
-    assert "is ignored, and can't be read" in caplog.text
+    assert "is ignored: it can't be read" in caplog.text
 
 
 def test_numbers_beyond_the_dtype_are_refused(
@@ -444,7 +437,7 @@ def test_numbers_beyond_the_dtype_are_refused(
     tensors = load_file(path)
     save_file({k: t.fill_(1e6) if "lora_B" in k else t for k, t in tensors.items()}, path)
     make_llama(folder).load_adapter("large", path.parent)
-    with pytest.raises(ValueError, match="holds an infinity or a NaN as torch.float16"):
+    with pytest.raises(ValueError, match=r"an infinity or a NaN as torch\.float16"):
         make_llama(folder, dtype=torch.float16).load_adapter("large", path.parent)
 
 

@@ -161,7 +161,7 @@ def test_an_adapters_model_tells_its_own_room(llama: Llama) -> None:
     """Clients that fill the room of the base get an error behind virtual tokens."""
     shared = Llama(llama.model, llama.tokenizer)
     shared.adapters.add(Adapter("soft", {}, range(768, 773)))
-    with serve(shared, lora_modules=("soft=x/y/..",)) as (url, service):
+    with serve(shared, lora_modules=("soft=x/y/..",)) as (url, _):
         base, soft = httpx.get(f"{url}/v1/models").json()["data"]
     assert (base["max_model_len"], soft["max_model_len"]) == (256, 251)
     assert soft["root"] == "x"
