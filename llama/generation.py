@@ -27,7 +27,7 @@ from llama.engine.results import InfillingPrediction as InfillingPrediction
 from llama.engine.results import StreamPiece, classification, prediction, stream_pieces
 from llama.engine.sequence import Event, Output
 from llama.engine.sequence import Sequence as EngineSequence
-from llama.engine.tasks import Tasks
+from llama.engine.tasks import Chosen, Tasks
 from llama.errors import checked_list
 from llama.model import Transformer
 from llama.sampling import SamplingOptions, SamplingParams, sample_top_p  # noqa: F401
@@ -353,8 +353,9 @@ class Llama:
         Raises:
             ValueError: neither has labels, or as in ``embed``.
         """
-        labels, head = self.adapters.classifier(adapter, self.model.params.labels)
-        found = self._read(texts, "logits" if head is None else "last", adapter)
+        chosen = self.adapters.find(adapter)  # once: another thread may replace it
+        labels, head = self.adapters.classifier(chosen, self.model.params.labels)
+        found = self._read(texts, "logits" if head is None else "last", chosen)
         return [classification(each, labels, head) for each in found]
 
     def load_adapter(self, name: str, directory: str | Path, scale: float = 1.0) -> None:
@@ -363,9 +364,10 @@ class Llama:
         One of this name is replaced, but for open streams. ``scale`` multiplies its changes.
 
         Raises:
-            FileNotFoundError, ImportError, TypeError, ValueError: as in ``build``.
+            OSError, ImportError, RuntimeError, TypeError, ValueError: as in ``build``.
         """
-        self.adapters.add(load_adapter(directory, name, self.model, self.tokenizer, scale))
+        self._lock.check_thread()
+        self.adapters.add(load_adapter(name, directory, self.model, self.tokenizer, scale))
 
     def unload_adapter(self, name: str) -> None:
         """Free an adapter, once its open streams have ended.
@@ -401,7 +403,7 @@ class Llama:
             raise ValueError(f"n is {len(sequences)}: a stream has one answer, leave n out")
         return stream_pieces(self._events(sequences))
 
-    def _read(self, texts: Sequence[str], output: Output, adapter: str | None) -> torch.Tensor:
+    def _read(self, texts: Sequence[str], output: Output, adapter: Chosen) -> torch.Tensor:
         sequences = self.tasks.read(texts, output, adapter)
         self._run(sequences)
         pooled = [sequence.pooled for sequence in sequences if sequence.pooled is not None]

@@ -151,11 +151,11 @@ class Adapters(Mapping[str, Adapter]):
         Raises:
             ValueError: there is none of this name.
         """
-        self.find(name)
-        del self._by_name[name]
+        if self._by_name.pop(name, None) is None:
+            raise self._missing(name)
 
     def classifier(
-        self, name: str | None, labels: list[str] | None
+        self, name: str | Adapter | None, labels: list[str] | None
     ) -> tuple[list[str], torch.Tensor | None]:
         """Return the labels of an adapter, or those of its base, and the adapter's head if any.
 
@@ -171,17 +171,25 @@ class Adapters(Mapping[str, Adapter]):
             )
         return labels, None
 
-    def find(self, name: str | None, writes: bool = False) -> Adapter | None:
+    def find(self, name: str | Adapter | None, writes: bool = False) -> Adapter | None:
         """Return the adapter of a name, for one that ``writes`` text if so; None for None.
+
+        One that has been found is returned as it is, whatever its name stands for by now.
 
         Raises:
             ValueError: there is none of this name, or it classifies.
         """
-        if writes and name in self._by_name and self._by_name[name].head is not None:
+        if name is None or isinstance(name, Adapter):
+            return name
+        adapter = self.get(name)  # once: another thread may unload it meanwhile
+        if adapter is None:
+            raise self._missing(name)
+        if writes and adapter.head is not None:
             raise ValueError(f"the adapter {short(name, 80)} writes no text: use classify")
-        if name is None or name in self._by_name:
-            return None if name is None else self._by_name[name]
-        known = ", ".join(map(repr, self._by_name)) or "none"
-        raise ValueError(
+        return adapter
+
+    def _missing(self, name: object) -> ValueError:
+        known = ", ".join(map(repr, self)) or "none"
+        return ValueError(
             f"there is no adapter {short(name, 80)}: loaded are {known}; load it with load_adapter"
         )

@@ -1,12 +1,12 @@
 """Which rows of a pass's tensors belong to which adapter, and the modules that change them."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import torch
+from torch import nn
 
 from llama.adapters import Adapter, Change
 
@@ -41,16 +41,14 @@ class AdapterRows:
         return bool(self._rows)
 
     @contextmanager
-    def applied(
-        self, modules: Mapping[str, Any], indices: Sequence[torch.Tensor]
-    ) -> Iterator[None]:
+    def applied(self, model: nn.Module, indices: Sequence[torch.Tensor]) -> Iterator[None]:
         """Let modules change their outputs, for one pass.
 
         Others see modules without adapters: compiled code needs no other version, and a copy of
         the model has none of them.
 
         Args:
-            modules: the network's, by name.
+            model: the network, which needn't have modules where no row is an adapter's.
             indices: ``whole``, on the device.
         """
         parts: dict[str, list[tuple[slice | torch.Tensor, Change]]] = defaultdict(list)
@@ -61,13 +59,14 @@ class AdapterRows:
                 kind = {"norm": 1, "output": 2}.get(name, 0)
                 if kinds[kind]:
                     parts[name].append((places[kind], change))
+        modules = {name: model.get_submodule(name) for name in parts}
         try:
             for name, changes in parts.items():
-                modules[name].adapted = partial(_adapt, changes)
+                vars(modules[name])["adapted"] = partial(_adapt, changes)
             yield
         finally:
-            for name in parts:  # without a trace, for which compiled code would be compiled again
-                vars(modules[name]).pop("adapted", None)
+            for module in modules.values():  # no trace, for which code would be compiled again
+                vars(module).pop("adapted", None)
 
 
 def _adapt(

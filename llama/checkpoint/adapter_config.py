@@ -44,6 +44,9 @@ _PROMPT = {
 # Others change the base's weights, and the saved factors make sense with those only.
 _INITIALISATIONS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 
+# Of a pattern's ways to match a module's name, and about the length of one.
+_N_TRIES, _LENGTH = 100_000, 30
+
 
 def read_config(path: Path) -> dict[str, Any]:
     """Read an adapter's configuration, all of which can be honoured.
@@ -128,11 +131,15 @@ def _check_number(value: object, name: str, path: Path, whole: bool = False) -> 
 
 
 def _check_pattern(pattern: str, key: str, path: Path) -> None:
-    # A quantified group, or many quantifiers, can take exponential time.
-    if re.search(r"\)[*+?{]", pattern) or len(re.findall(r"(?<!\()[*+?{]", pattern)) > 3:
+    # A quantified group, many quantifiers or alternatives can take exponential time, and flags
+    # give a pattern another meaning.
+    n_quantifiers = len(re.findall(r"(?<!\()[*+?{]", pattern))
+    is_quick = n_quantifiers <= 3 and _n_choices(pattern) * _LENGTH**n_quantifiers <= _N_TRIES
+    if not is_quick or re.search(r"\)[*+?{]|\(\?(?![:=!<])", pattern):
         raise ValueError(
             f"{key} in {path} has the pattern {printable(pattern)}, which could take forever: "
-            "write it with at most three of *, + and ?, and none behind a group"
+            "write it with at most three of *, + and ?, none behind a group, without flags and "
+            "with few groups of alternatives"
         )
     try:
         _matches(pattern, "")
@@ -140,6 +147,23 @@ def _check_pattern(pattern: str, key: str, path: Path) -> None:
         raise ValueError(
             f"{key} in {path} has the malformed pattern {printable(pattern)} ({error})"
         ) from error
+
+
+def _n_choices(pattern: str) -> int:
+    """Return in how many ways the alternatives of a pattern's groups combine, or a few too many."""
+    # In sets and behind a backslash brackets and bars stand for themselves: they count too, and
+    # a bracket there that would end a group doesn't.
+    bars, n, in_set = [0], 1, False
+    for character in re.sub(r"\\.", "", pattern, flags=re.DOTALL):
+        if character in "[]":
+            in_set = character == "["
+        elif character == "|":
+            bars[-1] += 1
+        elif character == "(" and not in_set:
+            bars.append(0)
+        elif character == ")" and not in_set and len(bars) > 1:
+            n = min(n * (1 + bars.pop()), _N_TRIES + 1)
+    return n
 
 
 def _matches(pattern: str, module: str) -> bool:

@@ -1,10 +1,11 @@
 """Adapters in PEFT's format, read for use beside the base's weights."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from llama import adapters, parallel
 from llama.adapters import Adapter, Dora, LowRank, Replaced
@@ -21,16 +22,16 @@ from llama.checkpoint.lora_changes import (
 from llama.checkpoint.rounding import round_weight
 from llama.checkpoint.sharding import applied_scheme, full_shapes, rank_part, split_dim
 from llama.checkpoint.virtual_tokens import read_prefix, read_prompt
-from llama.layers.linear import ParallelEmbedding, ParallelLinear
+from llama.layers.linear import ColumnParallelLinear, ParallelEmbedding, ParallelLinear
 from llama.model import Transformer
 
 
-def read_adapter(directory: Path, name: str, model: Transformer, scale: float = 1.0) -> Adapter:
+def read_adapter(name: str, directory: Path, model: Transformer, scale: float = 1.0) -> Adapter:
     """Read an adapter for a model, this rank's part of it, in the model's dtype. On all ranks.
 
     Args:
-        directory: has ``adapter_config.json`` and ``adapter_model.safetensors`` or ``.bin``.
         name: which callers choose it by.
+        directory: has ``adapter_config.json`` and ``adapter_model.safetensors`` or ``.bin``.
         model: the base that it was trained on; its weights may be quantised.
         scale: of its low-rank changes, besides their own; weights that it has in whole and virtual
             tokens have none, as in PEFT.
@@ -70,6 +71,7 @@ def read_adapter(directory: Path, name: str, model: Transformer, scale: float = 
         same = args.labels is not None and len(args.labels) == len(head)
         labels = args.labels if same else [f"LABEL_{i}" for i in range(len(head))]
         head = part.own(head)
+    part.check(files.path)
     by_module = {m: some[0] if len(some) == 1 else Chain(some) for m, some in made.items() if some}
     virtual = range(args.vocab_size, args.vocab_size + n_virtual)
     return Adapter(name, by_module, virtual, prefix, head, labels)
@@ -115,6 +117,7 @@ class _RankPart:
 
     model: Transformer
     scale: float
+    overflowed: list[torch.Size] = field(default_factory=list)  # shapes of those in its dtype
 
     def of(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """Return this rank's part of a tensor that is divided as a parameter."""
@@ -122,7 +125,20 @@ class _RankPart:
 
     def own(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return a copy on the model's device, in its dtype, which isn't mapped."""
-        return tensor.to(self.model.norm.weight, copy=True).contiguous()
+        own = tensor.to(self.model.norm.weight, copy=True).contiguous()
+        if not own.isfinite().all():
+            self.overflowed.append(own.shape)
+        return own
+
+    def check(self, path: Path) -> None:
+        """Raise ``ValueError``, on all ranks, if a number is beyond the range of the dtype."""
+        weight = self.model.norm.weight
+        flag = torch.tensor([float(len(self.overflowed))], device=weight.device)
+        if parallel.max_over_ranks(flag):  # others in a batch would end with it
+            raise ValueError(
+                f"a tensor in {path} holds an infinity or a NaN as {weight.dtype}, the model's: "
+                "build the model with dtype=torch.float32"
+            )
 
     def of_weight(self, name: str, change: Change) -> list[adapters.Change]:
         """Return the changes of a module that a change of its weight makes."""
@@ -169,7 +185,7 @@ class _RankPart:
         if name == EMBEDDING:
             rows = self.of(name, rows)
         else:  # those of this rank's
-            length = len(self._weight(name))
+            length = _n_rows(self.model.get_submodule(name.removesuffix(".weight")))
             places = places - parallel.rank() * length
             is_own = (places >= 0) & (places < length)
             places, rows = places[is_own], rows[is_own]
@@ -212,7 +228,7 @@ class _RankPart:
         """Return the change of a module that a change of its bias makes."""
         module = self.model.get_submodule(name.removesuffix(".bias"))
         assert isinstance(module, ParallelLinear)
-        length = len(self._weight(name.replace(".bias", ".weight")))
+        length = _n_rows(module)
         bias = torch.zeros(length) if module.bias is None else module.bias.float().cpu()
         shift = torch.zeros(length)
         if change.replacement is not None:
@@ -224,3 +240,10 @@ class _RankPart:
         if split_dim(name.replace(".bias", ".weight")) == 1 and parallel.rank():
             shift = torch.zeros(length)  # what is added to a sum comes from the first rank
         return [Shifted(self.own(shift))]
+
+
+def _n_rows(module: nn.Module) -> int:
+    """Return how many rows this rank has of a linear layer's weight."""
+    assert isinstance(module, ParallelLinear)
+    divided = isinstance(module, ColumnParallelLinear)
+    return module.out_features // parallel.world_size() if divided else module.out_features

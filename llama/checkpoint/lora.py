@@ -37,7 +37,8 @@ def apply_adapter(base: Checkpoint, directory: Path) -> Checkpoint:
     if base.scheme is not None:
         raise ValueError(
             f"{base.names[0]} is quantised, and an adapter can't be merged into that: merge it "
-            "into the original weights, and quantise the result (llama.convert does both)"
+            "into the original weights, and quantise the result (llama.convert does both), or load "
+            "it on call (Llama.load_adapter)"
         )
     shape = base.parts[0].shapes.get(EMBEDDING, ())
     n_words = shape[0] if shape and base.params.get("vocab_size", -1) == -1 else 0

@@ -93,7 +93,7 @@ def read_changes(
 
     Args:
         tensors: under PEFT's names.
-        config: of the adapter (``check_lora``).
+        config: of the adapter (``read_config``).
         args: of the base.
         path: of the file, for errors.
 

@@ -1,7 +1,6 @@
 """A checkpoint of any format as a model with its tokenizer and chat format."""
 
 import logging
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from llama.checkpoint.recognition import clear_errors, explain_texts
 from llama.checkpoint.rounding import make_scheme
 from llama.checkpoint.sharding import quantized_count
 from llama.cli import progress
+from llama.errors import LARGEST, short
 from llama.logits.recommended import Recommended, recommended_sampling
 from llama.model import Transformer
 from llama.tokenizer import BaseTokenizer
@@ -123,8 +123,8 @@ def load_model(
 
 
 def load_adapter(
-    directory: str | Path,
     name: str,
+    directory: str | Path,
     model: Transformer,
     tokenizer: BaseTokenizer,
     scale: float = 1.0,
@@ -139,14 +139,21 @@ def load_adapter(
     """
     if not isinstance(name, str) or not name:
         raise TypeError(f"the adapter's name is {name!r}: give a string that calls choose it by")
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
-        raise TypeError(f"scale is {scale!r}: give a number, 1 for the adapter as it was trained")
+    is_number = isinstance(scale, int | float) and not isinstance(scale, bool)
+    if not is_number or not abs(scale) <= LARGEST:  # a NaN isn't either
+        found = short(scale)
+        raise TypeError(f"scale is {found}: give a number, 1 for the adapter as it was trained")
     directory = Path(directory)
-    adapter = read_adapter(directory, name, model, scale)
+    adapter = read_adapter(name, directory, model, scale)
     files = text_files(directory)
     if files.keys() & {"tokenizer.model", "tokenizer.json"}:
-        own = load_tokenizer(files, model.params.vocab_size, directory)
-        if _pieces(own) != _pieces(tokenizer):
+        rows = model.params.vocab_size
+        try:
+            own = _pieces(load_tokenizer(files, rows, directory), rows)
+        except (ValueError, ImportError) as error:
+            logger.warning("the tokenizer in %s is ignored: it can't be read: %s", directory, error)
+            return adapter
+        if own != _pieces(tokenizer, rows):
             logger.warning(
                 "%s has another tokenizer than the model, which is ignored: merge the adapter to "
                 "use it (adapter= of Llama.build)",
@@ -155,5 +162,5 @@ def load_adapter(
     return adapter
 
 
-def _pieces(tokenizer: BaseTokenizer) -> list[str]:
-    return [tokenizer.token_piece(i) for i in range(tokenizer.n_words)]
+def _pieces(tokenizer: BaseTokenizer, limit: int) -> list[str]:
+    return [tokenizer.token_piece(i) for i in range(min(tokenizer.n_words, limit))]

@@ -119,7 +119,7 @@ class Engine:
             self._prefixes.clear()
         try:
             current, self._ahead = self._ahead, None
-            if current is None or not any(piece.is_running for piece in current.pieces):
+            if current is None:
                 self._admit()
                 pieces = self._schedule()
                 if not pieces:
@@ -209,10 +209,6 @@ class Engine:
     def _start(self, pieces: list[Piece], drawn: torch.Tensor | None = None) -> Pass:
         self.counts.passes += 1
         self._n_passes = self.model.n_passes + 1
-        if drawn is None:
-            for piece in pieces:
-                tokens = keyed(piece.tokens, piece.sequence.adapter)
-                self._prefixes.write(piece.slot, piece.start, tokens)
         return self._runner.start(pieces, self.decode, drawn)
 
     def _goes_on_after(self, current: Pass) -> bool:
@@ -246,9 +242,8 @@ class Engine:
             first += piece.n_drawn
             if not piece.is_running:  # since the pass was started
                 continue
-            if piece.tokens == [IN_FLIGHT]:
-                tokens = keyed(sequence.tokens[-1:], sequence.adapter)
-                self._prefixes.write(piece.slot, piece.start, tokens)
+            tokens = sequence.tokens[-1:] if piece.tokens == [IN_FLIGHT] else piece.tokens
+            self._prefixes.write(piece.slot, piece.start, keyed(tokens, sequence.adapter))
             if sequence.is_prefilling:
                 self._read(piece, output)
                 draft = []
@@ -261,12 +256,13 @@ class Engine:
     def _read(self, piece: Piece, output: torch.Tensor) -> None:
         """Note that a prompt's piece is in the cache, and keep what is wanted of its outputs."""
         sequence = piece.sequence
-        self.counts.prompt_tokens += len(piece.tokens)
+        first = max(sequence.n_virtual - piece.start, 0)  # behind virtual tokens
+        of_prompt = output[first:]
+        self.counts.prompt_tokens += len(piece.tokens[first:])
         sequence.n_cached += len(piece.tokens)
         if sequence.params.scores_prompt:
-            self._score_prompt(piece, output)
+            self._score_prompt(sequence, of_prompt)
         if sequence.output == "mean":
-            of_prompt = output[max(sequence.n_virtual - piece.start, 0) :]
             part = of_prompt.sum(0) / len(sequence.prompt)
             sequence.pooled = part if sequence.pooled is None else sequence.pooled + part
         if sequence.is_prefilling:
@@ -278,16 +274,13 @@ class Engine:
         elif sequence.max_new_tokens == 0:  # only the prompt was requested
             self._finish(sequence, "length")
 
-    def _score_prompt(self, piece: Piece, logits: torch.Tensor) -> None:
-        """Add the log-probabilities of the prompt's tokens that a piece predicts."""
-        sequence = piece.sequence
-        # Of the prompt alone: virtual tokens have no scores, and what they predict has none.
-        start = piece.start - sequence.n_virtual
-        end, logits = start + len(piece.tokens), logits[max(-start, 0) :]
-        if start <= 0 < end:
+    def _score_prompt(self, sequence: Sequence, logits: torch.Tensor) -> None:
+        """Add the log-probabilities of the prompt's tokens that a piece of it predicts."""
+        if not sequence.prompt_logprobs and len(logits):
             sequence.prompt_logprobs.append(0.0)
             sequence.prompt_top_logprobs.append([])
-        predicted = sequence.prompt[max(start, 0) + 1 : max(end, 0) + 1]
+        start = len(sequence.prompt_logprobs)
+        predicted = sequence.prompt[start : start + len(logits)]
         ids = torch.tensor(predicted, device=logits.device, dtype=torch.long)
         logits = logits[: len(predicted)]
         sequence.prompt_logprobs += token_logprobs(logits, ids).tolist()
@@ -332,6 +325,8 @@ class Engine:
         elif sequence.slot is not None:
             self._running.remove(sequence)
             self._prefixes.release(sequence.slot)
+        if self._ahead is not None and not any(piece.is_running for piece in self._ahead.pieces):
+            self._ahead = None  # which would keep the sequences and their adapters
 
 
 def _next_pieces(current: Pass) -> list[Piece]:

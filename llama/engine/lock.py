@@ -18,13 +18,11 @@ class CacheLock:
         self._owner: int | None = None  # the thread that works or iterates on it
         self._caller: int | None = None  # the thread that calls, where there are several ranks
 
-    @contextmanager
-    def exclusive(self) -> Iterator[Callable[[], None]]:
-        """Hold the cache for one call, and yield a function that a stream calls before it goes on.
+    def check_thread(self) -> None:
+        """Note which thread calls, where there are several ranks.
 
         Raises:
-            RuntimeError: on several ranks, a second thread calls; or, from the function yielded,
-                another call of the same thread has taken the cache over.
+            RuntimeError: another one has called before.
         """
         me = threading.get_ident()
         if parallel.world_size() > 1 and self._caller not in (None, me):
@@ -33,7 +31,17 @@ class CacheLock:
                 "different orders: make all calls from one thread"
             )
         self._caller = me
-        call = object()
+
+    @contextmanager
+    def exclusive(self) -> Iterator[Callable[[], None]]:
+        """Hold the cache for one call, and yield a function that a stream calls before it goes on.
+
+        Raises:
+            RuntimeError: on several ranks, a second thread calls; or, from the function yielded,
+                another call of the same thread has taken the cache over.
+        """
+        self.check_thread()
+        me, call = threading.get_ident(), object()
 
         def check_ownership() -> None:
             with self._state:

@@ -73,7 +73,6 @@ class Runner:
         size = model.params.max_batch_size, model.params.max_seq_len
         self._changes = LogitChanges(*size, n_words)
         self._sorts_all = 0  # passes to come whose draws are likely to need all tokens
-        self._modules = dict(model.named_modules())
 
     @torch.inference_mode()
     def start(
@@ -124,7 +123,7 @@ class Runner:
             tokens, select, *numbers = to_device(device, whole, floats)
             indices, numbers = numbers[: len(rows.whole)], numbers[len(rows.whole) :]
             tokens = tokens if drawn is None else drawn
-            with rows.applied(self._modules, indices):
+            with rows.applied(self._model, indices):
                 hidden = self._model.hidden_states(
                     tokens, segments, select if len(chosen) < len(ids) else None
                 )

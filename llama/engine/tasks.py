@@ -6,7 +6,7 @@ from collections.abc import Sequence as List
 from functools import cached_property
 from typing import Any
 
-from llama.adapters import Adapters, n_virtual
+from llama.adapters import Adapter, Adapters, n_virtual
 from llama.args import ModelArgs
 from llama.chat.ends import answer_ends
 from llama.chat.layout import ChatFormat
@@ -22,6 +22,8 @@ from llama.sampling import SamplingParams
 from llama.structure import Ranks, hold_to_form
 from llama.tokenizer import BaseTokenizer
 from llama.tokenizers.control import End, with_ends
+
+Chosen = str | Adapter | None  # an adapter by its name, or as it was found
 
 
 class Tasks:
@@ -147,10 +149,11 @@ class Tasks:
         return self.generate(ids, params, "infilling", ends=() if end is None else (end,))
 
     def read(
-        self, texts: List[str | list[int]], output: Output, adapter: str | None = None
+        self, texts: List[str | list[int]], output: Output, adapter: Chosen = None
     ) -> list[Sequence]:
         """Read texts for the result that ``output`` names."""
-        params, changed = SamplingParams(adapter=adapter), self.adapters.find(adapter)
+        changed = self.adapters.find(adapter)
+        params = SamplingParams(adapter=changed.name if changed else None)
         prompts = [
             text if _is_token_ids(text) else self._encode(text)
             for text in checked_list(texts, "texts")

@@ -1,5 +1,6 @@
 """Changes that the sequences of a pass make to their logits, before tokens are drawn."""
 
+import weakref
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -82,7 +83,8 @@ class LogitChanges:
     def __init__(self, n_slots: int, length: int, n_words: int):
         self.n_words = n_words
         self._size = n_slots, length
-        self._owners: list[Text | None] = [None] * n_slots  # whose text each slot holds
+        # Whose text each slot holds; one that has ended is free, and its adapter with it.
+        self._owners: list[weakref.ref[Text] | None] = [None] * n_slots
         self._penalties: Penalties | None = None  # no memory until a sequence asks for some
 
     def of(self, parts: Sequence[Part], is_ahead: bool) -> Change:
@@ -114,8 +116,8 @@ class LogitChanges:
 
     def take(self, slot: int, sequence: Text) -> bool:
         """Return whether a slot holds a sequence's text, which it does from now on."""
-        held, self._owners[slot] = self._owners[slot], sequence
-        return held is sequence
+        held, self._owners[slot] = self._owners[slot], weakref.ref(sequence)
+        return held is not None and held() is sequence
 
 
 class _Changes(Change):

@@ -129,8 +129,8 @@ class ServerConfig:
         entries = [self.lora_modules] if isinstance(self.lora_modules, str) else self.lora_modules
         found: dict[str, str] = {}
         for entry in entries:
-            name, _, directory = entry.partition("=")
-            if not name.strip() or not directory.strip():
+            name, _, directory = map(str.strip, entry.partition("="))
+            if not name or not directory:
                 raise ValueError(
                     f"--lora_modules has {short(entry, 80)}: expected name=directory, separated by "
                     "commas"

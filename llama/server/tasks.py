@@ -8,6 +8,7 @@ from typing import Any
 
 from fastapi import Request, Response
 
+from llama.adapters import n_virtual
 from llama.engine.sequence import Sequence
 from llama.server import schemas
 from llama.server.answers import Piece
@@ -129,9 +130,13 @@ def models(service: Service) -> list[schemas.Model]:
     directories = service.config.lora_directories()
     found = [schemas.Model(id=service.name, root=service.config.root, **of_all)]
     for name in service.llama.adapters:
+        adapter = service.llama.adapters.get(name)
+        if adapter is None:  # unloaded just now
+            continue
         # Clients needn't know where on this machine it lies.
-        root = Path(directories.get(name, name)).name
-        found.append(schemas.Model(id=name, root=root, parent=service.name, **of_all))
+        root = Path(directories[name]).resolve().name if name in directories else name
+        limit = {"max_model_len": service.max_tokens - n_virtual(adapter)}
+        found.append(schemas.Model(id=name, root=root, parent=service.name, **of_all | limit))
     return found
 
 

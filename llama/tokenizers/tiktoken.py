@@ -77,7 +77,12 @@ class TiktokenTokenizer(BaseTokenizer):
         )
         names = _control_names()
         if vocab_size is not None:
-            names = names[: max(vocab_size - n_pieces, 0)]
+            if n_pieces > vocab_size:
+                raise ValueError(
+                    f"{name} has {n_pieces} pieces, and the model a vocabulary of {vocab_size}: "
+                    "this is another model's tokenizer"
+                )
+            names = names[: vocab_size - n_pieces]
         self.control_ids = {piece: n_pieces + i for i, piece in enumerate(names)}
         self.n_words = n_pieces + len(names)
         self.bos_id = self.control_ids.get("<|begin_of_text|>", -1)

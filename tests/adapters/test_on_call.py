@@ -3,9 +3,11 @@
 import gc
 import json
 import logging
+import math
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,11 @@ import torch
 from hf_files import make_hf, save_hf, write_adapter
 from json_tokenizers import byte_level
 from processes import script, torchrun
+from safetensors.torch import load_file, save_file
 
-from llama import Llama, Transformer
+from llama import Llama, Transformer, parallel
 from llama.adapters import Adapter, LowRank, Replaced
+from llama.adapters.changes import VirtualTokens
 from llama.engine.sequence import Sequence
 from llama.sampling import SamplingParams
 
@@ -118,7 +122,10 @@ def test_one_batch_has_several_adapters_and_none(
         for name in loaded:
             llama.adapters.add(loaded[name])
     prompts = [*PROMPTS[:3], REPEATED, PROMPTS[4]]
-    sequences = make_sequences(llama, prompts, prompt_lookup_num_tokens=4 * (way == "drafts"))
+    sequences = make_sequences(llama, prompts, prompt_lookup_num_tokens=3 * (way == "drafts"))
+    if way == "drafts":  # random networks repeat nothing: all drafts are right
+        rest = {s: continued(references[s.params.adapter], s.prompt) for s in sequences}
+        monkeypatch.setattr(Sequence, "draft", lambda self, _: rest[self][len(self.tokens) :][:3])
     run(llama, sequences)
     for sequence, name in zip(sequences, CHOICES, strict=True):
         assert sequence.tokens == continued(references[name], sequence.prompt)
@@ -126,7 +133,7 @@ def test_one_batch_has_several_adapters_and_none(
     if way == "whole":
         assert n_passes == N_NEW, "the adapters had passes of their own"
     if way == "drafts":
-        assert n_passes < N_NEW or len({s.adapter for s in sequences}) == 3
+        assert n_passes == 1 + math.ceil((N_NEW - 1) / 4), "drafts weren't taken"
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -280,6 +287,7 @@ def test_what_runs_keeps_its_adapter(
     ):
         llama.load_adapter("all", folder / "all")
         held = weakref.ref(llama.adapters["all"])
+        llama.generate([PROMPTS[0]], 2, 0, adapter="all", repetition_penalty=1.3)
         stream = llama.text_completion_stream(prompt, 0, max_gen_len=12, adapter="all")
         begin = next(stream)
         change()
@@ -330,7 +338,9 @@ def test_vectors_beside_texts(llama: Llama) -> None:
         return [*read[0], *make_sequences(llama, max_gen_len=3)[2:], *read[1]]
 
     together, alone = make(), make()
+    n_passes = llama.engine.counts.passes
     run(llama, together)
+    assert llama.engine.counts.passes == n_passes + 3
     llama.reset_cache()
     for sequence in alone:
         run(llama, [sequence])
@@ -339,7 +349,6 @@ def test_vectors_beside_texts(llama: Llama) -> None:
         assert one.tokens == other.tokens
         if one.pooled is not None and other.pooled is not None:
             torch.testing.assert_close(one.pooled, other.pooled, atol=1e-4, rtol=1e-4)
-    assert llama.engine.counts.passes < 30
     assert before[0].pooled is not None and together[0].pooled is not None
     renormed = before[0].pooled / llama.model.norm.weight * weight
     torch.testing.assert_close(together[0].pooled, renormed, atol=1e-4, rtol=1e-4)
@@ -372,7 +381,9 @@ def test_mistakes_are_named(llama: Llama, tmp_path: Path) -> None:
         SamplingParams(adapter=3)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="name is ''"):
         llama.load_adapter("", tmp_path)
-    for scale in ("1", True, float("nan")):
+    with pytest.raises(ValueError, match="no adapter None"):
+        llama.unload_adapter(None)  # type: ignore[arg-type]
+    for scale in ("1", True, float("nan"), 10**400, 1e39):
         with pytest.raises(TypeError, match="scale is"):
             llama.load_adapter("x", tmp_path, scale)  # type: ignore[arg-type]
     with pytest.raises(FileNotFoundError, match=r"adapter_config\.json"):
@@ -398,6 +409,90 @@ def test_another_tokenizer_is_told(
         with caplog.at_level(logging.WARNING):
             llama.load_adapter(name, directory)
         assert ("another tokenizer" in caplog.text) is is_other
+
+
+def copied(source: Path, target: Path) -> Path:
+    target.mkdir()
+    for file in source.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+    return target
+
+
+def test_an_unreadable_tokenizer_is_ignored(
+    llama: Llama, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An adapter that works without its tokenizer can't be loaded for its sake."""
+    directory = copied(folder / "some", tmp_path / "unreadable")
+    (directory / "tokenizer.json").write_text('{"model": {"type": "WordPiece", "vocab": {}}}')
+    with caplog.at_level(logging.WARNING):
+        llama.load_adapter("unreadable", directory)
+    assert "is ignored: it can't be read" in caplog.text
+
+
+def test_numbers_beyond_the_dtype_are_refused(
+    folder: Path, references: dict[str | None, Any], tmp_path: Path
+) -> None:
+    """An adapter that is finite in its file only ends its neighbours in a batch with it."""
+    path = copied(folder / "some", tmp_path / "large") / "adapter_model.safetensors"
+    tensors = load_file(path)
+    save_file({k: t.fill_(1e6) if "lora_B" in k else t for k, t in tensors.items()}, path)
+    make_llama(folder).load_adapter("large", path.parent)
+    with pytest.raises(ValueError, match=r"an infinity or a NaN as torch\.float16"):
+        make_llama(folder, dtype=torch.float16).load_adapter("large", path.parent)
+
+
+def test_a_pass_ahead_keeps_no_adapter(llama: Llama) -> None:
+    """The pass that was begun before a stop token was known would hold memory until the next."""
+    llama.engine.runs_ahead = True
+    prompt, how = PROMPTS[0], {"temperature": 0, "adapter": "all"}
+    [tokens] = llama.generate([prompt], 8, **how)[0]
+    held = weakref.ref(llama.adapters["all"])
+    llama.generate([prompt], 8, **how, stop_token=tokens[2])
+    llama.unload_adapter("all")
+    gc.collect()
+    assert held() is None
+
+
+def test_one_version_classifies(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A head on hidden states of an adapter that took its name between two look-ups."""
+    head = torch.ones(2, llama.model.params.dim)
+
+    def load(name: str) -> None:
+        changes = llama.adapters[name].changes
+        llama.adapters.add(Adapter("judge", changes, head=head, labels=["a", "b"]))
+
+    load("some")
+    expected, read = llama.classify(["The cow"], adapter="judge"), llama.tasks.read
+
+    def replacing(*given: Any) -> list[Sequence]:
+        load("all")
+        return read(*given)
+
+    monkeypatch.setattr(llama.tasks, "read", replacing)
+    assert llama.classify(["The cow"], adapter="judge") == expected
+
+
+def test_virtual_tokens_are_no_prompts(llama: Llama) -> None:
+    """A count of prompts' tokens that depends on the adapter."""
+    rows = torch.zeros(5, llama.model.params.dim)
+    changes = {"tok_embeddings": VirtualTokens(rows, 768)}
+    llama.adapters.add(Adapter("soft", changes, range(768, 773)))
+    llama.generate([[1, 9, 8]], 1, adapter="soft")
+    assert llama.engine.counts.prompt_tokens == 3
+
+
+def test_another_thread_cannot_load_on_ranks(
+    llama: Llama, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loading compares weights on all ranks, whose sums then mix with a pass's."""
+    llama.generate([[1]], 1)
+    monkeypatch.setattr(parallel, "world_size", lambda: 2)
+    llama._lock.check_thread()
+    with (
+        ThreadPoolExecutor(1) as pool,
+        pytest.raises(RuntimeError, match="make all calls from one thread"),
+    ):
+        pool.submit(llama.load_adapter, "x", folder / "some").result()
 
 
 RANKS = """

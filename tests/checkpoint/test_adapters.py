@@ -72,7 +72,7 @@ def test_logits_beside_the_weights_are_those_of_peft(case: str, tmp_path: Path) 
     model = open_model(write_base(reference, tmp_path / "base"))
     plain = model(TOKENS, 0)
     expected = write_adapter(reference, tmp_path / "adapter", options)
-    adapter = read_adapter(tmp_path / "adapter", "a", model)
+    adapter = read_adapter("a", tmp_path / "adapter", model)
     assert (adapted_logits(model, adapter) - expected_logits(expected)).abs().max() < 1e-4
     assert torch.equal(model(TOKENS, 0), plain)
 
@@ -87,7 +87,7 @@ def test_a_scale_is_that_of_peft(case: str, tmp_path: Path) -> None:
     for module in expected.modules():
         if isinstance(module, LoraLayer):
             module.set_scale("default", 0.4)
-    adapter = read_adapter(tmp_path / "adapter", "a", model, 0.4)
+    adapter = read_adapter("a", tmp_path / "adapter", model, 0.4)
     assert (adapted_logits(model, adapter) - expected_logits(expected)).abs().max() < 1e-4
 
 
@@ -100,7 +100,7 @@ def test_a_classifiers_adapter_brings_head_and_labels(tied: bool, tmp_path: Path
     reference.model.load_state_dict(plain.model.state_dict())
     options = {"task_type": "SEQ_CLS", "target_modules": ["q_proj", "embed_tokens"]}
     expected = write_adapter(reference, tmp_path / "adapter", options)
-    adapter = read_adapter(tmp_path / "adapter", "a", model)
+    adapter = read_adapter("a", tmp_path / "adapter", model)
     assert adapter.labels == ["LABEL_0", "LABEL_1", "LABEL_2"] and "output" not in adapter.changes
     assert adapter.head is not None
     tokens = TOKENS.clamp(min=1)
@@ -119,7 +119,7 @@ def test_ratios_are_those_of_quantised_weights(
     model = Llama.build(tmp_path / "base", quantize=quantize, group_size=group_size).model
     options = {"target_modules": ["q_proj", "embed_tokens"], "use_dora": True}
     expected = write_adapter(reference, tmp_path / "adapter", options).base_model.model.model
-    adapter = read_adapter(tmp_path / "adapter", "a", model)
+    adapter = read_adapter("a", tmp_path / "adapter", model)
     wq, head_dim = model.layers[0].attention.wq, model.params.head_dim
     layer = expected.layers[0].self_attn.q_proj
     plain = to_interleaved(layer.base_layer.weight, head_dim)

@@ -54,7 +54,7 @@ def attempt(files: Path, model: Transformer, tmp_path: Path) -> Callable[..., Ad
         file = directory / "adapter_model.safetensors"
         changed = load_file(file) | tensors
         save_file({name: t for name, t in changed.items() if t is not None}, file)
-        return read_adapter(directory, "a", model)
+        return read_adapter("a", directory, model)
 
     return read
 

@@ -15,6 +15,7 @@ from hf_files import as_transformers, write_adapter
 from servers import post, serve
 
 from llama import Llama
+from llama.adapters import Adapter
 from llama.cli import COMMANDS
 from llama.sampling import SamplingParams
 from llama.server import serve as serving
@@ -141,6 +142,31 @@ def test_flags_are_checked_before_anything_is_loaded(value: Any, match: str) -> 
         ServerConfig(model_name="base", lora_modules=value)
 
 
+def test_flags_may_have_spaces() -> None:
+    """A name that no request matches since it begins with a space."""
+    config = ServerConfig(lora_modules=("red=a/x", " blue = b/. "))
+    assert config.lora_directories() == {"red": "a/x", "blue": "b/."}
+
+
+def test_a_classifiers_adapter_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model in the list that answers no request."""
+    judge = Adapter("judge", {}, head=torch.zeros(2, 4), labels=["a", "b"])
+    fake = SimpleNamespace(load_adapter=lambda *_: None, adapters={"judge": judge})
+    monkeypatch.setattr(Llama, "build", lambda *_, **__: fake)
+    with pytest.raises(ValueError, match="'judge', an adapter that classifies"):
+        serving.main(ServerConfig(lora_modules=("judge=x",)))
+
+
+def test_an_adapters_model_tells_its_own_room(llama: Llama) -> None:
+    """Clients that fill the room of the base get an error behind virtual tokens."""
+    shared = Llama(llama.model, llama.tokenizer)
+    shared.adapters.add(Adapter("soft", {}, range(768, 773)))
+    with serve(shared, lora_modules=("soft=x/y/..",)) as (url, _):
+        base, soft = httpx.get(f"{url}/v1/models").json()["data"]
+    assert (base["max_model_len"], soft["max_model_len"]) == (256, 251)
+    assert soft["root"] == "x"
+
+
 def test_the_command_loads_them(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A flag that is described and does nothing, on some rank."""
     assert "serve" in COMMANDS
@@ -149,7 +175,7 @@ def test_the_command_loads_them(folder: Path, monkeypatch: pytest.MonkeyPatch) -
         fake = SimpleNamespace(
             load_adapter=lambda *given, loaded=loaded: loaded.append(given),
             engine=None,
-            adapters={"red": None},
+            adapters={name: Adapter(name, {}) for name in ("red", "blue")},
         )
         monkeypatch.setattr(Llama, "build", lambda *_, fake=fake, **__: fake)
         monkeypatch.setattr(serving, "rank", lambda rank=rank: rank)
