@@ -41,4 +41,4 @@ def test_the_reading_path_stays_short() -> None:
     files = [PACKAGE / f"{name}.py" for name in MODULES]
     files += [path for room in ("layers", "engine") for path in (PACKAGE / room).rglob("*.py")]
     counts = {str(path.relative_to(PACKAGE)): code_lines(path.read_text()) for path in files}
-    assert 2000 < sum(counts.values()) < 2900, counts
+    assert 2000 < sum(counts.values()) < 2950, counts
