@@ -10,7 +10,7 @@ from fuzz.fuzz_checkpoint import FORMATS, Fuzzer, describe
 
 pytestmark = pytest.mark.slow
 
-MUTATIONS = {"meta": 60, "llama3": 40, "hf": 50, "gguf": 50, "adapter": 40}
+MUTATIONS = {"meta": 35, "llama3": 20, "hf": 30, "gguf": 25, "adapter": 20}
 
 
 @pytest.fixture(scope="module")

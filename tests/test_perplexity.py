@@ -73,13 +73,9 @@ def test_the_command_prints_it(tiny: Llama, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(text)
     command = [sys.executable, "-m", "llama.perplexity", "--dtype", "float32", "--context", "64"]
     command += ["--stride", "32", "--device", "cpu", "--text_file"]
-    done = subprocess.run(
-        [*command, str(tmp_path / "text.txt")], capture_output=True, text=True, check=True
-    )
+    command.append(str(tmp_path / "text.txt"))
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     ids = tiny.tokenizer.encode(text, bos=True, eos=False)
     expected = perplexity(tiny, ids, 64, 32)
     assert done.stdout.startswith(f"perplexity {expected.value:.4f} +- ")
     assert f"({len(ids) - 1:,} tokens, context 64, stride 32)" in done.stdout
-    lost = subprocess.run([*command, str(tmp_path / "none")], capture_output=True, text=True)
-    assert lost.returncode == 1
-    assert lost.stderr.startswith("llama.perplexity: ")

@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import make_model
 from processes import script, torchrun
+from safetensors.torch import save_file
 
 from llama import Llama, cli
 from llama.checkpoint import base
@@ -409,7 +410,7 @@ def test_a_checkpoints_own_groups_are_meant_unless_others_are_named(tmp_path: Pa
 
 def test_an_adapter_is_merged_before_and_refused_after(int8: Path, tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4, "lora_alpha": 8}')
-    (tmp_path / "adapter_model.safetensors").touch()
+    save_file({"x": torch.zeros(1)}, tmp_path / "adapter_model.safetensors")
     with pytest.raises(ValueError, match="merge it into the original weights"):
         Llama.build(int8, adapter=tmp_path)
 
