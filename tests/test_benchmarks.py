@@ -139,7 +139,7 @@ def test_an_engine_is_compared_with_our_weights_of_as_many_bits() -> None:
     assert shares[1] == pytest.approx(8 * shares[0] / 2, abs=0.05)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_quality_is_measured(monkeypatch, capsys) -> None:
     monkeypatch.setattr(speed.engines, "installed", lambda: ["llama"])
     quality.main(n_tokens=700, context=128, stride=64)
@@ -157,7 +157,7 @@ def test_quality_is_measured(monkeypatch, capsys) -> None:
     assert values["llama int4, groups of 32"][0] > values["llama int4"][0] > 4.5
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_short_soak(capsys) -> None:
     """A hundred requests of all kinds at once, some cancelled or malformed: no wrong answer, no row
     that stays taken, and an end with status 0."""
@@ -278,7 +278,7 @@ def test_fractions_of_a_device_and_targets() -> None:
     assert gpu_speed.fractions("7B", "llama int4", results["llama int4"], cell)[1] < 0.31 * plain
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_device_is_compared_in_one_command() -> None:
     command = [sys.executable, speed.__file__, "--device", "cpu", "--shape", "1M", "--peers", ""]
     command += ["--contexts", "8", "--batches", "1,2", "--quantize", "int4"]

@@ -51,7 +51,11 @@ def test_what_the_judge_refuses() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("temperature", structure.TEMPERATURES)
+@pytest.mark.parametrize(
+    "temperature",
+    [structure.TEMPERATURES[0]]
+    + [pytest.param(each, marks=pytest.mark.soak) for each in structure.TEMPERATURES[1:]],
+)
 def test_all_answers_are_valid(tiny: Llama, temperature: float) -> None:
     """A failure means that an answer doesn't have the form that was asked for."""
     cases = schemas.cases(COUNT)

@@ -127,7 +127,7 @@ time.sleep(60)
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="processes are looked up in /proc")
-@pytest.mark.parametrize("busy", [False, True])
+@pytest.mark.parametrize("busy", [pytest.param(False, marks=pytest.mark.soak), True])
 def test_the_worker_ends_with_its_parent(busy: bool) -> None:
     """A failure means that servers leave processes behind."""
     path = str(Path(trial.__file__).parents[2])
