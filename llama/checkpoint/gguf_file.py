@@ -130,6 +130,8 @@ def _parse(data: torch.Tensor) -> tuple[dict[str, Any], dict[str, Stored]]:
         if name in infos or not 1 <= n_dims <= 4:
             raise ValueError(f"{name!r} has {n_dims} dimensions or is listed twice")
         shape = tuple(reader.number("Q") for _ in range(n_dims))[::-1]
+        if not all(0 < size < 1 << 40 for size in shape):
+            raise ValueError(f"{name!r} has the shape {shape}")
         infos[name] = (reader.number("I"), shape, reader.number("Q"))
     alignment = metadata.get("general.alignment", 32)
     if type(alignment) is not int or alignment < 8 or alignment & (alignment - 1):

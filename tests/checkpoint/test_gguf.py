@@ -354,6 +354,8 @@ def test_a_damaged_file_is_refused_in_one_sentence(tmp_path: Path) -> None:
     write_gguf(path)
     data = path.read_bytes()
     key = data.index(b"general.architecture")
+    shape = data.index(b"blk.0.ffn_up.weight") + 23  # behind the name and the number of dimensions
+    no_rows = struct.pack("<QQ", 1 << 63, 0)
     broken = {
         "no GGUF file: it begins with b'PK": b"PK\x03\x04" + data[4:],
         "no GGUF file: it begins with b''": b"",
@@ -363,6 +365,7 @@ def test_a_damaged_file_is_refused_in_one_sentence(tmp_path: Path) -> None:
         "damaged or incomplete": claim(data, 16, 1 << 60),
         "bytes are announced after": claim(data, key - 8, 1 << 62),
         "doesn't fit": data[:-200],
+        "has the shape ": data[:shape] + no_rows + data[shape + 16 :],
         "no type has the number 99": data[: key + 20] + struct.pack("<I", 99) + data[key + 24 :],
     }
     for message, content in broken.items():
