@@ -13,6 +13,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 
 from llama import Llama, ModelArgs, Tokenizer, Transformer, parallel
+from llama.convert import convert
 from llama.engine import runner
 from llama.generation import TINY
 
@@ -23,6 +24,14 @@ SMALL = {"dim": 64, "n_layers": 2, "n_heads": 8, "multiple_of": 32, "vocab_size"
 def tiny() -> Llama:
     """The embedded model in float32, where greedy ids don't depend on the batch."""
     return Llama.build(dtype=torch.float32, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded model as a Hugging Face directory."""
+    path = tmp_path_factory.mktemp("saved") / "model"
+    convert(str(TINY), str(path), "hf")
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ _UNPACK = "unpack it and give the directory with the checkpoint"
 _OLD_TORCH = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19"  # a pickled number, before zip archives
 _MAX_PICKLE = 1 << 20  # bytes of a pickle that are searched for names
 MAX_FILES = 200
-"""How many files of a directory are looked into."""
+"""The files of a directory that are looked into, at most."""
 
 _MAX_HEADER = 100_000_000  # bytes, as in safetensors itself
 

@@ -161,7 +161,7 @@ LLAMA3 = {
 
 @torch.inference_mode()
 def difference(model: Transformer, factor: float | None) -> float:
-    """How far logits are from those of transformers with a factor, in parts of the largest."""
+    """The distance of logits from transformers' with a factor, in parts of the largest."""
     rope = {"rope_type": "default", "rope_theta": 500000.0}
     if factor:
         rope = {**LLAMA3, "factor": factor}

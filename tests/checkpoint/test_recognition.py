@@ -31,17 +31,7 @@ from safetensors.torch import save_file
 from llama import Llama
 from llama.checkpoint import apply_adapter, open_checkpoint
 from llama.checkpoint.recognition import explain_path
-from llama.convert import convert
 from llama.generation import TINY
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The embedded model as a Hugging Face directory."""
-    path = tmp_path_factory.mktemp("saved") / "model"
-    convert(str(TINY), str(path), "hf")
-    return path
-
 
 # A file that is given, and what its error says.
 FILES: dict[str, tuple[str, Callable[[Path], object], str]] = {

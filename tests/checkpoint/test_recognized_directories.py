@@ -31,18 +31,6 @@ from harmed_files import (
     write,
 )
 
-from llama.convert import convert
-from llama.generation import TINY
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The embedded model as a Hugging Face directory."""
-    path = tmp_path_factory.mktemp("saved") / "model"
-    convert(str(TINY), str(path), "hf")
-    return path
-
-
 # A harm of a Hugging Face directory, and what its error says.
 DIRECTORIES: dict[str, tuple[Callable[[Path], Path | object], type[Exception], str]] = {
     "pointer to weights": (
