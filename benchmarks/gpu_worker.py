@@ -54,6 +54,7 @@ def release(device: torch.device) -> None:
     """Give freed memory back, for what comes next in this process."""
     gc.collect()
     if device.type == "cuda":
+        torch.cuda.init()  # in a process that hasn't used the device yet, nothing could be reset
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
 
