@@ -185,7 +185,7 @@ class Transformer(nn.Module):
         n_kv_heads = next(self._blocks()).attention.n_local_kv_heads
         shape = (params.max_batch_size, n_kv_heads, params.max_seq_len, params.head_dim)
         for block in self._blocks():
-            cache = KVCache(shape, dtype, device, int8_cache, self.backend.paged)
+            cache = KVCache(shape, dtype, device, int8_cache, self.backend.position_major)
             block.attention.cache = cache
 
     def quantize(self, scheme: Scheme, dtype: torch.dtype) -> None:

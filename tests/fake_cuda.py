@@ -5,72 +5,68 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.nn.attention import varlen
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from llama.engine import graphs
 from llama.layers.capability import Capability
-from llama.layers.kv_cache import PAGE
 
 # An H100 whose attention operator takes float32 too, so that tokens can be compared.
 H100 = Capability("cuda", (9, 0), (torch.float32, torch.float16, torch.bfloat16))
 varlen_calls: list[dict[str, Any]] = []  # what the operator was asked for
 
 
-@varlen._varlen_attn.register_kernel("cpu")
-def _varlen_attn(
+def _flash_attention_forward(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    cu_seq_q: torch.Tensor,
-    cu_seq_k: torch.Tensor | None,
+    cum_seq_q: torch.Tensor,
+    cum_seq_k: torch.Tensor,
     max_q: int,
     max_k: int,
-    is_causal: bool = False,
-    scale: float | None = None,
-    window_size: list[int] | None = None,
-    enable_gqa: bool = False,
-    seqused_k: torch.Tensor | None = None,
-    block_table: torch.Tensor | None = None,
-    num_splits: int | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``varlen_attn`` as CUDA has it for a paged cache, with its demands and its known fault."""
-    assert seqused_k is not None and block_table is not None and cu_seq_k is not None
-    numbers = (cu_seq_q, cu_seq_k, seqused_k, block_table)
-    assert all(tensor.dtype == torch.int32 for tensor in numbers)
-    assert all(tensor.is_contiguous() for tensor in numbers[:3])
-    assert all(tensor.stride(-1) == 1 for tensor in (query, key, value, block_table))
-    assert key.shape[1] == PAGE and query.dtype == key.dtype == value.dtype
+    dropout_p: float,
+    is_causal: bool,
+    return_debug_mask: bool,
+    *,
+    seqused_k: torch.Tensor,
+    **others: Any,
+) -> tuple[torch.Tensor, ...]:
+    """PyTorch's FlashAttention for sequences of any lengths, with its demands on CUDA."""
+    assert not (dropout_p or return_debug_mask or any(x is not None for x in others.values()))
+    numbers = (cum_seq_q, cum_seq_k, seqused_k)
+    assert all(x.dtype == torch.int32 and x.is_contiguous() for x in numbers)
+    assert all(x.dim() == 3 and x.stride(-1) == 1 for x in (query, key, value))
+    assert key.shape == value.shape and query.dtype == key.dtype == value.dtype
     n_sequences = len(seqused_k)
-    assert cu_seq_q.shape == cu_seq_k.shape == (n_sequences + 1,) == (len(block_table) + 1,)
-    assert cu_seq_q[-1] == len(query) and (seqused_k <= cu_seq_k.diff()).all()
-    assert int(cu_seq_q.diff().max()) <= max_q and int(seqused_k.max()) <= max_k
-    assert block_table.shape[1] * PAGE >= max_k
-    is_swapped = max_q == 1 and window_size == [-1, -1] and query.shape[1] > key.shape[2]
-    varlen_calls.append({"max_q": max_q, "max_k": max_k, "is_swapped": is_swapped})
-    n_rep = query.shape[1] // key.shape[2]
+    assert cum_seq_q.shape == cum_seq_k.shape == (n_sequences + 1,)
+    assert cum_seq_q[-1] == len(query) and (cum_seq_k[:-1] + seqused_k <= len(key)).all()
+    assert int(cum_seq_q.diff().max()) <= max_q and int(seqused_k.max()) <= max_k
+    is_divided = max_q == 1 and not is_causal and query.shape[1] > key.shape[1]
+    varlen_calls.append({"max_q": max_q, "max_k": max_k, "is_divided": is_divided})
+    n_rep = query.shape[1] // key.shape[1]
     out = torch.full_like(query, torch.nan)
     for i in range(n_sequences):
-        if i and num_splits != 1 and not is_swapped:
-            break  # a later sequence stays unwritten (pytorch issue 194167)
-        some = slice(int(cu_seq_q[i]), int(cu_seq_q[i + 1]))
-        used = int(seqused_k[i])
-        pages = block_table[i, : -(-used // PAGE)].long()
+        some = slice(int(cum_seq_q[i]), int(cum_seq_q[i + 1]))
+        used, first = int(seqused_k[i]), int(cum_seq_k[i])
         keys, values = (
-            x[pages].flatten(0, 1)[:used].transpose(0, 1).repeat_interleave(n_rep, 0).float()
+            x[first : first + used].transpose(0, 1).repeat_interleave(n_rep, 0).float()
             for x in (key, value)
         )
         n = some.stop - some.start
         mask = torch.ones(n, used, dtype=torch.bool)
-        if window_size == [-1, 0]:
+        if is_causal:
             mask = mask.tril(used - n)
         q = query[some].transpose(0, 1).float()
         attended = torch.nn.functional.scaled_dot_product_attention(q, keys, values, mask)
         out[some] = attended.transpose(0, 1).to(out.dtype)
     rng = torch.zeros(2, dtype=torch.uint64)
-    return out, query.new_zeros(query.shape[1], len(query), dtype=torch.float32), rng
+    sums = query.new_zeros(query.shape[1], len(query), dtype=torch.float32)
+    return out, sums, rng, rng, query.new_empty(0)
+
+
+_library = torch.library.Library("aten", "IMPL")
+_library.impl("_flash_attention_forward", _flash_attention_forward, "CPU")
 
 
 class _Tape(TorchDispatchMode):

@@ -41,32 +41,33 @@ def choose_backend(
         reason = _difference(heads, device, sdpa)
         # Ranks whose attention differs would record other steps.
         if not parallel.max_over_ranks(torch.tensor(float(bool(reason)), device=device)):
-            logger.info("attention by varlen_attn, in pages")
-            return Varlen(args.max_batch_size, args.max_seq_len, device)
-        logger.warning("varlen_attn isn't used: %s", reason or "another rank can't")
+            logger.info("attention by FlashAttention, of sequences of any lengths")
+            return Varlen(args.max_seq_len)
+        logger.warning("FlashAttention isn't used: %s", reason or "another rank can't")
     logger.info("attention by scaled_dot_product_attention (%s)", reason)
     return sdpa
 
 
 @torch.inference_mode()
 def _difference(heads: tuple[int, int, int], device: torch.device, sdpa: Sdpa) -> str:
-    """Return how ``varlen_attn`` differs from SDPA on a device; an empty string if it doesn't.
+    """Return how ``Varlen`` differs from SDPA on a device; an empty string if it doesn't.
 
-    A signature doesn't tell what works: a short and a long sequence are tried, in both forms.
+    Its operator is no part of PyTorch's interface, and a signature doesn't tell what works: a short
+    and a long sequence are tried, in both forms.
     """
     n_heads, n_kv_heads, head_dim = heads
     shape = (2, n_kv_heads, _LONG + 2 * MAX_DRAFT, head_dim)
-    varlen = Varlen(2, shape[2], device)
-    plain, paged = (KVCache(shape, sdpa.dtype, device, paged=p) for p in (False, True))
+    varlen = Varlen(shape[2])
+    plain, rows = (KVCache(shape, sdpa.dtype, device, position_major=p) for p in (False, True))
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator, device="cpu").to(device, sdpa.dtype)
 
-    for ours, theirs in ((plain.k, paged.k), (plain.v, paged.v)):
+    for ours, theirs in ((plain.k, rows.k), (plain.v, rows.v)):
         ours.copy_(random(*shape))
-        theirs[:, : shape[2]] = ours.transpose(1, 2)
-    both = (Segment(0, _LONG, 1), Segment(1, _SHORT, 1))
+        theirs.copy_(ours.transpose(1, 2))
+    both = (Segment(1, _LONG, 1), Segment(0, _SHORT, 1))
     steps = {
         "reading": [segment._replace(length=MAX_DRAFT + 1) for segment in both],
         "decoding drafts": [segment._replace(length=3) for segment in both],
@@ -76,8 +77,8 @@ def _difference(heads: tuple[int, int, int], device: torch.device, sdpa: Sdpa) -
         q = random(sum(segment.length for segment in segments), n_heads, head_dim)
         expected = ragged_attention(q, plain, sdpa.layout(segments, device))
         try:
-            found = ragged_attention(q, paged, varlen.layout(segments, device))
-        except (RuntimeError, ValueError, NotImplementedError) as problem:
+            found = ragged_attention(q, rows, varlen.layout(segments, device))
+        except (AttributeError, RuntimeError, TypeError) as problem:
             return f"it fails while {name}: {problem}"
         wrong, right = (x.float().flatten(1).norm(dim=1) for x in (found - expected, expected))
         error = float((wrong / right).max())  # of any token, as a part of what is right

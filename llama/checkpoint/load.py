@@ -3,7 +3,6 @@
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 
 import torch
 
@@ -27,7 +26,6 @@ from llama.checkpoint.sharding import (
 )
 from llama.cli import progress
 from llama.layers.capability import Capability
-from llama.layers.kv_cache import PAGE
 from llama.layers.quantization import Int4, Scheme
 from llama.model import Transformer
 
@@ -181,20 +179,17 @@ def plan_memory(
     capability = Capability.of(device)
     local_ranks = parallel.local_ranks() if device.type == "cpu" else 1  # which share this memory
     weights = weight_bytes(args, dtype, ranks, scheme) * local_ranks
-    stored = args
-    is_paged = dtype in capability.varlen_dtypes and not int8_cache
-    if is_paged:
-        stored = replace(args, max_seq_len=-(-args.max_seq_len // PAGE) * PAGE)
-    cache = cache_bytes(stored, dtype, ranks, int8_cache) * local_ranks
+    cache = cache_bytes(args, dtype, ranks, int8_cache) * local_ranks
     tokens = prefill_tokens(args, dtype, ranks, capability, available, weights + cache)
     on_cuda = capability.kind == "cuda"
     workspace = workspace_bytes(args, dtype, ranks, tokens) if on_cuda else 0
-    if on_cuda and not is_paged:  # recorded steps gather a layer's cache, and widen it
+    is_varlen = dtype in capability.varlen_dtypes and not int8_cache
+    if on_cuda and not is_varlen:  # recorded steps gather a layer's cache, and widen it
         workspace += 2 * cache_bytes(args, dtype, ranks) // args.n_layers
     if available is None or weights + cache + workspace <= available:
         return tokens
     room = available - workspace
-    left = (room - weights) * stored.max_seq_len * args.max_batch_size // cache
+    left = (room - weights) * args.max_seq_len * args.max_batch_size // cache
     if left >= 1:
         advice = (
             f"max_seq_len={args.max_seq_len} times max_batch_size={args.max_batch_size} can be at "

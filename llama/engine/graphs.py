@@ -20,12 +20,12 @@ from llama import parallel
 from llama.cli import progress
 from llama.layers.batch import Segment, token_places
 from llama.layers.capability import Capability
-from llama.layers.varlen import MAX_DRAFT
+from llama.layers.varlen import MAX_DRAFT, Varlen
 from llama.model import Transformer
 
 logger = logging.getLogger(__name__)
 
-_FIRST_LENGTH = 1024  # positions that the shortest graphs read; the others four times as many each
+_FIRST_LENGTH = 1024  # positions that the shortest graphs read; the others twice as many each
 
 
 class CudaGraph:
@@ -150,14 +150,15 @@ class DecodingSteps:
         self._pool: Any = CudaGraph.pool(model.freqs_cis.device) if self._is_recorded else None
         most, last = model.params.max_batch_size, model.params.max_seq_len
         # SDPA reads a copy of each token's slot: of a draft's tokens that would be too many.
-        if self._is_recorded and model.backend.paged:
+        if self._is_recorded and isinstance(model.backend, Varlen):
             most = max(most, MAX_DRAFT)
         self.max_tokens = most
         self._counts = sorted({most, *(1 << power for power in range(most.bit_length()))})
-        # Kernels read what is filled, and divide it by this length; SDPA reads all of it.
+        # SDPA reads all of it. FlashAttention reads what is filled, but divides the length among
+        # processors: where a quarter of it is filled, three quarters of them would have no work.
         self.lengths = [_FIRST_LENGTH]
         while self.lengths[-1] < last:
-            self.lengths.append(self.lengths[-1] * (4 if model.backend.paged else 2))
+            self.lengths.append(2 * self.lengths[-1])
         self.lengths[-1] = last
         self._layers: list[Callable[..., torch.Tensor]] = list(model.layers)
         self._output: Callable[[torch.Tensor], torch.Tensor] = model.output_logits

@@ -67,7 +67,7 @@ class Sdpa:
         dtype: of the queries.
     """
 
-    paged = False
+    position_major = False
 
     def __init__(self, kind: str, dtype: torch.dtype):
         self._kind = kind

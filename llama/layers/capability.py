@@ -1,7 +1,6 @@
 """The abilities of a device with the installed PyTorch, by which operators are chosen."""
 
 import functools
-import inspect
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +13,7 @@ class Capability:
     Attributes:
         kind: "cpu", "cuda" or "mps".
         compute: CUDA's compute capability; (0, 0) elsewhere.
-        varlen_dtypes: those in which PyTorch's ``varlen_attn`` reads a cache in pages.
+        varlen_dtypes: those in which PyTorch's FlashAttention takes lengths from tensors.
     """
 
     kind: str = "cpu"
@@ -28,15 +27,5 @@ class Capability:
         if device.type != "cuda" or torch.version.hip is not None:
             return Capability(device.type)
         compute = torch.cuda.get_device_capability(device)
-        dtypes = (torch.float16, torch.bfloat16) if compute >= (8, 0) and _reads_pages() else ()
+        dtypes = (torch.float16, torch.bfloat16) if compute >= (8, 0) else ()
         return Capability("cuda", compute, dtypes)
-
-
-def _reads_pages() -> bool:
-    """Return whether ``varlen_attn`` has the parameters of a cache in pages (torch 2.13)."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return False
-    wanted = {"seqused_k", "block_table", "num_splits", "enable_gqa"}
-    return wanted <= inspect.signature(varlen_attn).parameters.keys()

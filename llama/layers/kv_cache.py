@@ -3,8 +3,6 @@
 import torch
 from torch import nn
 
-PAGE = 256  # positions, as CUDA's kernels want pages
-
 
 class KVCache(nn.Module):
     """Keys and values that a layer has computed, one slot for each sequence.
@@ -18,7 +16,7 @@ class KVCache(nn.Module):
         dtype: of the keys and values that go in and come out.
         device: of the memory.
         int8: whether entries have eight bits.
-        paged: whether the heads of a position lie next to each other instead, in whole pages.
+        position_major: whether the heads of a position lie next to each other instead.
     """
 
     k: torch.Tensor
@@ -32,14 +30,14 @@ class KVCache(nn.Module):
         dtype: torch.dtype,
         device: torch.device,
         int8: bool = False,
-        paged: bool = False,
+        position_major: bool = False,
     ):
         super().__init__()
         self.int8 = int8
-        self.paged = paged
-        if paged:
+        self.position_major = position_major
+        if position_major:
             n_slots, n_kv_heads, max_seq_len, head_dim = shape
-            shape = (n_slots, -(-max_seq_len // PAGE) * PAGE, n_kv_heads, head_dim)
+            shape = (n_slots, max_seq_len, n_kv_heads, head_dim)
         scales = (*shape[:3], int(int8))  # no element where nothing is scaled
         for name in ("k", "v"):
             entries = torch.zeros(shape, dtype=torch.int8 if int8 else dtype, device=device)
@@ -51,7 +49,7 @@ class KVCache(nn.Module):
         self, xk: torch.Tensor, xv: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor
     ) -> None:
         """Write new tokens' keys and values, each (n_tokens, n_kv_heads, head_dim)."""
-        places = (slots, positions) if self.paged else (slots, slice(None), positions)
+        places = (slots, positions) if self.position_major else (slots, slice(None), positions)
         for entries, scales, x in ((self.k, self.k_scale, xk), (self.v, self.v_scale, xv)):
             if self.int8:
                 scale = x.abs().amax(dim=-1, keepdim=True) / 127
@@ -67,14 +65,10 @@ class KVCache(nn.Module):
             return self.k[filled], self.v[filled]
         return self.k[filled] * self.k_scale[filled], self.v[filled] * self.v_scale[filled]
 
-    def pages(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return all of a paged cache, slot after slot: two of (n, PAGE, n_kv_heads, head_dim)."""
-        return self.k.view(-1, PAGE, *self.k.shape[2:]), self.v.view(-1, PAGE, *self.v.shape[2:])
-
     def copy(self, source: int, target: int, n_tokens: int) -> None:
         """Copy the first ``n_tokens`` positions of one slot to another."""
         for buffer in self.buffers():
-            slots = buffer if self.paged else buffer.transpose(1, 2)
+            slots = buffer if self.position_major else buffer.transpose(1, 2)
             slots[target, :n_tokens] = slots[source, :n_tokens]
 
     def clear(self) -> None:

@@ -1,7 +1,7 @@
-"""Attention by ``varlen_attn``: CUDA's kernel for sequences of any lengths in a paged cache.
+"""Attention by PyTorch's FlashAttention operator for sequences of any lengths, on CUDA.
 
-It takes the lengths from tensors on the device and reads what is filled, without masks: a CUDA
-graph can be replayed while sequences grow.
+It takes the lengths from tensors on the device and reads what is filled, where it lies, without
+masks: a CUDA graph can be replayed while sequences grow.
 """
 
 import itertools
@@ -9,68 +9,64 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from llama.layers.batch import RaggedBatch, Segment, to_device, token_places
-from llama.layers.kv_cache import PAGE, KVCache
+from llama.layers.kv_cache import KVCache
 
 MAX_DRAFT = 16  # new tokens of a sequence, up to which each attends on its own
+_FULL = 256  # queries' heads in all that keep a GPU's processors busy, each with one
 
 
-class PagedCall(NamedTuple):
-    """The tokens that one call of ``varlen_attn`` serves; all tensors are int32."""
+class VarlenCall(NamedTuple):
+    """The tokens that one call of the operator serves; all tensors are int32."""
 
     tokens: slice  # of the batch
     cu_seq_q: torch.Tensor  # (n_sequences + 1,), where each sequence's queries begin and end
-    cu_seq_k: torch.Tensor  # (n_sequences + 1,), the same of its pages' positions
+    # (n_sequences + 1,), where each sequence's keys begin in the cache; nothing reads the last.
+    begin_k: torch.Tensor
     seqused_k: torch.Tensor  # (n_sequences,), how many positions are filled
-    block_table: torch.Tensor  # (n_sequences, pages), where they are in the cache
     max_q: int  # queries of a sequence at most
     max_k: int  # positions at most, by which the kernel divides its work
 
     def attend(self, q: torch.Tensor, kv_cache: KVCache) -> torch.Tensor:
         """Return the attention of its queries: (n_tokens, n_heads, head_dim), also of ``q``."""
-        from torch.nn.attention.varlen import varlen_attn
-
-        keys, values = kv_cache.pages()
+        keys, values = kv_cache.k.flatten(0, 1), kv_cache.v.flatten(0, 1)
         is_decoding = self.max_q == 1
-        # A long sequence is divided among processors only where several heads share its keys.
-        is_lone = is_decoding and q.shape[1] == keys.shape[2]
-        out = varlen_attn(
-            q.repeat_interleave(2, dim=1) if is_lone else q,
+        # A sequence is divided among processors only where several heads share its keys: one at
+        # 16,384 positions is read six times as fast by an H200, and eight together a bit slower.
+        is_few = is_decoding and q.shape[1] == keys.shape[1] and q.shape[0] * q.shape[1] < _FULL
+        # ``varlen_attn``, which calls this, takes no lengths before PyTorch 2.13.
+        out: torch.Tensor = torch.ops.aten._flash_attention_forward(
+            q.repeat_interleave(2, dim=1) if is_few else q,
             keys,
             values,
             self.cu_seq_q,
-            self.cu_seq_k,
+            self.begin_k,
             self.max_q,
             self.max_k,
-            window_size=(-1, -1) if is_decoding else (-1, 0),
-            enable_gqa=True,
+            0.0,  # dropout
+            not is_decoding,
+            False,
             seqused_k=self.seqused_k,
-            block_table=self.block_table,
-            # Divided, a prompt's piece would leave others unwritten (pytorch issue 194167).
-            num_splits=None if is_decoding else 1,
-        )
-        assert isinstance(out, torch.Tensor)
-        return out[:, ::2] if is_lone else out
+        )[0]
+        return out[:, ::2] if is_few else out
 
 
 class Varlen:
-    """Lays out batches for ``varlen_attn``.
+    """Lays out batches for the operator.
 
-    In decoding each new token, of a draft too, is a sequence of its own, which reads the pages of
-    its slot up to itself. A piece of a prompt is one sequence, which attends causally.
+    In decoding each new token, of a draft too, is a sequence of its own, which reads its slot up
+    to itself. A piece of a prompt is one sequence, which attends causally.
 
     Args:
-        n_slots, max_seq_len: the cache's size.
-        device: the cache's device.
+        max_seq_len: positions of a slot of the cache.
     """
 
-    paged = True
+    position_major = True
 
-    def __init__(self, n_slots: int, max_seq_len: int, device: torch.device):
-        n_pages = -(-max_seq_len // PAGE)
-        numbers = torch.arange(n_slots * n_pages, dtype=torch.int32, device=device)
-        self._pages = numbers.view(n_slots, n_pages)
+    def __init__(self, max_seq_len: int):
+        self._max_seq_len = max_seq_len
 
     def layout(self, segments: Sequence[Segment], device: torch.device) -> RaggedBatch:
         """Return the batch of some segments, each of another slot.
@@ -110,11 +106,9 @@ class Varlen:
         slots: torch.Tensor,
         used: torch.Tensor,
         ends: torch.Tensor,
-    ) -> PagedCall:
-        n_pages = -(-kv_len // PAGE)
-        cu_seq_k = torch.arange(len(ends), dtype=torch.int32, device=ends.device) * n_pages * PAGE
-        table = self._pages[slots, :n_pages]
-        return PagedCall(tokens, ends.int(), cu_seq_k, used.int(), table, max_q, n_pages * PAGE)
+    ) -> VarlenCall:
+        begin_k = F.pad(slots * self._max_seq_len, (0, 1))
+        return VarlenCall(tokens, ends.int(), begin_k.int(), used.int(), max_q, kv_len)
 
 
 def _tokens(segment: Segment) -> list[Segment]:

@@ -6,7 +6,6 @@ from typing import Any
 import fake_cuda
 import pytest
 import torch
-from torch.nn.attention import varlen
 
 from llama import ModelArgs, parallel
 from llama.checkpoint.backend import choose_backend
@@ -43,12 +42,12 @@ def test_an_operator_that_is_wrong_here_is_not_used_and_that_is_said(
     fault: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A failure means garbage on a GPU whose kernel has a fault: no signature tells it."""
-    real = varlen.varlen_attn
+    real = torch.ops.aten._flash_attention_forward
 
     def broken(q: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if fault == "missing":
             raise RuntimeError("this build has no FlashAttention")
-        out = real(q, *args, **kwargs)
+        out, *others = real(q, *args, **kwargs)
         if fault == "unwritten":
             out[-1] = math.nan
         max_q, max_k = args[4:6]
@@ -57,9 +56,9 @@ def test_an_operator_that_is_wrong_here_is_not_used_and_that_is_said(
             "wrong in decoding": max_q == 1 and len(q) == 1,
             "wrong in long texts": max_k > 512,
         }
-        return out * 1.2 if is_wrong.get(fault) else out
+        return out * 1.2 if is_wrong.get(fault) else out, *others
 
-    monkeypatch.setattr(varlen, "varlen_attn", broken)
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", broken)
     with caplog.at_level("INFO", "llama.checkpoint.backend"):
         assert isinstance(choose(), Sdpa)
     expected = {"missing": "no FlashAttention", "unwritten": "wrong by nan"}

@@ -43,7 +43,7 @@ def meta_model(n_layers: int = 2, dtype: torch.dtype = torch.bfloat16, **shape: 
     for module in model.modules():
         for name, weight in list(module.named_parameters(recurse=False)):
             setattr(module, name, nn.Parameter(weight.to(dtype), requires_grad=False))
-    backend = Varlen(args.max_batch_size, args.max_seq_len, torch.device("meta"))
+    backend = Varlen(args.max_seq_len)
     model.allocate_buffers(torch.device("meta"), dtype, backend=backend)
     model.pack()
     return model
@@ -129,7 +129,7 @@ def test_a_prompt_of_100_000_tokens_needs_no_mask(tiny_tokenizer: Tokenizer) -> 
             passes += 1
     assert passes == 13  # of 8192 tokens at most
     assert counted.largest <= 8192 * 2 * model.params.hidden_dim
-    # Where there is no paged attention, the kernel is told of the triangle instead.
+    # Where lengths can't be told, the kernel is told of the triangle instead.
     [span] = Sdpa("cuda", torch.float32).layout([Segment(0, 90_000, 8192)], CPU).calls
     assert isinstance(span.mask, CausalBias)
 
@@ -142,7 +142,7 @@ def test_a_whole_step_is_one_graph_for_the_compiler() -> None:
     counts = []
 
     def backend(graph: torch.fx.GraphModule, examples: list[Any]) -> Any:
-        counts.append(sum("varlen" in str(node.target) for node in graph.graph.nodes))
+        counts.append(sum("flash" in str(node.target) for node in graph.graph.nodes))
         return graph.forward
 
     compiled = torch.compile(steps._step, fullgraph=True, dynamic=False, backend=backend)
@@ -178,7 +178,7 @@ def test_all_steps_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(graphs, "CudaGraph", Graph)
     monkeypatch.setattr(torch, "compile", counted)
-    model = meta_model(2, **{**LLAMA3_8B, "max_seq_len": 20_000})
+    model = meta_model(2, **{**LLAMA3_8B, "max_seq_len": 5000})
     steps = DecodingSteps(model, compile=True)
     steps.prepare()
     n_lengths = len(steps.lengths)
@@ -187,7 +187,7 @@ def test_all_steps_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(count >= n_lengths for count in shapes.values())
     before = shapes.total()
     with torch.compiler.set_stance("fail_on_recompile"):
-        segments = [Segment(0, 5000, 1)]
+        segments = [Segment(0, 4500, 1)]
         places = [torch.tensor(x, device="meta") for x in steps.places(segments)]
         steps(torch.zeros(1, dtype=torch.long, device="meta"), segments, *places)
     assert shapes.total() == before
@@ -212,5 +212,5 @@ def test_outside_the_network_a_batch_launches_what_a_lone_stream_does(
             engine.step()
         return counted.names.total()
 
-    lone = outside(1)
-    assert lone <= outside(64) <= lone + 2
+    # A lone stream's attention doubles its queries and drops half of what comes out.
+    assert abs(outside(64) - outside(1)) <= 2

@@ -1,4 +1,4 @@
-"""CUDA's way through the engine, on a CPU: paged attention, graphs, passes ahead of the host."""
+"""CUDA's way through the engine, on a CPU: its attention, graphs, passes ahead of the host."""
 
 import json
 from collections.abc import Callable
@@ -16,6 +16,7 @@ from llama import Llama
 from llama.engine import runner
 from llama.errors import NotFinite
 from llama.generation import TINY
+from llama.layers.varlen import Varlen
 
 STORY = "Once upon a time Tom and Anna had a red kite."
 REPEATED = "Tom has a red ball. Tom has a red ball. Tom has a"
@@ -141,7 +142,7 @@ def test_longer_texts_take_longer_graphs(
     monkeypatch.setattr("llama.engine.graphs._FIRST_LENGTH", 32)
     llama = build(max_batch_size=1, max_seq_len=600)
     steps = llama.engine.decode
-    assert steps is not None and steps.lengths == [32, 128, 512, 600]
+    assert steps is not None and steps.lengths == [32, 64, 128, 256, 512, 600]
     prompt = llama.tokenizer.encode(STORY, True, False)
     fake_cuda.varlen_calls.clear()
     long = llama.generate([(prompt * 40)[:505]], 20, temperature=0)[0]
@@ -375,7 +376,7 @@ def test_a_model_that_cannot_be_recorded_runs_without(monkeypatch: pytest.Monkey
     monkeypatch.setattr("llama.parallel.can_capture", lambda: False)
     llama = Llama.build(dtype=torch.float32, device="cpu")
     assert llama.engine.decode is None
-    assert llama.model.backend.paged
+    assert isinstance(llama.model.backend, Varlen)
 
 
 def test_steps_that_cannot_be_recorded_are_told_and_computed_anyway(

@@ -43,7 +43,7 @@ def normal(*shape: int, seed: int) -> torch.Tensor:
 
 def make_backend(name: str, dtype: torch.dtype = torch.float32) -> Backend:
     if name == "varlen":
-        return Varlen(N_SLOTS, MAX_SEQ_LEN, CPU)
+        return Varlen(MAX_SEQ_LEN)
     return Sdpa(name.rpartition(" ")[2].replace("sdpa", "cpu"), dtype)
 
 
@@ -52,10 +52,11 @@ def filled_cache(
     n_kv_heads: int,
     dtype: torch.dtype,
     int8: bool = False,
-    paged: bool = False,
+    position_major: bool = False,
 ) -> KVCache:
     """A cache with what came before the segments and what they bring; the rest is stale."""
-    kv_cache = KVCache((N_SLOTS, n_kv_heads, MAX_SEQ_LEN, HEAD_DIM), dtype, CPU, int8, paged)
+    shape = N_SLOTS, n_kv_heads, MAX_SEQ_LEN, HEAD_DIM
+    kv_cache = KVCache(shape, dtype, CPU, int8, position_major)
     for buffer in (kv_cache.k, kv_cache.v):
         buffer.fill_(100)
     whole = [Segment(slot, 0, start_pos + length) for slot, start_pos, length in segments]
@@ -70,7 +71,7 @@ def naive_attention(q: torch.Tensor, kv_cache: KVCache, batch: RaggedBatch) -> t
     out = torch.zeros(len(batch.slots), *q.shape[1:])
     places = zip(batch.slots.tolist(), batch.positions.tolist(), strict=True)
     for i, (slot, position) in enumerate(places):
-        if kv_cache.paged:
+        if kv_cache.position_major:
             read = (x[slot, : position + 1].transpose(0, 1) for x in (kv_cache.k, kv_cache.v))
         else:
             read = (x[0] for x in kv_cache.read(slice(slot, slot + 1), position + 1))
@@ -97,7 +98,8 @@ def test_each_token_attends_to_its_own_past(
     With ``mha`` in half precision a query is doubled, which must leave no trace.
     """
     layout = make_backend(backend, dtype)
-    kv_cache = filled_cache(BATCHES[name], n_kv_heads, dtype, paged=layout.paged)
+    position_major = layout.position_major
+    kv_cache = filled_cache(BATCHES[name], n_kv_heads, dtype, position_major=position_major)
     batch = layout.layout(BATCHES[name], CPU)
     q = normal(len(batch.slots), N_HEADS, HEAD_DIM, seed=7).to(dtype)
     out = ragged_attention(q, kv_cache, batch)
@@ -153,7 +155,8 @@ def test_tokens_whose_places_only_the_device_knows(name: str, kv_len: int, n_kv_
     """A failure means that a recorded step reads other slots, or more than is filled."""
     segments = [Segment(slot, position, 1) for slot, position in DEVICE_GATHERS if position != 8]
     backend = make_backend(name)
-    kv_cache = filled_cache(segments, n_kv_heads, torch.float32, paged=backend.paged)
+    position_major = backend.position_major
+    kv_cache = filled_cache(segments, n_kv_heads, torch.float32, position_major=position_major)
     slots, positions = torch.tensor(DEVICE_GATHERS).T
     batch = backend.decoding(slots, positions, kv_len)
     q = normal(len(slots), N_HEADS, HEAD_DIM, seed=7)
@@ -162,14 +165,14 @@ def test_tokens_whose_places_only_the_device_knows(name: str, kv_len: int, n_kv_
 
 
 @pytest.mark.parametrize("n_kv_heads", [4, 2, 1], ids=["mha", "gqa", "mqa"])
-def test_decoding_in_pages_can_be_divided_among_processors(n_kv_heads: int) -> None:
+def test_decoding_can_be_divided_among_processors(n_kv_heads: int) -> None:
     """A failure means that a GPU reads a long text with a few of its processors, at any length."""
     segments = [Segment(0, 3, 1), Segment(3, 9, 4), Segment(1, 0, 70)]
-    kv_cache = filled_cache(segments, n_kv_heads, torch.float32, paged=True)
+    kv_cache = filled_cache(segments, n_kv_heads, torch.float32, position_major=True)
     fake_cuda.varlen_calls.clear()
     q = normal(75, N_HEADS, HEAD_DIM, seed=7)
     ragged_attention(q, kv_cache, make_backend("varlen").layout(segments, CPU))
-    assert [(call["max_q"], call["is_swapped"]) for call in fake_cuda.varlen_calls] == [
+    assert [(call["max_q"], call["is_divided"]) for call in fake_cuda.varlen_calls] == [
         (1, True),
         (70, False),
     ]
