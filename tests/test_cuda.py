@@ -294,7 +294,7 @@ def test_quantised_products(quantize: str, dim: int, tmp_path: Path) -> None:
     assert len(pairs) == 8
     for layer, stored in pairs:
         weight = stored.plain_weight().float()
-        for n_rows in (1, 7, 16, 17, 100):
+        for n_rows in (1, 7, 16, 17, 100, 200):
             x = torch.randn(n_rows, weight.shape[1], generator=generator).bfloat16()
             wanted = x.float() @ weight.T
             found = layer.product(x.to(DEVICE)).float().cpu()

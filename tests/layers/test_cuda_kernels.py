@@ -203,19 +203,19 @@ class TestInt4:
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         """Whatever the operator's order is, for few tokens and many, and back."""
-        monkeypatch.setattr(cuda, "INT4_OUTPUTS", 32)  # the last ones are fewer
+        monkeypatch.setattr(cuda, "INT4_WEIGHTS", 33 * shape[1])  # 32 outputs; the last are fewer
         scheme, stored = Int4(32), int4_stored(shape)
         kernel = make_kernel(stored, scheme, BF16, 1, H100)
         assert type(kernel) is cuda.Int4
         assert all(torch.equal(kernel.stored()[name], part) for name, part in stored.items())
         exact = scheme.dequantize(stored, 1)
-        for n_tokens in (1, 16, 64, 65):
+        for n_tokens in (1, 16, 192, 193):
             x = random_weight(n_tokens, shape[1], seed=n_tokens).to(BF16)
             out, expected = kernel(x), x.float() @ exact.T
             assert out.shape == expected.shape
             assert out.is_contiguous()  # as a collective wants it
             assert (out.float() - expected).norm() / expected.norm() < 5e-3
-        assert tinygemm.rows == [1, 16, 64]
+        assert tinygemm.rows == [1, 16, 192]
         assert kernel._packed.shape[3] == inner_tiles // 2
 
     def test_an_order_that_loses_codes_is_not_used(self, monkeypatch: pytest.MonkeyPatch) -> None:

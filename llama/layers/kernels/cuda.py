@@ -11,8 +11,8 @@ from llama.layers.kernels.base import Kernel
 from llama.layers.quantization import StoredWeight, hadamard, rotate
 
 INT8_TOKENS = 1024  # that are multiplied at a time: their sums have four bytes, then four more
-FEW_TOKENS = 64  # up to which the int4 operator is faster than widening the weight
-INT4_OUTPUTS = 1024  # whose weights are widened at a time
+FEW_TOKENS = 192  # up to which the int4 operator is faster than widening the weight (H200)
+INT4_WEIGHTS = 1 << 25  # that are widened at a time, in about 150 MB
 
 
 class Int8(Kernel):
@@ -89,8 +89,9 @@ class Int4(Kernel):
             )
             return out[:, : self.out_features].contiguous()  # as a collective wants it
         out = x.new_empty(len(x), self.out_features)
-        for first in range(0, self.out_features, INT4_OUTPUTS):
-            rows = slice(first, min(first + INT4_OUTPUTS, self.out_features))
+        n_rows = max(8, INT4_WEIGHTS // x.shape[1] // 8 * 8)
+        for first in range(0, self.out_features, n_rows):
+            rows = slice(first, min(first + n_rows, self.out_features))
             out[:, rows] = F.linear(x, self._widened(rows, x.dtype))
         return out
 
@@ -98,9 +99,12 @@ class Int4(Kernel):
         """Return the weight of some outputs, shape (their number, in_features)."""
         tiles = self._packed[rows.start // 8 : -(-rows.stop // 8)]
         codes = _unpack(tiles, self._order)[: rows.stop - rows.start]
-        scales, zeros = self._scales_and_zeros[:, rows].transpose(0, 1).unsqueeze(2).unbind(3)
-        groups = codes.to(dtype).sub_(8).unflatten(1, (-1, self._scheme.group_size))
-        return torch.addcmul(zeros.to(dtype), groups, scales.to(dtype)).flatten(1)
+        parts = self._scales_and_zeros[:, rows].transpose(0, 1).float().unsqueeze(2)
+        scales, zeros = parts.unbind(3)  # (n_outputs, n_groups, 1)
+        groups = codes.unflatten(1, (-1, self._scheme.group_size))
+        # In float32, rounded where it is written: one kernel from codes to weights.
+        out = torch.empty(groups.shape, dtype=dtype, device=codes.device)
+        return torch.addcmul(zeros - 8 * scales, groups, scales, out=out).flatten(1)
 
     def stored(self) -> StoredWeight:
         codes = _unpack(self._packed, self._order)[: self.out_features]
@@ -126,7 +130,7 @@ def _nibbles(packed: torch.Tensor) -> torch.Tensor:
 
 def _unpack(packed: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     """Return the codes that ``_pack`` packed, shape (out_features, in_features)."""
-    tiles = _nibbles(packed)[:, :, order].unflatten(2, (8, -1))
+    tiles = _nibbles(packed).index_select(2, order).unflatten(2, (8, -1))
     return tiles.transpose(1, 2).flatten(2).flatten(0, 1)
 
 
