@@ -28,7 +28,8 @@ ALL_REDUCE = 20e-6  # seconds, of one token's hidden state among eight GPUs with
 LAUNCHES = 18  # kernels a layer
 LAUNCH_COST = 6e-6  # seconds that Python and the driver take for one
 
-BANDWIDTH = {"A100 80GB": 2.0e12, "H100": 3.35e12, "RTX 4090": 1.0e12}  # data sheets
+# Data sheets, bytes per second.
+BANDWIDTH = {"A100 80GB": 2.0e12, "H100": 3.35e12, "H200": 4.8e12, "RTX 4090": 1.0e12}
 POSITIONS = (512, 16384)
 
 
