@@ -1,16 +1,18 @@
-"""Quantised weights: how a checkpoint stores them (``checkpoint.rounding`` makes them).
+"""Quantised weights: the forms in which a checkpoint, a layer and a kernel hold them.
 
-int8: a row (output) has one scale, and codes lie symmetrically around zero. Kernels may round
+Each tensor has its own form. Readers bring those of files, ``checkpoint.rounding`` makes others.
+
+Rotated: a row (output) has one scale, and codes lie symmetrically around zero. Kernels may round
 inputs to eight bits as well, so both are first multiplied, in blocks, by a Hadamard matrix: this
 leaves their product unchanged and spreads outliers over their block (QuaRot,
 https://arxiv.org/abs/2404.00456).
 
-int4: a group of a row's weights has its own scale and zero, chosen for a small squared error.
+Grouped: a group of a row's weights has its own scale and, perhaps, its own zero.
 """
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import gcd
 from typing import Any
 
@@ -39,29 +41,25 @@ def rotate(x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class Int8:
-    """One scale a row; the rotated weight is ``weight * scale``.
+class Rotated:
+    """One scale a row of int8 codes; the rotated weight is ``weight * scale``.
 
     ``weight`` is int8, shape (out_features, in_features), ``scale`` float32, (out_features, 1).
     """
 
     name = "int8"
 
-    def applies_to(self, module: str) -> bool:
-        """Return whether a module's weight is quantised: in the layers, all but norms.
-
-        A token reads one row of the embedding, which eight bits wouldn't make faster. An error in
-        the output's weight is an error in the logits: greedy text would change at near ties.
-        """
-        return module.startswith("layers.") and not module.endswith("norm")
-
     def params(self) -> dict[str, Any]:
         return {"format": self.name}
+
+    def in_dtype(self, dtype: torch.dtype) -> "Rotated":
+        """Return the form in a network of a dtype: it is the same in all."""
+        return self
 
     def dtypes(self) -> dict[str, torch.dtype]:
         return {"weight": torch.int8, "scale": torch.float32}
 
-    def shapes(self, out_features: int, in_features: int) -> dict[str, tuple[int, int]]:
+    def shapes(self, out_features: int, in_features: int) -> dict[str, tuple[int, ...]]:
         return {"weight": (out_features, in_features), "scale": (out_features, 1)}
 
     def block_size(self, in_features: int) -> int:
@@ -78,64 +76,120 @@ class Int8:
 
 
 @dataclass(frozen=True)
-class Int4:
-    """A scale and a zero for each group; a weight is ``(code - 8) * scale + zero``.
+class Grouped:
+    """Codes, with a scale and a zero for each group of a row's inputs: ``value * scale + zero``.
 
-    ``weight`` is uint8, shape (out_features, in_features / 2), the first of two codes in the
-    lower bits; ``scales`` and ``zeros`` are bfloat16, (out_features, in_features / group_size).
+    ``weight`` holds the codes of (out_features, in_features) weights: of int4 two in a byte, uint8,
+    the first in the lower bits, of which ``code - 8`` is the value; int8 and float8_e4m3fn are
+    values themselves. ``scales`` and ``zeros`` are (out_features, in_features / group_size); if all
+    inputs are one group, ``scale`` and ``zero``, (out_features, 1). With an order, column i has the
+    weights of the input ``order[i]``: int32, (in_features,).
+
+    Args:
+        codes: "int4", "int8" or "float8".
+        group_size: inputs that share a scale; 0 for all.
+        has_zeros: whether there are zeros; values lie around zero otherwise.
+        scale_dtype: of scales and zeros.
+        ordered: whether the columns have an order of their own (GPTQ's ``desc_act``).
     """
 
+    codes: str = "int4"
     group_size: int = 64
-    name = "int4"
+    has_zeros: bool = True
+    scale_dtype: torch.dtype = torch.bfloat16
+    ordered: bool = False
 
-    def applies_to(self, module: str) -> bool:
-        """Return whether a module's weight is quantised: all but norms."""
-        return not module.endswith("norm")
+    @property
+    def name(self) -> str:
+        return self.codes
+
+    @property
+    def scale_names(self) -> tuple[str, ...]:
+        """The names of the scales' and, if there are any, the zeros' tensors."""
+        names = ("scales", "zeros") if self.group_size else ("scale", "zero")
+        return names if self.has_zeros else names[:1]
 
     def params(self) -> dict[str, Any]:
-        return {"format": self.name, "group_size": self.group_size}
+        if self == Grouped(group_size=self.group_size):
+            return {"format": "int4", "group_size": self.group_size}
+        return {
+            "format": "grouped",
+            "codes": self.codes,
+            "group_size": self.group_size,
+            "zeros": self.has_zeros,
+            "scales": str(self.scale_dtype).removeprefix("torch."),
+            "order": self.ordered,
+        }
 
     def dtypes(self) -> dict[str, torch.dtype]:
-        return {"weight": torch.uint8, "scales": torch.bfloat16, "zeros": torch.bfloat16}
+        dtypes = {"weight": _CODES[self.codes]}
+        dtypes |= dict.fromkeys(self.scale_names, self.scale_dtype)
+        return dtypes | ({"order": torch.int32} if self.ordered else {})
 
-    def shapes(self, out_features: int, in_features: int) -> dict[str, tuple[int, int]]:
-        groups = (out_features, in_features // self.group_size)
-        return {"weight": (out_features, in_features // 2), "scales": groups, "zeros": groups}
+    def shapes(self, out_features: int, in_features: int) -> dict[str, tuple[int, ...]]:
+        width = in_features // 2 if self.codes == "int4" else in_features
+        n_groups = in_features // self.group_size if self.group_size else 1
+        shapes: dict[str, tuple[int, ...]] = {"weight": (out_features, width)}
+        shapes |= dict.fromkeys(self.scale_names, (out_features, n_groups))
+        return shapes | ({"order": (in_features,)} if self.ordered else {})
 
     def block_size(self, in_features: int) -> int:
-        """Return how many inputs share a scale, which no two ranks can share."""
-        return self.group_size
+        """Return how many inputs no two ranks can share: those of a group; all, with an order."""
+        return in_features if self.ordered else self.group_size or 1
 
-    def dequantize(self, stored: Mapping[str, torch.Tensor], block: int) -> torch.Tensor:
+    def in_dtype(self, dtype: torch.dtype) -> "Grouped":
+        """Return the form in a network of a dtype: half-precision ones have bfloat16 scales."""
+        if dtype == torch.float32 or self.codes == "float8":
+            return self
+        return replace(self, scale_dtype=torch.bfloat16)
+
+    def values(self, codes: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Return the values of stored codes, (…, in_features)."""
+        if self.codes == "int4":
+            return self.unpack(codes).to(dtype).sub_(8)
+        return codes.to(dtype)
+
+    def dequantize(self, stored: Mapping[str, torch.Tensor], block: int = 1) -> torch.Tensor:
         """Return the float32 weight of whole tensors, or of some rows or groups of them."""
-        codes = self.unpack(stored["weight"]).float() - 8
-        groups = codes.unflatten(1, (-1, self.group_size))
-        scales, zeros = (stored[name].float().unsqueeze(2) for name in ("scales", "zeros"))
-        return torch.addcmul(zeros, groups, scales).flatten(1)
+        values = self.values(stored["weight"])
+        groups = values.unflatten(1, (-1, self.group_size or values.shape[1]))
+        scale, *zero = (stored[name].float().unsqueeze(2) for name in self.scale_names)
+        groups = torch.addcmul(zero[0], groups, scale) if zero else groups.mul_(scale)
+        weight = groups.flatten(1)
+        if "order" not in stored:
+            return weight
+        restored = torch.empty_like(weight)
+        restored[:, stored["order"].long()] = weight
+        return restored
+
+    def padded(self, stored: StoredWeight, multiple: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Fill ``out_features`` up to a multiple with zeros, as int4 operators want it.
+
+        Returns:
+            The codes, and bfloat16 scales and zeros in one tensor, (n_groups, out_features, 2).
+        """
+        extra = (0, 0, 0, -len(stored["weight"]) % multiple)
+        weight, scales = (F.pad(stored[name], extra) for name in ("weight", "scales"))
+        zeros = F.pad(stored["zeros"], extra) if self.has_zeros else torch.zeros_like(scales)
+        both = torch.stack((scales.bfloat16(), zeros.bfloat16()), dim=2)
+        return weight, both.transpose(0, 1).contiguous()
+
+    def joined(self, codes: torch.Tensor, scales_and_zeros: torch.Tensor) -> StoredWeight:
+        """Return the tensors of int4 codes, one in a byte, and of what ``padded`` returns."""
+        both = scales_and_zeros.to(self.scale_dtype).transpose(0, 1).unbind(2)
+        return {"weight": self.pack(codes), **dict(zip(self.scale_names, both, strict=False))}
 
     @staticmethod
-    def pack(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> StoredWeight:
-        """Store codes from 0 to 15, two in a byte."""
-        packed = codes[:, ::2] | (codes[:, 1::2] << 4)
-        return {"weight": packed, "scales": scales, "zeros": zeros}
+    def pack(codes: torch.Tensor) -> torch.Tensor:
+        """Return codes from 0 to 15, uint8, two in a byte."""
+        return codes[..., ::2] | (codes[..., 1::2] << 4)
 
     @staticmethod
     def unpack(packed: torch.Tensor) -> torch.Tensor:
         """Return the codes, from 0 to 15, of which each byte holds two."""
-        return torch.stack((packed & 15, packed >> 4), dim=2).flatten(1)
-
-    @staticmethod
-    def padded(
-        stored: Mapping[str, torch.Tensor], multiple: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Fill ``out_features`` up to a multiple with zeros, as operators want it.
-
-        Returns:
-            The codes, and scales and zeros in one tensor, (n_groups, out_features, 2).
-        """
-        extra = (0, 0, 0, -len(stored["weight"]) % multiple)
-        weight, scales, zeros = (F.pad(stored[n], extra) for n in ("weight", "scales", "zeros"))
-        return weight, torch.stack((scales, zeros), dim=2).transpose(0, 1).contiguous()
+        return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
 
 
-Scheme = Int8 | Int4
+_CODES = {"int4": torch.uint8, "int8": torch.int8, "float8": torch.float8_e4m3fn}
+
+Form = Rotated | Grouped
