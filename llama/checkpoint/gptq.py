@@ -17,7 +17,7 @@ from llama.layers.quantization import Grouped, StoredWeight
 # Of the stored form. Larger groups, or whole rows, repeat their scales: ranks may divide them.
 _GROUP_SIZES = (128, 64, 32, 16)
 _SCALES = (torch.float16, torch.bfloat16, torch.float32)
-_CHUNK = 1 << 20  # weights that are reordered at once: they fit a processor's cache
+_CHUNK = 1 << 20  # bytes of packed codes that are brought into another order at once
 _AWQ_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]  # where an int32 has its eight numbers
 _ORIGINAL = "use the original weights, which quantize='int4' rounds while loading"
 
@@ -226,10 +226,10 @@ def _gptq_codes(qweight: torch.Tensor, bits: int, order: torch.Tensor | None) ->
     for first in range(0, n_outputs, step):
         columns = qweight[:, first : first + step]
         parts = [
-            columns[row].bitwise_right_shift_(shift).bitwise_and_(2**bits - 1)
+            columns.index_select(0, row).bitwise_right_shift_(shift).bitwise_and_(2**bits - 1)
             for row, shift in zip(rows, shifts, strict=True)
         ]
-        joined = parts[0] if bits == 8 else parts[0] | (parts[1] << 4)
+        joined = parts[0] if bits == 8 else parts[0].bitwise_or_(parts[1].bitwise_left_shift_(4))
         codes[first : first + step] = joined.t()
     return _centred(codes, bits)
 

@@ -335,3 +335,30 @@ def test_awq_of_uneven_shapes_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match=r"download it again|expected"):
             read_awq({}, {Q: {**parts, name: tensor}}, "config.json")
+
+
+DTYPES = [torch.int32, torch.int64, torch.uint8, torch.float16, torch.float32, torch.bool]
+
+
+@pytest.mark.parametrize("read", [read_gptq, read_awq])
+def test_damaged_parts_raise_value_errors(read: Callable[..., dict[str, Packed]]) -> None:
+    """A failure means that a damaged file ends in an error of PyTorch's, or is read beyond it."""
+    rng = np.random.default_rng(0)
+    groups = grouped(128, 32)
+    *numbers, _ = random_weight(64, 128, 4, groups, False)
+    whole = gptq_parts(*numbers, groups, 4) if read is read_gptq else awq_parts(*numbers)
+    n_read = 0
+    for _ in range(300):
+        parts = dict(whole)
+        for name in rng.choice(list(parts), rng.integers(1, 3)):
+            sizes = [int(rng.choice([0, 1, 2, 4, 8, 16, 64, 128])) for _ in range(rng.integers(4))]
+            near = [*parts[name].shape[:-1], int(rng.choice([1, 8, 64, 128]))]
+            dtype = parts[name].dtype if rng.random() < 0.7 else rng.choice(DTYPES)
+            shape = near if rng.random() < 0.5 else sizes
+            parts[name] = torch.randint(-9, 9, shape).to(dtype)
+        try:
+            weight_of(read({}, {Q: parts}, "config.json")[Q])
+            n_read += 1
+        except ValueError as error:
+            assert str(error).isprintable()
+    assert n_read < 60
