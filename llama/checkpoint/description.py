@@ -21,7 +21,7 @@ from llama.checkpoint.file_kinds import (
 )
 from llama.checkpoint.folders import Folder
 from llama.checkpoint.gguf import split_paths
-from llama.checkpoint.hf import META_NAMES
+from llama.checkpoint.hf_names import META_NAMES
 from llama.checkpoint.identity import identify
 from llama.checkpoint.load import choose_dtype
 from llama.checkpoint.params import make_args
