@@ -1,4 +1,7 @@
-"""Tiny quantised directories, written by the formats' own packages (tools/quantized_fixtures.py)."""
+"""Tiny quantised directories, which the formats' own packages have written.
+
+tools/quantized_fixtures.py made the archive.
+"""
 
 import functools
 import json

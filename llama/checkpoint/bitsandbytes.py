@@ -10,9 +10,9 @@ Source: ``QuantState`` and ``dequantize_4bit`` in https://github.com/bitsandbyte
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite, prod
+from math import prod
 from typing import Any
 
 import torch
@@ -97,31 +97,34 @@ class _State:
 
 def _read_four_bits(parts: Parts, module: str, source: str) -> Packed:
     """Return a module's weight of NF4 or FP4."""
+
+    def get(
+        name: str, dtypes: Sequence[torch.dtype], shape: tuple[int | None, ...]
+    ) -> torch.Tensor:
+        return part(parts, name, module, source, dtypes, shape)
+
     name = next((name for name in parts if name.startswith(_STATE)), f"{_STATE}nf4")
-    state = _read_state(part(parts, name, module, source, _BYTES, (None,)), name, module, source)
+    state = _read_state(get(name, _BYTES, (None,)), name, module, source)
     size = prod(state.shape)
-    packed = part(parts, "weight", module, source, _STORAGE, tuple(parts["weight"].shape))
-    if packed.nbytes != size // 2 or size % 2:
+    packed = get("weight", _STORAGE, tuple(parts.get("weight", torch.empty(0)).shape))
+    if packed.nbytes * 2 != size:
         raise ValueError(
             f"{printable(module)}.weight, which {source} describes, has {packed.nbytes} bytes for "
             f"a weight of {state.shape[0]} by {state.shape[1]}, which needs {size / 2:g}: download "
             "it again"
         )
-    codebook = part(parts, "weight.quant_map", module, source, _FLOATS, (16,))
+    codebook = get("weight.quant_map", _FLOATS, (16,))
     n_blocks = -(-size // state.block_size)
-    sizes = [part(
-        parts, "weight.absmax", module, source,
-        _BYTES if state.nested_block_size else _FLOATS, (n_blocks,),
-    )]
+    sizes = [get("weight.absmax", _BYTES if state.nested_block_size else _FLOATS, (n_blocks,))]
     names = ["weight", "weight.absmax", "weight.quant_map", name]
     if state.nested_block_size:
         n_nested = -(-n_blocks // state.nested_block_size)
         for nested, length in (("nested_absmax", n_nested), ("nested_quant_map", 256)):
-            sizes.append(part(parts, f"weight.{nested}", module, source, _FLOATS, (length,)))
+            sizes.append(get(f"weight.{nested}", _FLOATS, (length,)))
             names.append(f"weight.{nested}")
 
     def read() -> StoredWeight:
-        raw = packed.contiguous().view(torch.uint8).flatten()
+        raw = packed.flatten().view(torch.uint8)
         return {"weight": _widened(raw, codebook, _block_sizes(sizes, state), state)}
 
     return Packed(f"bitsandbytes {state.kind}", None, state.shape, tuple(names), read)
@@ -141,24 +144,22 @@ def _read_state(tensor: torch.Tensor, name: str, module: str, source: str) -> _S
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{full_name} is no JSON: download it again") from error
     state = state if isinstance(state, dict) else {}
-    shape, block = state.get("shape"), state.get("blocksize")
-    nested = state.get("nested_blocksize", 0)
+    shape = state.get("shape")
+    sizes = [state.get("blocksize"), state.get("nested_blocksize", 2)]
+    sizes += shape if isinstance(shape, list) else []
     offset = state.get("nested_offset", 0.0)
-    whole = [block, *(shape if isinstance(shape, list) else [])]
-    is_right = (
-        kind in _CODEBOOKS
-        and len(whole) == 3
-        and all(type(n) is int and 0 < n <= LARGEST for n in whole)
-        and block % 2 == 0
-        and (type(nested) is int and 0 <= nested <= LARGEST)
-        and (type(offset) in (int, float) and isfinite(offset))
-    )
-    if not is_right:
+    is_right = kind in _CODEBOOKS and len(sizes) == 4 and type(offset) in (int, float)
+    if is_right:
+        is_right = all(type(n) is int and 0 < n <= LARGEST for n in sizes)
+        is_right = is_right and abs(offset) <= LARGEST  # which NaN isn't
+    if not is_right or sizes[0] % 2:
         raise ValueError(
             f"{full_name} says {short(text.strip(), 200)}: expected quant_type nf4 or fp4, a shape "
-            "of two sizes, an even blocksize and finite nested_offset; download it again"
+            "of two sizes, an even blocksize and a finite nested_offset; download it again"
         )
-    return _State(kind, (shape[0], shape[1]), block, nested, float(offset))
+    block_size, nested, n_outputs, n_inputs = sizes
+    nested = nested if "nested_blocksize" in state else 0
+    return _State(kind, (n_outputs, n_inputs), block_size, nested, offset)
 
 
 def _block_sizes(parts: list[torch.Tensor], state: _State) -> torch.Tensor:
@@ -166,7 +167,8 @@ def _block_sizes(parts: list[torch.Tensor], state: _State) -> torch.Tensor:
     if not state.nested_block_size:
         return parts[0]
     codes, largest, codebook = parts
-    blocks = largest.repeat_interleave(state.nested_block_size)[: len(codes)]
+    repeats = min(state.nested_block_size, len(codes))
+    blocks = largest.repeat_interleave(repeats)[: len(codes)]
     return codebook[codes.int()].mul_(blocks).add_(state.nested_offset)
 
 

@@ -31,7 +31,9 @@ Weighting = Mapping[str, Any]
 """How some modules' weights are stored: ``weights`` of one of the settings' ``config_groups``."""
 
 
-def read_compressed(settings: Mapping[str, Any], modules: Modules, source: str) -> dict[str, Packed]:
+def read_compressed(
+    settings: Mapping[str, Any], modules: Modules, source: str
+) -> dict[str, Packed]:
     """Return compressed-tensors' weights (``hf_quantized.Reader``).
 
     Raises:
@@ -41,7 +43,7 @@ def read_compressed(settings: Mapping[str, Any], modules: Modules, source: str) 
     _check_formats(settings, source)
     if settings.get("kv_cache_scheme"):
         logger.warning(
-            "%s says how keys and values were rounded in the cache: ignored, kv_cache_dtype sets it",
+            "%s says how to round keys and values in the cache (kv_cache_scheme): ignored",
             source,
         )
     return {
@@ -53,7 +55,10 @@ def read_compressed(settings: Mapping[str, Any], modules: Modules, source: str) 
 
 def _check_formats(settings: Mapping[str, Any], source: str) -> None:
     """Raise ``ValueError`` for what changes weights in a way that isn't read."""
-    formats = [settings.get("format"), *(g.get("format") for g in settings["config_groups"].values())]
+    formats = [
+        settings.get("format"),
+        *(g.get("format") for g in settings["config_groups"].values()),
+    ]
     known = (None, "mixed-precision", *_FORMATS)
     unknown = [each for each in formats if each not in known]
     sparse = settings.get("sparsity_config") or {}
@@ -79,7 +84,7 @@ def _config_groups(settings: Mapping[str, Any], source: str) -> list[tuple[list[
             f"{source} has config_groups {short(stated)}: expected an object of objects, each with "
             "targets and weights"
         )
-    groups = []
+    groups: list[tuple[list[str], Weighting]] = []
     for name, group in stated.items():
         targets, weights = group.get("targets"), group.get("weights")
         if weights is None:
@@ -94,9 +99,7 @@ def _config_groups(settings: Mapping[str, Any], source: str) -> list[tuple[list[
     return groups
 
 
-def _weighting(
-    groups: list[tuple[list[str], Weighting]], module: str, source: str
-) -> Weighting:
+def _weighting(groups: list[tuple[list[str], Weighting]], module: str, source: str) -> Weighting:
     """Return the settings of a module's weight: of the group that names it most exactly.
 
     Source: ``match_targets`` in compressed-tensors' ``utils/match.py``.
@@ -251,7 +254,9 @@ def _order(
     return None if torch.equal(order, torch.arange(n_inputs)) else order
 
 
-def _codes(packed: torch.Tensor, bits: int, n_inputs: int, order: torch.Tensor | None) -> torch.Tensor:
+def _codes(
+    packed: torch.Tensor, bits: int, n_inputs: int, order: torch.Tensor | None
+) -> torch.Tensor:
     """Return the stored codes of packed ones: of up to four bits in four, else in eight.
 
     Args:

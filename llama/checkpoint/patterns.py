@@ -1,4 +1,4 @@
-"""Regular expressions from files, which are untrusted: refused where a search could take forever."""
+"""Regular expressions from files, refused where a search with them could take forever."""
 
 import re
 
