@@ -32,7 +32,7 @@ from shapes import SHAPES
 
 from llama import ModelArgs, cli
 from llama.checkpoint.base import Checkpoint, Weights
-from llama.checkpoint.hf import from_interleaved
+from llama.checkpoint.hf_names import from_interleaved
 from llama.checkpoint.save import save
 from llama.checkpoint.save_hf import save_hf
 from llama.checkpoint.sharding import full_shapes, parameter_count

@@ -11,7 +11,7 @@ from transformers import LlamaForCausalLM
 from llama import ModelArgs, Transformer, parallel
 from llama.checkpoint import open_checkpoint
 from llama.checkpoint.base import Checkpoint
-from llama.checkpoint.hf import is_rotary, meta_name, to_interleaved
+from llama.checkpoint.hf_names import is_rotary, meta_name, to_interleaved
 from llama.checkpoint.load import load
 from llama.checkpoint.params import make_args
 from llama.checkpoint.save import save

@@ -14,7 +14,9 @@ from llama.errors import listed
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Map a checkpoint: Meta's or Hugging Face's directory, a GGUF file or llama2.c's.
+    """Map a checkpoint: Meta's or Hugging Face's directory, or a file of weights.
+
+    The file is GGUF's, llama2.c's, or one in a directory of Hugging Face that holds all weights.
 
     Raises:
         FileNotFoundError: the path or a part of the checkpoint is missing.
@@ -56,6 +58,10 @@ def _open_file(path: Path) -> Checkpoint:
         from llama.checkpoint.llama2c import open_llama2c
 
         return open_llama2c(path)
+    if path.name in Folder(path.parent).whole_files:
+        from llama.checkpoint.hf import open_hf
+
+        return open_hf(path.parent, path)
     raise ValueError(
         f"{path} is neither a GGUF file nor one of llama2.c: give a directory, or such a file"
     )

@@ -71,6 +71,7 @@ _QUANTISED_PARTS = {
     "codebooks": "AQLM",
     "W_q": "HQQ",
 }
+_UNREAD = ("EXL2", "EXL3", "AQLM", "HQQ", "MLX")
 # Keys of training checkpoints, the ones with the weights first.
 _NESTED = ("state_dict", "model_state_dict", "model", "module", "optimizer", "optimizer_state_dict")
 _NESTED_MORE = ("epoch", "global_step", "step", "iteration", "lr_scheduler", "args", "config")
@@ -244,6 +245,15 @@ def quantised_kind(method: str) -> Kind:
     )
 
 
+def unread_kind(names: dict[str, str]) -> Kind | None:
+    """Return the kind of tensors of these names and dtypes that a method quantised that isn't read.
+
+    None for plain weights, and for methods of which the reader's error says more.
+    """
+    method = quantisation(names)
+    return quantised_kind(method) if method in _UNREAD else None
+
+
 def training_kind(texts: Iterable[str]) -> Kind | None:
     """Return the kind of a training checkpoint, by the strings of its pickle."""
     found = set(texts)
@@ -261,8 +271,8 @@ def training_kind(texts: Iterable[str]) -> Kind | None:
 def contents_kind(path: Path) -> Kind | None:
     """Return the kind of a weight file whose tensors aren't a network's plain weights."""
     names = tensor_names(path)
-    if method := quantisation(names):
-        return quantised_kind(method)
+    if kind := unread_kind(names):
+        return kind
     return None if path.suffix == ".safetensors" else training_kind(names)
 
 

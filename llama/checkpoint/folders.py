@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import cached_property
@@ -9,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from llama.checkpoint.file_kinds import explain_heads, foreign_kind
+from llama.checkpoint.file_kinds import explain_heads, foreign_kind, read_head
 from llama.errors import listed, printable
 
 _MAX_ENTRIES = 10_000  # of a directory
@@ -23,6 +24,12 @@ WEIGHTS = (
     ("model.safetensors", "model-*-of-*.safetensors"),
     ("pytorch_model.bin", "pytorch_model-*-of-*.bin"),
     ("*.gguf",),
+)
+# Files beside weights that end as these do: adapters, Meta's and a trainer's.
+_NO_WEIGHTS = (
+    "adapter_*",
+    "consolidated.*.pth",
+    *("training_args.bin", "optimizer.*", "scheduler.*", "rng_state*", "scaler.*"),
 )
 # Files of other frameworks and tools: names, what they make a directory, and what to do.
 _PYTORCH = "get the PyTorch weights (safetensors)"
@@ -105,13 +112,36 @@ class Folder:
     @cached_property
     def weights(self) -> list[Path]:
         """The weight files that are read."""
-        return next(iter(self._groups), [])
+        return next(iter(self._groups), self.unusual_weights)
 
     @cached_property
     def other_weights(self) -> list[Path]:
         """Weight files under names that aren't looked for."""
         names = self.match("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt")
-        return [self.path / name for name in names if not name.startswith("adapter_")]
+        return [self.path / n for n in names if not any(fnmatch(n, p) for p in _NO_WEIGHTS)]
+
+    @cached_property
+    def unusual_weights(self) -> list[Path]:
+        """The weight file of a Hugging Face directory under a name of its own, or its parts.
+
+        Tools that quantise call it, for example, gptq_model-4bit-128g.safetensors.
+        """
+        found = self.other_weights if "config.json" in self.files else []
+        for ending in (".safetensors", ".bin", ".pt", ".pth"):
+            paths = [path for path in found if path.suffix == ending]
+            paths = [p for p in paths if ending == ".safetensors" or read_head(p, 2) == b"PK"]
+            if paths:
+                models = {re.sub(r"-\d{5}-of-\d{5}$", "", path.stem) for path in paths}
+                return paths if len(models) == 1 else []
+        return []
+
+    @cached_property
+    def whole_files(self) -> list[str]:
+        """The files that may be given in place of a Hugging Face directory, for all weights."""
+        if "config.json" not in self.files:
+            return []
+        names = {path.name for path in self.other_weights}
+        return [name for name in names if not re.search(r"-\d{5}-of-\d{5}\.\w+$", name)]
 
     @property
     def ignored_weights(self) -> list[Path]:
@@ -211,14 +241,7 @@ def _explain_rest(folder: Folder) -> str | None:
     if ggml := [n for n in folder.match("*.bin") if foreign_kind(path / n)]:
         return explain_heads([path / ggml[0]])
     if folder.other_weights:
-        found = printable(folder.other_weights[0].name)
-        ending = folder.other_weights[0].suffix
-        name = "model.safetensors" if ending == ".safetensors" else "pytorch_model.bin"
-        llama2c = ", or give that file if it is llama2.c's" if ending == ".bin" else ""
-        return (
-            f"{path} has its weights under a name that isn't looked for, {found}: rename it to "
-            f"{name} if it is all of a transformers model{llama2c}"
-        )
+        return _explain_unusual(folder)
     if folder.match("index.html", "index.htm", "*.html"):
         return f"{path} holds a web page, not a model's files: download these from its links"
     if not configs and folder.match(*TOKENIZERS):
@@ -232,3 +255,15 @@ def _explain_rest(folder: Folder) -> str | None:
             "or give the directory that a checkpoint was downloaded to"
         )
     return None
+
+
+def _explain_unusual(folder: Folder) -> str:
+    """Return what files are that may hold weights, none of which is read."""
+    names = [printable(path.name) for path in folder.other_weights]
+    if len(names) > 1 and "config.json" in folder.files:
+        return f"{folder.path} has several weight files ({listed(names)}): give the path of one"
+    llama2c = ", or give that file if it is llama2.c's" if names[0].endswith(".bin") else ""
+    return (
+        f"{folder.path} has {names[0]}, but not the config.json of a transformers model: download "
+        f"that too{llama2c}"
+    )

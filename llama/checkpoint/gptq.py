@@ -60,7 +60,7 @@ def _read_gptq_module(
     qweight = part(parts, "qweight", module, source, ints, (None, n_outputs))
     n_inputs = qweight.shape[0] * 32 // bits
     groups = _stated_groups(settings, n_inputs, n_groups, module, source)
-    names = ("qweight", "qzeros", "scales")
+    names: tuple[str, ...] = ("qweight", "qzeros", "scales")
     if "g_idx" in parts:
         types = (torch.int32, torch.int64)
         groups = part(parts, "g_idx", module, source, types, (n_inputs,)).long()
@@ -70,12 +70,16 @@ def _read_gptq_module(
                 f"{printable(module)}.g_idx, which {source} describes, has groups from "
                 f"{groups.min()} to {groups.max()}: expected 0 to {n_groups - 1}; download it again"
             )
-    # The first format stores a zero point minus one, of which 0 has become the largest code.
-    points = (_unpacked(qzeros, bits) + is_first) & (2**bits - 1)
-    form, order, index = _layout(groups, bits, points, scales, f"{printable(module)} in {source}")
+
+    def points() -> torch.Tensor:
+        # The first format stores a zero point minus one, of which 0 has become the largest code.
+        return (_unpacked(qzeros, bits) + is_first) & (2**bits - 1)
+
+    what = f"{printable(module)} in {source}"
+    form, order, index = _layout(groups, bits, points(), scales, what)
 
     def read() -> StoredWeight:
-        return _stored(form, _gptq_codes(qweight, bits, order), points, scales, order, index)
+        return _stored(form, _gptq_codes(qweight, bits, order), points(), scales, order, index)
 
     return Packed(f"GPTQ {bits} bits", form, (n_outputs, n_inputs), names, read)
 
@@ -112,11 +116,11 @@ def _read_awq_module(settings: Mapping[str, Any], parts: Parts, module: str, sou
             "outputs share a number in AWQ's format; download it again"
         )
     groups = _stated_groups(settings, n_inputs, n_groups, module, source)
-    points = _awq_order(qzeros)
-    form, _, index = _layout(groups, 4, points, scales, f"{printable(module)} in {source}")
+    what = f"{printable(module)} in {source}"
+    form, _, index = _layout(groups, 4, _awq_order(qzeros), scales, what)
 
     def read() -> StoredWeight:
-        return _stored(form, _awq_codes(qweight), points, scales, None, index)
+        return _stored(form, _awq_codes(qweight), _awq_order(qzeros), scales, None, index)
 
     return Packed("AWQ 4 bits", form, (n_outputs, n_inputs), ("qweight", "qzeros", "scales"), read)
 

@@ -93,8 +93,6 @@ def _check_supported(config: Mapping[str, Any], source: str) -> Mapping[str, Any
             f"{source} has a sliding_window of {short(window)}: this network's attention reads all "
             "of a text, as with a sliding_window of null"
         )
-    if config.get("quantization_config"):
-        raise ValueError(f"{source} has quantization_config, which this network doesn't have")
     if config.get("hidden_act", "silu") not in ("silu", "swish"):  # two names of one function
         act = short(config["hidden_act"])
         raise ValueError(f"{source} has the hidden_act {act}: expected 'silu'")

@@ -12,7 +12,7 @@ import torch
 from llama.args import ModelArgs
 from llama.checkpoint.adapter_config import MERGE, rank_and_scale, row_indices
 from llama.checkpoint.base import Shape
-from llama.checkpoint.hf import hf_name, is_rotary, meta_name, to_interleaved
+from llama.checkpoint.hf_names import hf_name, is_rotary, meta_name, to_interleaved
 from llama.checkpoint.sharding import full_shapes
 from llama.errors import printable
 

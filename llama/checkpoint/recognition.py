@@ -17,11 +17,10 @@ from llama.checkpoint.file_kinds import (
     explain_heads,
     foreign_kind,
     missing_bytes,
-    quantisation,
-    quantised_kind,
     read_head,
     safetensors_header,
     tensor_names,
+    unread_kind,
 )
 from llama.checkpoint.folders import (
     TEXTS,
@@ -106,7 +105,7 @@ def _explain_directory(folder: Folder) -> str | None:
     is_hf = first is not None and first.suffix in (".safetensors", ".bin")
     checks = [lambda: explain_heads([*folder.weights, *texts]), lambda: _explain_adapter(folder)]
     if is_hf or first is None:  # other formats' weights don't go by config.json
-        checks += [lambda: _explain_quantised(folder), lambda: _explain_family(folder)]
+        checks.append(lambda: _explain_family(folder))
     checks += [lambda: _explain_contents(folder), lambda: _explain_unfinished(folder)]
     if found := next((sentence for check in checks if (sentence := check())), None):
         return found
@@ -131,21 +130,6 @@ def _explain_adapter(folder: Folder) -> str | None:
     )
 
 
-def _explain_quantised(folder: Folder) -> str | None:
-    config = folder.json("config.json").get("quantization_config")
-    method = config.get("quant_method") if isinstance(config, dict) else None
-    if not isinstance(method, str):
-        tools = {"quantize_config.json": "AutoGPTQ", "quant_config.json": "AWQ"}
-        left = next((name for name in tools if name in folder.files), None)
-        paths = [*folder.weights, *folder.other_weights][:MAX_FILES]
-        # Beside plain weights it is a leftover.
-        if left is None or (paths and not any(quantisation(tensor_names(p)) for p in paths)):
-            return None
-        method = f"{tools[left]} ({left})"
-    kind = quantised_kind(method)
-    return f"{folder.path} is {kind.what}: {kind.remedy}"
-
-
 def _explain_family(folder: Folder) -> str | None:
     config = folder.json("config.json")
     kind, names = config.get("model_type"), config.get("architectures")
@@ -164,13 +148,10 @@ def _explain_contents(folder: Folder) -> str | None:
     """Return which weight file holds something else than weights.
 
     Where weights are read, opening them tells a training checkpoint, so that its error is left to
-    stand; only names that no plain weights have count here.
+    stand; only names that no known weights have count here.
     """
     for path in (folder.weights or folder.other_weights)[:MAX_FILES]:
-        method = quantisation(tensor_names(path))
-        kind = quantised_kind(method) if method else None
-        if kind is None and not folder.weights:
-            kind = contents_kind(path)
+        kind = unread_kind(tensor_names(path)) if folder.weights else contents_kind(path)
         if kind is not None:
             return f"{path} is {kind.what}: {kind.remedy}"
     return None
@@ -246,6 +227,8 @@ def _explain_file(path: Path) -> str | None:
         return f"{path} is a tokenizer alone: give it as tokenizer_path, and weights as ckpt_dir"
     if how_much := missing_bytes(path):
         return f"{path} is damaged or no whole file ({how_much}): download it again"
+    if name in Folder(parent).whole_files:  # its own error tells more
+        return None
     weights = any(fnmatch(name, pattern) for group in WEIGHTS[:3] for pattern in group)
     is_weights = weights or safetensors_header(path) is not None or _is_torch(path)
     if not is_weights and name not in (*_CONFIGS, *_INDEXES, *TEXTS, "checklist.chk"):

@@ -9,7 +9,7 @@ import torch
 
 from llama.args import ModelArgs
 from llama.checkpoint.base import Checkpoint
-from llama.checkpoint.hf import from_interleaved, hf_name, is_rotary
+from llama.checkpoint.hf_names import from_interleaved, hf_name, is_rotary
 from llama.checkpoint.meta import LLAMA_32, scaled_rope
 from llama.checkpoint.save import new_directory, write_files, write_json
 from llama.checkpoint.sharding import full_shapes

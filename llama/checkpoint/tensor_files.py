@@ -229,6 +229,17 @@ def check_plain(tensors: Tensors, name: str, forms: Mapping[str, Form] | None = 
                 f"{printable(key)} in {name} is {tensor.dtype} ({tensor.layout}, "
                 f"{tensor.device}), not a plain floating-point tensor"
             )
+    check_stored(tensors, name)
+
+
+def check_stored(tensors: Tensors, name: str) -> None:
+    """Raise ``ValueError`` if tensors aren't dense ones, or are larger than their file."""
+    for key, tensor in tensors.items():
+        if tensor.layout != torch.strided or tensor.device.type == "meta":
+            raise ValueError(
+                f"{printable(key)} in {name} is {tensor.dtype} ({tensor.layout}, "
+                f"{tensor.device}), not a plain tensor"
+            )
         if tensor.nbytes > tensor.untyped_storage().nbytes():
             raise ValueError(f"{printable(key)} in {name} repeats numbers that are stored once")
     # Names may share a storage, as tied weights do; many that do are an attack on the memory.

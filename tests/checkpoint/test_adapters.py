@@ -29,7 +29,7 @@ from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 from llama import Llama, Transformer
 from llama.adapters import Adapter
 from llama.checkpoint.adapters import read_adapter
-from llama.checkpoint.hf import to_interleaved
+from llama.checkpoint.hf_names import to_interleaved
 from llama.layers.batch import Segment
 
 

@@ -20,7 +20,7 @@ from transformers import (
 
 from llama import Llama, Transformer
 from llama.checkpoint import open_checkpoint
-from llama.checkpoint.hf import from_interleaved, hf_name, is_rotary
+from llama.checkpoint.hf_names import from_interleaved, hf_name, is_rotary
 from llama.checkpoint.pretrained import fit_tokenizer
 from llama.checkpoint.sharding import parameter_count, weight_bytes
 from llama.convert import convert

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForSequenceClassification
 
 from llama.checkpoint.base import Checkpoint
-from llama.checkpoint.hf import from_interleaved, hf_name, meta_name, to_interleaved
+from llama.checkpoint.hf_names import from_interleaved, hf_name, meta_name, to_interleaved
 from llama.checkpoint.lora import apply_adapter
 from llama.checkpoint.meta import open_meta
 from llama.generation import TINY
