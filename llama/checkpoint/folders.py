@@ -112,7 +112,7 @@ class Folder:
     @cached_property
     def weights(self) -> list[Path]:
         """The weight files that are read."""
-        return next(iter(self._groups), self.unusual_weights)
+        return self._groups[0] if self._groups else self.unusual_weights
 
     @cached_property
     def other_weights(self) -> list[Path]:
@@ -126,7 +126,8 @@ class Folder:
 
         Tools that quantise call it, for example, gptq_model-4bit-128g.safetensors.
         """
-        found = self.other_weights if "config.json" in self.files else []
+        is_hf = "config.json" in self.files and not self._groups
+        found = self.other_weights if is_hf else []
         for ending in (".safetensors", ".bin", ".pt", ".pth"):
             paths = [path for path in found if path.suffix == ending]
             paths = [p for p in paths if ending == ".safetensors" or read_head(p, 2) == b"PK"]

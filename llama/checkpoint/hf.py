@@ -89,19 +89,22 @@ def _plain(
         ValueError: there are others than weights and biases.
     """
     tensors: dict[str, torch.Tensor] = {}
+    stored: dict[str, torch.Tensor] = {}  # under Hugging Face's names
     for module, parts in modules.items():
-        meta = meta_name(module)
+        meta = str(meta_name(module))
         used = packed[module].names if module in packed else ()
         for part, tensor in parts.items():
-            if part in used or (part == "bias" and _is_needless(tensor, used, str(meta), params)):
+            if part in used or (part == "bias" and _is_needless(tensor, used, meta, params)):
                 continue
             if part not in ("weight", "bias"):
                 raise ValueError(f"{name} has the unexpected {printable(f'{module}.{part}')}")
             if f"{meta}.{part}" in tensors:  # score and lm_head
-                raise ValueError(f"{name} holds {meta}.{part} twice, under two names")
-            tensors[f"{meta}.{part}"] = tensor
-    check_plain(tensors, name)
-    for key, tensor in tensors.items():
+                raise ValueError(
+                    f"{name} holds {meta}.{part} twice, under two names: one is {module}.{part}"
+                )
+            tensors[f"{meta}.{part}"] = stored[f"{module}.{part}"] = tensor
+    check_plain(stored, name)
+    for key, tensor in stored.items():
         if tensor.dtype not in DTYPES:
             raise ValueError(f"{key} in {name} is {tensor.dtype}: it is quantised")
     return tensors

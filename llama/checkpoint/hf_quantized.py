@@ -104,16 +104,13 @@ def read_quantized(settings: Settings | None, modules: Modules, source: str) -> 
         ValueError: the format isn't read, or parts are missing or don't fit together.
     """
     method = _method(settings or {}, modules)
-    if method is None:
-        return {}
-    if method not in _READERS:
-        raise unread(method, source)
-    packed = _READERS[method](settings or {}, modules, source)
-    if not packed:
+    if method not in (None, *_READERS):
+        raise unread(str(method), source)
+    packed = _READERS[method](settings or {}, modules, source) if method else {}
+    if settings and not packed:
         logger.warning(
-            "%s says that the weights are quantised (%s), but all are plain: they are used as "
-            "they are",
-            *(source, method),
+            "%s says how weights are quantised, but all are plain: they are used as they are",
+            source,
         )
     return packed
 

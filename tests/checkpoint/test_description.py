@@ -182,17 +182,17 @@ def test_what_is_not_read_is_still_described(
     """A failure means that of a quantised model nothing but its refusal is told."""
     path = shutil.copytree(saved, tmp_path / "gptq")
     config = json.loads((path / "config.json").read_text())
-    config |= {"model_type": "qwen2", "quantization_config": {"quant_method": "gptq"}}
+    config |= {"quantization_config": {"quant_method": "exl2"}}
     (path / "config.json").write_text(json.dumps(config))
     tensors = load_file(path / "model.safetensors")
     tensors["model.norm.qweight"] = torch.zeros(100_000, dtype=torch.int32)
     save_file(tensors, path / "model.safetensors")
     found, lines = told(path, capsys)
-    assert "quantised with gptq" in found["problems"][0]
-    assert (found["family"], found["quantization"]) == ("qwen2", "gptq")
+    assert "quantised with exl2" in found["problems"][0]
+    assert (found["family"], found["quantization"]) == ("llama", "exl2")
     assert (found["shape"]["dim"], found["shape"]["n_layers"]) == (64, 2)
     assert 0.3 < found["dtypes"]["I32"] < 0.6 and found["tokenizer"]["pieces"] == 768
-    assert "family qwen2" in lines and "PROBLEM: " in lines and "no damage" not in lines
+    assert "family llama" in lines and "PROBLEM: " in lines and "no damage" not in lines
 
 
 def test_what_is_odd_is_told(

@@ -53,7 +53,7 @@ FILES: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "GPTQ-for-LLaMa": (
         "llama-7b-4bit.pt",
         lambda p: torch_file(p, {f"{Q}.qweight": CODES, f"{Q}.qzeros": CODES}),
-        "quantised with GPTQ or AWQ.*original weights",
+        "is one file of a checkpoint, and what belongs to it isn't beside it",
     ),
     "GPTQ in an old file": (
         "llama-7b-4bit.pt",
@@ -63,7 +63,12 @@ FILES: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "GPTQ in safetensors": (
         "llama-7b-4bit-128g.safetensors",
         lambda p: save_file({f"{Q}.qweight": CODES, f"{Q}.g_idx": CODES[0].clone()}, p),
-        "quantised with GPTQ, a format",
+        "is one file of a checkpoint, and what belongs to it isn't beside it",
+    ),
+    "EXL2": (
+        "output.safetensors",
+        lambda p: save_file({f"{Q}.q_invperm": CODES}, p),
+        "quantised with EXL2, a format that isn't read here: use the original weights",
     ),
     "training": (
         "last.ckpt",
@@ -103,14 +108,19 @@ def test_a_file_is_named(case: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["model.safetensors", "config.json", "tokenizer_config.json"],
+    ["config.json", "tokenizer_config.json", "model-00001-of-00002.safetensors"],
 )
-def test_one_file_of_a_checkpoint_names_its_directory(name: str, saved: Path) -> None:
+def test_one_file_of_a_checkpoint_names_its_directory(
+    name: str, saved: Path, tmp_path: Path
+) -> None:
     """A failure means that someone who gives a file has to guess that its directory is meant."""
-    message = f"is one file of a checkpoint: give its directory, {saved}$"
-    if not (saved / name).exists():
-        write(saved / name, {})
-    refused(saved / name, ValueError, message)
+    path = shutil.copytree(saved, tmp_path / "model")
+    message = f"is one file of a checkpoint: give its directory, {path}$"
+    if name.endswith(".safetensors"):
+        shutil.copy(path / "model.safetensors", path / name)
+    elif not (path / name).exists():
+        write(path / name, {})
+    refused(path / name, ValueError, message)
 
 
 def test_metas_file_names_its_directory(checkpoint_dir) -> None:

@@ -76,13 +76,13 @@ DIRECTORIES: dict[str, tuple[Callable[[Path], Path | object], type[Exception], s
                 {"bits": 4},
             ).parent
         ),
-        MISSING,
-        r"quantised with AutoGPTQ \(quantize_config.json\), a format that isn't read",
+        WRONG,
+        r"self_attn\.q_proj\.scales is missing beside qweight",
     ),
     "AWQ": (
         lambda p: write(without(p, "model.safetensors") / "quant_config.json", {}).parent,
         MISSING,
-        "quantised with AWQ",
+        "has no weights: expected one of",
     ),
     **{
         method: (
@@ -90,16 +90,16 @@ DIRECTORIES: dict[str, tuple[Callable[[Path], Path | object], type[Exception], s
             WRONG,
             f"quantised with {method}, a format that isn't read here: use the original weights",
         )
-        for method in ("gptq", "awq", "bitsandbytes", "compressed-tensors", "fp8", "exl2")
+        for method in ("exl2", "aqlm", "quip", "torchao")
     },
     "tensors of GPTQ": (
         lambda p: quantised(p, qweight=CODES, g_idx=CODES[0].clone()),
         WRONG,
-        "quantised with GPTQ, a",
+        "q_proj.scales is missing beside g_idx, qweight",
     ),
     "tensors of EXL2": (
         lambda p: quantised(p, "output.safetensors", q_invperm=CODES),
-        MISSING,
+        WRONG,
         r"output\.safetensors is quantised with EXL2",
     ),
     "tensors of bitsandbytes": (
@@ -112,7 +112,7 @@ DIRECTORIES: dict[str, tuple[Callable[[Path], Path | object], type[Exception], s
     "tensors of FP8": (
         lambda p: quantised(p, weight=SCALES.to(torch.float8_e4m3fn), weight_scale=SCALES),
         WRONG,
-        "quantised with FP8, a",
+        "quantised with fp8, a",
     ),
     "packed tensors": (
         lambda p: quantised(p, weight_packed=CODES, weight_scale=SCALES),
@@ -240,11 +240,20 @@ DIRECTORIES: dict[str, tuple[Callable[[Path], Path | object], type[Exception], s
     "ONNX": (lambda p: emptied(p, model__onnx=b"x"), MISSING, r"is an ONNX model \(model.onnx\)"),
     "MLX": (lambda p: emptied(p, weights__npz=b"PK"), MISSING, "is a directory of MLX weights"),
     "DeepSpeed": (lambda p: emptied(p, zero_to_fp32__py="x"), MISSING, "run its zero_to_fp32.py"),
-    "another name": (
-        lambda p: (p / "model.safetensors").rename(p / "llama.safetensors").parent,
+    "several names": (
+        lambda p: (
+            shutil.copy(p / "model.safetensors", p / "b.safetensors")
+            and (p / "model.safetensors").rename(p / "a.safetensors").parent
+        ),
         MISSING,
-        "under a name that isn't looked for, llama.safetensors: rename it to "
-        "model.safetensors if it is all of a transformers model$",
+        r"several weight files \(a.safetensors, b.safetensors\): give the path of one$",
+    ),
+    "another name without config": (
+        lambda p: without(
+            (p / "model.safetensors").rename(p / "llama.safetensors").parent, "config.json"
+        ),
+        MISSING,
+        "has llama.safetensors, but not the config.json of a transformers model: download that too",
     ),
     "GGML inside": (lambda p: emptied(p, x__bin=GGML), MISSING, r"x\.bin is a GGML file \(ggjt"),
 }
