@@ -388,7 +388,7 @@ def main():
             {
                 "a": {
                     **linear,
-                    "weights": {**float8, "strategy": "block", "block_structure": [24, 24]},
+                    "weights": {**float8, "strategy": "block", "block_structure": [24, 48]},
                     "input_activations": {
                         **float8,
                         "strategy": "group",

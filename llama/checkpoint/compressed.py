@@ -155,7 +155,7 @@ def _read_integers(
     bits: int, block: Block | None, parts: Parts, module: str, source: str
 ) -> Packed:
     """Return a module's weight of integers, in int8 or packed."""
-    full_name = f"{printable(module)}.weight_scale, which {source} describes,"
+    what = f"{printable(module)}.weight_scale, which {source} describes,"
     is_packed = "weight_packed" in parts
     if is_packed:
         weight = part(parts, "weight_packed", module, source, (torch.int32,), (None, None))
@@ -166,11 +166,11 @@ def _read_integers(
     shape = (weight.shape[0], n_inputs)
     scales = parts.get("weight_scale", torch.empty(0))
     scales = part(parts, "weight_scale", module, source, SCALE_DTYPES, tuple(scales.shape))
-    block = block_of(scales, shape, block, full_name)
+    block = block_of(scales, shape, block, what)
     points = _zero_points(bits, parts, scales, len(weight), module, source)
     order = _order(block[1], parts, n_inputs, module, source)
     in_four = is_packed and bits <= 4
-    group_size = stored_group_size(block, n_inputs, whole=not in_four)
+    group_size = stored_group_size(block, n_inputs, not in_four, what)
     dtype = scales.dtype if points is None else torch.float32
     codes = "int4" if in_four else "int8"
     form = Grouped(codes, group_size, points is not None, dtype, order is not None)

@@ -75,7 +75,7 @@ def float8_weight(
     scales = part(parts, scale_name, module, source, dtypes, tuple(size))
     what = f"{printable(module)}.{scale_name}, which {source} describes,"
     block = block_of(scales, shape, block, what)
-    group_size = stored_group_size(block, shape[1], whole=True)
+    group_size = stored_group_size(block, shape[1], whole=True, what=what)
     form = Grouped("float8", group_size, False, torch.float32)
 
     def read() -> StoredWeight:

@@ -48,18 +48,29 @@ def block_of(
     )
 
 
-def stored_group_size(block: Block, n_inputs: int, whole: bool) -> int:
+def stored_group_size(block: Block, n_inputs: int, whole: bool, what: str) -> int:
     """Return how many inputs share a scale in the stored form; 0 for all of them.
 
     Args:
         block: those that share one in the file.
         n_inputs: the number of inputs.
-        whole: whether all inputs may be one group; groups that kernels take come first otherwise.
+        whole: whether all inputs may be one group.
+        what: the tensor and the file that describes it, for errors.
+
+    Raises:
+        ValueError: no group of a size that kernels take lies within each block.
     """
     if whole and block[1] >= n_inputs:
         return 0
     common = gcd(block[1], n_inputs)  # the last block may be smaller
-    return next((size for size in _GROUP_SIZES if common % size == 0), common)
+    sizes = [size for size in _GROUP_SIZES if common % size == 0]
+    if not sizes:
+        raise ValueError(
+            f"{what} is for groups of {block[1]} of {n_inputs} inputs: multiples of "
+            f"{_GROUP_SIZES[-1]} are read; use the original weights, which quantize='int4' rounds "
+            "while loading"
+        )
+    return sizes[0]
 
 
 def spread(
