@@ -167,7 +167,8 @@ def _read_integers(
     scales = parts.get("weight_scale", torch.empty(0))
     scales = part(parts, "weight_scale", module, source, SCALE_DTYPES, tuple(scales.shape))
     block = block_of(scales, shape, block, what)
-    points = _zero_points(bits, parts, scales, len(weight), module, source)
+    dense = is_packed and weight.shape[1] == _widths(n_inputs, bits)[0]
+    points = _zero_points(bits, dense, parts, scales, len(weight), module, source)
     order = _order(block[1], parts, n_inputs, module, source)
     in_four = is_packed and bits <= 4
     group_size = stored_group_size(block, n_inputs, not in_four, what)
@@ -178,7 +179,7 @@ def _read_integers(
     def read() -> StoredWeight:
         stored = {}
         if is_packed:
-            stored["weight"] = _codes(weight, bits, n_inputs, order)
+            stored["weight"] = _codes(weight, bits, dense, n_inputs, order)
         else:
             stored["weight"] = weight if order is None else weight[:, order]
         numbers = [scales.to(dtype)]
@@ -213,7 +214,13 @@ def _widths(n: int, bits: int) -> tuple[int, int]:
 
 
 def _zero_points(
-    bits: int, parts: Parts, scales: torch.Tensor, n_outputs: int, module: str, source: str
+    bits: int,
+    dense: bool,
+    parts: Parts,
+    scales: torch.Tensor,
+    n_outputs: int,
+    module: str,
+    source: str,
 ) -> torch.Tensor | None:
     """Return zero points in the shape of the scales; None if all are 0."""
     points = parts.get("weight_zero_point")
@@ -221,13 +228,18 @@ def _zero_points(
         return None
     if points.dtype == torch.int32 and scales.dim() == 2:
         points = part(parts, "weight_zero_point", module, source, (torch.int32,), (None, None))
-        if points.shape[0] not in _widths(n_outputs, bits) or points.shape[1] != scales.shape[1]:
+        if (
+            points.shape[0] != _widths(n_outputs, bits)[not dense]
+            or points.shape[1] != scales.shape[1]
+        ):
             raise ValueError(
                 f"{printable(module)}.weight_zero_point, which {source} describes, has the shape "
                 f"{tuple(points.shape)}, and its scales {tuple(scales.shape)}: they don't fit "
                 "together; download them again"
             )
-        points = _unpacked(points.t(), bits, n_outputs).t().to(torch.int16) - (1 << (bits - 1))
+        points = _unpacked(points.t(), bits, dense, n_outputs).t().to(torch.int16) - (
+            1 << (bits - 1)
+        )
     else:
         points = part(
             parts, "weight_zero_point", module, source, (torch.int8,), tuple(scales.shape)
@@ -255,13 +267,14 @@ def _order(
 
 
 def _codes(
-    packed: torch.Tensor, bits: int, n_inputs: int, order: torch.Tensor | None
+    packed: torch.Tensor, bits: int, dense: bool, n_inputs: int, order: torch.Tensor | None
 ) -> torch.Tensor:
     """Return the stored codes of packed ones: of up to four bits in four, else in eight.
 
     Args:
         packed: int32, (out_features, _).
         bits: of a code; its value is the code less half of the codes' number.
+        dense: see ``_unpacked``.
         n_inputs: the number of inputs.
         order: the inputs in the order in which they are stored.
     """
@@ -272,7 +285,7 @@ def _codes(
     codes, half = torch.empty(len(packed), width, dtype=dtype), 1 << (bits - 1)
     step = max(1, _CHUNK // n_inputs)
     for first in range(0, len(packed), step):
-        numbers = _unpacked(packed[first : first + step], bits, n_inputs)
+        numbers = _unpacked(packed[first : first + step], bits, dense, n_inputs)
         if order is not None:  # of floats this takes a fraction of the time
             numbers = numbers.float().index_select(1, order).to(torch.uint8)
         numbers = Grouped.pack(numbers + (8 - half)) if bits <= 4 else (numbers - half).view(dtype)
@@ -280,16 +293,15 @@ def _codes(
     return codes
 
 
-def _unpacked(packed: torch.Tensor, bits: int, n: int) -> torch.Tensor:
+def _unpacked(packed: torch.Tensor, bits: int, dense: bool, n: int) -> torch.Tensor:
     """Return the n numbers of each row, uint8, of which int32 hold the first in the lowest bits.
 
-    Newer files have them one after another, older ones have none in two int32.
+    In dense rows they follow one another; older files have none in two int32.
     """
     if bits in (4, 8):
         raw = packed.contiguous().view(torch.uint8)
         return (Grouped.unpack(raw) if bits == 4 else raw)[:, :n]
-    is_dense = packed.shape[1] == _widths(n, bits)[0]
-    count, period = (32, bits) if is_dense else (32 // bits, 1)
+    count, period = (32, bits) if dense else (32 // bits, 1)
     words = F.pad(packed, (0, -packed.shape[1] % period)).unflatten(1, (-1, period))
     numbers = torch.empty(*words.shape[:2], count, dtype=torch.uint8)
     for i in range(count):
