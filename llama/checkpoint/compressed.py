@@ -133,7 +133,7 @@ def _read_module(weighting: Weighting, parts: Parts, module: str, source: str) -
         )
     size = weighting.get("group_size")
     if type(size) is int and size > 0:
-        block: Block | None = (1, size)
+        block = stated_block([1, size], "group_size", source)
     else:
         block = stated_block(_block_structure(weighting), "block_structure", source)
     if is_float:

@@ -11,7 +11,7 @@ import torch
 
 from llama.checkpoint.packed import Modules, Packed, Parts, part
 from llama.checkpoint.scales import SCALE_DTYPES, Block, block_of, spread, stored_group_size
-from llama.errors import printable, short
+from llama.errors import LARGEST, printable, short
 from llama.layers.quantization import Grouped, StoredWeight
 
 _EIGHT_BITS = (torch.float8_e8m0fnu, torch.uint8)  # the exponents of powers of two
@@ -48,7 +48,7 @@ def stated_block(value: object, key: str, source: str) -> Block | None:
         return None
     if isinstance(value, list) and len(value) == 2:
         rows, columns = value
-        if type(rows) is type(columns) is int and rows > 0 and columns > 0:
+        if type(rows) is type(columns) is int and 0 < rows <= LARGEST and 0 < columns <= LARGEST:
             return (rows, columns)
     raise ValueError(f"{key} is {short(value)} in {source}: expected two whole numbers above 0")
 

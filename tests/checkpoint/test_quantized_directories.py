@@ -1,15 +1,23 @@
 """Directories that the formats' own packages have quantised: logits, ranks and what is written."""
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from quantized_files import expected_logits, quantized_directory, quantized_names
+from quantized_files import (
+    expected_logits,
+    quantized_directory,
+    quantized_names,
+    settings_and_modules,
+)
 
 from llama import parallel
 from llama.args import ModelArgs
 from llama.checkpoint.base import Checkpoint, widened
 from llama.checkpoint.hf import open_hf
+from llama.checkpoint.hf_quantized import read_quantized
 from llama.checkpoint.load import load
 from llama.checkpoint.meta import open_meta
 from llama.checkpoint.params import make_args
@@ -92,3 +100,62 @@ def test_ordered_inputs_are_not_divided_among_ranks(tmp_path: Path) -> None:
     check_model_parallel_size(args_of(checkpoint), 1, checkpoint.forms)
     with pytest.raises(ValueError, match=r"2 parts can't be made .* possible are 1$"):
         check_model_parallel_size(args_of(checkpoint), 2, checkpoint.forms)
+
+
+def harmed(tensor: torch.Tensor) -> list[torch.Tensor | None]:
+    """A tensor as damage or malice may leave it; None for a missing one."""
+    flat = tensor.reshape(-1)
+    odd: list[torch.Tensor | None] = [None, tensor[None], flat, tensor.double(), flat[:0]]
+    odd += [torch.zeros(tensor.shape, dtype=torch.int64), tensor.bool(), torch.tensor(-1)]
+    if tensor.dim():
+        odd += [tensor[1:], torch.cat((tensor, tensor))]
+    if not tensor.is_floating_point():
+        odd += [tensor | (1 << (8 * tensor.itemsize - 2)), torch.zeros_like(tensor), ~tensor]
+    return odd
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_harmed_parts_give_errors_or_weights_of_the_right_shape(name: str, tmp_path: Path) -> None:
+    """A failure means that a damaged or malicious file crashes, or takes memory without bounds."""
+    settings, modules = settings_and_modules(quantized_directory(name, tmp_path))
+    names = ("model.layers.0.self_attn.k_proj", "model.layers.0.mlp.down_proj")
+    modules = {module: modules[module] for module in names}
+    refused = 0
+    for module, parts in modules.items():
+        for part, tensor in parts.items():
+            for odd in harmed(tensor):
+                changed = {k: t for k, t in {**parts, part: odd}.items() if t is not None}
+                try:
+                    packed = read_quantized(settings, {**modules, module: changed}, "config.json")
+                    for weight in packed.values():
+                        stored = weight.read()
+                        shapes = {key: tuple(t.shape) for key, t in stored.items()}
+                        form = weight.form
+                        expected = form.shapes(*weight.shape) if form else {"weight": weight.shape}
+                        assert shapes == expected
+                except ValueError as error:
+                    refused += 1
+                    assert str(error).isprintable() and len(str(error)) < 600
+    assert refused > 20
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_odd_settings_give_errors_or_weights(name: str, tmp_path: Path) -> None:
+    """A failure means that settings from a file end in a crash."""
+    settings, modules = settings_and_modules(quantized_directory(name, tmp_path))
+    odd: list[Any] = [None, [], {}, "x", 0, -1, 1.5, True, [[1]], {"a": []}, 10**400, [10**9] * 2]
+
+    def variants(value: Any) -> Iterator[Any]:
+        yield from odd
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                for other in variants(inner):
+                    yield {**value, key: other}
+
+    for changed in variants(settings):
+        if isinstance(changed, dict) and changed.get("quant_method") == settings["quant_method"]:
+            try:
+                for weight in read_quantized(changed, modules, "config.json").values():
+                    weight.read()
+            except ValueError as error:
+                assert str(error).isprintable() and len(str(error)) < 600
