@@ -14,9 +14,10 @@ from llama.checkpoint.packed import Modules, Packed, Parts, part
 from llama.errors import printable, short
 from llama.layers.quantization import Grouped, StoredWeight
 
-_GROUP_SIZES = (256, 128, 64, 32, 16)  # of the stored form, which kernels take
+# Of the stored form. Larger groups, or whole rows, repeat their scales: ranks may divide them.
+_GROUP_SIZES = (128, 64, 32, 16)
 _SCALES = (torch.float16, torch.bfloat16, torch.float32)
-_CHUNK = 1 << 20  # weights that are reordered at once: they fit a processor's cache
+_CHUNK = 1 << 20  # bytes of packed codes that are brought into another order at once
 _AWQ_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]  # where an int32 has its eight numbers
 _ORIGINAL = "use the original weights, which quantize='int4' rounds while loading"
 
@@ -162,7 +163,7 @@ def _layout(
     if bool((groups[1:] < groups[:-1]).any()):  # GPTQ's desc_act
         groups, order = groups.sort(stable=True)
     has_zeros = bool((points != 1 << (bits - 1)).any())
-    # Of four bits kernels take groups only, of eight whole rows too.
+    # Kernels for eight bits take whole rows, too.
     whole = [] if bits == 4 else [len(groups)]
     for size in (*whole, *_GROUP_SIZES):
         blocks = groups.view(-1, size) if len(groups) % size == 0 else None
@@ -189,16 +190,21 @@ def _stored(
     tensors = [codes, scales[index].t().to(form.scale_dtype).contiguous()]
     if form.has_zeros:
         middle = 8 if form.codes == "int4" else 128
-        zeros = (middle - points[index].t().to(form.scale_dtype)) * tensors[1]
-        tensors.append(zeros)
+        offsets = middle - points[index].t().to(form.scale_dtype)
+        tensors.append((offsets * tensors[1]).contiguous())
     stored = dict(zip(("weight", *form.scale_names), tensors, strict=True))
     return stored if order is None else {**stored, "order": order.int()}
 
 
 def _unpacked(qzeros: torch.Tensor, bits: int) -> torch.Tensor:
     """Return GPTQ's stored zero points, uint8, (n_groups, out_features)."""
-    packed = qzeros.contiguous().view(torch.uint8)
+    packed = _bytes(qzeros)
     return Grouped.unpack(packed) if bits == 4 else packed
+
+
+def _bytes(ints: torch.Tensor) -> torch.Tensor:
+    """Return the bytes of each row of a matrix; its columns may lie apart if it has one."""
+    return ints.contiguous().view(-1).view(torch.uint8).view(len(ints), -1)
 
 
 def _gptq_codes(qweight: torch.Tensor, bits: int, order: torch.Tensor | None) -> torch.Tensor:
@@ -210,7 +216,7 @@ def _gptq_codes(qweight: torch.Tensor, bits: int, order: torch.Tensor | None) ->
         order: the inputs in the order in which they are stored.
     """
     if order is None:
-        return _centred(qweight.t().contiguous().view(torch.uint8), bits)
+        return _centred(_bytes(qweight.t()), bits)
     n_inputs, n_outputs = len(order), qweight.shape[1]
     per_int, per_byte = 32 // bits, 8 // bits
     rows = (order // per_int).view(-1, per_byte).unbind(1)
@@ -220,10 +226,10 @@ def _gptq_codes(qweight: torch.Tensor, bits: int, order: torch.Tensor | None) ->
     for first in range(0, n_outputs, step):
         columns = qweight[:, first : first + step]
         parts = [
-            columns[row].bitwise_right_shift_(shift).bitwise_and_(2**bits - 1)
+            columns.index_select(0, row).bitwise_right_shift_(shift).bitwise_and_(2**bits - 1)
             for row, shift in zip(rows, shifts, strict=True)
         ]
-        joined = parts[0] if bits == 8 else parts[0] | (parts[1] << 4)
+        joined = parts[0] if bits == 8 else parts[0].bitwise_or_(parts[1].bitwise_left_shift_(4))
         codes[first : first + step] = joined.t()
     return _centred(codes, bits)
 
@@ -246,7 +252,7 @@ def _awq_codes(qweight: torch.Tensor) -> torch.Tensor:
     codes = torch.empty(n_ints, 2, 2, 2, n_inputs // 2, dtype=torch.uint8)
     step = max(1, _CHUNK // (4 * n_inputs))
     for first in range(0, n_ints, step):
-        columns = qweight[:, first : first + step].contiguous().view(torch.uint8)
+        columns = _bytes(qweight[:, first : first + step])
         even, odd = columns.view(n_inputs // 2, 2, -1, 2, 2).unbind(1)
         codes[first : first + step, :, 0] = ((even & 15) | (odd << 4)).permute(1, 3, 2, 0)
         codes[first : first + step, :, 1] = ((even >> 4) | (odd & 240)).permute(1, 3, 2, 0)
@@ -255,5 +261,5 @@ def _awq_codes(qweight: torch.Tensor) -> torch.Tensor:
 
 def _awq_order(packed: torch.Tensor) -> torch.Tensor:
     """Return the numbers of four bits, eight in an int32, in their order: uint8, (rows, 8 n)."""
-    eight = Grouped.unpack(packed.contiguous().view(torch.uint8)).unflatten(1, (-1, 8))
+    eight = Grouped.unpack(_bytes(packed)).unflatten(1, (-1, 8))
     return eight[..., _AWQ_ORDER].flatten(1)
