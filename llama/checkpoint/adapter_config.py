@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llama.checkpoint.params import read_params
+from llama.checkpoint.patterns import compiled
 from llama.errors import LARGEST, printable
 
 PROMPT_KINDS = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")
@@ -44,8 +45,7 @@ _PROMPT = {
 # Others change the base's weights, and the saved factors make sense with those only.
 _INITIALISATIONS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 
-# Of a pattern's ways to match a module's name, and about the length of one.
-_N_TRIES, _LENGTH = 100_000, 30
+_AROUND = (r"(.*\.)?(", ")$")  # a pattern, in PEFT's rule
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -104,7 +104,7 @@ def _check_lora(config: dict[str, Any], path: Path) -> None:
             raise ValueError(f"{key} in {path} is {printable(repr(patterns))}: expected an object")
         for pattern, value in patterns.items():
             _check_number(value, f"{key}'s {printable(pattern)}", path, whole)
-            _check_pattern(pattern, key, path)
+            compiled(pattern, key, path, *_AROUND)
 
 
 def _check_prompt(config: dict[str, Any], path: Path) -> None:
@@ -130,48 +130,13 @@ def _check_number(value: object, name: str, path: Path, whole: bool = False) -> 
         raise ValueError(f"{name} is {printable(repr(value))} in {path}: expected {expected}")
 
 
-def _check_pattern(pattern: str, key: str, path: Path) -> None:
-    # A quantified group, many quantifiers or alternatives can take exponential time, and flags
-    # give a pattern another meaning.
-    n_quantifiers = len(re.findall(r"(?<!\()[*+?{]", pattern))
-    is_quick = n_quantifiers <= 3 and _n_choices(pattern) * _LENGTH**n_quantifiers <= _N_TRIES
-    if not is_quick or re.search(r"\)[*+?{]|\(\?(?![:=!<])", pattern):
-        raise ValueError(
-            f"{key} in {path} has the pattern {printable(pattern)}, which could take forever: "
-            "write it with at most three of *, + and ?, none behind a group, without flags and "
-            "with few groups of alternatives"
-        )
-    try:
-        _matches(pattern, "")
-    except (re.error, OverflowError, RecursionError) as error:
-        raise ValueError(
-            f"{key} in {path} has the malformed pattern {printable(pattern)} ({error})"
-        ) from error
-
-
-def _n_choices(pattern: str) -> int:
-    """Return in how many ways the alternatives of a pattern's groups combine, or a few too many."""
-    # In sets and behind a backslash brackets and bars stand for themselves: they count too, and
-    # a bracket there that would end a group doesn't.
-    bars, n, in_set = [0], 1, False
-    for character in re.sub(r"\\.", "", pattern, flags=re.DOTALL):
-        if character in "[]":
-            in_set = character == "["
-        elif character == "|":
-            bars[-1] += 1
-        elif character == "(" and not in_set:
-            bars.append(0)
-        elif character == ")" and not in_set and len(bars) > 1:
-            n = min(n * (1 + bars.pop()), _N_TRIES + 1)
-    return n
-
-
 def _matches(pattern: str, module: str) -> bool:
     """Return whether a rank's or an alpha's pattern applies to a module, by PEFT's rule.
 
     Source: ``get_pattern_key`` in https://github.com/huggingface/peft (src/peft/utils/other.py).
     """
-    return re.match(rf"(.*\.)?({pattern})$", module) is not None
+    before, behind = _AROUND
+    return re.match(f"{before}{pattern}{behind}", module) is not None
 
 
 def rank_and_scale(module: str, config: Mapping[str, Any]) -> tuple[int, float]:

@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 # Derived from the hyper-parameters, or the scales of a key/value cache in eight bits.
-_UNUSED = re.compile(r"(.+\.)?(rotary_emb\.inv_freq|self_attn\.[qkv]_(scale|zero_point))")
+_UNUSED = re.compile(r"(.+\.)?(rotary_emb\.inv_freq|self_attn\.([qkv]|kv)_(scale|zero_point))")
 
 
 def open_modules(

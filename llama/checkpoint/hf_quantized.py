@@ -5,7 +5,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from llama.checkpoint.bitsandbytes import read_bitsandbytes
+from llama.checkpoint.compressed import read_compressed
 from llama.checkpoint.file_kinds import quantisation, quantised_kind
+from llama.checkpoint.float8 import read_fp8
 from llama.checkpoint.gptq import read_awq, read_gptq
 from llama.checkpoint.packed import Modules, Packed
 from llama.checkpoint.params import read_params
@@ -37,6 +40,10 @@ def _read_auto_round(settings: Settings, modules: Modules, source: str) -> dict[
 _READERS: Mapping[str, Reader] = {
     "gptq": read_gptq,
     "awq": read_awq,
+    "compressed-tensors": read_compressed,
+    "fp8": read_fp8,
+    "fbgemm_fp8": read_fp8,
+    "bitsandbytes": read_bitsandbytes,
     "auto-round": _read_auto_round,
     "intel/auto-round": _read_auto_round,
 }

@@ -29,7 +29,8 @@ _DERIVED = ("rope.freqs", "rotary_emb.inv_freq")
 
 # The names in a state dictionary's pickle, which has about 100 bytes a tensor.
 _HARMLESS = re.compile(
-    r"collections OrderedDict|torch \w+Storage|torch._utils _rebuild_(tensor_v2|parameter)"
+    r"collections OrderedDict|torch(\.storage)? \w+Storage|torch float8_e4m3fn"
+    r"|torch\._utils _rebuild_(tensor_v[23]|parameter)"
 )
 _MAX_PICKLE_BYTES = 1_000_000
 # A tensor has four to six. Many more, in one another and hashed as a key, overflow the stack.
@@ -131,7 +132,8 @@ def _check_archive(path: Path) -> None:
 def _calls_names_only(data: bytes) -> bool:
     """Return whether all that a pickle calls are its globals, as far as it is well-formed.
 
-    Follows the stack of the unpickler, whose entries are True for globals.
+    Follows the stack of the unpickler, whose entries are True for globals. Storages aren't among
+    them: they are named only, and one that is called would take memory.
     """
     stack: list[bool] = []
     marks: list[int] = []
@@ -152,7 +154,8 @@ def _calls_names_only(data: bytes) -> bool:
                     del stack[marks.pop() :]
                     taken = taken[: taken.index("mark")]
                 del stack[len(stack) - len(taken) :]
-                stack += [opcode.name == "GLOBAL"] * len(opcode.stack_after)
+                called = opcode.name == "GLOBAL" and not str(argument).endswith("Storage")
+                stack += [called] * len(opcode.stack_after)
     except (IndexError, KeyError):  # PyTorch finds the same, and says so
         pass
     return True
