@@ -98,7 +98,7 @@ def random_blocks(
     elif kind == Kind.MXFP4:  # powers of two
         blocks[..., 0] = rng.integers(121, 125, blocks.shape[:2])
     elif kind == Kind.NVFP4:
-        blocks[..., :4] = rng.integers(16, 40, (*blocks.shape[:2], 4))
+        blocks[..., :4] = rng.integers(16, 30, (*blocks.shape[:2], 4))
     return blocks.reshape(shape[0], -1)
 
 

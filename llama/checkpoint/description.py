@@ -30,6 +30,7 @@ from llama.checkpoint.recognition import clear_errors, explain_adapter, explain_
 from llama.checkpoint.sharding import (
     cache_bytes,
     check_model_parallel_size,
+    form_of,
     full_shapes,
     parameter_count,
     weight_bytes,
@@ -193,6 +194,10 @@ def _stored_sizes(checkpoint: Checkpoint) -> Counter[str]:
     for part in checkpoint.parts:
         for name, shape in part.shapes.items():
             kind = checkpoint.kinds.get(name)
+            form = form_of(checkpoint.forms, name)
+            if kind and form:
+                per_byte = 2 if form.name == "int4" else 1
+                shape = (*shape, per_byte) if name.endswith(".weight") else (0,)
             dtypes = {str(t.dtype).removeprefix("torch.") for t in part.mapped(name)}
             sizes[kind or " + ".join(sorted(dtypes)) or "unknown"] += prod(shape)
     return sizes

@@ -112,12 +112,11 @@ def open_gguf(path: Path) -> Checkpoint:
         text["generation_config.json"] = json.dumps({**ends, **sampling}).encode()
     files: dict[str, Path | bytes] = dict(text)
     names = [str(paths[0])]
-    is_quantised = any(tensor.kind not in PLAIN for tensor in tensors.values())
-    _warn_of_widened(tensors, reader.forms, names[0])
+    is_widened = _warn_of_widened(tensors, reader.forms, names[0])
     dtype = _main_dtype(tensors)
     kinds = {name: reader.stored_as(name).kind for name in reader.shapes if name not in zeros}
     return Checkpoint(
-        names[0], params, [weights], names, dtype, files, is_quantised, kinds, reader.forms
+        names[0], params, [weights], names, dtype, files, is_widened, kinds, reader.forms
     )
 
 
@@ -172,8 +171,8 @@ class _Reader:
         return () if name in self._zeros else (mapped(self.stored_as(name)),)
 
 
-def _warn_of_widened(tensors: Mapping[str, Stored], forms: Mapping[str, Form], source: str) -> None:
-    """Say what memory weights of types that no form stores take."""
+def _warn_of_widened(tensors: Mapping[str, Stored], forms: Mapping[str, Form], source: str) -> bool:
+    """Return whether there are weights of types that no form stores; say what memory they take."""
     widened = [t for name, t in tensors.items() if not form_of(forms, name) and t.kind not in PLAIN]
     if widened:
         logger.warning(
@@ -183,6 +182,7 @@ def _warn_of_widened(tensors: Mapping[str, Stored], forms: Mapping[str, Form], s
             sum(tensor.raw.nbytes for tensor in widened) / 1e9,
             sum(2 * prod(tensor.shape) for tensor in widened) / 1e9,
         )
+    return bool(widened)
 
 
 def split_paths(path: Path) -> list[Path]:
