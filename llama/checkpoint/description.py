@@ -27,6 +27,7 @@ from llama.checkpoint.load import choose_dtype
 from llama.checkpoint.params import make_args
 from llama.checkpoint.pretrained import fit_tokenizer
 from llama.checkpoint.recognition import clear_errors, explain_adapter, explain_texts
+from llama.checkpoint.rounding import is_made_here
 from llama.checkpoint.sharding import (
     cache_bytes,
     check_model_parallel_size,
@@ -275,7 +276,8 @@ def _adapters(checkpoint: Checkpoint, args: ModelArgs) -> dict[str, Any]:
     kinds = ["LORA", *PROMPT_KINDS] if args.n_outputs else ["LORA"]
     if args.labels is not None:  # a classifier takes no keys and values in front
         kinds = [kind for kind in kinds if kind != "PREFIX_TUNING"]
-    return {"kinds": kinds, "mergeable": not checkpoint.forms, "modules": modules}
+    is_mergeable = not any(map(is_made_here, checkpoint.forms.values()))
+    return {"kinds": kinds, "mergeable": is_mergeable, "modules": modules}
 
 
 def _memory(checkpoint: Checkpoint, args: ModelArgs) -> dict[str, Any]:

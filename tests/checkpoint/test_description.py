@@ -143,7 +143,7 @@ def test_stored_types_of_a_gguf_file(tmp_path: Path, capsys: pytest.CaptureFixtu
     found = told(tmp_path / "mixed.gguf", capsys)[0]
     up = 2 * 96 * 64
     total = 2 * 60 * 64 + 2 * (3 * 96 * 64 + 96 * 2 * 64) + 5 * 64
-    assert found["quantization"] == "Q4_1, Q5_0"
+    assert found["quantization"] == "Q4_1, Q5_0" and found["adapters"]["mergeable"]
     assert found["dtypes"]["Q5_0"] == round(up / total, 4)
 
 

@@ -14,11 +14,11 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
 from gguf_files import BPE, SIZES, add_byte_level, write_gguf
-from hf_files import make_hf, of_paired_tensors, save_hf
+from hf_files import make_hf, of_paired_tensors, save_hf, write_adapter
 from transformers import AutoModelForCausalLM
 
 from llama import Llama, ModelArgs, Transformer, parallel
-from llama.checkpoint import open_checkpoint
+from llama.checkpoint import apply_adapter, open_checkpoint
 from llama.checkpoint.base import Checkpoint, quantized, widened
 from llama.checkpoint.gguf import open_gguf
 from llama.checkpoint.gguf_codes import codes_of, form_of_kind
@@ -176,6 +176,21 @@ def test_types_without_affine_groups_are_widened_with_a_word(
     write_gguf(tmp_path / "plain.gguf", Kind.Q4_K, **BIG)
     open_gguf(tmp_path / "plain.gguf")
     assert not caplog.records
+
+
+def test_an_adapter_is_merged_into_widened_weights(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A failure means that adapters can't be merged into the files that most people have."""
+    values = write_gguf(tmp_path / "model.gguf", Kind.Q4_1)
+    network = reference(values, {})
+    merged = write_adapter(network, tmp_path / "lora", {"target_modules": ["q_proj", "down_proj"]})
+    ckpt = apply_adapter(open_gguf(tmp_path / "model.gguf"), tmp_path / "lora")
+    assert not ckpt.forms and "its weights are widened to merge" in caplog.text
+    assert_same_logits(load(ckpt), merged)
+    convert(str(tmp_path / "model.gguf"), str(tmp_path / "int8"), quantize="int8")
+    with pytest.raises(ValueError, match="is quantised, and an adapter can't be merged"):
+        apply_adapter(open_checkpoint(tmp_path / "int8"), tmp_path / "lora")
 
 
 @pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q5_1", "Q8_0", "Q2_K", "Q4_K", "Q6_K"])
