@@ -51,20 +51,54 @@ def shapes(sizes: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def random_blocks(kind: Kind, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
-    """Bytes of a K-quantisation, which can't be made from numbers in Python."""
+# A scale that gives weights of a tenth, and where blocks hold float16 scales.
+SCALES: dict[str, tuple[float, ...]] = {
+    "Q4_0": (2e-2, 0),
+    "Q4_1": (2e-2, 0, 2),
+    "Q5_0": (1e-2, 0),
+    "Q5_1": (1e-2, 0, 2),
+    "Q8_0": (1e-3, 0),
+    "Q2_K": (3e-3, 80, 82),
+    "Q3_K": (1e-3, 108),
+    "Q4_K": (2e-4, 0, 2),
+    "Q5_K": (1e-4, 0, 2),
+    "Q6_K": (5e-5, 208),
+    "IQ4_NL": (1e-3, 0),
+    "IQ4_XS": (5e-5, 0),
+    "TQ1_0": (0.1, 52),
+    "TQ2_0": (0.1, 64),
+    "IQ1_S": (2e-2, 0),
+    "IQ1_M": (2e-2,),
+    "IQ2_XXS": (2e-3, 0),
+    "IQ2_XS": (2e-3, 0),
+    "IQ2_S": (2e-3, 0),
+    "IQ3_XXS": (1e-3, 0),
+    "IQ3_S": (5e-4, 0),
+    "MXFP4": (3e-2,),
+    "NVFP4": (3e-2,),
+}
+
+
+def random_blocks(
+    kind: Kind,
+    shape: tuple[int, ...],
+    rng: np.random.Generator,
+    scales: Callable[[tuple[int, ...]], np.ndarray] | None = None,
+) -> np.ndarray:
+    """Bytes of any quantisation: most can't be made from numbers in Python."""
     block, size = gguf.GGML_QUANT_SIZES[kind]
     blocks = rng.integers(0, 256, (shape[0], shape[1] // block, size), dtype=np.uint8)
-    usual, *places = {  # a scale that gives weights of a tenth, and where blocks hold scales
-        "Q2_K": (3e-3, 80, 82),
-        "Q3_K": (1e-3, 108),
-        "Q4_K": (2e-4, 0, 2),
-        "Q5_K": (1e-4, 0, 2),
-        "Q6_K": (5e-5, 208),
-    }[kind.name]
-    for at in places:
-        scale = rng.uniform(0.5, 1.5, blocks.shape[:2] + (1,)) * usual
+    usual, *places = SCALES[kind.name]
+    for at in map(int, places):
+        one = (*blocks.shape[:2], 1)
+        scale = rng.uniform(0.5, 1.5, one) * usual if scales is None else scales(one)
         blocks[..., at : at + 2] = scale.astype(np.float16).view(np.uint8)
+    if kind == Kind.IQ1_M:  # four bits of the scale in each of four words
+        blocks[..., 49::2] = blocks[..., 49::2] & 15 | np.uint8([0x00, 0x20, 0x40, 0x20])
+    elif kind == Kind.MXFP4:  # powers of two
+        blocks[..., 0] = rng.integers(121, 125, blocks.shape[:2])
+    elif kind == Kind.NVFP4:
+        blocks[..., :4] = rng.integers(16, 30, (*blocks.shape[:2], 4))
     return blocks.reshape(shape[0], -1)
 
 
@@ -75,9 +109,13 @@ def write_gguf(
     without: str | None = None,
     tensors: dict[str, np.ndarray] | None = None,
     architecture: str = "llama",
+    kinds: dict[str, Kind] | None = None,
     **sizes: Any,
 ) -> dict[str, torch.Tensor]:
-    """Write a file with random weights; gives what they are worth in float32."""
+    """Write a file with random weights; gives what they are worth in float32.
+
+    Matrices are of one kind, but for those of some modules, by name, that ``kinds`` gives others.
+    """
     sizes = {**SIZES, **sizes}
     writer = gguf.GGUFWriter(path, architecture, split_max_tensors=sizes.pop("per_file", 0))
     writer.add_embedding_length(sizes["dim"])
@@ -100,11 +138,13 @@ def write_gguf(
             continue
         if len(shape) == 1:
             data, stored = rng.uniform(0.5, 1.5, shape).astype(np.float32), Kind.F32
-        elif kind.name.endswith("_K"):
-            data, stored = random_blocks(kind, shape, rng), kind
         else:
-            plain = rng.normal(0, 0.15, shape).astype(np.float32)
-            data, stored = gguf.quants.quantize(plain, kind), kind
+            stored = (kinds or {}).get(name.split(".")[-2], kind)
+            if stored.name.endswith(("_0", "_1", "F16", "F32")):
+                plain = rng.normal(0, 0.15, shape).astype(np.float32)
+                data = gguf.quants.quantize(plain, stored)
+            else:
+                data = random_blocks(stored, shape, rng)
         writer.add_tensor(name, data, raw_dtype=stored)
         values[name] = torch.from_numpy(gguf.quants.dequantize(data, stored).copy()).view(shape)
     for name, data in (tensors or {}).items():

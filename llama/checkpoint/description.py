@@ -27,9 +27,11 @@ from llama.checkpoint.load import choose_dtype
 from llama.checkpoint.params import make_args
 from llama.checkpoint.pretrained import fit_tokenizer
 from llama.checkpoint.recognition import clear_errors, explain_adapter, explain_texts
+from llama.checkpoint.rounding import is_made_here
 from llama.checkpoint.sharding import (
     cache_bytes,
     check_model_parallel_size,
+    form_of,
     full_shapes,
     parameter_count,
     weight_bytes,
@@ -193,6 +195,10 @@ def _stored_sizes(checkpoint: Checkpoint) -> Counter[str]:
     for part in checkpoint.parts:
         for name, shape in part.shapes.items():
             kind = checkpoint.kinds.get(name)
+            form = form_of(checkpoint.forms, name)
+            if kind and form:
+                per_byte = 2 if form.name == "int4" else 1
+                shape = (*shape, per_byte) if name.endswith(".weight") else (0,)
             dtypes = {str(t.dtype).removeprefix("torch.") for t in part.mapped(name)}
             sizes[kind or " + ".join(sorted(dtypes)) or "unknown"] += prod(shape)
     return sizes
@@ -270,7 +276,8 @@ def _adapters(checkpoint: Checkpoint, args: ModelArgs) -> dict[str, Any]:
     kinds = ["LORA", *PROMPT_KINDS] if args.n_outputs else ["LORA"]
     if args.labels is not None:  # a classifier takes no keys and values in front
         kinds = [kind for kind in kinds if kind != "PREFIX_TUNING"]
-    return {"kinds": kinds, "mergeable": not checkpoint.forms, "modules": modules}
+    is_mergeable = not any(map(is_made_here, checkpoint.forms.values()))
+    return {"kinds": kinds, "mergeable": is_mergeable, "modules": modules}
 
 
 def _memory(checkpoint: Checkpoint, args: ModelArgs) -> dict[str, Any]:

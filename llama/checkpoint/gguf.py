@@ -1,6 +1,7 @@
 """llama.cpp's GGUF files: hyper-parameters, weights of any usual quantisation, tokenizer."""
 
 import json
+import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -11,10 +12,15 @@ from typing import Any
 import torch
 
 from llama.checkpoint.base import Checkpoint, Weights
+from llama.checkpoint.gguf_codes import codes_of, form_of_kind
 from llama.checkpoint.gguf_file import PLAIN, SUPPORTED, Stored, mapped, open_file, read
+from llama.checkpoint.sharding import form_of
 from llama.errors import printable
+from llama.layers.quantization import Form, StoredWeight
 from llama.logits.recommended import gguf_sampling
 from llama.tokenizers.gguf_tokenizer import tokenizer_files
+
+logger = logging.getLogger(__name__)
 
 # A file's name of a module, without its layer's ``blk.N.``, and Meta's.
 META_NAMES = {
@@ -31,6 +37,7 @@ META_NAMES = {
     "attn_norm": "attention_norm",
     "ffn_norm": "ffn_norm",
 }
+_LINEAR = tuple(name for name in META_NAMES.values() if not name.endswith("norm"))
 _NAME = re.compile(r"(blk\.(?:0|[1-9][0-9]*)\.|)(\w+)\.(weight|bias)")
 # The modules that have biases together, by the parameter that says so.
 _BIASED = {
@@ -67,7 +74,10 @@ _UNSUPPORTED_KEYS = {
 
 
 def open_gguf(path: Path) -> Checkpoint:
-    """Map a GGUF file, or all parts of one that is split; weights are dequantised when read.
+    """Map a GGUF file, or all parts of one that is split.
+
+    Quantised weights keep their codes, which come into their form when they are read. A warning
+    tells of those of types that aren't made of affine groups: they are widened to float32.
 
     Raises:
         FileNotFoundError: the file or one of its parts is missing.
@@ -94,21 +104,85 @@ def open_gguf(path: Path) -> Checkpoint:
     biased = {key: _missing_biases(tensors, modules) for key, modules in _BIASED.items()}
     params |= {key: True for key, missing in biased.items() if missing is not None}
     zeros = {name: shape for missing in biased.values() for name, shape in (missing or {}).items()}
-    weights = Weights(
-        {name: tensor.shape for name, tensor in tensors.items()} | zeros,
-        lambda name: torch.zeros(zeros[name]) if name in zeros else read(tensors[name]),
-        lambda name: () if name in zeros else (mapped(tensors[name]),),
-    )
+    reader = _Reader(tensors, zeros)
+    weights = Weights(reader.shapes, reader.read, reader.mapped)
     text = tokenizer_files(metadata, str(paths[0]))
     if sampling := gguf_sampling(metadata):
         ends = json.loads(text.get("generation_config.json", b"{}"))
         text["generation_config.json"] = json.dumps({**ends, **sampling}).encode()
     files: dict[str, Path | bytes] = dict(text)
     names = [str(paths[0])]
-    is_quantised = any(tensor.kind not in PLAIN for tensor in tensors.values())
+    is_widened = _warn_of_widened(tensors, reader.forms, names[0])
     dtype = _main_dtype(tensors)
-    kinds = {name: tensor.kind for name, tensor in tensors.items()}
-    return Checkpoint(str(paths[0]), params, [weights], names, dtype, files, is_quantised, kinds)
+    kinds = {name: reader.stored_as(name).kind for name in reader.shapes if name not in zeros}
+    return Checkpoint(
+        names[0], params, [weights], names, dtype, files, is_widened, kinds, reader.forms
+    )
+
+
+class _Reader:
+    """The tensors of a checkpoint by Meta's names, made when they are read.
+
+    Args:
+        tensors: what is stored, by Meta's names of plain tensors.
+        zeros: the shapes of those that aren't stored and count as zeros.
+    """
+
+    def __init__(self, tensors: Mapping[str, Stored], zeros: Mapping[str, tuple[int, ...]]):
+        self._tensors, self._zeros = tensors, zeros
+        matrices = {
+            name.removesuffix(".weight"): form_of_kind(tensor.kind)
+            for name, tensor in tensors.items()
+            if len(tensor.shape) == 2
+        }
+        self.forms = {n: form for n, form in matrices.items() if form and n.endswith(_LINEAR)}
+        self.shapes = dict(zeros)
+        for name, tensor in tensors.items():
+            form = form_of(self.forms, name)
+            if form is None:
+                self.shapes[name] = tensor.shape
+            else:
+                module = name.removesuffix("weight")
+                parts = form.shapes(tensor.shape[0], tensor.shape[1])
+                self.shapes |= {f"{module}{part}": shape for part, shape in parts.items()}
+        # The parts of a weight are read one after another: it is decoded once for all, and none is
+        # kept that was read.
+        self._module = ""
+        self._parts: StoredWeight = {}
+
+    def stored_as(self, name: str) -> Stored:
+        """Return the tensor of which a parameter is a part."""
+        module = name.rpartition(".")[0]
+        return self._tensors[f"{module}.weight" if form_of(self.forms, name) else name]
+
+    def read(self, name: str) -> torch.Tensor:
+        if name in self._zeros:
+            return torch.zeros(self._zeros[name])
+        tensor = self.stored_as(name)
+        if not form_of(self.forms, name):
+            return read(tensor)
+        module, _, part = name.rpartition(".")
+        if module != self._module or part not in self._parts:
+            self._module = module
+            self._parts = codes_of(tensor.kind, tensor.raw, tensor.shape)
+        return self._parts.pop(part)
+
+    def mapped(self, name: str) -> Sequence[torch.Tensor]:
+        return () if name in self._zeros else (mapped(self.stored_as(name)),)
+
+
+def _warn_of_widened(tensors: Mapping[str, Stored], forms: Mapping[str, Form], source: str) -> bool:
+    """Return whether there are weights of types that no form stores; say what memory they take."""
+    widened = [t for name, t in tensors.items() if not form_of(forms, name) and t.kind not in PLAIN]
+    if widened:
+        logger.warning(
+            "%s has %d weights of the types %s, which aren't made of affine groups: they are "
+            "widened from %.2f GB to %.2f GB in half precision, or rounded by quantize='int4'",
+            *(source, len(widened), ", ".join(sorted({tensor.kind for tensor in widened}))),
+            sum(tensor.raw.nbytes for tensor in widened) / 1e9,
+            sum(2 * prod(tensor.shape) for tensor in widened) / 1e9,
+        )
+    return bool(widened)
 
 
 def split_paths(path: Path) -> list[Path]:

@@ -11,13 +11,15 @@ from typing import Any
 
 import torch
 
+from llama.checkpoint.gguf_codes import KINDS
 from llama.errors import need, printable
 
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """The dtypes of tensors that aren't quantised, by their type's name."""
 
-_QUANTISED = ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
-SUPPORTED = [*PLAIN, *_QUANTISED]
+_WIDENED = ["TQ1_0", "TQ2_0", "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"]
+_WIDENED += ["MXFP4", "NVFP4"]
+SUPPORTED = [*PLAIN, *KINDS, *_WIDENED]
 """The names of the types that ``read`` converts."""
 
 _CHUNK = 1 << 17  # weights that are dequantised at once: they fit a processor's cache

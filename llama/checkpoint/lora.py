@@ -1,5 +1,6 @@
 """LoRA adapters as PEFT writes them, merged into a checkpoint (https://arxiv.org/abs/2106.09685)."""
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import torch
 
 from llama.args import ModelArgs
 from llama.checkpoint.adapter_files import AdapterFiles, open_adapter
-from llama.checkpoint.base import Checkpoint, Weights, text_files
+from llama.checkpoint.base import Checkpoint, Weights, text_files, widened
 from llama.checkpoint.lora_changes import (
     EMBEDDING,
     OUTPUT,
@@ -18,14 +19,18 @@ from llama.checkpoint.lora_changes import (
     stays_tied,
 )
 from llama.checkpoint.params import make_args
+from llama.checkpoint.rounding import is_made_here
 from llama.checkpoint.sharding import full_shapes
+
+logger = logging.getLogger(__name__)
 
 
 def apply_adapter(base: Checkpoint, directory: Path) -> Checkpoint:
     """Merge an adapter into a checkpoint; each weight is calculated when it is read.
 
     Args:
-        base: the checkpoint that the adapter was trained on, not quantised.
+        base: the checkpoint that the adapter was trained on; weights that its file quantised are
+            widened.
         directory: has ``adapter_config.json`` and ``adapter_model.safetensors`` or ``.bin``. A
             tokenizer in it replaces the base's.
 
@@ -34,7 +39,7 @@ def apply_adapter(base: Checkpoint, directory: Path) -> Checkpoint:
         ImportError: the package ``safetensors`` is missing.
         ValueError: the adapter is damaged, belongs to another model, or can't be merged.
     """
-    if base.forms:
+    if any(map(is_made_here, base.forms.values())):
         raise ValueError(
             f"{base.names[0]} is quantised, and an adapter can't be merged into that: merge it "
             "into the original weights, and quantise the result (llama.convert does both), or load "
@@ -44,6 +49,13 @@ def apply_adapter(base: Checkpoint, directory: Path) -> Checkpoint:
     n_words = shape[0] if shape and base.params.get("vocab_size", -1) == -1 else 0
     args = make_args(base.params, base.source, n_words)
     base.check(args)
+    if base.forms:
+        logger.warning(
+            "%s is quantised, and its weights are widened to merge %s into them: load it on call "
+            "(Llama.load_adapter) to keep them as they are",
+            *(base.names[0], directory),
+        )
+        base = widened(base, args)
     files = open_adapter(directory)
     if files.has_prompt:
         raise ValueError(

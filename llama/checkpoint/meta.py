@@ -10,6 +10,7 @@ import torch
 from llama.checkpoint.base import Checkpoint, Weights, text_files
 from llama.checkpoint.forms import read_forms
 from llama.checkpoint.params import read_params
+from llama.checkpoint.rounding import is_made_here
 from llama.checkpoint.sharding import form_of
 from llama.checkpoint.tensor_files import check_plain, main_dtype, open_shard, unwrapped
 from llama.errors import short
@@ -77,6 +78,8 @@ def open_meta(ckpt_dir: Path) -> Checkpoint:
             del shard["output.weight"]
     plain = {name: t for name, t in shards[0].items() if not form_of(forms, name)}
     dtype = main_dtype(plain, str(paths[0]))
+    if dtype == torch.float32 and not all(map(is_made_here, forms.values())):
+        dtype = torch.float16  # of GGUF files, whose norms are float32 beside any weights
     names = [str(path) for path in paths]
     parts = [Weights.of(shard, mapped=True) for shard in shards]
     files: dict[str, Path | bytes] = dict(text_files(ckpt_dir))

@@ -138,6 +138,13 @@ def test_stored_types_of_a_gguf_file(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert (found["format"], found["quantization"]) == ("gguf", "Q8_0")
     assert found["dtypes"]["Q8_0"] > 0.95 and found["dtypes"]["F32"] < 0.05
     assert "quantised    Q8_0" in lines and "no tokenizer" in lines
+    kinds = {"ffn_up": gguf.GGMLQuantizationType.Q5_0}
+    write_gguf(tmp_path / "mixed.gguf", gguf.GGMLQuantizationType.Q4_1, kinds=kinds)
+    found = told(tmp_path / "mixed.gguf", capsys)[0]
+    up = 2 * 96 * 64
+    total = 2 * 60 * 64 + 2 * (3 * 96 * 64 + 96 * 2 * 64) + 5 * 64
+    assert found["quantization"] == "Q4_1, Q5_0" and found["adapters"]["mergeable"]
+    assert found["dtypes"]["Q5_0"] == round(up / total, 4)
 
 
 def test_weights_that_this_library_quantised(

@@ -14,15 +14,20 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
 from gguf_files import BPE, SIZES, add_byte_level, write_gguf
-from hf_files import make_hf, of_paired_tensors, save_hf
+from hf_files import make_hf, of_paired_tensors, save_hf, write_adapter
 from transformers import AutoModelForCausalLM
 
-from llama import Llama, Transformer, parallel
-from llama.checkpoint import open_checkpoint
-from llama.checkpoint.base import Checkpoint
+from llama import Llama, ModelArgs, Transformer, parallel
+from llama.checkpoint import apply_adapter, open_checkpoint
+from llama.checkpoint.base import Checkpoint, quantized, widened
 from llama.checkpoint.gguf import open_gguf
+from llama.checkpoint.gguf_codes import codes_of, form_of_kind
+from llama.checkpoint.gguf_file import SUPPORTED
 from llama.checkpoint.load import load as load_network
 from llama.checkpoint.params import make_args
+from llama.checkpoint.rounding import make_scheme
+from llama.convert import convert
+from llama.layers.quantization import Grouped, StoredWeight
 from llama.tokenizers import load_tokenizer
 
 NAMES = {
@@ -67,10 +72,13 @@ def reference(values: dict[str, torch.Tensor], rope: dict[str, Any], **sizes: An
     )
 
 
+def arguments(ckpt: Checkpoint) -> ModelArgs:
+    return make_args(ckpt.params, ckpt.source, -1, 64, 2)
+
+
 def load(ckpt: Checkpoint, dtype: torch.dtype | None = torch.float32) -> Transformer:
     parallel.initialize(torch.device("cpu"))
-    args = make_args(ckpt.params, ckpt.source, -1, 64, 2)
-    return load_network(ckpt, args, torch.device("cpu"), dtype)
+    return load_network(ckpt, arguments(ckpt), torch.device("cpu"), dtype)
 
 
 def assert_same_logits(model: Transformer, network: Any) -> None:
@@ -81,26 +89,127 @@ def assert_same_logits(model: Transformer, network: Any) -> None:
     assert (model(tokens, 0) - expected).abs().max() < 1e-4
 
 
-PLAIN = ("F32", "F16", "BF16")
-
-K_QUANTS = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
-
 BIG = {"dim": 256, "hidden_dim": 512, "head_dim": 64, "n_layers": 1}
 
+META = {"attn_q": "attention.wq", "ffn_down": "feed_forward.w2", "attn_norm": "attention_norm"}
 
-@pytest.mark.parametrize("name", [*PLAIN, "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", *K_QUANTS])
+
+def sizes_of(name: str) -> dict[str, Any]:
+    """Sizes of a network whose widths are whole blocks of a type."""
+    return BIG if gguf.GGML_QUANT_SIZES[Kind[name]][0] > 32 else {}
+
+
+@pytest.mark.parametrize("name", SUPPORTED)
 def test_every_quantisation_gives_the_logits_of_its_weights(tmp_path: Path, name: str) -> None:
-    sizes = BIG if name in K_QUANTS else {}
+    """A failure means that the network isn't the one that a file of this type holds."""
+    sizes = sizes_of(name)
     path = tmp_path / "model.gguf"
     values = write_gguf(path, Kind[name], **sizes)
     ckpt = open_gguf(path)
     usual = {"F32": torch.float32, "BF16": torch.bfloat16}
     assert ckpt.dtype == usual.get(name, torch.float16)
-    layer = {"attn_q": "attention.wq", "ffn_down": "feed_forward.w2", "attn_norm": "attention_norm"}
-    for gguf_name, meta_name in layer.items():  # bit for bit
-        read = ckpt.parts[0][f"layers.0.{meta_name}.weight"].float()
-        assert torch.equal(read, values[f"blk.0.{gguf_name}.weight"])
+    assert set(ckpt.forms.values()) == ({form_of_kind(name)} - {None})
+    plain = widened(ckpt, arguments(ckpt)).parts[0]
+    for gguf_name, meta_name in META.items():
+        read, expected = plain[f"layers.0.{meta_name}.weight"], values[f"blk.0.{gguf_name}.weight"]
+        assert torch.allclose(read.float(), expected, rtol=1e-6, atol=1e-7)
     assert_same_logits(load(ckpt), reference(values, {}, **sizes))
+
+
+MIXED = {"attn_v": Kind.Q6_K, "ffn_down": Kind.Q5_0, "token_embd": Kind.Q3_K, "output": Kind.IQ4_XS}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_mixed_file_keeps_each_tensors_own_type(tmp_path: Path, tied: bool) -> None:
+    """A failure means that a Q4_K_M file gives another network, or is rounded to one type."""
+    path, sizes = tmp_path / "model.gguf", {**BIG, "tied": tied}
+    values = write_gguf(path, Kind.Q4_K, kinds=MIXED, **sizes)
+    ckpt = open_gguf(path)
+    found = {module.removeprefix("layers.0."): form for module, form in ckpt.forms.items()}
+    assert found["attention.wv"] == form_of_kind("Q6_K")
+    assert found["attention.wq"] == form_of_kind("Q4_K")
+    assert found["tok_embeddings"] == form_of_kind("Q3_K")
+    assert ("output" in found) != tied
+    model = load(ckpt)
+    assert_same_logits(model, reference(values, {}, **sizes))
+    convert(str(path), str(tmp_path / "converted"))
+    converted = open_checkpoint(tmp_path / "converted")
+    assert converted.forms == ckpt.forms
+    assert_same_logits(load(converted), reference(values, {}, **sizes))
+
+
+@pytest.mark.parametrize("name", ["Q4_0", "Q4_K", "Q6_K"])
+def test_a_weight_is_decoded_once_and_kept_once(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A failure means that loading takes several times as long, or that codes stay twice."""
+    write_gguf(tmp_path / "model.gguf", Kind[name], **sizes_of(name))
+    decoded: list[StoredWeight] = []
+
+    def counted(*arguments: Any) -> StoredWeight:
+        decoded.append(codes_of(*arguments))
+        return decoded[-1]
+
+    monkeypatch.setattr("llama.checkpoint.gguf.codes_of", counted)
+    ckpt = open_gguf(tmp_path / "model.gguf")
+    load(ckpt)
+    assert len(decoded) == len(ckpt.forms)
+    assert not any(decoded)
+    [weights] = ckpt.parts
+    part = weights["output.scales"]  # of a weight that is read again
+    assert torch.equal(weights["output.scales"], part)
+
+
+def test_types_without_affine_groups_are_widened_with_a_word(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A failure means that a file of 2 bits a weight takes 16 without a reason being given."""
+    write_gguf(tmp_path / "mixed.gguf", Kind.Q4_K, kinds={"ffn_up": Kind.IQ2_XS}, **BIG)
+    ckpt = open_gguf(tmp_path / "mixed.gguf")
+    [message] = [record.getMessage() for record in caplog.records]
+    assert "mixed.gguf has 1 weights of the types IQ2_XS" in message and "quantize=" in message
+    assert "layers.0.feed_forward.w3" not in ckpt.forms
+    args = arguments(ckpt)
+    rounded = quantized(ckpt, args, make_scheme("int4", 32))
+    assert set(rounded.forms.values()) == {Grouped(group_size=32)}
+    caplog.clear()
+    write_gguf(tmp_path / "plain.gguf", Kind.Q4_K, **BIG)
+    open_gguf(tmp_path / "plain.gguf")
+    assert not caplog.records
+
+
+def test_an_adapter_is_merged_into_widened_weights(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A failure means that adapters can't be merged into the files that most people have."""
+    values = write_gguf(tmp_path / "model.gguf", Kind.Q4_1)
+    network = reference(values, {})
+    merged = write_adapter(network, tmp_path / "lora", {"target_modules": ["q_proj", "down_proj"]})
+    ckpt = apply_adapter(open_gguf(tmp_path / "model.gguf"), tmp_path / "lora")
+    assert not ckpt.forms and "its weights are widened to merge" in caplog.text
+    assert_same_logits(load(ckpt), merged)
+    convert(str(tmp_path / "model.gguf"), str(tmp_path / "int8"), quantize="int8")
+    with pytest.raises(ValueError, match="is quantised, and an adapter can't be merged"):
+        apply_adapter(open_checkpoint(tmp_path / "int8"), tmp_path / "lora")
+
+
+@pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q5_1", "Q8_0", "Q2_K", "Q4_K", "Q6_K"])
+def test_ranks_have_parts_of_the_codes(tmp_path: Path, name: str) -> None:
+    """A failure means that processes read each other's groups of a quantised file."""
+    write_gguf(tmp_path / "model.gguf", Kind[name], **BIG)
+    ckpt = open_gguf(tmp_path / "model.gguf")
+    args = arguments(ckpt)
+    for module in ("layers.0.attention.wo", "layers.0.feed_forward.w1"):
+        form = ckpt.forms[module]
+        whole = {part: ckpt.rank_part(f"{module}.{part}", args, 0, 1) for part in form.dtypes()}
+        halves = [
+            form.dequantize(
+                {part: ckpt.rank_part(f"{module}.{part}", args, rank, 2) for part in whole}
+            )
+            for rank in range(2)
+        ]
+        dim = 1 if module.endswith("wo") else 0
+        assert torch.equal(torch.cat(halves, dim), form.dequantize(whole))
 
 
 @pytest.mark.parametrize(
@@ -238,7 +347,8 @@ def test_frequency_factors_are_llama_3s_scaling(tmp_path: Path) -> None:
     assert_same_logits(load(open_gguf(path)), network)
 
 
-def test_weights_stay_mapped_and_quantised_ones_become_half_precision(tmp_path: Path) -> None:
+def test_plain_weights_stay_mapped_and_quantised_ones_are_read(tmp_path: Path) -> None:
+    """A failure means that a file's weights take memory twice."""
     write_gguf(tmp_path / "plain.gguf", Kind.F16)
     ckpt = open_gguf(tmp_path / "plain.gguf")
     model = load(ckpt, torch.float16)
@@ -247,7 +357,8 @@ def test_weights_stay_mapped_and_quantised_ones_become_half_precision(tmp_path: 
     write_gguf(tmp_path / "q8.gguf", Kind.Q8_0)
     ckpt = open_gguf(tmp_path / "q8.gguf")
     assert ckpt.mapped("output.weight")[0].nbytes == 60 * 64 * 34 // 32
-    assert load(ckpt, None).output.weight.dtype in (torch.float16, torch.bfloat16, torch.float32)
+    stored = load(ckpt, None).output.stored()
+    assert stored["weight"].dtype == torch.int8 and stored["weight"].shape == (60, 64)
 
 
 def test_a_split_file_is_read_from_any_of_its_parts(tmp_path: Path) -> None:
@@ -288,7 +399,7 @@ WRONG = {
     ),
     "quantisation": (
         {"tensors": {"rope_freqs.weight": np.zeros(8, np.int32)}},
-        "rope_freqs.weight in the type I32: known are F32, F16, BF16, Q8_0",
+        "rope_freqs.weight in the type I32: known are F32, F16, BF16, Q4_0",
     ),
     "longrope": (
         {"change": lambda writer: writer.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE)},
