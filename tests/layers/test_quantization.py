@@ -452,7 +452,7 @@ def test_commands_take_the_scheme(int8: Path, tmp_path: Path, capsys) -> None:
 class TestErrors:
     def test_an_unknown_scheme(self) -> None:
         with pytest.raises(
-            ValueError, match="quantize is 'int3': expected 'int8', 'int4' or 'none'"
+            ValueError, match="expected 'int8', 'int4' or 'none'"
         ):
             Llama.build(quantize="int3")
 
