@@ -18,15 +18,12 @@ import torch.distributed as dist
 import llama  # noqa: F401
 
 
-def start(files: list[str], environment: dict[str, str]) -> int:
-    """Fork; return 0 in the child, with the files as its standard input, output and errors."""
+def start(fds: list[int], environment: dict[str, str]) -> int:
+    """Fork; return 0 in the child, with the file descriptors as standard input, output, errors."""
     pid = os.fork()
     if pid == 0:
-        flags = (os.O_RDONLY, *[os.O_WRONLY | os.O_CREAT | os.O_TRUNC] * 2)
-        for number, (file, flag) in enumerate(zip(files, flags, strict=True)):
-            fd = os.open(file, flag)
+        for number, fd in enumerate(fds):
             os.dup2(fd, number)
-            os.close(fd)
         os.environ.clear()
         os.environ.update(environment)
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -36,12 +33,14 @@ def start(files: list[str], environment: dict[str, str]) -> int:
 def serve_store(folder: Path) -> dict[str, str]:
     """Start the store where ranks meet, as torchrun does; return the variables that tell them."""
     read, write = os.pipe()
-    pid = start([os.devnull] * 3, dict(os.environ))
+    null = os.open(os.devnull, os.O_RDWR)
+    pid = start([null] * 3, dict(os.environ))
     if pid == 0:
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         os.write(write, str(store.port).encode())
         while True:
             signal.pause()
+    os.close(null)
     os.close(write)
     port = os.read(read, 8).decode()
     os.close(read)
@@ -75,14 +74,19 @@ def run(job: dict) -> int | None:
     n, folder = job["n"], Path(job["folder"])
     store = serve_store(folder) if n > 1 else {}
     pids = []
+    given = os.open(folder / "in", os.O_RDONLY)  # one for all: what a rank reads, the others don't
     for rank in range(n):
-        files = [str(folder / "in"), *(str(folder / f"{kind}{rank}") for kind in ("out", "err"))]
+        flags = os.O_WRONLY | os.O_CREAT
+        written = [os.open(folder / f"{kind}{rank}", flags) for kind in ("out", "err")]
         sizes = {"WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n)} if n > 1 else {}
         numbers = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if n > 1 else {}
-        pid = start(files, {**job["environment"], **store, **sizes, **numbers})
+        pid = start([given, *written], {**job["environment"], **store, **sizes, **numbers})
         if pid == 0:
             return None
         pids.append(pid)
+        for fd in written:
+            os.close(fd)
+    os.close(given)
     code = wait(pids, job["timeout"])
     if store:
         pid = int((folder / "store").read_text())

@@ -13,13 +13,9 @@ from pathlib import Path
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
 
-def torchrun(
-    *arguments: str, input: str = "", timeout: int = 120
-) -> subprocess.CompletedProcess[str]:
+def torchrun(*arguments: str, timeout: int = 120) -> subprocess.CompletedProcess[str]:
     """Run a job as users do, for what the launcher has a part in; ``forked`` does the rest."""
-    return subprocess.run(
-        [*TORCHRUN, *arguments], input=input, capture_output=True, text=True, timeout=timeout
-    )
+    return subprocess.run([*TORCHRUN, *arguments], capture_output=True, text=True, timeout=timeout)
 
 
 @functools.cache
@@ -45,7 +41,7 @@ def forked(
         command: a file, ``-m`` and a module, or ``-c`` and a text; and arguments.
         n: the number of ranks that run it, if several.
         path: where they find more modules.
-        input: the standard input of each.
+        input: the standard input, which ranks share as a launcher's do.
         timeout: in seconds, after which they are killed and the exit code is 124.
         environment: variables beside the present ones. What Python and PyTorch read when they
             start comes too late.

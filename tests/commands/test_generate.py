@@ -4,7 +4,7 @@ import io
 import sys
 
 import pytest
-from processes import forked, torchrun
+from processes import forked
 
 from llama import Llama, cli
 
@@ -52,7 +52,7 @@ def test_a_terminal_is_told_what_to_do_and_not_steered(
 def test_standard_input_reaches_every_process() -> None:
     command, text = ("-m", "llama", "complete", *GREEDY), "Once upon a time"
     alone = forked(*command, input=text)
-    two = torchrun("--nproc_per_node", "2", *command, input=text)
+    two = forked(*command, input=text, n=2)
     for done in (alone, two):
         assert done.returncode == 0, done.stderr[-3000:]
     assert alone.stdout == two.stdout
