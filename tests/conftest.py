@@ -17,7 +17,16 @@ from llama.convert import convert
 from llama.engine import runner
 from llama.generation import TINY
 
+# Begun first, so that no core waits for one of them at the end.
+LONGEST = (
+    *("test_parallel.py", "test_process.py", "test_page.py", "test_examples.py", "test_api.py"),
+    *("test_cuda_counts.py", "test_cuda_steps.py", "test_readme.py", "test_download.py"),
+)
 SMALL = {"dim": 64, "n_layers": 2, "n_heads": 8, "multiple_of": 32, "vocab_size": 96}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 @pytest.fixture(scope="session")

@@ -1,12 +1,12 @@
 """The benchmarks measure what they say: the same weights in every format, and honest arithmetic."""
 
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import passed_tokens
+from processes import forked
 
 from llama import ModelArgs
 from llama.checkpoint import open_checkpoint
@@ -280,9 +280,9 @@ def test_fractions_of_a_device_and_targets() -> None:
 
 @pytest.mark.soak
 def test_a_device_is_compared_in_one_command() -> None:
-    command = [sys.executable, speed.__file__, "--device", "cpu", "--shape", "1M", "--peers", ""]
+    command = [speed.__file__, "--device", "cpu", "--shape", "1M", "--peers", ""]
     command += ["--contexts", "8", "--batches", "1,2", "--quantize", "int4"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = forked(*command)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("1M in bfloat16, device CPU")
     assert done.stdout.count("| llama int4 | 1 | 8 |") == 1

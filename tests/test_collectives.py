@@ -1,15 +1,13 @@
 """Ranks' collectives: NCCL's rules are kept, and a compiler sees all of them in one graph."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from conftest import TINY, make_model
-from processes import script, torchrun
+from processes import forked, script
 from strict_group import BrokenRule, StrictGroup
 
 from llama import parallel
@@ -18,11 +16,6 @@ from llama.checkpoint.save import save
 CPU = torch.device("cpu")
 HERE = str(Path(__file__).parent)
 OPS = torch.ops._c10d_functional
-
-
-def python(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
 @pytest.fixture
@@ -99,7 +92,7 @@ with StrictGroup(torch.device("cpu")) as strict:
 
 @pytest.mark.slow
 def test_ranks_that_disagree_are_told_and_ours_join_what_they_have(tmp_path: Path) -> None:
-    done = torchrun("--nproc_per_node", "2", script(tmp_path, DISAGREE), HERE)
+    done = forked(script(tmp_path, DISAGREE), HERE, n=2)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -150,7 +143,7 @@ def generate(cases, tmp_path_factory: pytest.TempPathFactory):
         if n not in runs:
             folder = tmp_path_factory.mktemp("run")
             program = (script(folder, GENERATE), HERE, str(folder / "rank"), json.dumps(cases))
-            done = torchrun("--nproc_per_node", str(n), *program) if n > 1 else python(*program)
+            done = forked(*program, n=n)
             assert done.returncode == 0, done.stderr[-3000:]
             runs[n] = [json.loads((folder / f"rank{i}").read_text()) for i in range(n)]
         return runs[n]
@@ -228,7 +221,7 @@ for ranks, shape in (
 @pytest.mark.slow
 def test_eight_gpus_get_contiguous_tensors_of_code_llamas_uneven_parts(tmp_path: Path) -> None:
     """Of 32,016 pieces a rank has 4,002 or 8,004, which int4's operator pads and then cuts."""
-    done = python(script(tmp_path, FAKE), HERE)
+    done = forked(script(tmp_path, FAKE), HERE)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -278,5 +271,5 @@ with torch.inference_mode():
 def test_a_compiler_gets_a_layer_and_the_output_in_one_graph(n: int, tmp_path: Path) -> None:
     """A break would cost a launch by Python at each collective; a lost wait, wrong text."""
     program = (script(tmp_path, COMPILE), HERE)
-    done = torchrun("--nproc_per_node", str(n), *program) if n > 1 else python(*program)
+    done = forked(*program, n=n)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -1,13 +1,12 @@
 """``python -m llama.convert``: nothing lost on the way there and back, nothing overwritten."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import make_model
+from processes import forked
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -165,8 +164,7 @@ def test_llama3s_factors_are_recognised_and_others_listed(tmp_path: Path) -> Non
 
 @pytest.mark.slow
 def test_the_command_line(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "llama.convert", str(TINY), str(tmp_path / "hf"), "--to", "hf"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = forked("-m", "llama.convert", str(TINY), str(tmp_path / "hf"), "--to", "hf")
     assert done.returncode == 0, done.stderr
     assert done.stderr == f"wrote {tmp_path / 'hf'}\n"
     with pytest.raises((OSError, ValueError), match="already exists: give another name or remove"):

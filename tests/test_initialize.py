@@ -1,14 +1,11 @@
 """Connecting the processes: which backend, which GPU, and what is refused. CUDA is pretended."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from processes import script, torchrun
+from processes import forked, script
 
 from llama import parallel
 
@@ -107,14 +104,11 @@ def test_more_processes_than_gpus_are_refused(backend, monkeypatch) -> None:
 
 @pytest.mark.slow
 def test_one_process_with_a_gpu_connects_without_nccl() -> None:
-    environment = {key: value for key, value in os.environ.items() if key not in TWO}
     code = PRETEND + (
         "assert parallel.initialize() == 1 and parallel.can_capture()\n"
         "print(dist.get_backend(), parallel.detect_device())"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
-    )
+    done = forked("-c", code)
     assert (done.returncode, done.stdout) == (0, "gloo cuda:0\n"), done.stderr
 
 
@@ -138,7 +132,7 @@ with open(sys.argv[1] + os.environ["RANK"], "w") as file:
 def test_two_processes_are_told_the_same_and_share_a_gpu_by_gloo(tmp_path: Path) -> None:
     """Where one alone raises, the other waits for it."""
     out = str(tmp_path / "rank")
-    done = torchrun("--nproc_per_node", "2", script(tmp_path, PRETEND + RANKS), out)
+    done = forked(script(tmp_path, PRETEND + RANKS), out, n=2)
     assert done.returncode == 0, done.stderr[-3000:]
     for rank in range(2):
         found = json.loads(Path(f"{out}{rank}").read_text())

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import TORCHRUN, free_port, script, torchrun
+from processes import TORCHRUN, forked, free_port, script, torchrun
 
 from llama import Llama, parallel
 from llama.checkpoint.load import choose_dtype
@@ -159,7 +159,8 @@ def test_ranks_together_generate_what_one_does(
 ) -> None:
     paths = [str(checkpoints[name]) for name in names]
     out = str(tmp_path / "rank")
-    done = torchrun("--nproc_per_node", str(n), script(tmp_path, GENERATE), out, *paths)
+    job = (script(tmp_path, GENERATE), out, *paths)
+    done = torchrun("--nproc_per_node", "2", *job) if n == 2 else forked(*job, n=n)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout == "left" * n  # else gloo's threads may abort the process
     ranks = [json.loads(Path(f"{out}{rank}").read_text()) for rank in range(n)]
@@ -193,9 +194,7 @@ def test_messages_reach_every_rank_whole(tmp_path: Path) -> None:
     frame = 4096  # in which short messages go, with their length of 8 bytes
     sizes = [0, 1, *(frame + d for d in (-9, -8, -7, -1, 0, 1)), 1_000_000, 0, 3]
     out = tmp_path / "rank"
-    done = torchrun(
-        *("--nproc_per_node", "2", script(tmp_path, MESSAGES), str(out), json.dumps(sizes))
-    )
+    done = forked(script(tmp_path, MESSAGES), str(out), json.dumps(sizes), n=2)
     assert done.returncode == 0, done.stderr[-3000:]
     expected = [
         hashlib.sha256(bytes(i * 7 % 251 for i in range(size))).hexdigest() for size in sizes

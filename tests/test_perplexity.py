@@ -2,14 +2,13 @@
 
 import math
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import make_model
 from hf_files import as_transformers
+from processes import forked
 
 from llama import Llama
 from llama.perplexity import perplexity
@@ -71,10 +70,11 @@ def test_mistakes_are_named(llama: Llama) -> None:
 def test_the_command_prints_it(tiny: Llama, tmp_path: Path) -> None:
     text = "Once upon a time there was a fox. The fox was red.\n" * 12
     (tmp_path / "text.txt").write_text(text)
-    command = [sys.executable, "-m", "llama.perplexity", "--dtype", "float32", "--context", "64"]
+    command = ["-m", "llama.perplexity", "--dtype", "float32", "--context", "64"]
     command += ["--stride", "32", "--device", "cpu", "--text_file"]
     command.append(str(tmp_path / "text.txt"))
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = forked(*command)
+    assert done.returncode == 0, done.stderr
     ids = tiny.tokenizer.encode(text, bos=True, eos=False)
     expected = perplexity(tiny, ids, 64, 32)
     assert done.stdout.startswith(f"perplexity {expected.value:.4f} +- ")

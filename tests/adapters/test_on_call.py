@@ -15,7 +15,7 @@ import pytest
 import torch
 from hf_files import make_hf, save_hf, write_adapter
 from json_tokenizers import byte_level
-from processes import script, torchrun
+from processes import forked, script
 from safetensors.torch import load_file, save_file
 
 from llama import Llama, Transformer, parallel
@@ -527,7 +527,7 @@ def test_ranks_share_an_adapter(
     n, out = 4, tmp_path / "rank"
     task = json.dumps([PROMPTS, CHOICES])
     path = script(tmp_path, RANKS)
-    done = torchrun("--nproc_per_node", str(n), path, str(out), str(folder), task)
+    done = forked(path, str(out), str(folder), task, n=n)
     assert done.returncode == 0, done.stderr[-3000:]
     pairs = zip(PROMPTS, CHOICES, strict=True)
     expected = [continued(references[name], prompt) for prompt, name in pairs]

@@ -23,7 +23,7 @@ from peft_files import (
     write_base,
     write_virtual_tokens,
 )
-from processes import script, torchrun
+from processes import forked, script
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 from llama import Llama, Transformer
@@ -205,7 +205,7 @@ def test_two_ranks_have_the_results_of_one(tmp_path: Path) -> None:
     expected = [scope["results"](base) for base in bases]
     job = script(tmp_path, RESULTS + WRITE_RESULTS)
     out = str(tmp_path / "rank")
-    done = torchrun("--nproc_per_node", "2", job, out, *map(str, bases))
+    done = forked(job, out, *map(str, bases), n=2)
     assert done.returncode == 0, done.stderr[-3000:]
     for rank in range(2):
         for found, alone in zip(

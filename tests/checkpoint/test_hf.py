@@ -4,7 +4,6 @@ import json
 import math
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from hf_files import SIZES, make_hf, save_hf
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from processes import forked, script
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -242,11 +242,8 @@ with open(sys.argv[2] + os.environ["RANK"], "w") as file:
 def test_two_ranks_generate_what_one_process_does(tmp_path: Path) -> None:
     path, out = tmp_path / "model", tmp_path / "rank"
     write(path, tie_word_embeddings=True, num_key_value_heads=1)
-    (tmp_path / "ranks.py").write_text(RANKS)
     alone = build(path).generate(PROMPTS, 24, temperature=0)[0]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    arguments = [str(tmp_path / "ranks.py"), str(path), str(out), json.dumps(PROMPTS)]
-    done = subprocess.run([*torchrun, *arguments], capture_output=True, text=True, timeout=100)
+    done = forked(script(tmp_path, RANKS), str(path), str(out), json.dumps(PROMPTS), n=2)
     assert done.returncode == 0, done.stderr[-3000:]
     assert [json.loads(Path(f"{out}{rank}").read_text()) for rank in range(2)] == [alone, alone]
 
@@ -282,9 +279,8 @@ def test_loading_takes_little_more_memory_than_the_weights(tmp_path: Path) -> No
     }
     save_file(tensors, tmp_path / "model.safetensors")
     shutil.copy(TINY / "tokenizer.model", tmp_path)
-    done = subprocess.run(
-        [sys.executable, "-c", MEMORY, str(tmp_path)], capture_output=True, text=True, check=True
-    )
+    done = forked("-c", MEMORY, str(tmp_path))
+    assert done.returncode == 0, done.stderr
     # 1.07; 1.23 if the pages of queries and keys, which are copied, stayed.
     assert float(done.stdout) < 1.15
 

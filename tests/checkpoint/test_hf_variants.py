@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from hf_files import RANDOM, SIZES, make_hf, save_hf
-from processes import script, torchrun
+from processes import forked, script
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModel,
@@ -396,6 +396,6 @@ def test_two_ranks_and_written_files_give_the_same_logits(tmp_path: Path) -> Non
             found = build(tmp_path / f"{i}-{scheme}").model(TOKENS)
             torch.testing.assert_close(found, rounded, atol=1e-4, rtol=1e-4)
     torch.save((TOKENS, cases), tmp_path / "cases")
-    done = torchrun("--nproc_per_node", "2", script(tmp_path, RANKS), str(tmp_path / "cases"))
+    done = forked(script(tmp_path, RANKS), str(tmp_path / "cases"), n=2)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "cases0").exists() and (tmp_path / "cases1").exists()

@@ -2,12 +2,11 @@
 
 import hashlib
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import forked
 
 from llama import Llama, ModelArgs
 from llama.checkpoint import inspection
@@ -116,8 +115,7 @@ class TestInspection:
 
     @pytest.mark.slow
     def test_the_command_line(self) -> None:
-        command = [sys.executable, "-m", "llama.checkpoint", "/nowhere"]
-        bad = subprocess.run(command, capture_output=True, text=True)
+        bad = forked("-m", "llama.checkpoint", "/nowhere")
         assert (bad.returncode, "Traceback" in bad.stderr) == (1, False)
         assert "no checkpoint directory at /nowhere" in bad.stdout
 
@@ -126,6 +124,5 @@ class TestInspection:
         """A failure means that something else than the object is printed, or success is told."""
         inspection.inspect(str(TINY), json=True)
         assert json.loads(capsys.readouterr().out)["problems"] == []
-        command = [sys.executable, "-m", "llama.checkpoint", str(tmp_path / "gone"), "--json"]
-        bad = subprocess.run(command, capture_output=True, text=True)
+        bad = forked("-m", "llama.checkpoint", str(tmp_path / "gone"), "--json")
         assert (bad.returncode, len(json.loads(bad.stdout)["problems"])) == (1, 1)

@@ -1,12 +1,11 @@
 """Loading: dtypes, mapped memory, and networks that don't fit."""
 
 import resource
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import forked
 
 from llama import Llama, ModelArgs
 from llama.checkpoint import load as load_module
@@ -69,9 +68,8 @@ def test_mapped_pages_are_released_while_loading(
     if shards > 1:
         reshard(str(path), str(path.parent / "shards"), model_parallel_size=shards)
         path = path.parent / "shards"
-    done = subprocess.run(
-        [sys.executable, "-c", MEMORY, str(path)], capture_output=True, text=True, check=True
-    )
+    done = forked("-c", MEMORY, str(path))
+    assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 1.35  # without it about 2
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_model
-from processes import script, torchrun
+from processes import forked, script
 
 from llama.checkpoint.base import Checkpoint, Weights, quantized
 from llama.checkpoint.rounding import Scheme, make_scheme, round_weight
@@ -71,7 +71,7 @@ def test_ranks_hold_the_parts_of_what_convert_writes(tmp_path: Path) -> None:
     save([tensors], model.params, tmp_path / "nan", files=files)
     job = script(tmp_path, COMPARE)
     out = str(tmp_path / "rank")
-    done = torchrun("--nproc_per_node", "2", job, json.dumps(cases), str(tmp_path / "nan"), out)
+    done = forked(job, json.dumps(cases), str(tmp_path / "nan"), out, n=2)
     assert done.returncode == 0, done.stderr[-3000:]
     for rank in range(2):
         *read, error = json.loads(Path(f"{out}{rank}").read_text())

@@ -1,12 +1,11 @@
 """Saving: any number of shards is the same model, and nothing is half written."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import make_model
+from processes import forked
 
 from llama import Llama
 from llama.checkpoint.save import reshard, save
@@ -61,12 +60,8 @@ class TestShards:
     @pytest.mark.slow
     def test_the_command_line_and_python_save(self, checkpoint_dir, tmp_path: Path) -> None:
         path = checkpoint_dir()
-        command = [sys.executable, "-m", "llama.checkpoint", "reshard", str(path)]
-        done = subprocess.run(
-            [*command, str(tmp_path / "out"), "--model_parallel_size", "2"],
-            capture_output=True,
-            text=True,
-        )
+        command = ["-m", "llama.checkpoint", "reshard", str(path), str(tmp_path / "out")]
+        done = forked(*command, "--model_parallel_size", "2")
         assert done.returncode == 0, done.stderr
         assert "wrote" in done.stderr
         assert "Warning" not in done.stderr

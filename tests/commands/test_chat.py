@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from processes import forked
 
 from llama import Llama, Message
 from llama.chat.formats import FORMATS
@@ -356,17 +357,15 @@ def test_without_prompt_toolkit_it_says_what_would_bring_it(
     assert "\x1b[2m" in out, "notes aren't dim in a terminal"
 
 
-def piped(*command: str) -> str:
+def piped(n: int = 1) -> str:
     """What the script prints for two messages, one of them in two lines, and a long one."""
-    done = subprocess.run(
-        [sys.executable, *command, str(SCRIPT), "--temperature", "0", "--system", "kind, brief"],
+    done = forked(
+        *(str(SCRIPT), "--temperature", "0", "--system", "kind, brief"),
         input="What does\\\nthe cow say?\n/system\n"
         f"{'moo ' * 600}\n/set max_gen_len 2\n/set logit_bias {{5: -100}}\n"
         "What does the duck say?\n"
         "/set max_gen_len none\n/retry",
-        capture_output=True,
-        text=True,
-        timeout=120,
+        n=n,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
@@ -387,7 +386,7 @@ def test_piped_lines_are_read_to_the_end() -> None:
 
 @pytest.mark.slow
 def test_two_processes_talk_as_one() -> None:
-    out = piped("-m", "torch.distributed.run", "--nproc_per_node", "2")
+    out = piped(n=2)
     assert re.fullmatch(PIPED, out), f"not what one process prints: {out!r}"
 
 

@@ -1,10 +1,10 @@
 """``python -m llama complete`` and ``infill``: prompts given and read, on one or two processes."""
 
 import io
-import subprocess
 import sys
 
 import pytest
+from processes import forked
 
 from llama import Llama, cli
 
@@ -50,16 +50,10 @@ def test_a_terminal_is_told_what_to_do_and_not_steered(
 
 @pytest.mark.slow
 def test_standard_input_reaches_every_process() -> None:
-    outputs = []
-    for launcher in ([], ["-m", "torch.distributed.run", "--nproc_per_node", "2"]):
-        done = subprocess.run(
-            [sys.executable, *launcher, "-m", "llama", "complete", *GREEDY],
-            input="Once upon a time",
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
+    command, text = ("-m", "llama", "complete", *GREEDY), "Once upon a time"
+    alone = forked(*command, input=text)
+    two = forked(*command, input=text, n=2)
+    for done in (alone, two):
         assert done.returncode == 0, done.stderr[-3000:]
-        outputs.append(done.stdout)
-    assert outputs[0] == outputs[1]
-    assert len(outputs[0]) > 20
+    assert alone.stdout == two.stdout
+    assert len(alone.stdout) > 20

@@ -10,7 +10,7 @@ import pytest
 import torch
 from engine_client import Client, check_sequences_come_and_go
 from hf_files import make_hf, save_hf
-from processes import script, torchrun
+from processes import forked, script
 
 from llama import Llama
 from llama.engine import runner
@@ -362,7 +362,7 @@ def test_two_ranks_replay_the_same_steps(tiny: Llama, tmp_path: Path) -> None:
     out = tmp_path / "rank"
     arguments = (script(tmp_path, RANKS), str(out), json.dumps(PROMPTS))
     tests = str(Path(__file__).parents[1])
-    done = torchrun("--nproc_per_node", "2", *arguments, path=tests)
+    done = forked(*arguments, path=tests, n=2)
     assert done.returncode == 0, done.stderr[-3000:]
     expected = [tiny.generate(PROMPTS, 64, temperature, seed=3)[0] for temperature in (0, 0.8)]
     for rank in range(2):

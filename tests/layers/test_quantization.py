@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_model
-from processes import script, torchrun
+from processes import forked, script
 from safetensors.torch import save_file
 
 from llama import Llama, cli
@@ -346,7 +346,7 @@ def test_quantised_checkpoints_on_two_processes_and_in_two_files(tmp_path: Path)
         assert first.keys() == again.keys()
         assert all(torch.equal(first[name], again[name]) for name in first)
     out = tmp_path / "found.json"
-    done = torchrun("--nproc_per_node", "2", script(tmp_path, GENERATE), str(out), *map(str, paths))
+    done = forked(script(tmp_path, GENERATE), str(out), *map(str, paths), n=2)
     assert done.returncode == 0, done.stderr
     found = json.loads(out.read_text())
     for path, (tokens, logprobs) in zip(paths, found, strict=True):

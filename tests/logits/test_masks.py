@@ -13,7 +13,7 @@ from engine_client import Client
 from grammars import Script
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from processes import script, torchrun
+from processes import forked, script
 
 from llama import Llama
 from llama.logits.masks import barriers
@@ -185,7 +185,7 @@ def test_two_ranks_agree(tiny: Llama, tmp_path: Path) -> None:
     ids = tokenizer.encode(" red ball. Tom has a red ball. Tom has a", False, False)
     some = [list(each) for each in places(ids, 4)]
     arguments = (script(tmp_path, RANKS), str(out), json.dumps([REPEATED, some]))
-    done = torchrun("--nproc_per_node", "2", *arguments, path=str(Path(__file__).parents[1]))
+    done = forked(*arguments, path=str(Path(__file__).parents[1]), n=2)
     assert done.returncode == 0, done.stderr[-3000:]
     expected = [
         run(tiny, REPEATED, Script(some, tokenizer.eos_id, tokenizer.n_words), **how).tokens

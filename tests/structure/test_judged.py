@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from processes import script, torchrun
+from processes import forked, script
 
 from llama import Llama, SamplingParams
 from llama.server import workers
@@ -185,7 +185,7 @@ def test_two_ranks_agree(tmp_path: Path) -> None:
     slow = {"type": "json_schema", "schema": {"allOf": parts}}
     out = tmp_path / "rank"
     arguments = (script(tmp_path, RANKS), str(out), json.dumps([FORM, slow, DIALOG]))
-    done = torchrun("--nproc_per_node", "2", *arguments, path=str(Path(__file__).parents[1]))
+    done = forked(*arguments, path=str(Path(__file__).parents[1]), n=2)
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = (json.loads(Path(f"{out}{rank}").read_text()) for rank in range(2))
     assert first == second
