@@ -75,8 +75,8 @@ def test_gptq_weights_are_those_of_the_formula(
 
 def test_groups_without_g_idx_follow_one_another() -> None:
     """A failure means that files of the first tools, without g_idx, get other weights."""
-    for size, n_inputs in ((32, 96), (64, 96), (-1, 96)):
-        groups = grouped(n_inputs, n_inputs if size == -1 else size)
+    for size, n_inputs in ((32, 96), (64, 96), (-1, 96), (2**70, 96)):
+        groups = grouped(n_inputs, size if 0 < size < n_inputs else n_inputs)
         *numbers, weight = random_weight(32, n_inputs, 4, groups, False)
         parts = gptq_parts(*numbers, groups, 4)
         del parts["g_idx"]
