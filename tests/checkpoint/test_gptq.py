@@ -275,6 +275,20 @@ def test_half_precision_builds_have_bfloat16_scales(saved: Path, tmp_path: Path)
     assert (found - expected).abs().max() < 0.1 * expected.abs().max()
 
 
+def test_plain_float32_weights_leave_the_others_in_half_precision(
+    saved: Path, tmp_path: Path
+) -> None:
+    """A failure means that a quantised model is computed in float32 as its norms are."""
+    path = write_quantized(saved, tmp_path / "model", GPTQ)
+    tensors = load_file(path / "model.safetensors")
+    wide = {key: t.float() if key.endswith(".weight") else t for key, t in tensors.items()}
+    save_file(wide, path / "model.safetensors")
+    write_config(path, dtype=None, torch_dtype=None)
+    assert opened(path)[0].dtype == torch.float16
+    write_config(path, dtype="bfloat16")
+    assert opened(path)[0].dtype == torch.bfloat16
+
+
 def changed(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Any], Any]:
     return lambda parts: {**parts, name: change(parts[name])}
 
