@@ -140,7 +140,7 @@ def _stated_groups(
                 f"{n_inputs} inputs, and group_size is {short(settings.get('group_size'))}: "
                 "download it again"
             )
-    return torch.arange(n_inputs).div_(size, rounding_mode="floor")
+    return torch.arange(n_inputs).div_(min(size, n_inputs), rounding_mode="floor")
 
 
 def _layout(
