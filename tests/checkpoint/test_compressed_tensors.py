@@ -63,7 +63,7 @@ def weight_of(packed: Packed) -> torch.Tensor:
 def test_codes_of_any_number_of_bits(bits: int, is_old: bool, has_order: bool) -> None:
     """A failure means that weights of some number of bits are read as others."""
     torch.manual_seed(bits)
-    numbers, points = torch.randint(1 << bits, (6, 96)), torch.randint(1 << bits, (6, 6))
+    numbers, points = torch.randint(1 << bits, (80, 96)), torch.randint(1 << bits, (80, 6))
     per_word = 32 // bits if is_old else None
     parts = parts_of(numbers, bits, per_word)
     parts["weight_zero_point"] = packed_bits(points.T, bits, per_word).T

@@ -219,6 +219,20 @@ class TestBroken:
         with pytest.raises(ValueError, match="its pickle calls a value"):
             build(path)
 
+    def test_a_pickle_that_makes_a_storage_is_refused(self, checkpoint_dir) -> None:
+        """A failure means that a file of bytes takes gigabytes of memory."""
+        path = checkpoint_dir()
+        file = path / "consolidated.00.pth"
+        with zipfile.ZipFile(file) as archive:
+            entries = {info.filename: archive.read(info) for info in archive.infolist()}
+        name = next(entry for entry in entries if entry.endswith("data.pkl"))
+        entries[name] = b"\x80\x02ctorch.storage\nUntypedStorage\nJ\x00\x00\x00\x40\x85R."
+        with zipfile.ZipFile(file, "w") as archive:
+            for entry, content in entries.items():
+                archive.writestr(entry, content)
+        with pytest.raises(ValueError, match="its pickle calls a value"):
+            build(path)
+
     def test_files_that_are_no_checkpoints(self, checkpoint_dir) -> None:
         path = checkpoint_dir()
         file = path / "consolidated.00.pth"

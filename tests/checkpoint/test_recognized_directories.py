@@ -112,7 +112,7 @@ DIRECTORIES: dict[str, tuple[Callable[[Path], Path | object], type[Exception], s
     "tensors of FP8": (
         lambda p: quantised(p, weight=SCALES.to(torch.float8_e4m3fn), weight_scale=SCALES),
         WRONG,
-        r"wq\.weight in .* has the shape \(1, 64\)",
+        r"q_proj\.weight_scale, which .*config.json describes, is for groups of 1 of 64 inputs",
     ),
     "packed tensors": (
         lambda p: quantised(p, weight_packed=CODES, weight_scale=SCALES),
