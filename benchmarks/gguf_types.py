@@ -1,6 +1,6 @@
 """Perplexity of each GGUF type: here and in llama.cpp, on the same file and the same text.
 
-    python benchmarks/gguf_types.py CKPT TEXT_FILE
+    python benchmarks/gguf_types.py                  # the embedded model, on unseen stories
     python benchmarks/gguf_types.py CKPT TEXT_FILE --types Q4_0,Q4_K_M --n_tokens 4096
 
 llama.cpp quantises the checkpoint's weights to each type. Types with blocks of 256 need widths that
@@ -18,7 +18,7 @@ from pathlib import Path
 import speed
 import torch
 import torch.nn.functional as F
-from quality import of_llama_cpp
+from quality import of_llama_cpp, stories
 
 from llama import Llama, ModelArgs, cli
 from llama.checkpoint import open_checkpoint
@@ -26,6 +26,7 @@ from llama.checkpoint.base import vocabulary_size, widened
 from llama.checkpoint.params import make_args
 from llama.checkpoint.sharding import full_shapes, parameter_count, weight_bytes
 from llama.convert import convert
+from llama.generation import TINY
 from llama.perplexity import perplexity
 
 BLOCK = 256
@@ -42,7 +43,7 @@ def padded(
     dim, hidden_dim = (-(-size // BLOCK) * BLOCK for size in (args.dim, args.hidden_dim))
     group = args.n_heads // args.kv_heads
     kv_heads = args.kv_heads
-    while kv_heads * group * args.head_dim % BLOCK or kv_heads * group * args.head_dim < dim:
+    while kv_heads * group * args.head_dim % BLOCK:
         kv_heads += 1
     wide = replace(
         args,
@@ -52,8 +53,6 @@ def padded(
         n_kv_heads=kv_heads,
         norm_eps=args.norm_eps * args.dim / dim,
     )
-    if wide.n_heads * args.head_dim != dim:
-        raise ValueError(f"heads of {args.head_dim} don't fill up a width of {dim}")
     filled = {}
     for name, shape in full_shapes(wide).items():
         tensor = tensors[name] * math.sqrt(args.dim / dim) ** name.endswith("norm.weight")
@@ -63,11 +62,11 @@ def padded(
 
 
 def main(
-    ckpt: str,
-    text_file: str,
+    ckpt: str = str(TINY),
+    text_file: str | None = None,
     types: str = TYPES,
     dtypes: str = "float32,bfloat16",
-    n_tokens: int = 4_096,
+    n_tokens: int = 10_240,
     context: int = 512,
     stride: int = 256,
 ) -> None:
@@ -75,13 +74,13 @@ def main(
 
     Args:
         ckpt: a checkpoint of any format.
-        text_file: UTF-8.
+        text_file: UTF-8; stories like the embedded model's by default.
         types: of those that ``llama_model_quantize`` makes without an importance matrix.
         dtypes: of the network here.
         n_tokens: tokens of the text, at most.
         context, stride: as for ``llama.perplexity``.
     """
-    text = Path(text_file).read_text(encoding="utf-8")
+    text = stories() if text_file is None else Path(text_file).read_text(encoding="utf-8")
     columns = ["type", "bits, file", "bits, memory", "llama.cpp", *dtypes.split(",")]
     print(f"| {' | '.join(columns)} |")
     print("|---" * len(columns) + "|")

@@ -74,6 +74,9 @@ def write_gguf(
     writer.add_head_count(args.n_heads)
     writer.add_head_count_kv(args.kv_heads)
     writer.add_layer_norm_rms_eps(args.norm_eps)
+    if args.head_dim != args.dim // args.n_heads:
+        writer.add_key_length(args.head_dim)
+        writer.add_value_length(args.head_dim)
     writer.add_rope_dimension_count(args.head_dim)
     writer.add_rope_freq_base(args.rope_theta)
     writer.add_vocab_size(args.vocab_size)

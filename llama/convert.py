@@ -29,8 +29,8 @@ def convert(
         out_dir: the directory to write; must not exist.
         to: meta or hf.
         model_parallel_size: the number of consolidated.*.pth files to write (meta only).
-        dtype: float32, bfloat16 or float16; by default every tensor keeps its dtype, quantised
-            ones become float16, and merged ones get the base's dtype.
+        dtype: float32, bfloat16 or float16; by default every tensor keeps its dtype, or the codes
+            that its file has; widened ones become float16, and merged ones get the base's dtype.
         adapter: a LoRA adapter to merge in, or several separated by commas.
         quantize: int8 or int4, for weights of 8 or about 4.5 bits (meta only).
         group_size: weights that share a scale in int4: 32, 64 (by default), 128 or 256.

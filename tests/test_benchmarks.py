@@ -1,6 +1,7 @@
 """The benchmarks measure what they say: the same weights in every format, and honest arithmetic."""
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -8,13 +9,16 @@ import torch
 from conftest import passed_tokens
 from processes import forked
 
-from llama import ModelArgs
+from llama import ModelArgs, parallel
 from llama.checkpoint import open_checkpoint
+from llama.checkpoint.base import Checkpoint, Weights
+from llama.checkpoint.load import load
 from llama.checkpoint.sharding import full_shapes
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import engines
 import expected
+import gguf_types
 import gpu_engines
 import gpu_speed
 import gpu_worker
@@ -46,6 +50,25 @@ def test_every_engine_gets_the_same_weights(engine: str, tmp_path: Path) -> None
     for name in full_shapes(SMALL):
         read = found.rank_part(name, SMALL, 0, 1)
         assert torch.equal(read.to(torch.bfloat16), tensors[name]), name
+
+
+def test_a_network_filled_up_with_zeros_is_the_same() -> None:
+    """A failure means that types with blocks of 256 are judged on another network."""
+    parallel.initialize(torch.device("cpu"))
+    args = ModelArgs(**{**asdict(SMALL), "head_dim": 24, "max_seq_len": 32, "max_batch_size": 1})
+    tensors = {
+        name: torch.randn(shape, generator=torch.Generator().manual_seed(len(name))) * 0.2
+        for name, shape in full_shapes(args).items()
+    }
+    wide, filled = gguf_types.padded(args, tensors)
+    assert {size % 256 for size in (wide.dim, wide.hidden_dim, wide.n_heads * 24)} == {0}
+    tokens, logits = torch.arange(20)[None], []
+    for of, weights in ((args, tensors), (wide, filled)):
+        whole = Checkpoint("random", {}, [Weights.of(weights)], ["random"], torch.float32)
+        model = load(whole, of, torch.device("cpu"), torch.float32)
+        logits.append(model(tokens, 0))
+    assert logits[0].std() > 0.1
+    assert torch.allclose(*logits, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow

@@ -43,6 +43,7 @@ def codes_of(kind: str, raw: torch.Tensor, shape: Sequence[int]) -> StoredWeight
     step = _CHUNK // block
     for first, blocks in enumerate(raw.view(n_blocks, -1).split(step)):
         for target, part in zip(targets, decode(blocks), strict=True):
+            # Packed codes are the lower bytes of larger numbers, and converted here.
             target[first * step : first * step + len(part)] = part.view(len(part), -1)
     return stored
 
@@ -59,13 +60,13 @@ def _float16(blocks: torch.Tensor, at: int) -> torch.Tensor:
 
 def _bits(words: torch.Tensor, shifts: Sequence[int], mask: int) -> torch.Tensor:
     """Return fields of all bytes: (…, n_words) to (…, n_shifts, n_words)."""
-    return torch.stack([words >> shift for shift in shifts], dim=-2).bitwise_and_(mask * 0x01010101)
+    shifted = [words >> shift if shift else words for shift in shifts]
+    return torch.stack(shifted, dim=-2).bitwise_and_(mask * 0x01010101)
 
 
 def _packed(words: torch.Tensor) -> torch.Tensor:
-    """Store the lower four bits of all bytes two in a byte: uint8, (n, n_bytes / 2)."""
-    pairs = words.view(torch.int16)
-    return (pairs >> 4).bitwise_or_(pairs).to(torch.uint8).flatten(1)  # the lower byte
+    """Return the lower four bits of all bytes, two in the lower byte of an int16: (n, n_words)."""
+    return (words >> 4).bitwise_or_(words).view(torch.int16).flatten(1)
 
 
 def _values(words: torch.Tensor, middle: int) -> torch.Tensor:
@@ -87,7 +88,7 @@ def _q5(blocks: torch.Tensor, first: int) -> torch.Tensor:
     fifth = _bits(_words(blocks, first, first + 4), range(0, 32, 4), 15)[..., 0] & 15
     fifth = (fifth * 0x00204081) & 0x01010101  # four bits to the lowest ones of four bytes
     fourth = _bits(_words(blocks, first + 4, first + 20), (0, 4), 15)
-    return _values(fourth.flatten(1) | fifth << 4, 16)
+    return _values(fourth.flatten(1).bitwise_or_(fifth << 4), 16)
 
 
 def _q5_0(blocks: torch.Tensor) -> Parts:
@@ -107,17 +108,17 @@ def _q2_k(blocks: torch.Tensor) -> Parts:
     codes = _bits(_words(blocks, 16, 80).view(-1, 2, 8), (0, 2, 4, 6), 3)
     four_bits = _bits(_words(blocks, 0, 16), (0, 4), 15).view(torch.uint8).float()
     scale, low = four_bits.mul_(blocks.view(torch.float16)[:, 40:, None].float()).unbind(1)
-    return _packed(codes) + 0x77, scale, scale - low
+    return _packed(codes.add_(0x07070707)), scale, scale - low  # values from -1 to 2
 
 
 def _q3_k(blocks: torch.Tensor) -> Parts:
     lower = _bits(_words(blocks, 32, 96).view(-1, 2, 8), (0, 2, 4, 6), 3)
     third = _bits(_words(blocks, 0, 32), range(8), 1) << 2
-    codes = _packed(lower.flatten(1, 2) | third) + 0x44  # the middle is 4 here, and 8 in the form
+    codes = lower.flatten(1, 2).bitwise_or_(third).add_(0x04040404)  # values from -4 to 3
     words = _words(blocks, 96, 108)
     scales = _bits(words[:, :2], (0, 4), 15).flatten(1)
     scales |= _bits(words[:, 2:], (0, 2, 4, 6), 3).flatten(1) << 4
-    return codes, _float16(blocks, 108).float() * _values(scales, 32)
+    return _packed(codes), _float16(blocks, 108).float() * _values(scales, 32)
 
 
 def _k_scales(blocks: torch.Tensor, middle: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -138,14 +139,14 @@ def _q4_k(blocks: torch.Tensor) -> Parts:
 def _q5_k(blocks: torch.Tensor) -> Parts:
     fourth = _bits(_words(blocks, 48, 176).view(-1, 4, 8), (0, 4), 15).flatten(1, 2)
     fifth = _bits(_words(blocks, 16, 48), range(8), 1)
-    return _values(fourth | fifth << 4, 16), *_k_scales(blocks, 16)
+    return _values(fourth.bitwise_or_(fifth << 4), 16), *_k_scales(blocks, 16)
 
 
 def _q6_k(blocks: torch.Tensor) -> Parts:
     lower = _bits(_words(blocks, 0, 128).view(-1, 2, 16), (0, 4), 15).flatten(1)
     upper = _bits(_words(blocks, 128, 192).view(-1, 2, 8), (0, 2, 4, 6), 3).flatten(1)
     scales = blocks.view(torch.int8)[:, 192:208].float()
-    return _values(lower | upper << 4, 32), _float16(blocks, 208).float() * scales
+    return _values(lower.bitwise_or_(upper << 4), 32), _float16(blocks, 208).float() * scales
 
 
 def _iq4(codes: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,7 @@ from gguf_files import random_blocks
 
 from llama.checkpoint import gguf_codes
 from llama.checkpoint.gguf_codes import KINDS, codes_of, form_of_kind
+from llama.checkpoint.gguf_file import SUPPORTED
 
 SHAPE = (24, 768)
 
@@ -83,6 +84,17 @@ def test_weights_are_decoded_some_at_a_time(name: str, monkeypatch: pytest.Monke
     monkeypatch.setattr(gguf_codes, "_CHUNK", 1280)  # not a divisor of the weights
     parts = codes_of(name, raw, SHAPE)
     assert all(torch.equal(whole[part], parts[part]) for part in whole)
+
+
+def test_all_types_that_gguf_dequantises_are_read() -> None:
+    """A failure means that files are refused whose weights are known."""
+    for kind, (_, size) in gguf.GGML_QUANT_SIZES.items():
+        try:
+            gguf.quants.dequantize(np.zeros((1, size), np.uint8), kind)
+        except NotImplementedError:
+            assert kind.name not in SUPPORTED
+        else:
+            assert kind.name in SUPPORTED
 
 
 def test_other_types_have_no_form() -> None:
