@@ -75,8 +75,8 @@ def test_gptq_weights_are_those_of_the_formula(
 
 def test_groups_without_g_idx_follow_one_another() -> None:
     """A failure means that files of the first tools, without g_idx, get other weights."""
-    for size, n_inputs in ((32, 96), (64, 96), (-1, 96)):
-        groups = grouped(n_inputs, n_inputs if size == -1 else size)
+    for size, n_inputs in ((32, 96), (64, 96), (-1, 96), (2**70, 96)):
+        groups = grouped(n_inputs, size if 0 < size < n_inputs else n_inputs)
         *numbers, weight = random_weight(32, n_inputs, 4, groups, False)
         parts = gptq_parts(*numbers, groups, 4)
         del parts["g_idx"]
@@ -273,6 +273,20 @@ def test_half_precision_builds_have_bfloat16_scales(saved: Path, tmp_path: Path)
     with torch.inference_mode():
         found = llama.model(PROMPT, 0).float()
     assert (found - expected).abs().max() < 0.1 * expected.abs().max()
+
+
+def test_plain_float32_weights_leave_the_others_in_half_precision(
+    saved: Path, tmp_path: Path
+) -> None:
+    """A failure means that a quantised model is computed in float32 as its norms are."""
+    path = write_quantized(saved, tmp_path / "model", GPTQ)
+    tensors = load_file(path / "model.safetensors")
+    wide = {key: t.float() if key.endswith(".weight") else t for key, t in tensors.items()}
+    save_file(wide, path / "model.safetensors")
+    write_config(path, dtype=None, torch_dtype=None)
+    assert opened(path)[0].dtype == torch.float16
+    write_config(path, dtype="bfloat16")
+    assert opened(path)[0].dtype == torch.bfloat16
 
 
 def changed(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Any], Any]:
