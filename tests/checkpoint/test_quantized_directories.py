@@ -12,6 +12,7 @@ from quantized_files import (
     quantized_names,
     settings_and_modules,
 )
+from safetensors.torch import load_file, save_file
 
 from llama import parallel
 from llama.args import ModelArgs
@@ -93,6 +94,17 @@ def test_two_ranks_hold_the_halves_of_each_weight(name: str, tmp_path: Path) -> 
         if len(halves) == 1 and args.kv_heads == 2:
             expected = expected[: len(expected) // 2]
         assert torch.equal(torch.cat(halves, dim), expected)
+
+
+def test_scales_of_the_cache_are_ignored(tmp_path: Path) -> None:
+    """A failure means that files with a rounded cache are refused for its scales."""
+    directory = quantized_directory("float8-tensor", tmp_path)
+    tensors = load_file(directory / "model.safetensors")
+    for name in ("kv_scale", "k_scale", "v_scale"):
+        tensors[f"model.layers.0.self_attn.{name}"] = torch.ones(1)
+    save_file(tensors, directory / "model.safetensors")
+    checkpoint = open_hf(directory)
+    checkpoint.check(args_of(checkpoint))
 
 
 def test_ordered_inputs_are_not_divided_among_ranks(tmp_path: Path) -> None:
