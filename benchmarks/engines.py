@@ -12,11 +12,14 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 PROMPT = 512
 NEW = 32
 THREADS = 2
+BATCH = 8
+REPEATS = 3  # of each measurement in a process
 
 
 def prompt_of(length: int, seed: int = 0) -> list[int]:
@@ -30,14 +33,16 @@ class Ours:
     name, package, weights = "llama", "llama", "bf16"
     compile = False
 
-    def __init__(self, path: str, max_seq_len: int = PROMPT + 2 * NEW, max_batch_size: int = 1):
+    def __init__(self, path: str, max_seq_len: int = PROMPT + 2 * NEW, max_batch_size: int = BATCH):
         import torch
 
         from llama import Llama
+        from llama.generation import TINY
 
         torch.set_num_threads(THREADS)
         self.llama = Llama.build(
             path,
+            None if Path(path).is_dir() else TINY / "tokenizer.model",  # a file has none
             max_seq_len=max_seq_len,
             max_batch_size=max_batch_size,
             device="cpu",
@@ -47,6 +52,44 @@ class Ours:
 
     def generate(self, prompt: list[int], length: int) -> int:
         return len(self.llama.generate([prompt], length, temperature=0)[0][0])
+
+    def products(self) -> None:
+        """Do the products of a decoding step alone."""
+        import torch
+
+        from llama.layers.linear import fused_linear
+
+        model = self.llama.model
+        with torch.inference_mode():
+            for layers in model.linear_groups():
+                width = layers[0].in_features
+                fused_linear(torch.ones(1, width, dtype=model.norm.weight.dtype), *layers)
+
+    def step(self, bsz: int, kv_len: int) -> None:
+        """Decode one token of each of some sequences; the time is independent of which ones."""
+        import torch
+
+        from llama.layers.batch import Segment
+
+        segments = [Segment(slot, kv_len, 1) for slot in range(bsz)]
+        self.llama.model.forward_ragged(torch.full((bsz,), 5), segments)
+
+    def details(self) -> dict[str, float]:
+        """Return what is measured of this library only, from cases that take turns."""
+        kv_len = PROMPT // 8
+        cases = {
+            "products": self.products,
+            "one": lambda: self.step(1, kv_len),
+            "batch": lambda: self.step(BATCH, kv_len),
+        }
+        seconds: dict[str, list[float]] = {name: [] for name in cases}
+        for number in range(2 * REPEATS + 1):
+            for name, run in cases.items():
+                taken = timed(run, 2)
+                if number:  # the first round isn't counted
+                    seconds[name] += taken
+        products, one, batch = (statistics.median(s) for s in seconds.values())
+        return {"products_of_step": products / one, "batch_over_one": BATCH * one / batch}
 
 
 class Compiled(Ours):
@@ -146,26 +189,53 @@ class CTranslate2:
         return len(results[0].sequences_ids[0])
 
 
+class OursBf16File(Ours):
+    """This library on llama.cpp's own file, as the ones below."""
+
+    name = "llama BF16"
+
+
+class OursQ8(Ours):
+    name, weights = "llama Q8_0", "Q8_0"
+
+
 class LlamaCppQ8(LlamaCpp):
-    name, weights = "llama.cpp Q8_0", "int8"
+    name, weights = "llama.cpp Q8_0", "Q8_0"
+
+
+class OursQ4(Ours):
+    name, weights = "llama Q4_0", "Q4_0"
 
 
 class LlamaCppQ4(LlamaCpp):
-    name, weights = "llama.cpp Q4_0", "int4"
+    name, weights = "llama.cpp Q4_0", "Q4_0"
+
+
+class OursQ4K(Ours):
+    name, weights = "llama Q4_K_M", "Q4_K_M"
+
+
+class LlamaCppQ4K(LlamaCpp):
+    name, weights = "llama.cpp Q4_K_M", "Q4_K_M"
 
 
 ENGINES = {
     engine.name: engine
     for engine in (
         Ours,
+        OursBf16File,
         Compiled,
         Transformers,
         LlamaCpp,
         OursInt8,
+        OursQ8,
         LlamaCppQ8,
         CTranslate2,
         OursInt4,
+        OursQ4,
         LlamaCppQ4,
+        OursQ4K,
+        LlamaCppQ4K,
     )
 }
 
@@ -203,11 +273,13 @@ def measure(engine: str, path: str, start: float) -> dict[str, float]:
         return statistics.median(seconds)
 
     run(PROMPT, NEW + 1, 1)  # for what is done once
-    prefill = run(PROMPT, 1, 3)
+    prefill = run(PROMPT, 1, REPEATS)
     # After a short prompt, whose time, and so its error, is small compared with the tokens'.
     short = PROMPT // 8
-    first, whole = run(short, 1, 5), run(short, NEW + 1, 5)
+    first, whole = run(short, 1, REPEATS), run(short, NEW + 1, REPEATS)
+    details = model.details() if isinstance(model, Ours) else {}
     return {
+        **details,
         "first_token_s": first_token,
         "prefill_tokens_per_s": PROMPT / prefill,
         "decode_tokens_per_s": NEW / (whole - first),

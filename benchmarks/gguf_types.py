@@ -15,9 +15,9 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-import speed
 import torch
 import torch.nn.functional as F
+import weights
 from quality import of_llama_cpp, stories
 
 from llama import Llama, ModelArgs, cli
@@ -95,7 +95,7 @@ def main(
         tokenizer = next(path for path in sorted(whole.glob("tokenizer.*")))
         for kind in types.split(","):
             path = Path(directory) / f"{kind}.gguf"
-            speed.write_quantized_gguf(kind)(args, tensors, path)
+            weights.write_quantized_gguf(kind)(args, tensors, path)
             tokens: list[int] = []
             values, bits = [], 0.0
             for dtype in map(cli.dtype_of, dtypes.split(",")):

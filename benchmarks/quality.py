@@ -16,8 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import speed
+import engines
 import torch
+import weights
 
 from llama import Llama, ModelArgs, cli
 from llama.checkpoint import open_checkpoint
@@ -37,11 +38,11 @@ OURS: dict[str, dict[str, Any]] = {
     "llama int4, groups of 32": {"quantize": "int4", "group_size": 32},
     "llama, cache int8": {"kv_cache_dtype": "int8"},
 }
-THEIRS: dict[str, Callable[[ModelArgs, speed.Tensors, Path], None]] = {
-    "llama.cpp": speed.write_gguf,
-    "llama.cpp Q8_0": speed.write_quantized_gguf("Q8_0"),
-    "llama.cpp Q4_0": speed.write_quantized_gguf("Q4_0"),
-    "llama.cpp Q4_0, all weights": speed.write_quantized_gguf("Q4_0", pure=True),
+THEIRS: dict[str, Callable[[ModelArgs, weights.Tensors, Path], None]] = {
+    "llama.cpp": weights.write_gguf,
+    "llama.cpp Q8_0": weights.write_quantized_gguf("Q8_0"),
+    "llama.cpp Q4_0": weights.write_quantized_gguf("Q4_0"),
+    "llama.cpp Q4_0, all weights": weights.write_quantized_gguf("Q4_0", pure=True),
 }
 
 
@@ -65,8 +66,8 @@ def of_llama_cpp(path: Path, tokens: list[int], context: int, stride: int) -> Pe
         n_ctx=context,
         n_batch=context,
         n_ubatch=context,
-        n_threads=speed.engines.THREADS,
-        n_threads_batch=speed.engines.THREADS,
+        n_threads=engines.THREADS,
+        n_threads_batch=engines.THREADS,
         logits_all=True,
         verbose=False,
     )
@@ -123,7 +124,7 @@ def main(
             print(f"{name}: {value.value:.4f}")
             results[name] = value, 8 * size / parameter_count(args)
             del llama
-        if "llama.cpp" in speed.engines.installed():
+        if "llama.cpp" in engines.installed():
             source = open_checkpoint(path)
             args = make_args(source.params, source.source, n_words=0)
             args.max_seq_len = context

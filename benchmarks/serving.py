@@ -28,7 +28,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import httpx
-import speed
+import shapes
+import weights
 
 from llama import ModelArgs, Tokenizer, cli
 from llama.generation import TINY
@@ -61,20 +62,20 @@ def text_of(number: int) -> str:
             return text
 
 
-def write_llama(args: ModelArgs, tensors: speed.Tensors, path: Path) -> None:
-    speed.write_meta(args, tensors, path)
+def write_llama(args: ModelArgs, tensors: weights.Tensors, path: Path) -> None:
+    weights.write_meta(args, tensors, path)
     write_vocabulary(args.vocab_size, path / "tokenizer.model")
 
 
-def write_hf(args: ModelArgs, tensors: speed.Tensors, path: Path) -> None:
+def write_hf(args: ModelArgs, tensors: weights.Tensors, path: Path) -> None:
     from transformers import LlamaTokenizer
 
-    speed.write_hf(args, tensors, path)
+    weights.write_hf(args, tensors, path)
     write_vocabulary(args.vocab_size, path / "tokenizer.model")
     LlamaTokenizer.from_pretrained(path).save_pretrained(path)
 
 
-def write_gguf(args: ModelArgs, tensors: speed.Tensors, path: Path) -> None:
+def write_gguf(args: ModelArgs, tensors: weights.Tensors, path: Path) -> None:
     from sentencepiece import SentencePieceProcessor
 
     with tempfile.TemporaryDirectory() as directory:
@@ -92,7 +93,7 @@ def write_gguf(args: ModelArgs, tensors: speed.Tensors, path: Path) -> None:
         "bos": words.bos_id(),
         "eos": words.eos_id(),
     }
-    speed.write_gguf(args, tensors, path, vocabulary)
+    weights.write_gguf(args, tensors, path, vocabulary)
 
 
 def llama_command(path: Path, port: int) -> list[str]:
@@ -120,7 +121,7 @@ def batching_command(path: Path, port: int) -> list[str]:
     return [*transformers_command(path.with_name("transformers"), port), "--continuous-batching"]
 
 
-Writer = Callable[[ModelArgs, speed.Tensors, Path], None]
+Writer = Callable[[ModelArgs, weights.Tensors, Path], None]
 SERVERS: dict[str, tuple[str, Writer | None, Callable[[Path, int], list[str]]]] = {
     "llama": ("llama", write_llama, llama_command),
     "llama, without lookup": ("llama", None, plain_command),
@@ -255,16 +256,16 @@ def main(
     """Measure servers on random weights of a shape of speed.py, and print a table.
 
     Args:
-        shape: a name in ``speed.SHAPES``.
+        shape: a name in ``shapes.SHAPES``.
         servers: names separated by semicolons; all that are installed by default.
         n_tokens: tokens of each completion.
         repeats: how often to measure; the table shows medians.
     """
     names = list(SERVERS) if servers is None else ["llama", *servers.split(";")]
-    args = speed.SHAPES[shape]
+    args = shapes.SHAPES[shape]
     results: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as directory:
-        tensors = speed.random_weights(args)
+        tensors = weights.random_weights(args)
         for name, (module, write, _) in SERVERS.items():
             if name in names and find_spec(module) is not None and write is not None:
                 write(args, tensors, Path(directory) / name)

@@ -10,6 +10,10 @@ from llama.checkpoint.sharding import cache_bytes, parameter_count, weight_bytes
 
 SHAPES = {
     "1M": ModelArgs(dim=128, n_layers=2, n_heads=2, n_kv_heads=1, vocab_size=1024),
+    "18M": ModelArgs(dim=256, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=32000),
+    "SmolLM2": ModelArgs(
+        dim=576, n_layers=30, n_heads=9, n_kv_heads=3, vocab_size=49152, tie_word_embeddings=True
+    ),
     "110M": ModelArgs(dim=768, n_layers=12, n_heads=12, vocab_size=32000),
     "1.1B": ModelArgs(dim=2048, n_layers=22, n_heads=32, n_kv_heads=4, vocab_size=32000),
     "7B": ModelArgs(dim=4096, n_layers=32, n_heads=32, vocab_size=32000),

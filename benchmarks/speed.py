@@ -1,232 +1,91 @@
-"""This library against installed peers: the same random weights, one run, fresh processes.
+"""This library against installed peers: the same random weights, in turns, fresh processes.
 
     pip install -e '.[bench]'
-    python benchmarks/speed.py --shape 1.1B --out results.json --plots plots/
-    python benchmarks/speed.py --quantized --grow=False    # int8 and int4 of every engine
+    python benchmarks/speed.py --out results.json --plots plots/ --grow
+    python benchmarks/speed.py --kinds Q4_0,Q4_K_M --directory files/ --repeats 3
+    python benchmarks/speed.py --shape SmolLM2 --directory files/
     python benchmarks/speed.py --device cuda    # on a GPU: see gpu_speed.py
 
-Each engine gets the weights in its own format (bfloat16; CTranslate2 int8, as it has no bfloat16
-products on a CPU). Engines alternate for ``repeats`` rounds; the table shows medians. The limits
-of the machine, its read bandwidth (a large tensor's sum) and its bfloat16 matrix peak (the better
-of PyTorch's two ways to multiply), are measured before, between and after. Then growth.py
-measures the cost of larger batches, longer contexts and further turns.
+Each engine gets the weights in its own format (CTranslate2 in int8, as it has no bfloat16 products
+on a CPU), or both the same GGUF file. Engines take turns for ``repeats`` rounds; the tables show
+medians. The limits of the machine, its read bandwidth (a large tensor's sum) and its peak (the
+better of PyTorch's two ways to multiply), are measured right before and after each engine. The
+second table says which of ``targets.py`` are reached. With ``grow``, growth.py measures the cost of
+larger batches, longer contexts and further turns.
 """
 
-import ctypes
+import contextlib
 import json
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import engines
 import growth
+import targets
 import torch
 from gpu_speed import DeviceConfig, compare
 from plots import draw_growth, draw_peers
 from shapes import SHAPES
+from weights import WRITERS, random_weights
 
 from llama import ModelArgs, cli
-from llama.checkpoint.base import Checkpoint, Weights
-from llama.checkpoint.hf_names import from_interleaved
-from llama.checkpoint.save import save
-from llama.checkpoint.save_hf import save_hf
-from llama.checkpoint.sharding import full_shapes, parameter_count
-from llama.convert import convert
-from llama.generation import TINY
+from llama.checkpoint.load import has_fast_bf16
+from llama.checkpoint.sharding import parameter_count
 
-Tensors = dict[str, torch.Tensor]
-
-
-def random_weights(args: ModelArgs) -> Tensors:
-    return {
-        name: torch.empty(shape, dtype=torch.bfloat16).normal_(std=0.02)
-        for name, shape in full_shapes(args).items()
-    }
-
-
-def write_meta(args: ModelArgs, tensors: Tensors, path: Path) -> None:
-    save([tensors], args, path, files={"tokenizer.model": TINY / "tokenizer.model"})
-
-
-def write_hf(args: ModelArgs, tensors: Tensors, path: Path) -> None:
-    save_hf(Checkpoint("", {}, [Weights.of(tensors)], [""], torch.bfloat16), args, path)
-
-
-def write_gguf(
-    args: ModelArgs, tensors: Tensors, path: Path, vocabulary: dict[str, Any] | None = None
-) -> None:
-    """Write a GGUF file; ``vocabulary`` has tokens, scores, types, bos and eos, or is None."""
-    import gguf
-
-    from llama.checkpoint.gguf import META_NAMES
-
-    theirs = {ours: name for name, ours in META_NAMES.items()}
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(args.max_seq_len)
-    writer.add_embedding_length(args.dim)
-    writer.add_block_count(args.n_layers)
-    writer.add_feed_forward_length(args.hidden_dim)
-    writer.add_head_count(args.n_heads)
-    writer.add_head_count_kv(args.kv_heads)
-    writer.add_layer_norm_rms_eps(args.norm_eps)
-    if args.head_dim != args.dim // args.n_heads:
-        writer.add_key_length(args.head_dim)
-        writer.add_value_length(args.head_dim)
-    writer.add_rope_dimension_count(args.head_dim)
-    writer.add_rope_freq_base(args.rope_theta)
-    writer.add_vocab_size(args.vocab_size)
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
-    writer.add_tokenizer_model("no_vocab" if vocabulary is None else "llama")
-    if vocabulary is not None:
-        writer.add_token_list(vocabulary["tokens"])
-        writer.add_token_scores(vocabulary["scores"])
-        writer.add_token_types(vocabulary["types"])
-        writer.add_bos_token_id(vocabulary["bos"])
-        writer.add_eos_token_id(vocabulary["eos"])
-    for name, tensor in tensors.items():
-        stem = name.removesuffix(".weight")
-        if stem.startswith("layers."):
-            _, number, module = stem.split(".", 2)
-            stem = f"blk.{number}.{theirs[module]}"
-        else:
-            stem = theirs[stem]
-        if tensor.dim() == 1:  # llama.cpp wants norms in float32
-            writer.add_tensor(f"{stem}.weight", tensor.float().numpy())
-        else:
-            raw = tensor.view(torch.uint16).numpy()
-            kind = gguf.GGMLQuantizationType.BF16
-            writer.add_tensor(f"{stem}.weight", raw.view("uint8"), raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def write_quantized(name: str) -> Callable[[ModelArgs, Tensors, Path], None]:
-    def write(args: ModelArgs, tensors: Tensors, path: Path) -> None:
-        convert(str(path.with_name("llama")), str(path), quantize=name)
-
-    return write
-
-
-def write_quantized_gguf(
-    kind: str, pure: bool = False
-) -> Callable[[ModelArgs, Tensors, Path], None]:
-    """Return a function that writes a quantised GGUF file.
-
-    Args:
-        pure: quantise all weights alike; by default llama.cpp gives some of them more bits.
-    """
-
-    def write(args: ModelArgs, tensors: Tensors, path: Path) -> None:
-        import llama_cpp
-
-        original = path.with_name("llama.cpp")
-        if not original.exists():
-            write_gguf(args, tensors, original)
-        params = llama_cpp.llama_model_quantize_default_params()
-        params.pure = pure
-        params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
-        names = str(original).encode(), str(path).encode()
-        if llama_cpp.llama_model_quantize(*names, ctypes.byref(params)):
-            raise RuntimeError(f"llama.cpp couldn't write {path}")
-
-    return write
-
-
-def write_ctranslate2(args: ModelArgs, tensors: Tensors, path: Path) -> None:
-    from ctranslate2.specs import common_spec, transformer_spec
-
-    spec = transformer_spec.TransformerDecoderModelSpec.from_config(
-        args.n_layers,
-        args.n_heads,
-        activation=common_spec.Activation.SWISH,
-        pre_norm=True,
-        ffn_glu=True,
-        rms_norm=True,
-        rotary_dim=0,
-        rotary_interleave=False,
-        num_heads_kv=args.kv_heads,
-    )
-
-    def array(name: str) -> Any:
-        tensor = tensors[f"{name}.weight"].float()
-        if name.endswith(("wq", "wk")):
-            tensor = from_interleaved(tensor, args.head_dim)
-        return tensor.numpy()
-
-    decoder = spec.decoder
-    decoder.scale_embeddings = False
-    decoder.embeddings.weight = array("tok_embeddings")
-    decoder.layer_norm.gamma = array("norm")
-    decoder.projection.weight = array("output")
-    for i, layer in enumerate(decoder.layer):
-        prefix = f"layers.{i}"
-        attention, feed_forward = layer.self_attention, layer.ffn
-        attention.layer_norm.gamma = array(f"{prefix}.attention_norm")
-        parts = [torch.from_numpy(array(f"{prefix}.attention.w{x}")) for x in "qkv"]
-        attention.linear[0].weight = torch.cat(parts).numpy()
-        attention.linear[1].weight = array(f"{prefix}.attention.wo")
-        feed_forward.layer_norm.gamma = array(f"{prefix}.ffn_norm")
-        feed_forward.linear_0.weight = array(f"{prefix}.feed_forward.w1")
-        feed_forward.linear_0_noact.weight = array(f"{prefix}.feed_forward.w3")
-        feed_forward.linear_1.weight = array(f"{prefix}.feed_forward.w2")
-    spec.config.bos_token = spec.config.eos_token = spec.config.unk_token = "t0"
-    spec.register_vocabulary([f"t{i}" for i in range(args.vocab_size)])
-    spec.validate()
-    spec.optimize(quantization="int8")
-    path.mkdir()
-    spec.save(str(path))
-
-
-WRITERS: dict[str, Callable[[ModelArgs, Tensors, Path], None]] = {
-    "llama": write_meta,
-    "llama compiled": lambda args, tensors, path: path.symlink_to(path.with_name("llama")),
-    "transformers": write_hf,
-    "llama.cpp": write_gguf,
-    "llama int8": write_quantized("int8"),
-    "llama.cpp Q8_0": write_quantized_gguf("Q8_0"),
-    "ctranslate2": write_ctranslate2,
-    "llama int4": write_quantized("int4"),
-    "llama.cpp Q4_0": write_quantized_gguf("Q4_0"),
+KINDS = {
+    "bf16": ("llama", "llama.cpp", "transformers"),
+    "int8": ("llama int8", "llama.cpp Q8_0", "ctranslate2"),
+    "int4": ("llama int4", "llama.cpp Q4_0"),
+    "BF16": ("llama BF16", "llama.cpp"),
+    "Q8_0": ("llama Q8_0", "llama.cpp Q8_0"),
+    "Q4_0": ("llama Q4_0", "llama.cpp Q4_0"),
+    "Q4_K_M": ("llama Q4_K_M", "llama.cpp Q4_K_M"),
 }
-DEFAULT_PEERS = ("llama compiled", "transformers", "llama.cpp", "ctranslate2")
-QUANTIZED_PEERS = ("llama int8", "llama.cpp Q8_0", "ctranslate2", "llama int4", "llama.cpp Q4_0")
+DEFAULT_KINDS = "bf16,int8,Q4_0,Q4_K_M"
 # Of a weight, including scales.
-BYTES = {"bf16": 2.0, "int8": 1.0, "int4": 0.5625}
+BYTES = {"bf16": 2.0, "int8": 1.0, "int4": 0.5625, "Q8_0": 1.0625, "Q4_0": 0.5625, "Q4_K_M": 0.6}
 
 LIMITS = """
-import json, time, torch
-torch.set_num_threads(2)
-def median_seconds(function, repeats=7):
+import json, sys, time, torch
+torch.set_num_threads(int(sys.argv[1]))
+dtype, size = getattr(torch, sys.argv[2]), int(sys.argv[3])
+def fastest(function, repeats=5):
     function()
     seconds = []
     for _ in range(repeats):
         start = time.perf_counter()
         function()
         seconds.append(time.perf_counter() - start)
-    return sorted(seconds)[len(seconds) // 2]
-large = torch.ones(1 << 29)
-bandwidth = large.nbytes / median_seconds(large.sum)
+    return min(seconds)
+large = torch.ones(size)
+bandwidth = large.nbytes / fastest(large.sum)
 del large
-n = 4096
-a, b = torch.randn(n, n).bfloat16(), torch.randn(n, n).bfloat16()
+n = 2048
+a, b = torch.randn(n, n).to(dtype), torch.randn(n, n).to(dtype)
 ways = [lambda: torch.nn.functional.linear(a, b)]
 if torch.backends.mkldnn.is_available():
     packed = torch.ops.mkldnn._reorder_linear_weight(b, n)
     ways.append(lambda: torch.ops.mkldnn._linear_pointwise(a, packed, None, "none", [], ""))
-print(json.dumps({"bandwidth": bandwidth, "peak": 2 * n**3 / min(map(median_seconds, ways))}))
+print(json.dumps({"bandwidth": bandwidth, "peak": 2 * n**3 / min(map(fastest, ways))}))
 """
+LARGE = 1 << 28  # elements whose sum tells the bandwidth
+
+
+def product_dtype() -> str:
+    """Return the dtype in which this machine multiplies checkpoints of bfloat16."""
+    return "bfloat16" if has_fast_bf16(torch.device("cpu")) else "float32"
 
 
 def limits() -> dict[str, float]:
-    """Return bytes read and bfloat16 operations per second, measured in a process of its own."""
-    done = subprocess.run([sys.executable, "-c", LIMITS], stdout=subprocess.PIPE, check=True)
+    """Return bytes read and operations per second, measured in a process of its own."""
+    numbers = [str(engines.THREADS), product_dtype(), str(LARGE)]
+    command = [sys.executable, "-c", LIMITS, *numbers]
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
     return dict(json.loads(done.stdout))
 
 
@@ -246,87 +105,94 @@ def run_growth(path: Path) -> dict[str, Any]:
     return dict(json.loads(done.stdout))
 
 
+def fractions(
+    args: ModelArgs, weights: str, measured: dict[str, float], found: dict[str, float]
+) -> dict[str, float]:
+    """Return how much of the machine's limits an engine reaches.
+
+    Args:
+        args: the network's shape.
+        weights: a name in ``BYTES``.
+        measured: the engine's speeds.
+        found: the limits.
+    """
+    n_embedding = args.vocab_size * args.dim
+    # A token reads one row of an embedding that isn't the output, too; of a prompt only the last
+    # position has logits.
+    per_token = parameter_count(args) - (0 if args.tie_word_embeddings else n_embedding)
+    per_prompt = per_token - n_embedding
+    read = per_token * BYTES[weights] * measured["decode_tokens_per_s"]
+    calculated = 2 * per_prompt * measured["prefill_tokens_per_s"]
+    return {"of_bandwidth": read / found["bandwidth"], "of_peak": calculated / found["peak"]}
+
+
 def table(shape: str, results: dict[str, Any]) -> str:
     """Return the medians, and their fractions of the machine's limits, as a Markdown table."""
-    args = SHAPES[shape]
-    per_token = parameter_count(args) - args.vocab_size * args.dim  # of which a token reads one row
-    per_prompt = per_token - args.vocab_size * args.dim  # the last position's logits only
-    bandwidth, peak = results["limits"]["bandwidth"], results["limits"]["peak"]
+    found, dtype = results["limits"], product_dtype()
     lines = [
-        f"{shape}: read bandwidth {bandwidth / 1e9:.1f} GB/s, bf16 peak {peak / 1e9:.0f} Gflop/s",
+        f"{shape}, {results['machine']}: read bandwidth {found['bandwidth'] / 1e9:.1f} GB/s, "
+        f"{dtype} peak {found['peak'] / 1e9:.0f} Gflop/s",
         "",
         "| engine | prefill tokens/s | of the peak | decode tokens/s | of the bandwidth "
         "| first token | peak memory | prefill: ours is | decode: ours is |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, measured in results["engines"].items():
-        prefill, decode = measured["prefill_tokens_per_s"], measured["decode_tokens_per_s"]
-        weights = engines.ENGINES[name].weights
-        nbytes = per_token * BYTES[weights]
-        own = "llama" if weights == "bf16" else f"llama {weights}"
-        ours = results["engines"].get(own, results["engines"]["llama"])
-        ratios = (ours["prefill_tokens_per_s"] / prefill, ours["decode_tokens_per_s"] / decode)
+        speeds = measured["prefill_tokens_per_s"], measured["decode_tokens_per_s"]
+        ours = _ours(name, results["engines"])
+        ratios = "| | |"
+        if ours is not None:
+            own = ours["prefill_tokens_per_s"], ours["decode_tokens_per_s"]
+            ratios = f"| {own[0] / speeds[0]:.2f} x | {own[1] / speeds[1]:.2f} x |"
         lines.append(
-            f"| {name} | {prefill:.0f} | {2 * per_prompt * prefill / peak:.2f} | {decode:.1f} "
-            f"| {nbytes * decode / bandwidth:.2f} | {measured['first_token_s']:.1f} s "
-            f"| {measured['peak_bytes'] / 1e9:.2f} GB | {ratios[0]:.2f} x | {ratios[1]:.2f} x |"
+            f"| {name} | {speeds[0]:.0f} | {measured['of_peak']:.2f} | {speeds[1]:.1f} "
+            f"| {measured['of_bandwidth']:.2f} | {measured['first_token_s']:.1f} s "
+            f"| {measured['peak_bytes'] / 1e9:.2f} GB {ratios}"
         )
     return "\n".join(lines)
 
 
-def main(
-    shape: str | None = None,
-    peers: str | None = None,
-    quantized: bool = False,
-    repeats: int = 1,
-    out: str | None = None,
-    plots: str | None = None,
-    grow: bool = True,
-    *,
-    on: DeviceConfig,
-) -> None:
-    """Measure this library and ``peers``, print tables, write ``out`` as JSON and draw ``plots``.
+def _ours(engine: str, measured: dict[str, dict[str, float]]) -> dict[str, float] | None:
+    """Return the speeds of this library on weights like an engine's, of the same file at best."""
+    weights = engines.ENGINES[engine].weights
+    like = {"bf16": "llama", "Q8_0": "llama int8", "Q4_0": "llama int4"}
+    names = (f"llama {weights}", like.get(weights, ""))
+    return next((measured[name] for name in names if name in measured), None)
 
-    With ``device`` everything runs there, and gpu_speed.py does the work.
 
-    Args:
-        shape: of the random weights, 1.1B by default, with ``device`` 7B; see shapes.py.
-        peers: the engines to compare with, with commas between them; those installed by default.
-        quantized: select all engines with int8 or int4 weights; an engine is compared with this
-            library's weights of as many bits.
-        repeats: rounds, of which the tables show medians.
-        out: the JSON file to write.
-        plots: the directory for plots.
-        grow: whether growth.py runs, too.
-    """
-    if on.device is not None:
-        if quantized or plots is not None:
-            raise ValueError("--quantized and --plots are for runs without --device")
-        compare(on, shape or "7B", peers, repeats, out)
+def prepare(shape: str, names: list[str], directory: Path) -> None:
+    """Write the files of engines that an earlier run hasn't left there."""
+    missing = [name for name in names if not (directory / name).exists()]
+    if not missing:
         return
-    shape = shape or "1.1B"
-    if peers is None:
-        peers = ",".join(QUANTIZED_PEERS if quantized else DEFAULT_PEERS)
-    selected = ("llama", *(peers.split(",") if isinstance(peers, str) else peers))
-    names = [name for name in WRITERS if name in selected and name in engines.installed()]
-    print(f"engines: {', '.join(names)}", file=sys.stderr)
+    torch.manual_seed(0)  # files of several runs have the same weights
+    tensors = random_weights(SHAPES[shape])
+    for name in missing:
+        if not (directory / name).exists():  # another's file may have been written with it
+            print(f"writing {name}", file=sys.stderr)
+            WRITERS[name](SHAPES[shape], tensors, directory / name)
+
+
+def take_turns(shape: str, names: list[str], repeats: int, directory: Path) -> dict[str, Any]:
+    """Measure engines in rounds, the machine's limits right before and after each of them."""
     rounds: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     measured = [limits()]
-    with tempfile.TemporaryDirectory() as directory:
-        tensors = random_weights(SHAPES[shape])
+    for number in range(repeats):
         for name in names:
-            WRITERS[name](SHAPES[shape], tensors, Path(directory) / name)
-        del tensors
-        for number in range(repeats):
-            for name in names:
-                print(f"round {number + 1} of {repeats}: {name}", file=sys.stderr)
-                result = run_worker(name, Path(directory) / name)
-                if result is not None:
-                    rounds[name].append(result)
+            print(f"round {number + 1} of {repeats}: {name}", file=sys.stderr)
+            result = run_worker(name, directory / name)
             measured.append(limits())
-        grown = run_growth(Path(directory) / "llama") if grow else None
-    results: dict[str, Any] = {
+            if result is None:
+                continue
+            before, after = measured[-2:]
+            around = {key: (before[key] + after[key]) / 2 for key in before}
+            weights = engines.ENGINES[name].weights
+            result |= fractions(SHAPES[shape], weights, result, around)
+            rounds[name].append(result)
+    return {
         "shape": shape,
+        "machine": targets.machine(engines.THREADS),
+        "amx": targets.has_amx(),
         "limits": {key: statistics.median(m[key] for m in measured) for key in measured[0]},
         "engines": {
             name: {key: statistics.median(r[key] for r in runs) for key in runs[0]}
@@ -336,16 +202,84 @@ def main(
         "rounds": rounds,
         "measured_limits": measured,
     }
+
+
+def select(kinds: str | tuple[str, ...], peers: str | tuple[str, ...] | None) -> list[str]:
+    """Return the installed engines of some kinds, or this library and some peers.
+
+    Raises:
+        ValueError: a kind or an engine isn't known.
+    """
+    if peers is None:
+        wanted = kinds.split(",") if isinstance(kinds, str) else list(kinds)
+        unknown = [kind for kind in wanted if kind not in KINDS]
+        names = [name for kind in wanted for name in KINDS.get(kind, ())]
+        known = KINDS.keys()
+    else:
+        names = ["llama", *(peers.split(",") if isinstance(peers, str) else peers)]
+        unknown = [name for name in names if name and name not in WRITERS]
+        known = WRITERS.keys()
+    if unknown:
+        raise ValueError(f"{unknown[0]!r} isn't one of {', '.join(known)}")
+    installed = engines.installed()
+    return [name for name in dict.fromkeys(names) if name in WRITERS and name in installed]
+
+
+def main(
+    shape: str | None = None,
+    kinds: str = DEFAULT_KINDS,
+    peers: str | None = None,
+    repeats: int = 1,
+    out: str | None = None,
+    plots: str | None = None,
+    grow: bool = False,
+    directory: str | None = None,
+    *,
+    on: DeviceConfig,
+) -> None:
+    """Measure this library and its peers, print tables, write ``out`` as JSON and draw ``plots``.
+
+    With ``device`` everything runs there, and gpu_speed.py does the work.
+
+    Args:
+        shape: of the random weights, 1.1B by default, with ``device`` 7B; see shapes.py.
+        kinds: of weights, with commas between them: bf16, int8, int4 (which this library has
+            made), BF16, Q8_0, Q4_0, Q4_K_M (llama.cpp's own files, for both).
+        peers: engines to compare with instead, with commas between them.
+        repeats: rounds, of which the tables show medians.
+        out: the JSON file to write.
+        plots: the directory for plots.
+        grow: whether growth.py runs, too.
+        directory: where the engines' files stay for the next run, which then writes none; by
+            default they are removed.
+    """
+    if on.device is not None:
+        if plots is not None or directory is not None or kinds != DEFAULT_KINDS:
+            raise ValueError("--kinds, --directory and --plots are for runs without --device")
+        compare(on, shape or "7B", peers, repeats, out)
+        return
+    shape = shape or "1.1B"
+    names = select(kinds, peers)
+    with contextlib.ExitStack() as stack:
+        if directory is None:
+            files = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        else:
+            files = Path(directory) / shape
+            files.mkdir(parents=True, exist_ok=True)
+        prepare(shape, names + ["llama"] * (grow and "llama" not in names), files)
+        results = take_turns(shape, names, repeats, files)
+        if grow:
+            results["growth"] = run_growth(files / "llama")
     print(table(shape, results))
-    if grown is not None:
-        results["growth"] = grown
-        print(f"\n{growth.table(grown)}")
+    print(targets.summary(results))
+    if grow:
+        print(f"\n{growth.table(results['growth'])}")
     if out is not None:
         Path(out).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     if plots is not None:
         Path(plots).mkdir(parents=True, exist_ok=True)
         draw_peers(results, Path(plots) / "speed_peers.svg")
-        if grown is not None:
+        if grow:
             draw_growth(results, Path(plots) / "speed_growth.svg")
 
 

@@ -43,7 +43,13 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out = F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        if x.is_cpu and len(x) > 1:  # where PyTorch's passes over memory twice as often
+            h = x.float()
+            norm = torch.linalg.vector_norm(h, dim=-1, keepdim=True)
+            scale = norm.square().div_(x.shape[-1]).add_(self.eps).rsqrt_()
+            out = (h * scale).mul_(self.weight).to(x.dtype)
+        else:
+            out = F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         return out if self.adapted is None else self.adapted(x, out)
 
 
@@ -51,35 +57,35 @@ def precompute_freqs_cis(args: ModelArgs, device: torch.device) -> torch.Tensor:
     """Return the rotary angles' cosines and sines for every position (RoFormer, section 3.2.2).
 
     Returns:
-        float32, shape (max_seq_len, 2, head_dim): for each element of a head the factor of
-        itself, then that of its neighbour in the pair.
+        float32, shape (max_seq_len, head_dim / 2, 2): of each pair its cosine and its sine.
     """
     # On the CPU first: accelerators round the sines of large angles differently.
     freqs = rope_freqs(args) / rope_factors(args)
     positions = torch.arange(args.max_seq_len, device="cpu", dtype=torch.float32)
-    angles = torch.outer(positions, freqs)
-    cos, sin = angles.cos(), angles.sin()  # (max_seq_len, head_dim / 2)
-    pairs = torch.stack((cos, cos, -sin, sin), dim=-1).unflatten(-1, (2, 2))
-    pairs = pairs.transpose(1, 2).flatten(2) * attention_factor(args)
-    return pairs.to(device)  # (max_seq_len, 2, head_dim)
+    angles = torch.outer(positions, freqs)  # (max_seq_len, head_dim / 2)
+    pairs = torch.stack((angles.cos(), angles.sin()), dim=-1) * attention_factor(args)
+    return pairs.to(device)  # (max_seq_len, head_dim / 2, 2)
 
 
 def apply_rotary_emb(x: torch.Tensor, freqs_cis: torch.Tensor) -> torch.Tensor:
     """Rotate each pair of neighbouring elements of ``x`` by its position's angle.
 
-    The complex product is written out in real numbers: some backends have no complex type.
-
     Args:
         x: shape (n_tokens, n_heads, head_dim).
-        freqs_cis: float32, shape (n_tokens, 2, head_dim).
+        freqs_cis: float32, shape (n_tokens, head_dim / 2, 2).
 
     Returns:
         The shape and dtype of ``x``.
     """
-    cos, sin = freqs_cis.unsqueeze(1).unbind(2)  # (n_tokens, 1, head_dim) each
-    neighbours = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
-    # In float32, rounded where it is written: three kernels, whatever the dtype.
-    return torch.addcmul(x * cos, neighbours, sin, out=torch.empty_like(x))
+    pairs = x.float().unflatten(-1, (-1, 2))  # (n_tokens, n_heads, head_dim / 2, 2)
+    freqs_cis = freqs_cis.unsqueeze(1)
+    if x.is_mps or torch.compiler.is_compiling():  # which have no complex numbers, or slow ones
+        (real, imag), (cos, sin) = pairs.unbind(-1), freqs_cis.unbind(-1)
+        rotated = torch.stack((real * cos - imag * sin, real * sin + imag * cos), dim=-1)
+    else:
+        product = torch.view_as_complex(pairs) * torch.view_as_complex(freqs_cis)
+        rotated = torch.view_as_real(product)
+    return rotated.flatten(-2).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -124,7 +130,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         gate, up = fused_linear(x, self.w1, self.w3)
-        return self.w2(F.silu(gate) * up)
+        return self.w2(F.silu(gate, inplace=True) * up)  # (n_tokens, dim)
 
 
 class TransformerBlock(nn.Module):

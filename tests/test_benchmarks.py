@@ -1,7 +1,7 @@
 """The benchmarks measure what they say: the same weights in every format, and honest arithmetic."""
 
+import dataclasses
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -30,12 +30,15 @@ import serving
 import shapes
 import soak
 import speed
+import targets
+import weights
 
 
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     """Threads of several test processes would wait for each other."""
     monkeypatch.setattr(engines, "THREADS", 1)
+    monkeypatch.setattr(engines, "REPEATS", 1)
 
 
 SMALL = ModelArgs(dim=64, n_layers=2, n_heads=8, n_kv_heads=2, vocab_size=768, multiple_of=32)
@@ -43,9 +46,9 @@ SMALL = ModelArgs(dim=64, n_layers=2, n_heads=8, n_kv_heads=2, vocab_size=768, m
 
 @pytest.mark.parametrize("engine", ["llama", "transformers", "llama.cpp"])
 def test_every_engine_gets_the_same_weights(engine: str, tmp_path: Path) -> None:
-    tensors = speed.random_weights(SMALL)
+    tensors = weights.random_weights(SMALL)
     path = tmp_path / ("model.gguf" if engine == "llama.cpp" else "model")
-    speed.WRITERS[engine](SMALL, tensors, path)
+    weights.WRITERS[engine](SMALL, tensors, path)
     found = open_checkpoint(path)
     for name in full_shapes(SMALL):
         read = found.rank_part(name, SMALL, 0, 1)
@@ -55,7 +58,7 @@ def test_every_engine_gets_the_same_weights(engine: str, tmp_path: Path) -> None
 def test_a_network_filled_up_with_zeros_is_the_same() -> None:
     """A failure means that types with blocks of 256 are judged on another network."""
     parallel.initialize(torch.device("cpu"))
-    args = ModelArgs(**{**asdict(SMALL), "head_dim": 24, "max_seq_len": 32, "max_batch_size": 1})
+    args = ModelArgs(**{**dataclasses.asdict(SMALL), "head_dim": 24, "max_seq_len": 32, "max_batch_size": 1})
     tensors = {
         name: torch.randn(shape, generator=torch.Generator().manual_seed(len(name))) * 0.2
         for name, shape in full_shapes(args).items()
@@ -63,8 +66,8 @@ def test_a_network_filled_up_with_zeros_is_the_same() -> None:
     wide, filled = gguf_types.padded(args, tensors)
     assert {size % 256 for size in (wide.dim, wide.hidden_dim, wide.n_heads * 24)} == {0}
     tokens, logits = torch.arange(20)[None], []
-    for of, weights in ((args, tensors), (wide, filled)):
-        whole = Checkpoint("random", {}, [Weights.of(weights)], ["random"], torch.float32)
+    for of, own in ((args, tensors), (wide, filled)):
+        whole = Checkpoint("random", {}, [Weights.of(own)], ["random"], torch.float32)
         model = load(whole, of, torch.device("cpu"), torch.float32)
         logits.append(model(tokens, 0))
     assert logits[0].std() > 0.1
@@ -77,28 +80,129 @@ def test_a_worker_measures_this_library(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(engines, "NEW", 100)  # whose time is far above that of one
     monkeypatch.setattr(engines, "prompt_of", lambda n, seed=0: [seed % 700 + 1] * n)
     threads = torch.get_num_threads()
-    speed.write_meta(SMALL, speed.random_weights(SMALL), tmp_path / "model")
+    weights.write_meta(SMALL, weights.random_weights(SMALL), tmp_path / "model")
     found = engines.measure("llama", str(tmp_path / "model"), start=0.0)
     torch.set_num_threads(threads)
     assert all(value > 0 for value in found.values())
+    assert 0.05 < found["products_of_step"] < 1 and found["batch_over_one"] > 1
 
 
 def test_fractions_and_ratios() -> None:
+    """A failure means that the table claims another share of the machine than was reached."""
     # What a token reads and calculates with: all weights but the embedding, of which it is a row.
-    weights = sum(torch.Size(s).numel() for s in full_shapes(speed.SHAPES["110M"]).values())
+    args = speed.SHAPES["110M"]
+    weights = sum(torch.Size(s).numel() for s in full_shapes(args).values())
     read = weights - 32000 * 768
+    found = {"bandwidth": 2 * read * 20.0, "peak": 2 * (read - 32000 * 768) * 400.0}
     ours = {"prefill_tokens_per_s": 100.0, "decode_tokens_per_s": 10.0}
-    more = {"first_token_s": 1.0, "peak_bytes": 1e9}
-    results = {
-        "limits": {"bandwidth": 2 * read * 20.0, "peak": 2 * (read - 32000 * 768) * 400.0},
-        "engines": {
-            "llama": {**ours, **more},
-            "llama.cpp": {"prefill_tokens_per_s": 50.0, "decode_tokens_per_s": 20.0, **more},
-        },
-    }
+    shares = speed.fractions(args, "bf16", ours, found)
+    assert shares == pytest.approx({"of_bandwidth": 0.5, "of_peak": 0.25})
+    # A step of int8 reads half as much as one of bfloat16.
+    assert speed.fractions(args, "int8", ours, found)["of_bandwidth"] == pytest.approx(0.25)
+    # An embedding that is the output is read whole.
+    tied = dataclasses.replace(args, tie_word_embeddings=True)
+    assert speed.fractions(tied, "bf16", ours, found) == pytest.approx(shares)
+    more = {"first_token_s": 1.0, "peak_bytes": 1e9, **shares}
+    theirs = {"prefill_tokens_per_s": 50.0, "decode_tokens_per_s": 20.0, **more}
+    results = {"machine": "a", "limits": found, "engines": {"llama": {**ours, **more}}}
+    results["engines"]["llama.cpp"] = theirs
     lines = speed.table("110M", results).splitlines()
+    assert lines[0].startswith("110M, a: read bandwidth")
     assert "| llama | 100 | 0.25 | 10.0 | 0.50 |" in lines[4]
     assert lines[5].endswith("| 2.00 x | 0.50 x |")
+
+
+def test_targets_are_reached_by_the_kind_of_machine(monkeypatch) -> None:
+    """A failure means that a table calls a target reached that isn't, or hides one."""
+    speeds = {"prefill_tokens_per_s": 13.0, "decode_tokens_per_s": 10.0}
+    measured = {
+        "llama": {**speeds, "products_of_step": 0.91, "batch_over_one": 4.99},
+        "llama.cpp": {"prefill_tokens_per_s": 1.0, "decode_tokens_per_s": 10.0},
+        "transformers": {"prefill_tokens_per_s": 10.0, "decode_tokens_per_s": 1.0},
+    }
+    rows = {
+        amx: [line.strip("| ").split(" | ") for line in targets.table(measured, amx).splitlines()]
+        for amx in (True, False)
+    }
+    assert [row[1:] for row in rows[True][2:]] == [
+        ["0.91", "0.93", "no"],
+        ["1.00", "1.05", "no"],
+        ["1.30", "1.30", "yes"],
+        ["4.99", "5.00", "no"],
+    ]
+    assert [row[3] for row in rows[False][2:]] == ["yes", "yes", "yes", "no"]
+    assert not targets.table({"llama.cpp": speeds}, amx=True)
+    engine_names = {name for target in targets.TARGETS for name in (target.engine, target.other)}
+    assert engine_names - {None} <= weights.WRITERS.keys() & engines.ENGINES.keys()
+    units = {"amx_bf16": True, "avx512_bf16": True, "avx2": True}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: units, raising=False)
+    assert targets.has_amx() and targets.machine(2).endswith(", AMX")
+    units["amx_bf16"] = False
+    assert not targets.has_amx()
+    assert targets.machine(2).endswith(", AVX-512 with bfloat16, without AMX")
+
+
+def test_kinds_and_peers_choose_engines(monkeypatch) -> None:
+    """A failure means that a part of the measurements is missing or done twice."""
+    monkeypatch.setattr(engines, "installed", lambda: [*engines.ENGINES])
+    assert speed.select("Q4_0,int4", None) == ["llama Q4_0", "llama.cpp Q4_0", "llama int4"]
+    assert speed.select(("Q8_0",), "ctranslate2") == ["llama", "ctranslate2"]
+    assert speed.select("bf16", "") == ["llama"]
+    monkeypatch.setattr(engines, "installed", lambda: ["llama", "llama int8"])
+    assert speed.select("bf16,int8", None) == ["llama", "llama int8"]
+    for kinds, peers in (("Q3", None), ("bf16", "vllm")):
+        with pytest.raises(ValueError, match="isn't one of"):
+            speed.select(kinds, peers)
+    for names in speed.KINDS.values():
+        assert set(names) <= weights.WRITERS.keys() & engines.ENGINES.keys()
+
+
+def test_limits_are_measured_around_each_engine(monkeypatch, tmp_path: Path) -> None:
+    """A failure means that an engine's share is one of another moment's limits."""
+    found = iter([1e9, 3e9, 5e9])
+    monkeypatch.setattr(speed, "limits", lambda: {"bandwidth": next(found), "peak": 1e12})
+    speeds = {"prefill_tokens_per_s": 1.0, "decode_tokens_per_s": 2.0}
+    monkeypatch.setattr(speed, "run_worker", lambda name, path: dict(speeds))
+    results = speed.take_turns("110M", ["llama", "llama.cpp"], 1, tmp_path)
+    shares = [results["engines"][name]["of_bandwidth"] for name in ("llama", "llama.cpp")]
+    assert shares[0] == pytest.approx(2 * shares[1])  # of 2 and of 4 GB/s
+    assert results["limits"]["bandwidth"] == 3e9
+
+
+def test_files_of_an_earlier_run_stay(monkeypatch, tmp_path: Path) -> None:
+    """A failure means that each part of a run writes gigabytes, or engines have other weights."""
+    monkeypatch.setitem(speed.SHAPES, "small", SMALL)
+    monkeypatch.setattr(speed, "print", lambda *_, **__: None, raising=False)
+    speed.prepare("small", ["llama BF16"], tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["llama BF16", "llama.cpp"]
+    before = (tmp_path / "llama.cpp").stat().st_mtime_ns
+    speed.prepare("small", ["llama.cpp", "llama BF16", "llama"], tmp_path)
+    assert (tmp_path / "llama.cpp").stat().st_mtime_ns == before
+    of_meta, of_file = (open_checkpoint(tmp_path / name) for name in ("llama", "llama BF16"))
+    name = "layers.1.attention.wk.weight"
+    parts = [each.rank_part(name, SMALL, 0, 1) for each in (of_meta, of_file)]
+    assert torch.equal(parts[0], parts[1].to(parts[0].dtype))
+
+
+def test_a_random_file_has_the_types_of_q4_k_m(tmp_path: Path) -> None:
+    """A failure means that memory and loading are measured of a file that nobody has."""
+    gguf = pytest.importorskip("gguf")
+    llama_cpp = pytest.importorskip("llama_cpp")
+    args = ModelArgs(dim=256, n_layers=9, n_heads=4, n_kv_heads=2, vocab_size=320)
+    weights.write_q4_k_m(args, tmp_path / "random.gguf")
+    written = weights.WRITERS["llama.cpp Q4_K_M"]
+    written(args, weights.random_weights(args), tmp_path / "quantised")
+    own, theirs = (
+        {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / name).tensors}
+        for name in ("random.gguf", "quantised")
+    )
+    assert {name: t.tensor_type for name, t in own.items()} == {
+        name: t.tensor_type for name, t in theirs.items()
+    }
+    for name, tensor in own.items():
+        values = gguf.dequantize(tensor.data, tensor.tensor_type)
+        assert values.std() < 0.2 and (values.std() > 1e-3 or values.ndim == 1), name
+    assert llama_cpp.Llama(str(tmp_path / "random.gguf"), verbose=False).n_vocab() == 320
 
 
 @pytest.mark.slow
@@ -108,15 +212,17 @@ def test_growth_is_measured_and_drawn(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(engines, "prompt_of", lambda n, seed=0: [seed % 700 + 1] * n)
     monkeypatch.setattr(growth, "second_turn", lambda llama: (2.0, 0.5))
     threads = torch.get_num_threads()
-    speed.write_meta(SMALL, speed.random_weights(SMALL), tmp_path / "model")
+    weights.write_meta(SMALL, weights.random_weights(SMALL), tmp_path / "model")
     found = growth.measure(str(tmp_path / "model"), rounds=2)
     torch.set_num_threads(threads)
     assert found["batch"].keys() == {"1", "2", "4", "8"}
     assert all(speed_ > 0 for speed_ in found["batch"].values())
     assert found["second_turn_over_first"] == 0.25
     # 60 positions of 2 layers' keys and values in 2 heads of 8, beside all weights but a table
-    weights = sum(torch.Size(s).numel() for s in full_shapes(SMALL).values()) - 768 * 64
-    assert found["context_4096_bound"] == pytest.approx(weights / (weights + 60 * 2 * 2 * 2 * 8))
+    n_weights = sum(torch.Size(s).numel() for s in full_shapes(SMALL).values()) - 768 * 64
+    assert found["context_4096_bound"] == pytest.approx(
+        n_weights / (n_weights + 60 * 2 * 2 * 2 * 8)
+    )
     assert f"{found['batch_8_over_1']:.2f} x" in growth.table(found)
 
     engine = {"prefill_tokens_per_s": 100.0, "decode_tokens_per_s": 10.0}
@@ -127,7 +233,7 @@ def test_growth_is_measured_and_drawn(tmp_path: Path, monkeypatch) -> None:
 
 
 def test_a_second_turn_prefills_less(tmp_path: Path, monkeypatch) -> None:
-    speed.write_meta(SMALL, speed.random_weights(SMALL), tmp_path / "model")
+    weights.write_meta(SMALL, weights.random_weights(SMALL), tmp_path / "model")
     threads = torch.get_num_threads()
     llama = engines.Ours(str(tmp_path / "model")).llama
     torch.set_num_threads(threads)
@@ -138,12 +244,14 @@ def test_a_second_turn_prefills_less(tmp_path: Path, monkeypatch) -> None:
 
 
 def test_an_engine_is_compared_with_our_weights_of_as_many_bits() -> None:
-    more = {"first_token_s": 1.0, "peak_bytes": 1e9}
+    """A failure means that the table's ratios compare eight bits with four."""
+    more = {"first_token_s": 1.0, "peak_bytes": 1e9, "of_peak": 0.1, "of_bandwidth": 0.1}
 
     def speeds(prefill: float, decode: float) -> dict[str, float]:
         return {"prefill_tokens_per_s": prefill, "decode_tokens_per_s": decode, **more}
 
     results = {
+        "machine": "a",
         "limits": {"bandwidth": 1e9, "peak": 1e12},
         "engines": {
             "llama": speeds(1.0, 1.0),
@@ -157,14 +265,16 @@ def test_an_engine_is_compared_with_our_weights_of_as_many_bits() -> None:
     assert lines[6].startswith("| ctranslate2 |")
     assert lines[6].endswith("| 2.00 x | 4.00 x |")
     assert lines[8].endswith("| 2.00 x | 4.00 x |")
-    # A step of int8 reads half as much as one of bfloat16.
-    shares = [float(lines[i].split("|")[5]) for i in (4, 5)]
-    assert shares[1] == pytest.approx(8 * shares[0] / 2, abs=0.05)
+    # The same file comes before other weights of as many bits.
+    results["engines"]["llama Q4_0"] = speeds(5.0, 5.0)
+    assert speed.table("110M", results).splitlines()[8].endswith("| 1.00 x | 0.50 x |")
+    del results["engines"]["llama int8"]
+    assert speed.table("110M", results).splitlines()[5].endswith("| | |")
 
 
 @pytest.mark.soak
 def test_quality_is_measured(monkeypatch, capsys) -> None:
-    monkeypatch.setattr(speed.engines, "installed", lambda: ["llama"])
+    monkeypatch.setattr(engines, "installed", lambda: ["llama"])
     quality.main(n_tokens=700, context=128, stride=64)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "700 tokens, context 128, stride 64"
@@ -199,7 +309,7 @@ def test_servers_get_the_same_words(tmp_path: Path) -> None:
         assert len(words.encode(serving.text_of(number), bos=True, eos=False)) == serving.PROMPT
     assert serving.text_of(0) != serving.text_of(1)
     args = ModelArgs(dim=64, n_layers=1, n_heads=8, vocab_size=1000, multiple_of=32)
-    serving.write_gguf(args, speed.random_weights(args), tmp_path / "model.gguf")
+    serving.write_gguf(args, weights.random_weights(args), tmp_path / "model.gguf")
     from llama import Llama
 
     llama = Llama.build(tmp_path / "model.gguf", device="cpu")

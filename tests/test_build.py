@@ -18,7 +18,7 @@ from llama.convert import convert
 from llama.generation import TINY
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
-import speed
+import weights
 
 TOKENS = torch.randint(3, 768, (2, 20), generator=torch.Generator().manual_seed(2))
 DIALOG = [{"role": "user", "content": "What does the cow say?"}]
@@ -52,7 +52,7 @@ def test_adapters_reach_every_base_format(adapted, tmp_path: Path) -> None:
     source = open_checkpoint(directory / "base")
     args = make_args(source.params, source.source, 768)
     tensors = {n: source.rank_part(n, args, 0, 1).bfloat16() for n in full_shapes(args)}
-    speed.write_gguf(args, tensors, tmp_path / "base.gguf")
+    weights.write_gguf(args, tensors, tmp_path / "base.gguf")
     adapters = [directory / "first", str(directory / "second")]
     for base in (directory / "base", tmp_path / "meta", tmp_path / "base.gguf"):
         llama = build(base, adapter=adapters, tokenizer_path=TINY / "tokenizer.model")

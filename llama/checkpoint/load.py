@@ -12,6 +12,7 @@ from llama.checkpoint.backend import choose_backend
 from llama.checkpoint.base import Checkpoint
 from llama.checkpoint.memory import (
     device_memory,
+    keep_freed,
     prefill_tokens,
     release,
     shares_memory,
@@ -72,6 +73,8 @@ def load(
     backend = choose_backend(args, ranks, dtype, device, int8_cache)
     model.allocate_buffers(device, dtype, int8_cache, backend)
     _pack(model, still_mapped)
+    if device.type == "cpu":
+        keep_freed()
     # Ranks whose GPUs have less free memory than others' decide for all.
     model.prefill_tokens = -int(parallel.max_over_ranks(torch.tensor(-tokens, device=device)))
     logger.info("loaded %s in %.2f seconds", checkpoint.names[0], time.monotonic() - start)
