@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from llama.layers.capability import Capability
+from llama.layers.capability import Capability, fast_dtype
 from llama.layers.kernels.base import Kernel
 from llama.layers.quantization import Grouped, StoredWeight, hadamard, rotate
 
@@ -57,15 +57,30 @@ class Int8(_Plain):
 
 
 class Widened(_Plain):
-    """Widened whole for each product, in float32."""
+    """Widened some rows at a time, which stay in a CPU's cache, in float32.
 
-    def __init__(self, stored: StoredWeight, form: Grouped):
+    Products are in the dtype of the inputs where the device is fast at it, else in float32 too.
+
+    Args:
+        form: of the weight; None if it is plain.
+    """
+
+    def __init__(self, stored: StoredWeight, form: Grouped | None, capability: Capability):
         super().__init__(stored)
         self._form = form
+        self._on_cpu = capability.kind == "cpu"
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self._form.dequantize(self._stored).to(x.dtype))
+        if self._form is None and len(x) == 1:
+            return F.linear(x, self._stored["weight"])
+        dtype = fast_dtype(x.dtype) if self._on_cpu else x.dtype
+        wide, out = x.to(dtype), x.new_empty(len(x), self.out_features)
+        some = max(1, (1 << 18 if self._on_cpu else 1 << 25) // x.shape[1])
+        for first in range(0, self.out_features, some):
+            rows = slice(first, first + some)
+            out[:, rows] = F.linear(wide, self.weights(rows).to(dtype))
+        return out
 
-    def weights(self, rows: torch.Tensor) -> torch.Tensor:
-        names = ("weight", *self._form.scale_names)
-        return self._form.dequantize({name: self._stored[name][rows] for name in names})
+    def weights(self, rows: torch.Tensor | slice) -> torch.Tensor:
+        stored = {name: part[rows] for name, part in self._stored.items()}
+        return self._form.dequantize(stored) if self._form else stored["weight"].float()
