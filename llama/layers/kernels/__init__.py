@@ -10,7 +10,7 @@ from llama.layers.kernels.base import Kernel
 from llama.layers.kernels.digits import Digits, Ordered
 from llama.layers.quantization import Form, Grouped, StoredWeight
 
-__all__ = ["Kernel", "make_kernel"]
+__all__ = ["Kernel", "make_kernel", "plain"]
 
 
 def make_kernel(
@@ -31,11 +31,8 @@ def make_kernel(
         capability: of the device.
     """
     on_cpu = capability.kind == "cpu"
-    if form is None and capability.kind == "cuda":
-        return plain.Joined(stored)
     if form is None:
-        has_order = cpu.OneDnn.is_fastest_for(stored["weight"])
-        return cpu.OneDnn(stored) if has_order else plain.Widened(stored, None, capability)
+        return plain.Joined(stored) if capability.kind == "cuda" else cpu.OneDnn(stored)
     weight = stored["weight"]
     if isinstance(form, Grouped):
         return _grouped(stored, form, dtype, capability)

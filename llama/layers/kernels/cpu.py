@@ -24,7 +24,7 @@ HAS_FBGEMM = "fbgemm" in torch.backends.quantized.supported_engines
 # are added in sixteen, which half as many levels can't overflow.
 LEVELS = 127 if _CAPABILITIES.get("avx512_vnni") else 63
 
-_WIDENED = 1 << 19  # weights of the int4 operator's order that are widened at a time
+_WIDENED = 1 << 20  # weights of the int4 operator's order that are widened at a time
 
 
 class OneDnn(Kernel):
