@@ -7,6 +7,7 @@ import torch
 from llama.layers.capability import Capability
 from llama.layers.kernels import cpu, cuda, plain
 from llama.layers.kernels.base import Kernel
+from llama.layers.kernels.compiled import Compiled
 from llama.layers.kernels.digits import Digits, Ordered
 from llama.layers.quantization import Form, Grouped, StoredWeight
 
@@ -54,6 +55,8 @@ def _grouped(
     half = dtype != torch.float32  # else products are exact
     if half and on_cpu and form.codes == "int8" and not form.group_size and cpu.HAS_FBGEMM:
         return cpu.int8_kernel()(stored, form, 1)
+    if half and on_cpu and Compiled.supports(form, stored["weight"]):
+        return Compiled(stored, form, capability)
     if half and Digits.supports(form, stored["weight"]):
         if on_cpu and cpu.int4_tile():
             return cpu.Int4(stored, form)

@@ -50,7 +50,7 @@ class Digits:
             return False
         if size == 16 and form.codes == "int8":
             # The digits lie between -8 and 7.
-            return not form.has_zeros and (weight.device.type == "meta" or weight.max() < 120)
+            return not form.has_zeros and (weight.device.type == "meta" or bool(weight.max() < 120))
         return size == 16 or size % 32 == 0
 
     def split(self, stored: StoredWeight) -> tuple[torch.Tensor, torch.Tensor]:
