@@ -30,8 +30,10 @@ SERVER = [
     "gradio>=6.31,<7",
 ]
 CHAT = ["prompt_toolkit>=3.0.36", *PROGRESS]
+FAST = ["numba>=0.61"]
 TEST = [
     *FORMATS,
+    *FAST,
     *SERVER,
     *CHAT,
     "jsonschema>=4.23",

@@ -58,7 +58,7 @@ def test_every_engine_gets_the_same_weights(engine: str, tmp_path: Path) -> None
 def test_a_network_filled_up_with_zeros_is_the_same() -> None:
     """A failure means that types with blocks of 256 are judged on another network."""
     parallel.initialize(torch.device("cpu"))
-    args = ModelArgs(**{**dataclasses.asdict(SMALL), "head_dim": 24, "max_seq_len": 32, "max_batch_size": 1})
+    args = dataclasses.replace(SMALL, head_dim=24, max_seq_len=32, max_batch_size=1)
     tensors = {
         name: torch.randn(shape, generator=torch.Generator().manual_seed(len(name))) * 0.2
         for name, shape in full_shapes(args).items()

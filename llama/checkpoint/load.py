@@ -2,7 +2,6 @@
 
 import logging
 import time
-from collections.abc import Mapping
 
 import torch
 
@@ -27,7 +26,8 @@ from llama.checkpoint.sharding import (
     weight_bytes,
 )
 from llama.cli import progress
-from llama.layers.capability import Capability
+from llama.layers.capability import Capability, cpu_has_bf16
+from llama.layers.quantization import Grouped
 from llama.model import Transformer
 
 logger = logging.getLogger(__name__)
@@ -62,7 +62,10 @@ def load(
     checkpoint.check(args)
     check_model_parallel_size(args, ranks, checkpoint.forms)
     if dtype is None:
-        fast_bf16 = has_fast_bf16(device)
+        # Those of groups are multiplied in bfloat16 by every processor's operators: with AVX2 alone
+        # five times as fast as widened to float32, by one token.
+        in_groups = any(isinstance(form, Grouped) for form in checkpoint.forms.values())
+        fast_bf16 = has_fast_bf16(device) or (device.type == "cpu" and in_groups)
         dtype = choose_dtype(checkpoint.dtype, device.type, fast_bf16)
     forms = {module: form.in_dtype(dtype) for module, form in checkpoint.forms.items()}
     tokens = plan_memory(args, dtype, device, ranks, forms, int8_cache)
@@ -156,9 +159,7 @@ def has_fast_bf16(device: torch.device) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "mps":
         return torch.backends.mps.is_macos_or_newer(14, 0)
-    # Before torch 2.11 there is no public way to ask, and float32 is the safe answer.
-    capabilities: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
-    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return cpu_has_bf16()
 
 
 def plan_memory(

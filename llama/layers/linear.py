@@ -14,7 +14,7 @@ from fairscale.nn.model_parallel import layers as fairscale_layers
 from torch import nn
 
 from llama.layers.capability import Capability
-from llama.layers.kernels import Kernel, make_kernel
+from llama.layers.kernels import Kernel, make_kernel, plain
 from llama.layers.kernels.cpu import OneDnn
 from llama.layers.quantization import Form, StoredWeight
 from llama.parallel import all_gather, all_reduce, world_size
@@ -130,7 +130,7 @@ class ParallelLinear(_Stored):
         if self.kernel is not None:
             return self.adapt(x, self.kernel(x)[:, self.rows])
         weight = self.weight if self.form is None else self.plain_weight().to(x.dtype)
-        return self.adapt(x, F.linear(x, weight))
+        return self.adapt(x, plain.linear(x, weight))
 
     def biased(self, out: torch.Tensor) -> torch.Tensor:
         """Add the bias, where the layer has one, to a product."""

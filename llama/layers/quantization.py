@@ -17,7 +17,6 @@ from math import gcd
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 StoredWeight = dict[str, torch.Tensor]
 """A weight as a checkpoint stores it: its tensors by the last part of their names."""
@@ -147,6 +146,10 @@ class Grouped:
         """Return the values of stored codes, (…, in_features)."""
         if self.codes == "int4":
             return self.unpack(codes).to(dtype).sub_(8)
+        if self.codes == "float8" and codes.is_cpu:  # where PyTorch converts one after the other
+            # The same bits mean 2 ** 8 times less in float16, whose exponents are a bit longer.
+            bits = (codes.view(torch.int8).to(torch.int16) << 7).bitwise_and_(-0x4080)
+            return bits.view(torch.float16).to(dtype).mul_(256)
         return codes.to(dtype)
 
     def dequantize(self, stored: Mapping[str, torch.Tensor], block: int = 1) -> torch.Tensor:
@@ -154,30 +157,13 @@ class Grouped:
         values = self.values(stored["weight"])
         groups = values.unflatten(1, (-1, self.group_size or values.shape[1]))
         scale, *zero = (stored[name].float().unsqueeze(2) for name in self.scale_names)
-        groups = torch.addcmul(zero[0], groups, scale) if zero else groups.mul_(scale)
-        weight = groups.flatten(1)
+        groups = groups.mul_(scale)  # one after the other, which is faster than ``addcmul``
+        weight = (groups.add_(zero[0]) if zero else groups).flatten(1)
         if "order" not in stored:
             return weight
         restored = torch.empty_like(weight)
         restored[:, stored["order"].long()] = weight
         return restored
-
-    def padded(self, stored: StoredWeight, multiple: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Fill ``out_features`` up to a multiple with zeros, as int4 operators want it.
-
-        Returns:
-            The codes, and bfloat16 scales and zeros in one tensor, (n_groups, out_features, 2).
-        """
-        extra = (0, 0, 0, -len(stored["weight"]) % multiple)
-        weight, scales = (F.pad(stored[name], extra) for name in ("weight", "scales"))
-        zeros = F.pad(stored["zeros"], extra) if self.has_zeros else torch.zeros_like(scales)
-        both = torch.stack((scales.bfloat16(), zeros.bfloat16()), dim=2)
-        return weight, both.transpose(0, 1).contiguous()
-
-    def joined(self, codes: torch.Tensor, scales_and_zeros: torch.Tensor) -> StoredWeight:
-        """Return the tensors of int4 codes, one in a byte, and of what ``padded`` returns."""
-        both = scales_and_zeros.to(self.scale_dtype).transpose(0, 1).unbind(2)
-        return {"weight": self.pack(codes), **dict(zip(self.scale_names, both, strict=False))}
 
     @staticmethod
     def pack(codes: torch.Tensor) -> torch.Tensor:
@@ -187,7 +173,8 @@ class Grouped:
     @staticmethod
     def unpack(packed: torch.Tensor) -> torch.Tensor:
         """Return the codes, from 0 to 15, of which each byte holds two."""
-        return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
+        pairs = packed.to(torch.int16, memory_format=torch.contiguous_format)
+        return (pairs << 4).bitwise_or_(pairs).bitwise_and_(0x0F0F).view(torch.uint8)
 
 
 _CODES = {"int4": torch.uint8, "int8": torch.int8, "float8": torch.float8_e4m3fn}

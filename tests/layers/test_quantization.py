@@ -143,7 +143,6 @@ def test_embeddings_equal_their_dequantised_form(form: Form) -> None:
 def test_the_network_is_that_of_the_dequantised_weights(
     form: Form, tied: bool, monkeypatch
 ) -> None:
-    monkeypatch.setattr(cpu, "FEW_TOKENS", 0)  # whose kernel works in bfloat16
     usual, model = quantised_model(form, tie_word_embeddings=tied)
     with torch.no_grad():
         for name, module in model.named_modules():

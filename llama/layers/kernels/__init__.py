@@ -1,13 +1,17 @@
 """The kernels of linear layers: the fastest operator that PyTorch has for a weight on a device."""
 
+from dataclasses import replace
+
 import torch
 
 from llama.layers.capability import Capability
 from llama.layers.kernels import cpu, cuda, plain
 from llama.layers.kernels.base import Kernel
-from llama.layers.quantization import Form, Rotated, StoredWeight
+from llama.layers.kernels.compiled import Compiled
+from llama.layers.kernels.digits import Digits, Ordered
+from llama.layers.quantization import Form, Grouped, StoredWeight
 
-__all__ = ["Kernel", "make_kernel"]
+__all__ = ["Kernel", "make_kernel", "plain"]
 
 
 def make_kernel(
@@ -30,15 +34,32 @@ def make_kernel(
     on_cpu = capability.kind == "cpu"
     if form is None:
         return plain.Joined(stored) if capability.kind == "cuda" else cpu.OneDnn(stored)
-    if isinstance(form, Rotated):
-        if on_cpu and cpu.HAS_FBGEMM:
-            return cpu.Int8(stored, block_size)
-        if cuda.Int8.supports(stored["weight"], capability):
-            return cuda.Int8(stored, block_size, dtype)
-        return plain.Int8(stored, block_size, dtype, capability)
-    has_operator = form.codes == "int4" and form.group_size >= 32 and not form.ordered
-    if has_operator and on_cpu and dtype != torch.float32 and cpu.int4_tile():
-        return cpu.Int4(stored, form)
-    if has_operator and cuda.Int4.supports(stored["weight"], dtype, capability):
-        return cuda.Int4(stored, form)
-    return plain.Widened(stored, form)
+    weight = stored["weight"]
+    if isinstance(form, Grouped):
+        return _grouped(stored, form, dtype, capability)
+    if on_cpu and cpu.HAS_FBGEMM:
+        return cpu.int8_kernel()(stored, form, block_size)
+    if cuda.Int8.supports(weight, capability):
+        return cuda.Int8(stored, block_size, dtype)
+    return plain.Int8(stored, block_size, dtype, capability)
+
+
+def _grouped(
+    stored: StoredWeight, form: Grouped, dtype: torch.dtype, capability: Capability
+) -> Kernel:
+    if form.ordered:
+        others = {name: part for name, part in stored.items() if name != "order"}
+        kernel = _grouped(others, replace(form, ordered=False), dtype, capability)
+        return Ordered(kernel, stored["order"])
+    on_cpu = capability.kind == "cpu"
+    half = dtype != torch.float32  # else products are exact
+    if half and on_cpu and form.codes == "int8" and not form.group_size and cpu.HAS_FBGEMM:
+        return cpu.int8_kernel()(stored, form, 1)
+    if half and on_cpu and Compiled.supports(form, stored["weight"]):
+        return Compiled(stored, form, capability)
+    if half and Digits.supports(form, stored["weight"]):
+        if on_cpu and cpu.int4_tile():
+            return cpu.Int4(stored, form)
+        if cuda.Int4.supports(stored["weight"], dtype, capability):
+            return cuda.Int4(stored, form)
+    return plain.Widened(stored, form, capability)

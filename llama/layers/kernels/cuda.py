@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from llama.layers.capability import Capability
+from llama.layers.kernels import digits
 from llama.layers.kernels.base import Kernel
 from llama.layers.quantization import Grouped, StoredWeight, hadamard, rotate
 
@@ -61,36 +62,35 @@ class Int8(Kernel):
         return rotate(rotated, self._matrix.float())
 
 
-class Int4(Kernel):
+class Int4(digits.Int4):
     """PyTorch's "tinygemm" operator; for many tokens some of the weight is widened at a time.
 
     It keeps tiles of 8 outputs and 128 inputs together, or of 64 or 32 inputs where these divide
     the width; their order is found by ``nibble_order``.
     """
 
-    def __init__(self, stored: StoredWeight, form: Grouped):
-        super().__init__(stored)
-        self._form = form
-        inner_tiles = _inner_tiles(2 * stored["weight"].shape[1])
-        weight, self._scales_and_zeros = form.padded(stored, 8)
-        self._packed = _pack(weight, inner_tiles)
-        order = nibble_order(inner_tiles, weight.device)
-        assert order is not None  # as ``supports`` says
-        self._order = order
+    few_tokens = FEW_TOKENS
 
     @staticmethod
     def supports(weight: torch.Tensor, dtype: torch.dtype, capability: Capability) -> bool:
-        """Return whether the operator takes a packed weight and inputs of a dtype."""
+        """Return whether the operator takes the digits of a weight and inputs of a dtype."""
         if capability.kind != "cuda" or capability.compute < (8, 0) or dtype != torch.bfloat16:
             return False
         return nibble_order(_inner_tiles(2 * weight.shape[1]), weight.device) is not None
 
-    def product(self, x: torch.Tensor) -> torch.Tensor:
-        if len(x) <= FEW_TOKENS:
-            out = torch._weight_int4pack_mm(
-                x.contiguous(), self._packed, self._form.group_size, self._scales_and_zeros
-            )
-            return out[:, : self.out_features].contiguous()  # as a collective wants it
+    def _pack(self, codes: torch.Tensor) -> None:
+        inner_tiles = _inner_tiles(codes.shape[1])
+        self._packed = _pack(Grouped.pack(codes), inner_tiles)
+        order = nibble_order(inner_tiles, codes.device)
+        assert order is not None  # as ``supports`` says
+        self._order = order
+
+    def _multiply(self, x: torch.Tensor, both: torch.Tensor) -> torch.Tensor:
+        return torch._weight_int4pack_mm(
+            x.contiguous(), self._packed, self._digits.group_size, both
+        )
+
+    def _widen(self, x: torch.Tensor) -> torch.Tensor:
         out = x.new_empty(len(x), self.out_features)
         n_rows = max(8, INT4_WEIGHTS // x.shape[1] // 8 * 8)
         for first in range(0, self.out_features, n_rows):
@@ -101,22 +101,21 @@ class Int4(Kernel):
     def _widened(self, rows: slice, dtype: torch.dtype) -> torch.Tensor:
         """Return the weight of some outputs, shape (their number, in_features)."""
         tiles = self._packed[rows.start // 8 : -(-rows.stop // 8)]
-        codes = _unpack(tiles, self._order)[: rows.stop - rows.start]
-        parts = self._scales_and_zeros[:, rows].transpose(0, 1).float().unsqueeze(2)
-        scales, zeros = parts.unbind(3)  # (n_outputs, n_groups, 1)
-        groups = codes.unflatten(1, (-1, self._form.group_size))
-        # In float32, rounded where it is written: one kernel from codes to weights.
-        out = torch.empty(groups.shape, dtype=dtype, device=codes.device)
-        return torch.addcmul(zeros - 8 * scales, groups, scales, out=out).flatten(1)
+        values = self._digits.values(_unpack(tiles, self._order)[: rows.stop - rows.start], 1)
+        groups = values.unflatten(1, (-1, self._digits.width))
+        scales, zeros = self._digits.scales(self._both[:, :, rows])
+        scales = scales.T.float().unsqueeze(2)  # (n_outputs, n_groups, 1)
+        # In float32, rounded where it is written: one kernel from values to weights.
+        out = torch.empty(groups.shape, dtype=dtype, device=values.device)
+        if zeros is None:
+            return torch.mul(groups, scales, out=out).flatten(1)
+        return torch.addcmul(zeros.T.float().unsqueeze(2), groups, scales, out=out).flatten(1)
 
-    def stored(self) -> StoredWeight:
-        codes = _unpack(self._packed, self._order)[: self.out_features]
-        return self._form.joined(codes, self._scales_and_zeros[:, : self.out_features])
-
-    def weights(self, rows: torch.Tensor) -> torch.Tensor:
-        codes = _unpack(self._packed[rows // 8], self._order).unflatten(0, (-1, 8))
-        codes = codes[torch.arange(len(rows), device=rows.device), rows % 8]
-        return self._form.dequantize(self._form.joined(codes, self._scales_and_zeros[:, rows]))
+    def _unpack(self, rows: torch.Tensor | None) -> torch.Tensor:
+        if rows is None:
+            return _unpack(self._packed, self._order)
+        tiles = _unpack(self._packed[rows // 8], self._order).unflatten(0, (-1, 8))
+        return tiles[torch.arange(len(rows), device=rows.device), rows % 8]
 
 
 def _inner_tiles(in_features: int) -> int:

@@ -3,9 +3,11 @@
 import torch
 import torch.nn.functional as F
 
-from llama.layers.capability import Capability
+from llama.layers.capability import Capability, fast_dtype
 from llama.layers.kernels.base import Kernel
 from llama.layers.quantization import Grouped, StoredWeight, hadamard, rotate
+
+_WIDENED = 1 << 20  # weights that a CPU widens at a time
 
 
 class _Plain(Kernel):
@@ -57,15 +59,34 @@ class Int8(_Plain):
 
 
 class Widened(_Plain):
-    """Widened whole for each product, in float32."""
+    """Widened some rows at a time, which stay in a CPU's cache, in float32.
 
-    def __init__(self, stored: StoredWeight, form: Grouped):
+    Products are in the dtype of the inputs where a CPU is fast at it, else in float32 too.
+    """
+
+    def __init__(self, stored: StoredWeight, form: Grouped, capability: Capability):
         super().__init__(stored)
         self._form = form
+        self._on_cpu = capability.kind == "cpu"
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self._form.dequantize(self._stored).to(x.dtype))
+        dtype = fast_dtype(x.dtype) if self._on_cpu else x.dtype
+        wide, out = x.to(dtype), x.new_empty(len(x), self.out_features)
+        some = max(1, (_WIDENED if self._on_cpu else 32 * _WIDENED) // x.shape[1])
+        for first in range(0, self.out_features, some):
+            rows = slice(first, first + some)
+            out[:, rows] = F.linear(wide, self.weights(rows).to(dtype))
+        return out
 
-    def weights(self, rows: torch.Tensor) -> torch.Tensor:
-        names = ("weight", *self._form.scale_names)
-        return self._form.dequantize({name: self._stored[name][rows] for name in names})
+    def weights(self, rows: torch.Tensor | slice) -> torch.Tensor:
+        return self._form.dequantize({name: part[rows] for name, part in self._stored.items()})
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Return ``F.linear``'s product, by parts in float32 where a CPU is slow at the dtype."""
+    dtype = fast_dtype(x.dtype) if x.is_cpu and len(x) > 1 else x.dtype
+    if dtype == x.dtype:
+        return F.linear(x, weight)
+    wide, some = x.to(dtype), max(1, _WIDENED // weight.shape[1])
+    parts = [F.linear(wide, rows.to(dtype)).to(x.dtype) for rows in weight.split(some)]
+    return torch.cat(parts, dim=1)
