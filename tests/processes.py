@@ -10,16 +10,17 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 TIMED_OUT = 124  # what the fork server gives as the exit code
 
 
 def torchrun(*arguments: str, timeout: int = 120) -> subprocess.CompletedProcess[str]:
     """Run a job as users do, for what the launcher has a part in; ``forked`` does the rest."""
-    return subprocess.run([*TORCHRUN, *arguments], capture_output=True, text=True, timeout=timeout)
+    command = [sys.executable, "-m", "torch.distributed.run", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout)
 
 
 @functools.cache
@@ -126,6 +127,13 @@ def started(*command: str, module: str = "llama", **environment: str) -> Iterato
                 process.send_signal(signal.SIGTERM)
             with contextlib.suppress(TimeoutError):
                 process.wait(15)
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
 
 
 def script(tmp_path: Path, text: str) -> str:

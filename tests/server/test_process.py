@@ -11,8 +11,8 @@ from contextlib import AbstractContextManager
 import httpx
 import pytest
 import torch
-from processes import Started, free_port, started
-from servers import post, wait_until
+from processes import Started, free_port, started, wait_until
+from servers import post
 
 from llama import Llama
 from llama.server.config import ServerConfig
