@@ -1,10 +1,12 @@
 """Forks processes that needn't import PyTorch first, which takes seconds of a processor each.
 
-Run as a program: reads a job a line as JSON, and writes what became of it. ``processes.forked`` is
-the other end. A forked process runs its command and ends as Python does, by its own handlers.
+Run as a program: reads a job a line as JSON, and writes what became of it. ``processes.forked`` and
+``processes.started`` are the other end. A forked process runs its command and ends as Python does,
+by its own handlers.
 """
 
 import gc
+import importlib
 import json
 import os
 import runpy
@@ -69,8 +71,20 @@ def wait(pids: list[int], seconds: float) -> int:
     return failed
 
 
+def answer(job: dict) -> int | None:
+    """Do the job; return the number to write, or None in a process that was forked for it."""
+    if "module" in job:
+        importlib.import_module(job["module"])
+        gc.freeze()
+        return 0
+    if "pid" in job:
+        return wait([job["pid"]], job["timeout"])
+    return run(job)
+
+
 def run(job: dict) -> int | None:
-    """Run the job; return its exit code, or None in a process that was forked for it."""
+    """Start a command; return its exit code, its process id if it isn't to be waited for, or None
+    in a process that was forked for it."""
     n, folder = job["n"], Path(job["folder"])
     store = serve_store(folder) if n > 1 else {}
     pids = []
@@ -87,6 +101,8 @@ def run(job: dict) -> int | None:
         for fd in written:
             os.close(fd)
     os.close(given)
+    if not job["waits"]:
+        return pids[0]
     code = wait(pids, job["timeout"])
     if store:
         pid = int((folder / "store").read_text())
@@ -99,7 +115,7 @@ def main() -> list[str]:
     """Run jobs until there are no more; return the command in a process that was forked."""
     for line in iter(sys.stdin.readline, ""):
         job = json.loads(line)
-        code = run(job)
+        code = answer(job)
         if code is None:
             sys.path[:0] = job["path"]
             os.chdir(job["cwd"])

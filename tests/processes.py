@@ -1,21 +1,26 @@
 """Processes that tests start: commands, ranks of a job, and ports for them to meet at."""
 
 import atexit
+import contextlib
 import functools
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+TIMED_OUT = 124  # what the fork server gives as the exit code
 
 
 def torchrun(*arguments: str, timeout: int = 120) -> subprocess.CompletedProcess[str]:
     """Run a job as users do, for what the launcher has a part in; ``forked`` does the rest."""
-    return subprocess.run([*TORCHRUN, *arguments], capture_output=True, text=True, timeout=timeout)
+    command = [sys.executable, "-m", "torch.distributed.run", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout)
 
 
 @functools.cache
@@ -25,6 +30,18 @@ def _fork_server() -> "subprocess.Popen[str]":
     server = subprocess.Popen(command, text=True, **pipes)  # type: ignore[call-overload]
     atexit.register(server.communicate)  # which ends it
     return server
+
+
+def _ask(**job: object) -> int:
+    server = _fork_server()
+    assert server.stdin and server.stdout
+    print(json.dumps(job), file=server.stdin, flush=True)
+    return int(server.stdout.readline())
+
+
+def _job(*command: str, n: int = 1, path: str = "", **environment: str) -> dict[str, object]:
+    job = {"command": command, "n": n, "cwd": os.getcwd(), "path": [path] if path else []}
+    return {**job, "environment": os.environ | environment}
 
 
 def forked(
@@ -49,19 +66,74 @@ def forked(
     Returns:
         The exit code of the first that failed or 0, and what they wrote, rank after rank.
     """
-    server = _fork_server()
-    assert server.stdin and server.stdout
-    job = {"command": command, "n": n, "cwd": os.getcwd(), "timeout": timeout}
-    job |= {"environment": os.environ | environment, "path": [path] if path else []}
+    job = _job(*command, n=n, path=path, **environment)
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "in").write_text(input)
-        print(json.dumps(job | {"folder": folder}), file=server.stdin, flush=True)
-        code = int(server.stdout.readline())
+        code = _ask(**job, folder=folder, timeout=timeout, waits=True)
         out, err = (
             "".join(Path(folder, f"{kind}{rank}").read_text() for rank in range(n))
             for kind in ("out", "err")
         )
     return subprocess.CompletedProcess(command, code, out, err)
+
+
+class Started:
+    """A process that was forked and goes on running, as ``started`` says."""
+
+    def __init__(self, folder: str, pid: int) -> None:
+        self.pid = pid
+        self._folder = folder
+        self._code: int | None = None
+
+    @property
+    def output(self) -> str:
+        """Everything that it wrote up to now."""
+        return "".join(Path(self._folder, kind).read_text() for kind in ("out0", "err0"))
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def wait(self, seconds: float) -> int:
+        """Return its exit code.
+
+        Raises:
+            TimeoutError: if it didn't end in time. It is killed.
+        """
+        if self._code is None:
+            self._code = _ask(pid=self.pid, timeout=seconds)
+        if self._code == TIMED_OUT:
+            raise TimeoutError(f"it didn't end within {seconds} seconds and wrote: {self.output}")
+        return self._code
+
+
+@contextlib.contextmanager
+def started(*command: str, module: str = "llama", **environment: str) -> Iterator[Started]:
+    """Run a command as ``forked`` does, without waiting for it; it is ended after the block.
+
+    Args:
+        command: as ``forked`` has it.
+        module: imported once for all, before the process is forked.
+        environment: as ``forked`` has it.
+    """
+    _ask(module=module)
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "in").touch()
+        pid = _ask(**_job(*command, **environment), folder=folder, waits=False)
+        process = Started(folder, pid)
+        try:
+            yield process
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                process.send_signal(signal.SIGTERM)
+            with contextlib.suppress(TimeoutError):
+                process.wait(15)
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
 
 
 def script(tmp_path: Path, text: str) -> str:

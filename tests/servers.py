@@ -2,24 +2,17 @@
 
 import contextlib
 import threading
-import time
 from collections.abc import Callable, Iterator
 
 import httpx
 import uvicorn
 from fastapi import FastAPI
+from processes import wait_until
 
 from llama import Llama
 from llama.server.api import make_app
 from llama.server.config import ServerConfig
 from llama.server.service import Service
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 30) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.01)
 
 
 @contextlib.contextmanager

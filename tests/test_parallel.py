@@ -6,12 +6,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 import torch
-from processes import TORCHRUN, forked, free_port, script, torchrun
+from processes import TIMED_OUT, Started, forked, free_port, script, started, wait_until
 
 from llama import Llama, parallel
 from llama.checkpoint.load import choose_dtype
@@ -35,7 +35,7 @@ for directory in sys.argv[2:]:
     out[directory] = {
         "greedy": llama.generate(prompts, 40, temperature=0)[0],
         # Other seeds on other ranks: all must take the tokens that rank 0 drew.
-        "sampled": llama.generate(prompts, 40, temperature=0.9, seed=rank)[0],
+        "sampled": llama.generate(prompts, 10, temperature=0.9, seed=rank)[0],
         "long": llama.generate([[1, 5, 9] * 300], 5, temperature=0)[0],
         "parameters": sum(p.numel() for p in llama.model.parameters()),
     }
@@ -160,7 +160,7 @@ def test_ranks_together_generate_what_one_does(
     paths = [str(checkpoints[name]) for name in names]
     out = str(tmp_path / "rank")
     job = (script(tmp_path, GENERATE), out, *paths)
-    done = torchrun("--nproc_per_node", "2", *job) if n == 2 else forked(*job, n=n)
+    done = forked(*job, n=n)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout == "left" * n  # else gloo's threads may abort the process
     ranks = [json.loads(Path(f"{out}{rank}").read_text()) for rank in range(n)]
@@ -211,38 +211,31 @@ def test_numbers_that_do_not_fit_are_refused_with_those_that_do(
         Llama.build(device="cpu")
 
 
+def launcher(*arguments: str) -> AbstractContextManager[Started]:
+    return started("-m", "torch.distributed.run", *arguments)
+
+
 @pytest.mark.slow
 def test_two_nodes(checkpoints, alone, tmp_path: Path) -> None:
-    out, port = str(tmp_path / "rank"), free_port()
-    nodes = [
-        subprocess.Popen(
-            [
-                *TORCHRUN,
-                *("--nnodes", "2", "--node_rank", str(node), "--nproc_per_node", "1"),
-                *("--master_addr", "127.0.0.1", "--master_port", str(port)),
-                *(script(tmp_path, GENERATE), out, str(TINY)),
-            ],
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for node in range(2)
-    ]
-    for node in nodes:
-        _, errors = node.communicate(timeout=120)
-        assert node.returncode == 0, errors[-3000:]
+    out, port = str(tmp_path / "rank"), str(free_port())
+    job = ("--nnodes", "2", "--master_addr", "127.0.0.1", "--master_port", port)
+    job += ("--nproc_per_node", "1", "--node_rank")
+    generate = (script(tmp_path, GENERATE), out, str(TINY))
+    with launcher(*job, "0", *generate) as first, launcher(*job, "1", *generate) as second:
+        for node in (first, second):
+            assert node.wait(120) == 0, node.output[-3000:]
     for rank in range(2):
         found = json.loads(Path(f"{out}{rank}").read_text())
         assert found[str(TINY)]["greedy"] == alone["tiny1"]
 
 
-# A rank writes its process id, then the second one comes to harm while the first works or waits.
+# The second rank comes to harm while the first works or waits. A file with its process id says that
+# one has generated.
 FAULTY = """
 import os, sys
 from llama import Llama
 from llama.checkpoint import meta
 kind, out, rank = sys.argv[1], sys.argv[2], int(os.environ["RANK"])
-with open(out + str(rank), "w") as file:
-    file.write(str(os.getpid()))
 harmed = rank == 1
 if harmed and kind == "loading":
     def read(path):
@@ -256,6 +249,9 @@ if harmed and kind == "memory":
             raise MemoryError("out of memory on this rank only")
         return forward(*arguments)
     llama.model.hidden_states = harm
+llama.generate([[1, 20, 300]], 5, temperature=0)
+with open(out + str(rank), "w") as file:
+    file.write(str(os.getpid()))
 while True:
     llama.generate([[1, 20, 300]], 100, temperature=0)
 """
@@ -269,37 +265,23 @@ while True:
         ("memory", "out of memory on this rank only"),
     ],
 )
-def test_a_rank_that_dies_ends_the_job(kind: str, message: str, tmp_path: Path) -> None:
-    out = str(tmp_path / "pid")
-    start = time.monotonic()
-    done = torchrun("--nproc_per_node", "2", script(tmp_path, FAULTY), kind, out, timeout=60)
-    assert done.returncode not in (0, None)
+def test_a_rank_that_fails_ends(kind: str, message: str, tmp_path: Path) -> None:
+    """A rank that waits for the others when it fails keeps the launcher from ending the job."""
+    done = forked(script(tmp_path, FAULTY), kind, str(tmp_path / "pid"), n=2, timeout=45)
+    assert done.returncode not in (0, TIMED_OUT)
     assert message in done.stderr
-    assert time.monotonic() - start < 45  # starting included
-    for rank in range(2):
-        with pytest.raises(ProcessLookupError):
-            os.kill(int(Path(f"{out}{rank}").read_text()), 0)
 
 
 @pytest.mark.slow
 def test_a_rank_killed_from_outside_ends_the_job_within_30_seconds(tmp_path: Path) -> None:
     out = tmp_path / "pid"
-    job = subprocess.Popen(
-        [*TORCHRUN, "--nproc_per_node", "2", script(tmp_path, FAULTY), "none", str(out)],
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    deadline = time.monotonic() + 60
+    faulty = (script(tmp_path, FAULTY), "none", str(out))
     files = [Path(f"{out}{rank}") for rank in range(2)]
-    while not all(f.exists() and f.read_text() for f in files):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    time.sleep(4)  # in the middle of generation
-    os.kill(int(files[0].read_text()), signal.SIGKILL)
-    start = time.monotonic()
-    _, errors = job.communicate(timeout=40)
-    assert time.monotonic() - start < 30
-    assert job.returncode not in (0, None)
-    assert "SIGKILL" in errors
-    with pytest.raises(ProcessLookupError):
-        os.kill(int(files[1].read_text()), 0)
+    with launcher("--nproc_per_node", "2", *faulty) as job:
+        wait_until(lambda: all(f.exists() and f.read_text() for f in files), 60)
+        pids = [int(f.read_text()) for f in files]
+        os.kill(pids[0], signal.SIGKILL)
+        assert job.wait(30) != 0
+        assert "SIGKILL" in job.output
+        with pytest.raises(ProcessLookupError):
+            os.kill(pids[1], 0)

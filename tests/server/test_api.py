@@ -22,7 +22,8 @@ import openai
 import pytest
 import torch
 from conftest import follow_script
-from servers import idle, post, serve, wait_until
+from processes import wait_until
+from servers import idle, post, serve
 
 from llama import Dialog, Llama
 from llama.chat.prompts import UNSAFE_ERROR

@@ -396,7 +396,8 @@ def test_a_model_that_cannot_infill_says_so(url: str) -> None:
 def test_the_embedded_model_talks(browser: Any) -> None:
     """The whole server: a dialog of two turns, an infilling, and Stop, which frees the row. With
     LLAMA_SCREENSHOT the dialog's picture is written to that file."""
-    from servers import idle, serve, wait_until
+    from processes import wait_until
+    from servers import idle, serve
 
     from llama import Llama
     from llama.server.page import mount_page

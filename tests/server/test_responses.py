@@ -8,8 +8,9 @@ import openai
 import pytest
 import torch
 from openai.types.responses import Response
+from processes import wait_until
 from pydantic import BaseModel, ConfigDict, Field
-from servers import post, serve, wait_until
+from servers import post, serve
 
 from llama import Llama
 from llama.chat.options import ChatOptions
