@@ -5,9 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from llama.checkpoint import apply_adapter, open_checkpoint
-from llama.checkpoint.base import Weights, quantized, vocabulary_size
+from llama.checkpoint.base import Weights, chosen_scheme, quantized, vocabulary_size, widened
 from llama.checkpoint.params import make_args
-from llama.checkpoint.rounding import make_scheme
 from llama.checkpoint.save import save_meta
 from llama.checkpoint.sharding import check_model_parallel_size, quantized_count, stored_bytes
 from llama.cli import dtype_of, progress, run
@@ -56,21 +55,23 @@ def convert(
     args = make_args(source.params, source.source, n_words=vocabulary_size(source))
     target_dtype = torch_dtype or (source.dtype if source.in_float32 else None)
     if quantize is not None:
-        scheme = make_scheme(quantize, group_size, source.scheme)
-        check_model_parallel_size(args, model_parallel_size, scheme)
-        count = quantized_count(args, scheme)
+        scheme = chosen_scheme(source, quantize, group_size)
+        forms = scheme.forms(args)
+        check_model_parallel_size(args, model_parallel_size, forms)
+        count = quantized_count(args, forms)
         with progress(count, "quantising", "weights") as show:
             source = quantized(source, args, scheme, show)
             # Quantise everything now, so that no file rounds a weight again.
             whole = Weights.of(dict(source.parts[0]))
             source = replace(source, parts=[whole], read_part=None)
-    size = stored_bytes(args, target_dtype or source.dtype, source.scheme)
+    elif to == "hf" or torch_dtype is not None:
+        source = widened(source, args)
+        target_dtype = torch_dtype or (source.dtype if source.in_float32 else None)
+    size = stored_bytes(args, target_dtype or source.dtype, source.forms)
     with progress(size, "writing") as show:
         if to == "meta":
             save_meta(source, args, target, model_parallel_size, target_dtype, show)
         else:
-            if source.scheme is not None:
-                raise ValueError(f"{in_path} is quantised: convert the original weights to hf")
             from llama.checkpoint.save_hf import save_hf
 
             save_hf(source, args, target, target_dtype, show)

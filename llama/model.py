@@ -5,7 +5,7 @@ another, without padding. All but attention treats each token on its own; attent
 sequence's slot of the key/value cache.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from llama.layers.linear import (
     joined_linear,
     pack,
 )
-from llama.layers.quantization import Scheme
+from llama.layers.quantization import Form
 from llama.parallel import world_size
 from llama.rope import attention_factor, rope_factors, rope_freqs
 
@@ -145,7 +145,6 @@ class Transformer(nn.Module):
     """A Llama with its key/value cache. Parameters are left unset for a checkpoint to fill."""
 
     freqs_cis: torch.Tensor
-    scheme: Scheme | None = None  # how the weights are quantised
     n_passes = 0  # forward passes so far, each of which changed the cache
     min_tokens = 1  # which a pass is padded to, as the kernels are fastest
     prefill_tokens = 512  # of prompts that a pass takes at most
@@ -160,7 +159,7 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(params.dim, params.norm_eps)
         if params.n_outputs:  # without a head a network embeds
             self.output = ColumnParallelLinear(params.dim, padded_outputs, gather_output=True)
-            self.output.is_shared = params.tie_word_embeddings
+            self.output.is_shared = params.tie_word_embeddings and n_ranks == 1
         self.allocate_buffers(torch.get_default_device(), torch.get_default_dtype())
 
     def allocate_buffers(
@@ -188,12 +187,13 @@ class Transformer(nn.Module):
             cache = KVCache(shape, dtype, device, int8_cache, self.backend.paged)
             block.attention.cache = cache
 
-    def quantize(self, scheme: Scheme, dtype: torch.dtype) -> None:
-        """Store the weights that a scheme applies to quantised, for a checkpoint to fill."""
-        self.scheme = scheme
+    def quantize(self, forms: Mapping[str, Form], dtype: torch.dtype) -> None:
+        """Store the weights of some modules in their forms, for a checkpoint to fill."""
         for name, module in self.named_modules():
-            if isinstance(module, ParallelLinear | ParallelEmbedding) and scheme.applies_to(name):
-                module.quantize(scheme, dtype)
+            is_tied = name == "output" and self.params.tie_word_embeddings
+            form = forms.get("tok_embeddings" if is_tied else name)
+            if form is not None and isinstance(module, ParallelLinear | ParallelEmbedding):
+                module.quantize(form, dtype)
 
     def linear_groups(self) -> Iterator[tuple[ParallelLinear, ...]]:
         """Yield the linear layers, those together that multiply the same input."""
@@ -212,11 +212,12 @@ class Transformer(nn.Module):
             self.pack_group(layers)
 
     def pack_group(self, layers: tuple[ParallelLinear, ...]) -> bool:
-        """Pack one of ``linear_groups``; return whether a kernel took over its weights."""
-        kernel = pack(layers, self.capability)
-        if kernel is not None:
-            self.min_tokens = max(self.min_tokens, kernel.min_tokens)
-        return kernel is not None
+        """Pack one of ``linear_groups``; return whether kernels took over all its weights."""
+        kernels = pack(layers, self.capability)
+        self.min_tokens = max([self.min_tokens, *(kernel.min_tokens for kernel in kernels)])
+        if kernels and layers[0].is_shared:
+            self.tok_embeddings.give_to(kernels[0], slice(None))
+        return all(layer.kernel for layer in layers)
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Load weights as ``nn.Module`` does; a model that was packed is packed again."""

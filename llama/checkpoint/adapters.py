@@ -19,8 +19,8 @@ from llama.checkpoint.lora_changes import (
     read_changes,
     stays_tied,
 )
-from llama.checkpoint.rounding import round_weight
-from llama.checkpoint.sharding import applied_scheme, full_shapes, rank_part, split_dim
+from llama.checkpoint.rounding import is_made_here, round_weight
+from llama.checkpoint.sharding import full_shapes, rank_part, split_dim
 from llama.checkpoint.virtual_tokens import read_prefix, read_prompt
 from llama.layers.linear import ColumnParallelLinear, ParallelEmbedding, ParallelLinear
 from llama.model import Transformer
@@ -160,10 +160,11 @@ class _RankPart:
     def _differs(self, name: str, weight: torch.Tensor) -> bool:
         """Return whether a weight isn't the model's own: PEFT also saves what it didn't train."""
         current, new = self._weight(name), self.of(name, weight)
-        scheme = applied_scheme(self.model.scheme, name)
-        if scheme is not None and (parallel.world_size() == 1 or split_dim(name) == 0):
-            codes = round_weight(scheme, new.float())  # as they were quantised
-            new = scheme.dequantize(codes, scheme.block_size(new.shape[1]))
+        form = getattr(self.model.get_submodule(name.removesuffix(".weight")), "form", None)
+        is_whole = parallel.world_size() == 1 or split_dim(name) == 0
+        if form is not None and is_made_here(form) and is_whole:
+            codes = round_weight(form, new.float())  # as they were quantised
+            new = form.dequantize(codes, form.block_size(new.shape[1]))
         differs = not torch.equal(new.to(current), current)
         # Ranks that decide differently would wait for each other's sums for ever.
         return bool(parallel.max_over_ranks(torch.tensor([float(differs)], device=current.device)))
@@ -171,11 +172,8 @@ class _RankPart:
     def _weight(self, name: str) -> torch.Tensor:
         """Return a module's weight, float32 if it is quantised."""
         module = self.model.get_submodule(name.removesuffix(".weight"))
-        if isinstance(module, ParallelLinear):
+        if isinstance(module, ParallelLinear | ParallelEmbedding):
             return module.plain_weight()
-        if isinstance(module, ParallelEmbedding) and module.scheme is not None:
-            stored = {part: tensor.detach() for part, tensor in module.named_parameters()}
-            return module.scheme.dequantize(stored, module.scheme.block_size(module.embedding_dim))
         weight = module.weight
         assert isinstance(weight, torch.Tensor)
         return weight

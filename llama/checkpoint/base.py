@@ -1,5 +1,6 @@
 """A checkpoint of any format as the network reads it: Meta's names and layout, made on demand."""
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
@@ -11,10 +12,11 @@ import torch
 from llama import parallel
 from llama.args import ModelArgs
 from llama.checkpoint.memory import release, trim
-from llama.checkpoint.rounding import round_weight
+from llama.checkpoint.rounding import Scheme, is_made_here, make_scheme, round_weight
 from llama.checkpoint.sharding import (
-    applied_scheme,
+    Forms,
     distinct_pieces,
+    form_of,
     full_shapes,
     input_widths,
     joined_shape,
@@ -24,8 +26,10 @@ from llama.checkpoint.sharding import (
     stored_dim,
 )
 from llama.errors import listed, printable
-from llama.layers.quantization import Scheme, StoredWeight
+from llama.layers.quantization import Form, Grouped, StoredWeight
 from llama.tokenizers import TEMPLATES
+
+logger = logging.getLogger(__name__)
 
 Shape = tuple[int, ...]
 
@@ -97,7 +101,7 @@ class Checkpoint:
         in_float32: whether tensors are made in float32 when they are read, because they are
             dequantised or merged.
         kinds: the format's own names of the types that tensors are stored in, by tensor.
-        scheme: the quantisation of the weights, which the network has as well.
+        forms: the forms of quantised weights by module, which the network has as well.
         read_part: reads a rank's part of a parameter, given its name, the rank and the number of
             ranks; None if it is cut from the tensors of ``parts``.
     """
@@ -110,13 +114,13 @@ class Checkpoint:
     files: dict[str, Path | bytes] = field(default_factory=dict)
     in_float32: bool = False
     kinds: Mapping[str, str] = field(default_factory=dict)
-    scheme: Scheme | None = None
+    forms: Forms = field(default_factory=dict)
     read_part: Callable[[str, int, int], torch.Tensor] | None = None
 
     def check(self, args: ModelArgs) -> None:
         """Raise ``ValueError`` unless the parts together make the network of ``args``."""
         shapes = [part.shapes for part in self.parts]
-        check_shapes(shapes, args, self.names, self.source, self.scheme)
+        check_shapes(shapes, args, self.names, self.source, self.forms)
 
     def rank_part(self, name: str, args: ModelArgs, rank: int, ranks: int) -> torch.Tensor:
         """Read the part of a parameter that one of ``ranks`` ranks holds."""
@@ -178,22 +182,30 @@ def quantized(
     """Return a checkpoint whose weights are quantised, one at a time, when they are read.
 
     Each rank reads and rounds its own part, to the codes and scales that the whole weight has. All
-    of them have to read the same parts in the same order.
+    of them have to read the same parts in the same order. Weights that are quantised already are
+    rounded a second time, unless the scheme is theirs.
 
     Args:
-        source: a checkpoint of full precision, or one that has this scheme.
+        source: a checkpoint.
         args: its hyper-parameters (``make_args``).
         scheme: the scheme to quantise with.
         progress: called with the number of weights that have been quantised, on all ranks.
         device: where to round them.
 
     Raises:
-        ValueError: the checkpoint has another scheme, a weight isn't finite, or a width isn't a
-            multiple of the group size.
+        ValueError: a weight isn't finite, or a width isn't a multiple of the group size.
     """
-    if source.scheme == scheme:
+    forms = scheme.forms(args)
+    if source.forms == forms:
         return source
-    _check_scheme(source, args, scheme)
+    if source.forms:
+        logger.warning(
+            "%s is quantised, and its weights are rounded a second time: without quantize= they "
+            "are used as they are, and the original weights would give a better result",
+            source.names[0],
+        )
+        source = widened(source, args)
+    _check_widths(source, args, scheme.form)
     sizes = {name: prod(shape) for name, shape in full_shapes(args).items()}
     # The parts of a stored weight are read one after another: it is quantised once for all.
     last: tuple[str, int, int] = ("", 0, 0)
@@ -203,12 +215,13 @@ def quantized(
     def read_part(name: str, rank: int, ranks: int) -> torch.Tensor:
         nonlocal last, stored, done
         module, part = name.rsplit(".", 1)
-        if not applied_scheme(scheme, name):
+        form = form_of(forms, name)
+        if form is None:
             return source.rank_part(name, args, rank, ranks)
         if (module, rank, ranks) != last:
             stored = {}
             weight = source.rank_part(f"{module}.weight", args, rank, ranks).to(device)
-            stored = _quantize_part(f"{module}.weight", weight, ranks, source.names[0], scheme)
+            stored = _quantize_part(f"{module}.weight", weight, ranks, source.names[0], form)
             last = (module, rank, ranks)
             release(source.mapped(f"{module}.weight"))
             trim()  # the temporary tensors of the rounding
@@ -217,37 +230,72 @@ def quantized(
         return stored[part]
 
     def mapped(name: str) -> Sequence[torch.Tensor]:
-        return () if applied_scheme(scheme, name) else source.mapped(name)
+        return () if form_of(forms, name) else source.mapped(name)
 
-    parts = [Weights(full_shapes(args, scheme), lambda name: read_part(name, 0, 1), mapped)]
+    parts = [Weights(full_shapes(args, forms), lambda name: read_part(name, 0, 1), mapped)]
     return replace(
         source,
         parts=parts,
         names=source.names[:1],
         in_float32=False,
-        scheme=scheme,
+        forms=forms,
         read_part=read_part,
     )
 
 
-def _check_scheme(source: Checkpoint, args: ModelArgs, scheme: Scheme) -> None:
-    """Raise ``ValueError`` unless a scheme can quantise a checkpoint."""
-    if source.scheme is not None:
-        raise ValueError(
-            f"{source.names[0]} is quantised ({source.scheme}), and {scheme} was asked for: "
-            "quantise the original weights"
-        )
+def chosen_scheme(source: Checkpoint, name: str, group_size: int | None = None) -> Scheme:
+    """Return the scheme that a caller names for a checkpoint, whose own group size is the default.
+
+    Raises:
+        ValueError: there is none of that name or group size.
+    """
+    own = set(source.forms.values())
+    if name == "int4" and group_size is None and len(own) == 1:
+        [form] = own
+        if isinstance(form, Grouped) and is_made_here(form):
+            group_size = form.group_size
+    return make_scheme(name, group_size)
+
+
+def widened(source: Checkpoint, args: ModelArgs) -> Checkpoint:
+    """Return a checkpoint whose quantised weights are made in float32 when they are read."""
+    if not source.forms:
+        return source
+    shapes = full_shapes(args)
+
+    def read(name: str) -> torch.Tensor:
+        form = form_of(source.forms, name)
+        if form is None:
+            return source.rank_part(name, args, 0, 1)
+        module = name.removesuffix(".weight")
+        parts = (*form.dtypes(),)
+        stored = {part: source.rank_part(f"{module}.{part}", args, 0, 1) for part in parts}
+        return form.dequantize(stored, form.block_size(shapes[name][1]))
+
+    def mapped(name: str) -> Sequence[torch.Tensor]:
+        form = form_of(source.forms, name)
+        module = name.removesuffix(".weight")
+        names = [name] if form is None else [f"{module}.{part}" for part in form.dtypes()]
+        return [tensor for name in names for tensor in source.mapped(name)]
+
+    parts = [Weights(shapes, read, mapped)]
+    names = source.names[:1]
+    return replace(source, parts=parts, names=names, in_float32=True, forms={}, read_part=None)
+
+
+def _check_widths(source: Checkpoint, args: ModelArgs, form: Form) -> None:
+    """Raise ``ValueError`` unless a checkpoint's weights can have a form."""
     source.check(args)
-    indivisible = sorted(w for w in input_widths(args) if w % scheme.block_size(w))
+    indivisible = sorted(w for w in input_widths(args) if w % form.block_size(w))
     if indivisible:
         raise ValueError(
-            f"{scheme} doesn't fit {source.source}, where a weight's width is {indivisible[0]}: "
+            f"{form.name} doesn't fit {source.source}, where a weight's width is {indivisible[0]}: "
             "give a group_size that divides it, or use int8"
         )
 
 
 def _quantize_part(
-    name: str, weight: torch.Tensor, ranks: int, file: str, scheme: Scheme
+    name: str, weight: torch.Tensor, ranks: int, file: str, form: Form
 ) -> StoredWeight:
     """Round one of ``ranks`` parts of a weight as a part of the whole."""
     is_finite = all(bool(rows.isfinite().all()) for rows in weight.split(256))
@@ -257,9 +305,9 @@ def _quantize_part(
     if not is_finite:
         raise ValueError(f"{name} in {file} isn't finite")
     if ranks == 1 or split_dim(name) == 0:  # of which a rank has whole rows
-        return round_weight(scheme, weight)
-    block = scheme.block_size(weight.shape[1] * ranks)
-    return round_weight(scheme, weight, block, parallel.max_over_ranks)
+        return round_weight(form, weight)
+    block = form.block_size(weight.shape[1] * ranks)
+    return round_weight(form, weight, block, parallel.max_over_ranks)
 
 
 def check_shapes(
@@ -267,7 +315,7 @@ def check_shapes(
     args: ModelArgs,
     names: Sequence[str],
     source: str,
-    scheme: Scheme | None = None,
+    forms: Forms | None = None,
 ) -> None:
     """Raise ``ValueError`` unless tensors of these shapes make the network of ``args``.
 
@@ -276,7 +324,7 @@ def check_shapes(
         args: the hyper-parameters.
         names: the parts' names in errors.
         source: the file that the hyper-parameters come from, for errors.
-        scheme: the quantisation of the tensors.
+        forms: the forms of quantised weights by module.
     """
     size = sum(prod(shape) for part in parts for shape in part.values())
     count = parameter_count(args)
@@ -285,7 +333,7 @@ def check_shapes(
             f"{source} describes {count:,} parameters, but {', '.join(names[:2])} hold"
             f"{'s' * (len(names) == 1)} {size:,}: one of them belongs to another model"
         )
-    expected = full_shapes(args, scheme)
+    expected = full_shapes(args, forms or {})
     for name, part in zip(names, parts, strict=True):
         for problem, keys in (
             ("lacks", sorted(expected.keys() - part.keys())),

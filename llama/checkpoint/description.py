@@ -204,11 +204,14 @@ def _shares(sizes: Counter[str]) -> dict[str, float]:
 
 
 def _quantisation(checkpoint: Checkpoint, dtypes: dict[str, float]) -> str | None:
-    if checkpoint.scheme is not None:
-        group_size = getattr(checkpoint.scheme, "group_size", None)
-        return checkpoint.scheme.name + f", in groups of {group_size}" * bool(group_size)
+    if checkpoint.forms and not checkpoint.kinds:
+        return _form_names(checkpoint)
     kinds = {*checkpoint.kinds.values()} - {"F32", "F16", "BF16"}
     return ", ".join(kind for kind in dtypes if kind in kinds) or None
+
+
+def _form_names(checkpoint: Checkpoint) -> str:
+    return ", ".join(dict.fromkeys(form.name for form in checkpoint.forms.values()))
 
 
 def _shape(args: ModelArgs, checkpoint: Checkpoint) -> dict[str, Any]:
@@ -265,7 +268,7 @@ def _adapters(checkpoint: Checkpoint, args: ModelArgs) -> dict[str, Any]:
     kinds = ["LORA", *PROMPT_KINDS] if args.n_outputs else ["LORA"]
     if args.labels is not None:  # a classifier takes no keys and values in front
         kinds = [kind for kind in kinds if kind != "PREFIX_TUNING"]
-    return {"kinds": kinds, "mergeable": checkpoint.scheme is None, "modules": modules}
+    return {"kinds": kinds, "mergeable": not checkpoint.forms, "modules": modules}
 
 
 def _memory(checkpoint: Checkpoint, args: ModelArgs) -> dict[str, Any]:
@@ -274,16 +277,16 @@ def _memory(checkpoint: Checkpoint, args: ModelArgs) -> dict[str, Any]:
     processes = {}
     for n in range(1, min(args.n_heads, 128) + 1):
         with contextlib.suppress(ValueError):  # the network can't be divided so
-            check_model_parallel_size(args, n, checkpoint.scheme)
+            check_model_parallel_size(args, n, checkpoint.forms)
             processes[str(n)] = {
-                "weights": weight_bytes(args, dtype, n, checkpoint.scheme),
+                "weights": weight_bytes(args, dtype, n, checkpoint.forms),
                 "cache": cache_bytes(args, dtype, n),
             }
     return {
         "dtype": str(dtype).removeprefix("torch."),
         "max_seq_len": args.max_seq_len,
         "max_batch_size": args.max_batch_size,
-        "quantization": checkpoint.scheme and checkpoint.scheme.name,
+        "quantization": _form_names(checkpoint) or None,
         "processes": processes,
     }
 

@@ -19,8 +19,9 @@ from llama.checkpoint.memory import (
     trim,
     workspace_bytes,
 )
+from llama.checkpoint.rounding import make_scheme
 from llama.checkpoint.sharding import (
-    applied_scheme,
+    Forms,
     cache_bytes,
     check_model_parallel_size,
     weight_bytes,
@@ -28,7 +29,6 @@ from llama.checkpoint.sharding import (
 from llama.cli import progress
 from llama.layers.capability import Capability
 from llama.layers.kv_cache import PAGE
-from llama.layers.quantization import Int4, Scheme
 from llama.model import Transformer
 
 logger = logging.getLogger(__name__)
@@ -61,16 +61,15 @@ def load(
     start = time.monotonic()
     ranks = parallel.world_size()
     checkpoint.check(args)
-    scheme = checkpoint.scheme
-    check_model_parallel_size(args, ranks, scheme)
+    check_model_parallel_size(args, ranks, checkpoint.forms)
     if dtype is None:
         fast_bf16 = has_fast_bf16(device)
         dtype = choose_dtype(checkpoint.dtype, device.type, fast_bf16)
-    tokens = plan_memory(args, dtype, device, ranks, scheme, int8_cache)
+    forms = {module: form.in_dtype(dtype) for module, form in checkpoint.forms.items()}
+    tokens = plan_memory(args, dtype, device, ranks, forms, int8_cache)
     with torch.device("meta"):
         model = Transformer(args)
-        if scheme:
-            model.quantize(scheme, dtype)
+        model.quantize(forms, dtype)
     still_mapped = _fill(model, checkpoint, args, device, dtype)
     backend = choose_backend(args, ranks, dtype, device, int8_cache)
     model.allocate_buffers(device, dtype, int8_cache, backend)
@@ -101,8 +100,7 @@ def _fill(
             tensors[name] = tensors[name.replace("output", "tok_embeddings")]
             continue
         part = checkpoint.rank_part(name, args, rank, ranks)
-        is_quantized = applied_scheme(checkpoint.scheme, name)
-        part = part.to(device, part.dtype if is_quantized else dtype).contiguous()
+        part = part.to(device, _stored_dtype(model, name, dtype)).contiguous()
         mapped = checkpoint.mapped(name)
         # A tensor that needs no change stays mapped: it is read when it is used, never copied.
         if any(shares_memory(part, tensor) for tensor in mapped):
@@ -115,6 +113,13 @@ def _fill(
     model.load_state_dict(tensors, assign=True)
     model.requires_grad_(False)
     return still_mapped
+
+
+def _stored_dtype(model: Transformer, name: str, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of a parameter in a network of a dtype."""
+    module, _, part = name.rpartition(".")
+    form = getattr(model.get_submodule(module), "form", None)
+    return form.dtypes().get(part, dtype) if form else dtype
 
 
 def _pack(model: Transformer, still_mapped: set[int]) -> None:
@@ -160,7 +165,7 @@ def plan_memory(
     dtype: torch.dtype,
     device: torch.device,
     ranks: int,
-    scheme: Scheme | None = None,
+    forms: Forms | None = None,
     int8_cache: bool = False,
 ) -> int:
     """Return how many tokens of prompts a pass takes at most, before anything is allocated.
@@ -170,7 +175,7 @@ def plan_memory(
         dtype: the dtype of weights and cache.
         device: the device that one rank's part has to fit; on a CPU, those of all local ranks.
         ranks: the number of ranks that share the network.
-        scheme: the quantisation of the weights.
+        forms: the forms of quantised weights by module.
         int8_cache: whether the cache has eight bits.
 
     Raises:
@@ -180,7 +185,7 @@ def plan_memory(
     available = device_memory(device)
     capability = Capability.of(device)
     local_ranks = parallel.local_ranks() if device.type == "cpu" else 1  # which share this memory
-    weights = weight_bytes(args, dtype, ranks, scheme) * local_ranks
+    weights = weight_bytes(args, dtype, ranks, forms or {}) * local_ranks
     stored = args
     is_paged = dtype in capability.varlen_dtypes and not int8_cache
     if is_paged:
@@ -200,9 +205,9 @@ def plan_memory(
             f"max_seq_len={args.max_seq_len} times max_batch_size={args.max_batch_size} can be at "
             f"most {left}"
         )
-    elif scheme is None and weights * 2 // dtype.itemsize < room:
+    elif not forms and weights * 2 // dtype.itemsize < room:
         advice = f"dtype={dtype} could be torch.bfloat16"
-    elif scheme is None and weight_bytes(args, dtype, ranks, Int4()) * local_ranks < room:
+    elif not forms and _int4_bytes(args, dtype, ranks) * local_ranks < room:
         advice = "quantize could be 'int8' or 'int4'"
     else:
         advice = "the weights alone are too much: share them among more GPUs or more machines"
@@ -212,3 +217,7 @@ def plan_memory(
         sizes += f", with a workspace of {workspace / 1e9:.1f} GB,"
         memory = f"{available / 1e9:.1f} GB that are free on {device} (nvidia-smi lists its uses)"
     raise MemoryError(f"{sizes} don't fit the {memory}: {advice}")
+
+
+def _int4_bytes(args: ModelArgs, dtype: torch.dtype, ranks: int) -> int:
+    return weight_bytes(args, dtype, ranks, make_scheme("int4").forms(args))

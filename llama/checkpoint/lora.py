@@ -34,7 +34,7 @@ def apply_adapter(base: Checkpoint, directory: Path) -> Checkpoint:
         ImportError: the package ``safetensors`` is missing.
         ValueError: the adapter is damaged, belongs to another model, or can't be merged.
     """
-    if base.scheme is not None:
+    if base.forms:
         raise ValueError(
             f"{base.names[0]} is quantised, and an adapter can't be merged into that: merge it "
             "into the original weights, and quantise the result (llama.convert does both), or load "

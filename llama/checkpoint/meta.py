@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from llama.checkpoint.base import Checkpoint, Weights, text_files
-from llama.checkpoint.params import read_params, scheme_of
-from llama.checkpoint.sharding import applied_scheme
+from llama.checkpoint.forms import read_forms
+from llama.checkpoint.params import read_params
+from llama.checkpoint.sharding import form_of
 from llama.checkpoint.tensor_files import check_plain, main_dtype, open_shard, unwrapped
 from llama.errors import short
 
@@ -63,18 +64,18 @@ def open_meta(ckpt_dir: Path) -> Checkpoint:
     paths = find_shards(ckpt_dir)
     source = str(ckpt_dir / "params.json")
     params = read_params(ckpt_dir / "params.json")
-    scheme = scheme_of(params, source)
     _check_kind(ckpt_dir, params, source)
     _read_scaled_rope(params, source)
     shards = [_open_unwrapped(path) for path in paths]
+    forms = read_forms(params.pop("quantization", None), shards[0], source)
     for path, shard in zip(paths, shards, strict=True):
-        check_plain(shard, str(path), scheme)
+        check_plain(shard, str(path), forms)
     _check_shard_count(ckpt_dir, len(paths), shards[0], params)
-    if scheme is None and all(_is_tied(shard) for shard in shards):
+    if not forms and all(_is_tied(shard) for shard in shards):
         params["tie_word_embeddings"] = True
         for shard in shards:
             del shard["output.weight"]
-    plain = {name: t for name, t in shards[0].items() if not applied_scheme(scheme, name)}
+    plain = {name: t for name, t in shards[0].items() if not form_of(forms, name)}
     dtype = main_dtype(plain, str(paths[0]))
     names = [str(path) for path in paths]
     parts = [Weights.of(shard, mapped=True) for shard in shards]
@@ -82,7 +83,7 @@ def open_meta(ckpt_dir: Path) -> Checkpoint:
     if "tokenizer.model" not in files and "tokenizer.json" not in files:
         with contextlib.suppress(FileNotFoundError):
             files["tokenizer.model"] = find_tokenizer(ckpt_dir)
-    return Checkpoint(source, params, parts, names, dtype, files, scheme=scheme)
+    return Checkpoint(source, params, parts, names, dtype, files, forms=forms)
 
 
 def _open_unwrapped(path: Path) -> dict[str, torch.Tensor]:

@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llama.args import ModelArgs
-from llama.checkpoint.rounding import make_scheme
 from llama.errors import LARGEST, listed, short
-from llama.layers.quantization import Scheme
 
 
 def read_params(path: Path) -> dict[str, Any]:
@@ -181,24 +179,3 @@ def _check_factors(name: str, factors: object, head_dim: int, source: str) -> No
         )
     for factor in factors:
         _check_positive("a factor of rope_scaling", factor, source)
-
-
-def scheme_of(params: dict[str, Any], source: str) -> Scheme | None:
-    """Remove a file's scheme from its hyper-parameters and return it; None without one.
-
-    Raises:
-        ValueError: the scheme is unknown.
-    """
-    if "quantization" not in params:
-        return None
-    found = params.pop("quantization")
-    known = isinstance(found, dict) and set(found) <= {"format", "group_size"}
-    if known and isinstance(found.get("format"), str):
-        try:
-            return make_scheme(found["format"], found.get("group_size"))
-        except ValueError:
-            pass
-    raise ValueError(
-        f"quantization is {short(found)} in {source}: this version reads "
-        '{"format": "int8"} and {"format": "int4", "group_size": 64}; convert the weights again'
-    )

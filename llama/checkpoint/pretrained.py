@@ -13,11 +13,17 @@ from llama.chat.formats import choose_chat
 from llama.chat.layout import ChatFormat
 from llama.checkpoint import apply_adapter, open_checkpoint
 from llama.checkpoint.adapters import read_adapter
-from llama.checkpoint.base import quantized, replace_tokenizer, text_files, vocabulary_size
+from llama.checkpoint.base import (
+    chosen_scheme,
+    quantized,
+    replace_tokenizer,
+    text_files,
+    vocabulary_size,
+    widened,
+)
 from llama.checkpoint.load import load
 from llama.checkpoint.params import make_args
 from llama.checkpoint.recognition import clear_errors, explain_texts
-from llama.checkpoint.rounding import make_scheme
 from llama.checkpoint.sharding import quantized_count
 from llama.cli import progress
 from llama.errors import LARGEST, short
@@ -113,9 +119,11 @@ def load_model(
     chat = choose_chat(config.chat_format, files, tokenizer, config.tool_format)
     args = make_args(source.params, source.source, rows, config.max_seq_len, config.max_batch_size)
     fit_tokenizer(tokenizer, args.vocab_size, source.source)
-    if config.quantize is not None:
-        scheme = make_scheme(config.quantize, config.group_size, source.scheme)
-        show = progress(quantized_count(args, scheme), "quantising", "weights")
+    if config.quantize == "none":
+        source = widened(source, args)
+    elif config.quantize is not None:
+        scheme = chosen_scheme(source, config.quantize, config.group_size)
+        show = progress(quantized_count(args, scheme.forms(args)), "quantising", "weights")
         source = quantized(source, args, scheme, show, device)
     int8_cache = config.kv_cache_dtype == "int8"
     model = load(source, args, device, config.dtype, int8_cache)

@@ -1,11 +1,14 @@
 """How weights are rounded to int8 and int4, for ``quantize=`` and ``llama.convert``."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
+from llama.args import ModelArgs
+from llama.checkpoint.sharding import full_shapes
 from llama.errors import short
-from llama.layers.quantization import Int4, Int8, Scheme, StoredWeight, hadamard, rotate
+from llama.layers.quantization import Form, Grouped, Rotated, StoredWeight, hadamard, rotate
 
 GROUP_SIZES = (32, 64, 128, 256)
 _CHUNK = 1 << 17  # weights that a CPU rounds at a time, so that they stay in its cache
@@ -13,33 +16,62 @@ _CHUNK = 1 << 17  # weights that a CPU rounds at a time, so that they stay in it
 _CUTS = [(low, high) for low in (0.0, 0.05, 0.1) for high in (0.0, 0.05, 0.1)]
 
 
-def make_scheme(name: str, group_size: int | None = None, present: Scheme | None = None) -> Scheme:
+@dataclass(frozen=True)
+class Scheme:
+    """A way to quantise a network: the form of its weights, "int8" or "int4"."""
+
+    form: Form
+
+    @property
+    def name(self) -> str:
+        return "int8" if isinstance(self.form, Rotated) else "int4"
+
+    def applies_to(self, module: str) -> bool:
+        """Return whether a module's weight is quantised: not norms, and in int8 only layers.
+
+        A token reads one row of the embedding, which eight bits wouldn't make faster. An error in
+        the output's weight is an error in the logits: greedy text would change at near ties.
+        """
+        in_layers = module.startswith("layers.")
+        return (in_layers or self.name == "int4") and not module.endswith("norm")
+
+    def forms(self, args: ModelArgs) -> dict[str, Form]:
+        """Return the forms of a network's weights by module."""
+        names = (n.removesuffix(".weight") for n in full_shapes(args) if n.endswith(".weight"))
+        return {module: self.form for module in names if self.applies_to(module)}
+
+
+def make_scheme(name: str, group_size: int | None = None) -> Scheme:
     """Return the scheme that a caller or a file names.
 
     Args:
         name: int8 or int4.
-        group_size: of int4.
-        present: the checkpoint's own scheme, whose group size is the default.
+        group_size: of int4; 64 by default.
 
     Raises:
         ValueError: there is none of that name or group size.
     """
-    if name == Int8.name:
+    if name == "int8":
         if group_size is not None:
             raise ValueError("group_size is for int4: int8 has one scale a row, leave it out")
-        return Int8()
-    if name != Int4.name:
+        return Scheme(Rotated())
+    if name != "int4":
         raise ValueError(f"quantize is {short(name)}: expected 'int8' or 'int4'")
     if group_size is None:
-        group_size = (present if isinstance(present, Int4) else Int4()).group_size
+        group_size = Grouped().group_size
     if type(group_size) is not int or group_size not in GROUP_SIZES:
         sizes = ", ".join(map(str, GROUP_SIZES))
         raise ValueError(f"group_size is {short(group_size)}: expected one of {sizes}")
-    return Int4(group_size)
+    return Scheme(Grouped(group_size=group_size))
+
+
+def is_made_here(form: Form) -> bool:
+    """Return whether ``round_weight`` makes a form."""
+    return isinstance(form, Rotated) or form == Grouped(group_size=form.group_size)
 
 
 def round_weight(
-    scheme: Scheme,
+    form: Form,
     weight: torch.Tensor,
     block: int | None = None,
     over_ranks: Callable[[torch.Tensor], torch.Tensor] = lambda largest: largest,
@@ -47,24 +79,24 @@ def round_weight(
     """Round a weight on its device.
 
     Args:
-        scheme: what to store.
+        form: one that is made here.
         weight: a whole weight or a rank's part, of any dtype, shape (out_features, in_features).
         block: the whole weight's ``block_size``, if this is a part of its inputs.
         over_ranks: returns the largest elements of the rows, of which ranks have parts.
     """
-    dtypes = scheme.dtypes()
+    dtypes = form.dtypes()
     stored = {
         name: torch.empty(shape, dtype=dtypes[name], device=weight.device)
-        for name, shape in scheme.shapes(*weight.shape).items()
+        for name, shape in form.shapes(*weight.shape).items()
     }
-    block = block or scheme.block_size(weight.shape[1])
+    block = block or form.block_size(weight.shape[1])
     n_rows = max(1, (_CHUNK if weight.is_cpu else 64 * _CHUNK) // weight.shape[1])
     for first in range(0, len(weight), n_rows):
         rows = weight[first : first + n_rows]
-        if isinstance(scheme, Int8):
+        if isinstance(form, Rotated):
             rounded = _round_rows(rows, block, over_ranks)
         else:
-            rounded = _round_groups(rows, scheme)
+            rounded = _round_groups(rows, form)
         for name, part in rounded.items():
             stored[name][first : first + n_rows] = part
     return stored
@@ -79,13 +111,13 @@ def _round_rows(
     return {"weight": rotated.div_(scale).round_(), "scale": scale}
 
 
-def _round_groups(weight: torch.Tensor, scheme: Int4) -> StoredWeight:
+def _round_groups(weight: torch.Tensor, form: Grouped) -> StoredWeight:
     """Round groups with a small squared error.
 
     Try several ranges: round, then fit scale and offset to the codes by least squares.
     """
     n_rows = len(weight)
-    weight = weight.reshape(-1, scheme.group_size).float()
+    weight = weight.reshape(-1, form.group_size).float()
     low = weight.amin(dim=1, keepdim=True)
     span = weight.amax(dim=1, keepdim=True) - low
     tiny = torch.finfo(torch.float32).tiny
@@ -104,8 +136,8 @@ def _round_groups(weight: torch.Tensor, scheme: Int4) -> StoredWeight:
     scales = scale.bfloat16()
     zeros = (offset + 8 * scales.float()).bfloat16()
     codes = _codes(weight, scales.float(), zeros.float() - 8 * scales.float())
-    parts = (codes.to(torch.uint8), scales, zeros)
-    return scheme.pack(*(part.view(n_rows, -1) for part in parts))
+    codes, scales, zeros = (part.view(n_rows, -1) for part in (codes, scales, zeros))
+    return {"weight": form.pack(codes.to(torch.uint8)), "scales": scales, "zeros": zeros}
 
 
 def _codes(weight: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:

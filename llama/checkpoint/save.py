@@ -15,12 +15,18 @@ import torch
 
 from llama.args import ModelArgs
 from llama.checkpoint.base import Checkpoint, Weights, vocabulary_size
+from llama.checkpoint.forms import forms_params
 from llama.checkpoint.memory import device_memory
 from llama.checkpoint.meta import open_meta, scaled_rope
 from llama.checkpoint.params import make_args
-from llama.checkpoint.sharding import applied_scheme, check_model_parallel_size, stored_bytes
+from llama.checkpoint.sharding import (
+    Forms,
+    check_model_parallel_size,
+    form_of,
+    full_shapes,
+    stored_bytes,
+)
 from llama.cli import progress
-from llama.layers.quantization import Scheme
 
 
 def save(
@@ -31,7 +37,7 @@ def save(
     files: Mapping[str, Path | bytes] | None = None,
     dtype: torch.dtype | None = None,
     progress: Callable[[int], None] = lambda _: None,
-    scheme: Scheme | None = None,
+    forms: Forms | None = None,
 ) -> None:
     """Write a checkpoint in Meta's layout, with bitwise the same weights in any number of files.
 
@@ -46,7 +52,7 @@ def save(
         files: other files to write, such as a ``tokenizer.model``: by name, a path or the content.
         dtype: the dtype to store; None for the shards'. Quantised weights stay as they are.
         progress: called with the number of bytes that have been written.
-        scheme: the quantisation of the shards' weights.
+        forms: the forms of the shards' quantised weights by module.
 
     Raises:
         FileExistsError: ``out_dir`` already exists.
@@ -54,10 +60,11 @@ def save(
         OSError: the disk is full.
         ValueError: the shards don't make the network, or it can't be divided into as many parts.
     """
-    checkpoint = _checkpoint_of(shards, args, dtype, scheme)
+    forms = forms or {}
+    checkpoint = _checkpoint_of(shards, args, dtype, forms)
     checkpoint.check(args)
-    check_model_parallel_size(args, model_parallel_size, scheme)
-    total = stored_bytes(args, checkpoint.dtype, scheme)
+    check_model_parallel_size(args, model_parallel_size, forms)
+    total = stored_bytes(args, checkpoint.dtype, forms)
     memory = device_memory(torch.device("cpu"))
     if memory is not None and total // model_parallel_size > memory:
         raise MemoryError(
@@ -65,7 +72,10 @@ def save(
             f"there are {memory / 1e9:.1f} GB: give a larger model_parallel_size"
         )
     with new_directory(out_dir, total) as partial:
-        params = _params(args) | ({"quantization": scheme.params()} if scheme else {})
+        params = _params(args)
+        if forms:
+            modules = [name.removesuffix(".weight") for name in full_shapes(args)]
+            params["quantization"] = forms_params(forms, modules)
         write_json(partial / "params.json", params)
         write_files(partial, files or {})
         written = 0
@@ -81,7 +91,7 @@ def _checkpoint_of(
     shards: Sequence[Mapping[str, torch.Tensor]],
     args: ModelArgs,
     dtype: torch.dtype | None,
-    scheme: Scheme | None,
+    forms: Forms,
 ) -> Checkpoint:
     """Return shards as a checkpoint of the dtype that it is to be stored in."""
     parts = [shard if isinstance(shard, Weights) else Weights.of(shard) for shard in shards]
@@ -90,10 +100,10 @@ def _checkpoint_of(
             for name in [name for name in part.shapes if name.startswith("output.")]:
                 part.shapes.pop(name)
     names = [f"part {number}" for number in range(len(parts))]
-    plain = "norm.weight" if scheme else "tok_embeddings.weight"
+    plain = "norm.weight" if forms else "tok_embeddings.weight"
     own = parts[0][plain].dtype if plain in parts[0] else None
     stored = dtype or own or torch.float32
-    return Checkpoint("ModelArgs", {}, parts, names, stored, scheme=scheme)
+    return Checkpoint("ModelArgs", {}, parts, names, stored, forms=forms)
 
 
 def _shard(
@@ -106,7 +116,7 @@ def _shard(
         if name.startswith("output."):  # ranks need padding, files don't
             n_rows = args.n_outputs - rank * tensor.shape[0]
             tensor = tensor[: max(n_rows, 0)]
-        is_quantized = applied_scheme(checkpoint.scheme, name)
+        is_quantized = form_of(checkpoint.forms, name)
         tensor = tensor.detach().to("cpu", None if is_quantized else dtype).contiguous()
         # torch.save writes the whole storage of a view.
         owns_storage = tensor.untyped_storage().nbytes() == tensor.nbytes
@@ -212,7 +222,7 @@ def save_meta(
         source.files,
         dtype,
         progress,
-        source.scheme,
+        source.forms,
     )
 
 
@@ -226,6 +236,6 @@ def reshard(in_dir: str, out_dir: str, model_parallel_size: int = 1) -> None:
     """
     source, target = open_meta(Path(str(in_dir))), Path(str(out_dir))
     args = make_args(source.params, source.source, n_words=vocabulary_size(source))
-    with progress(stored_bytes(args, source.dtype, source.scheme), "writing") as show:
+    with progress(stored_bytes(args, source.dtype, source.forms), "writing") as show:
         save_meta(source, args, target, model_parallel_size, progress=show)
     print(f"wrote {target}", file=sys.stderr)

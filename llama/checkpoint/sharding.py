@@ -1,15 +1,20 @@
 """The division of parameters among files and ranks: pure functions of shapes and tensors."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
 from typing import TypeVar
 
 import torch
 
 from llama.args import ModelArgs
-from llama.layers.quantization import Scheme
+from llama.layers.quantization import Form
 
 T = TypeVar("T")
+
+Forms = Mapping[str, Form]
+"""The forms of quantised weights by their modules' names; the other modules' are plain."""
+
+_PLAIN: Forms = {}
 
 # The dimension along which shards and ranks divide a parameter; others are not divided.
 # Source: ``ColumnParallelLinear`` and ``RowParallelLinear`` in Meta's llama/model.py.
@@ -31,9 +36,9 @@ def input_widths(args: ModelArgs) -> set[int]:
     return {args.dim, args.n_heads * args.head_dim, args.hidden_dim}
 
 
-def check_model_parallel_size(args: ModelArgs, ranks: int, scheme: Scheme | None = None) -> None:
+def check_model_parallel_size(args: ModelArgs, ranks: int, forms: Forms = _PLAIN) -> None:
     """Raise ``ValueError``, listing the possible numbers, if ranks can't divide the network."""
-    widths = input_widths(args)
+    blocks = _divided_blocks(args, forms)
     if type(ranks) is not int:
         raise ValueError(f"model_parallel_size is {ranks!r}: expected a whole number")
 
@@ -41,21 +46,28 @@ def check_model_parallel_size(args: ModelArgs, ranks: int, scheme: Scheme | None
         if n < 1:
             return False
         kv_heads = args.kv_heads
-        if scheme and any(width % (n * scheme.block_size(width)) for width in widths):
+        if any(width % (n * form.block_size(width)) for width, form in blocks):
             return False
         divides = args.n_heads % n == args.dim % n == args.hidden_dim % n == 0
         return divides and (kv_heads % n == 0 or n % kv_heads == 0)
 
     if not fits(ranks):
         sizes = ", ".join(str(n) for n in range(1, args.n_heads + 1) if fits(n)) or "none"
-        blocks = ""
-        if scheme:
-            size = max(scheme.block_size(width) for width in widths)
-            blocks = f", in {scheme.name} blocks of {size}"
+        found = ""
+        if blocks:
+            width, form = max(blocks, key=lambda block: block[1].block_size(block[0]))
+            found = f", in {form.name} blocks of {form.block_size(width)}"
         raise ValueError(
             f"{ranks} parts can't be made of {args.n_heads} heads, {args.kv_heads} key/value "
-            f"heads, dim {args.dim} and hidden size {args.hidden_dim}{blocks}: possible are {sizes}"
+            f"heads, dim {args.dim} and hidden size {args.hidden_dim}{found}: possible are {sizes}"
         )
+
+
+def _divided_blocks(args: ModelArgs, forms: Forms) -> set[tuple[int, Form]]:
+    """Return the widths that ranks divide among them, and the forms of their weights."""
+    shapes = full_shapes(args)
+    named = ((f"{module}.weight", form) for module, form in forms.items())
+    return {(shapes[n][1], form) for n, form in named if n in shapes and split_dim(n) == 1}
 
 
 def parameter_count(args: ModelArgs, ranks: int = 1) -> int:
@@ -84,56 +96,49 @@ def cache_bytes(args: ModelArgs, dtype: torch.dtype, ranks: int = 1, in_int8: bo
     return 2 * args.n_layers * positions * heads * entry
 
 
-def weight_bytes(
-    args: ModelArgs, dtype: torch.dtype, ranks: int = 1, scheme: Scheme | None = None
-) -> int:
+def weight_bytes(args: ModelArgs, dtype: torch.dtype, ranks: int = 1, forms: Forms = _PLAIN) -> int:
     """Return the bytes of one rank's parameters in memory, approximately if quantised."""
-    if scheme is None:
+    if not forms:
         return parameter_count(args, ranks) * dtype.itemsize
-    size = stored_bytes(args, dtype, scheme)
-    # Ranks divide a tied table along different dims; quantised, the output's is packed.
-    if args.tie_word_embeddings and (scheme.applies_to("output") or ranks > 1):
-        size += sum(
-            part
-            for name, part in _stored_sizes(args, dtype, scheme).items()
-            if name.startswith("tok_embeddings.")
-        )
+    in_dtype = {module: form.in_dtype(dtype) for module, form in forms.items()}
+    sizes = _stored_sizes(args, dtype, in_dtype)
+    size = sum(sizes.values())
+    if args.tie_word_embeddings and ranks > 1:  # who divide the two along different dims
+        size += sum(part for n, part in sizes.items() if n.startswith("tok_embeddings."))
     return size // ranks
 
 
-def stored_bytes(args: ModelArgs, dtype: torch.dtype, scheme: Scheme | None = None) -> int:
+def stored_bytes(args: ModelArgs, dtype: torch.dtype, forms: Forms = _PLAIN) -> int:
     """Return the bytes of a checkpoint's stored weights, by arithmetic alone."""
-    return sum(_stored_sizes(args, dtype, scheme).values())
+    return sum(_stored_sizes(args, dtype, forms).values())
 
 
-def _stored_sizes(args: ModelArgs, dtype: torch.dtype, scheme: Scheme | None) -> dict[str, int]:
+def _stored_sizes(args: ModelArgs, dtype: torch.dtype, forms: Forms) -> dict[str, int]:
     """Return the bytes of each stored tensor by its name."""
     sizes = {}
-    for name, shape in full_shapes(args, scheme).items():
-        applied = applied_scheme(scheme, name)
-        stored = dtype if applied is None else applied.dtypes()[name.rpartition(".")[2]]
+    for name, shape in full_shapes(args, forms).items():
+        form = form_of(forms, name)
+        stored = dtype if form is None else form.dtypes()[name.rpartition(".")[2]]
         sizes[name] = prod(shape) * stored.itemsize
     return sizes
 
 
-def quantized_count(args: ModelArgs, scheme: Scheme) -> int:
-    """Return the number of a checkpoint's weights that a scheme quantises."""
-    return sum(
-        prod(shape) for name, shape in full_shapes(args).items() if applied_scheme(scheme, name)
-    )
+def quantized_count(args: ModelArgs, forms: Forms) -> int:
+    """Return the number of a checkpoint's weights that have forms."""
+    return sum(prod(shape) for name, shape in full_shapes(args).items() if form_of(forms, name))
 
 
-def applied_scheme(scheme: Scheme | None, name: str) -> Scheme | None:
-    """Return the scheme if it quantises a parameter, given by its name; None otherwise."""
+def form_of(forms: Forms, name: str) -> Form | None:
+    """Return the form of a parameter's module, given the parameter's name; None if it is plain."""
     module, _, part = name.rpartition(".")
-    return scheme if scheme and part != "bias" and scheme.applies_to(module) else None
+    return None if part == "bias" else forms.get(module)
 
 
-def full_shapes(args: ModelArgs, scheme: Scheme | None = None) -> dict[str, tuple[int, ...]]:
+def full_shapes(args: ModelArgs, forms: Forms = _PLAIN) -> dict[str, tuple[int, ...]]:
     """Return the parameters' shapes before they are divided among shards or ranks.
 
-    An output that is the embedding (``tie_word_embeddings``) isn't among them. With a scheme, a
-    quantised weight has one entry for each of its stored tensors.
+    An output that is the embedding (``tie_word_embeddings``) isn't among them. A weight that has a
+    form has one entry for each of its stored tensors.
     """
     q_dim = args.n_heads * args.head_dim
     kv_dim = args.kv_heads * args.head_dim
@@ -158,25 +163,24 @@ def full_shapes(args: ModelArgs, scheme: Scheme | None = None) -> dict[str, tupl
     shapes["norm.weight"] = (args.dim,)
     if args.n_outputs and not args.tie_word_embeddings:
         shapes["output.weight"] = (args.n_outputs, args.dim)
-    if scheme is None:
-        return shapes
-    quantized: dict[str, tuple[int, ...]] = {}
+    stored: dict[str, tuple[int, ...]] = {}
     for name, shape in shapes.items():
-        if applied_scheme(scheme, name):
-            parts = scheme.shapes(*shape)
-            module = name.removesuffix(".weight")
-            quantized |= {f"{module}.{part}": size for part, size in parts.items()}
+        form = form_of(forms, name)
+        if form is None:
+            stored[name] = shape
         else:
-            quantized[name] = shape
-    return quantized
+            module = name.removesuffix(".weight")
+            parts = form.shapes(shape[0], shape[1])
+            stored |= {f"{module}.{part}": size for part, size in parts.items()}
+    return stored
 
 
 def split_dim(name: str) -> int | None:
     """Return the dimension along which a parameter is divided; None if each rank has all of it."""
     module, part = name.split(".")[-2:]
     dim = _SPLIT_DIM.get(module)
-    # One scale belongs to a whole row, and one bias to a whole sum.
-    return None if part in ("scale", "bias") and dim == 1 else dim
+    # One scale belongs to a whole row, one bias to a whole sum, and an order to all inputs.
+    return None if part == "order" or (part in ("scale", "zero", "bias") and dim == 1) else dim
 
 
 def stored_dim(name: str, shapes: Sequence[tuple[int, ...]], width: object) -> int | None:

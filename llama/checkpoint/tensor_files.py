@@ -18,7 +18,7 @@ from llama.checkpoint.file_kinds import (
     training_kind,
 )
 from llama.errors import need, printable
-from llama.layers.quantization import Scheme
+from llama.layers.quantization import Form
 
 logger = logging.getLogger(__name__)
 
@@ -205,18 +205,19 @@ def main_dtype(
     return dtype
 
 
-def check_plain(tensors: Tensors, name: str, scheme: Scheme | None = None) -> None:
+def check_plain(tensors: Tensors, name: str, forms: Mapping[str, Form] | None = None) -> None:
     """Raise ``ValueError`` if tensors aren't plain weights, or are larger than their file.
 
     Args:
         tensors: a file's or a directory's tensors under Meta's names.
         name: the file's name in errors.
-        scheme: the quantisation of the weights, which decides their dtypes.
+        forms: the forms of quantised weights by module, which decide their dtypes.
     """
     for key, tensor in tensors.items():
         plain = tensor.layout == torch.strided and tensor.device.type != "meta"
         module, _, part = key.rpartition(".")
-        dtype = scheme.dtypes().get(part) if scheme and scheme.applies_to(module) else None
+        form = (forms or {}).get(module)
+        dtype = form.dtypes().get(part) if form else None
         if dtype is not None:
             if not (plain and tensor.dtype == dtype):
                 raise ValueError(

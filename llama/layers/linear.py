@@ -16,7 +16,7 @@ from torch import nn
 from llama.layers.capability import Capability
 from llama.layers.kernels import Kernel, make_kernel
 from llama.layers.kernels.cpu import OneDnn
-from llama.layers.quantization import Scheme, StoredWeight
+from llama.layers.quantization import Form, StoredWeight
 from llama.parallel import all_gather, all_reduce, world_size
 
 
@@ -28,10 +28,14 @@ def _split(features: int, name: str) -> int:
 
 
 class _Stored(nn.Module):
-    """A weight in the form in which a checkpoint stores it: as it is, or quantised."""
+    """A weight in the form in which a checkpoint stores it, or in the order of its kernel."""
 
-    scheme: Scheme | None = None
+    form: Form | None = None  # None: as it is
     weight: nn.Parameter
+    bias: nn.Parameter | None = None
+    in_features: int
+    kernel: Kernel | None = None  # None: the stored weight is used as it is
+    rows = slice(None)  # of the kernel's weights
     # Changes this rank's outputs, given the inputs and those, in a pass with adapters.
     adapted: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
 
@@ -39,65 +43,43 @@ class _Stored(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.dtype = self.weight.dtype  # of the inputs
 
-    def quantize(self, scheme: Scheme, dtype: torch.dtype) -> None:
-        """Store the weight quantised, for a checkpoint to fill; inputs are of ``dtype``."""
-        self.scheme, self.dtype = scheme, dtype
-        dtypes = scheme.dtypes()
-        for name, shape in scheme.shapes(*self.weight.shape).items():
+    def quantize(self, form: Form, dtype: torch.dtype) -> None:
+        """Store the weight in a form, for a checkpoint to fill; inputs are of ``dtype``."""
+        self.form, self.dtype = form, dtype
+        dtypes = form.dtypes()
+        for name, shape in form.shapes(*self.weight.shape).items():
             part = torch.empty(shape, dtype=dtypes[name], device=self.weight.device)
             setattr(self, name, nn.Parameter(part, requires_grad=False))
+
+    @property
+    def block_size(self) -> int:
+        return self.form.block_size(self.in_features) if self.form else 1
 
     def adapt(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """Return this rank's outputs as the pass's adapters change them."""
         return out if self.adapted is None else self.adapted(x, out)
 
-
-class ParallelLinear(_Stored):
-    """``x @ weight.T``: a stored weight and, once it is chosen, the kernel that holds it.
-
-    A layer that has a bias adds it.
-    """
-
-    kernel: Kernel | None = None  # None: the stored weight is multiplied as it is
-    is_shared = False  # whether the weight is another module's too, which needs it as it is
-    rows = slice(0)  # of the kernel's weights
-
-    def __init__(
-        self, in_features: int, out_features: int, shape: tuple[int, int], n_biases: int = 0
-    ):
-        nn.Module.__init__(self)
-        self.in_features = in_features
-        self.out_features = out_features
-        self._allocate(*shape)
-        self.bias = nn.Parameter(torch.empty(n_biases)) if n_biases else None
-
-    @property
-    def block_size(self) -> int:
-        return self.scheme.block_size(self.in_features) if self.scheme else 1
-
-    def product(self, x: torch.Tensor) -> torch.Tensor:
-        """Return this rank's part of ``x @ weight.T``: (n_tokens, in_features) to (n_tokens, …)."""
-        if self.kernel is not None:
-            return self.adapt(x, self.kernel(x)[:, self.rows])
-        weight = self.weight if self.scheme is None else self.plain_weight().to(x.dtype)
-        return self.adapt(x, F.linear(x, weight))
-
-    def biased(self, out: torch.Tensor) -> torch.Tensor:
-        """Add the bias, where the layer has one, to a product."""
-        return out if self.bias is None else out + self.bias
+    def give_to(self, kernel: Kernel, rows: slice) -> None:
+        """Let a kernel take over the weight, as some of its rows."""
+        for name, part in self.stored().items():
+            setattr(self, name, nn.Parameter(part.new_empty(0), requires_grad=False))
+        self.kernel, self.rows = kernel, rows
 
     def stored(self) -> StoredWeight:
         """Return the weight as a checkpoint stores it."""
         if self.kernel is None:
             parameters = self.named_parameters()
             return {name: part.detach() for name, part in parameters if name != "bias"}
-        return {name: part[self.rows].clone() for name, part in self.kernel.stored().items()}
+        return {
+            name: part.clone() if name == "order" else part[self.rows].clone()
+            for name, part in self.kernel.stored().items()
+        }
 
     def plain_weight(self) -> torch.Tensor:
         """Return the weight that is stored, (out_features, in_features); float32 if quantised."""
-        if self.scheme is None:
+        if self.form is None:
             return self.stored()["weight"]
-        return self.scheme.dequantize(self.stored(), self.block_size)
+        return self.form.dequantize(self.stored(), self.block_size)
 
     # Saving, loading and copying a layer use the stored weight.
 
@@ -117,9 +99,42 @@ class ParallelLinear(_Stored):
         state = self.__dict__.copy()
         if self.kernel is not None:
             stored = self.stored().items()
-            parameters = {name: nn.Parameter(part, requires_grad=False) for name, part in stored}
-            state |= {"_parameters": {**parameters, "bias": self.bias}, "kernel": None}
+            parameters: dict[str, nn.Parameter | None] = {
+                name: nn.Parameter(part, requires_grad=False) for name, part in stored
+            }
+            if "bias" in self._parameters:
+                parameters["bias"] = self.bias
+            state |= {"_parameters": parameters, "kernel": None}
         return state
+
+
+class ParallelLinear(_Stored):
+    """``x @ weight.T``: a stored weight and, once it is chosen, the kernel that holds it.
+
+    A layer that has a bias adds it.
+    """
+
+    is_shared = False  # whether the weight is another module's too
+
+    def __init__(
+        self, in_features: int, out_features: int, shape: tuple[int, int], n_biases: int = 0
+    ):
+        nn.Module.__init__(self)
+        self.in_features = in_features
+        self.out_features = out_features
+        self._allocate(*shape)
+        self.bias = nn.Parameter(torch.empty(n_biases)) if n_biases else None
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """Return this rank's part of ``x @ weight.T``: (n_tokens, in_features) to (n_tokens, …)."""
+        if self.kernel is not None:
+            return self.adapt(x, self.kernel(x)[:, self.rows])
+        weight = self.weight if self.form is None else self.plain_weight().to(x.dtype)
+        return self.adapt(x, F.linear(x, weight))
+
+    def biased(self, out: torch.Tensor) -> torch.Tensor:
+        """Add the bias, where the layer has one, to a product."""
+        return out if self.bias is None else out + self.bias
 
 
 def fused_linear(x: torch.Tensor, *layers: ParallelLinear) -> Sequence[torch.Tensor]:
@@ -131,40 +146,63 @@ def fused_linear(x: torch.Tensor, *layers: ParallelLinear) -> Sequence[torch.Ten
     Returns:
         For each layer this rank's part, shape (n_tokens, out_features).
     """
-    kernel = _shared_kernel(layers)
-    if kernel is None:
-        return [layer.product(x) for layer in layers]
-    out = kernel(x)
-    return [layer.biased(layer.adapt(x, out[:, layer.rows])) for layer in layers]
+    products: dict[Kernel, torch.Tensor] = {}
+    parts = []
+    for layer in layers:
+        if layer.kernel is None:
+            parts.append(layer.product(x))
+            continue
+        if layer.kernel not in products:
+            products[layer.kernel] = layer.kernel(x)
+        out = products[layer.kernel][:, layer.rows]
+        parts.append(layer.biased(layer.adapt(x, out)))
+    return parts
 
 
 def joined_linear(x: torch.Tensor, *layers: ParallelLinear) -> torch.Tensor:
     """Return ``fused_linear``'s parts side by side, without a copy where a kernel makes them so."""
-    kernel = _shared_kernel(layers)
-    if kernel is None or any(layer.adapted or layer.bias is not None for layer in layers):
+    kernel = layers[0].kernel
+    is_shared = kernel is not None and all(layer.kernel is kernel for layer in layers)
+    if not is_shared or any(layer.adapted or layer.bias is not None for layer in layers):
         return torch.cat(tuple(fused_linear(x, *layers)), dim=1)
+    assert kernel is not None
     return kernel(x)
 
 
-def _shared_kernel(layers: Sequence[ParallelLinear]) -> Kernel | None:
-    kernel = layers[0].kernel
-    return kernel if all(layer.kernel is kernel for layer in layers) else None
-
-
-def pack(layers: Sequence[ParallelLinear], capability: Capability) -> Kernel | None:
-    """Give layers that multiply the same input one kernel, which takes over their weights.
+def pack(layers: Sequence[ParallelLinear], capability: Capability) -> list[Kernel]:
+    """Give layers that multiply the same input kernels, which take over their weights.
 
     Args:
-        layers: linear layers of one number format.
+        layers: linear layers; those whose weights have one form share a kernel.
         capability: of the weights' device.
 
     Returns:
-        The kernel; None where the stored weights are multiplied as they are.
+        The kernels; none where the stored weights are multiplied as they are.
     """
-    first = layers[0]
     if any(weight.requires_grad for layer in layers for weight in layer.parameters()):
-        return None  # which are trained
-    if first.scheme is None:
+        return []  # which are trained
+    alike: list[list[ParallelLinear]] = []
+    for layer in layers:
+        for others in alike:
+            if _have_one_form(others[0], layer):
+                others.append(layer)
+                break
+        else:
+            alike.append([layer])
+    kernels = [_packed(some, capability) for some in alike]
+    return [kernel for kernel in kernels if kernel is not None]
+
+
+def _have_one_form(first: ParallelLinear, second: ParallelLinear) -> bool:
+    if first.form != second.form:
+        return False
+    order, other = (getattr(layer, "order", None) for layer in (first, second))
+    return order is None or other is None or torch.equal(order, other)
+
+
+def _packed(layers: Sequence[ParallelLinear], capability: Capability) -> Kernel | None:
+    first = layers[0]
+    if first.form is None:
         on_cuda = capability.kind == "cuda"
         packs = len(layers) > 1 if on_cuda else OneDnn.is_fastest_for(first.weight)
         if not packs or first.is_shared:
@@ -172,15 +210,16 @@ def pack(layers: Sequence[ParallelLinear], capability: Capability) -> Kernel | N
     own = [layer.stored() for layer in layers]
     joined = own[0]
     if len(layers) > 1:
-        joined = {name: torch.cat([stored[name] for stored in own]) for name in joined}
-    kernel = make_kernel(joined, first.scheme, first.dtype, first.block_size, capability)
+        joined = {
+            name: part if name == "order" else torch.cat([stored[name] for stored in own])
+            for name, part in joined.items()
+        }
+    kernel = make_kernel(joined, first.form, first.dtype, first.block_size, capability)
     row = 0
     for layer, stored in zip(layers, own, strict=True):
-        layer.kernel = kernel
-        layer.rows = slice(row, row + len(stored["weight"]))
-        row = layer.rows.stop
-        for name, part in stored.items():
-            setattr(layer, name, nn.Parameter(part.new_empty(0), requires_grad=False))
+        n_rows = len(stored["weight"])
+        layer.give_to(kernel, slice(row, row + n_rows))
+        row += n_rows
     return kernel
 
 
@@ -229,16 +268,18 @@ class ParallelEmbedding(_Stored, fairscale_layers.ParallelEmbedding):
 
     def __init__(self, num_embeddings: int, embedding_dim: int):
         nn.Module.__init__(self)
-        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        self.num_embeddings = num_embeddings
+        self.embedding_dim = self.in_features = embedding_dim
         self._allocate(num_embeddings, _split(embedding_dim, "the embedding width"))
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         # Adapters embed ids beyond the vocabulary.
         known = tokens if self.adapted is None else tokens.clamp(max=self.num_embeddings - 1)
-        if self.scheme is None:
+        if self.form is None:
             out = F.embedding(known, self.weight)
+        elif self.kernel is not None:  # which is the output's
+            out = self.kernel.weights(known).to(self.dtype)
         else:
             stored = {name: part[known] for name, part in self.named_parameters()}
-            block_size = self.scheme.block_size(self.embedding_dim)
-            out = self.scheme.dequantize(stored, block_size).to(self.dtype)
+            out = self.form.dequantize(stored, self.block_size).to(self.dtype)
         return all_gather(self.adapt(tokens, out))

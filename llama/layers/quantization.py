@@ -1,11 +1,13 @@
-"""Quantised weights: how a checkpoint stores them (``checkpoint.rounding`` makes them).
+"""Quantised weights: the forms in which a checkpoint, a layer and a kernel hold them.
 
-int8: a row (output) has one scale, and codes lie symmetrically around zero. Kernels may round
+Each tensor has its own form. Readers bring those of files, ``checkpoint.rounding`` makes others.
+
+Rotated: a row (output) has one scale, and codes lie symmetrically around zero. Kernels may round
 inputs to eight bits as well, so both are first multiplied, in blocks, by a Hadamard matrix: this
 leaves their product unchanged and spreads outliers over their block (QuaRot,
 https://arxiv.org/abs/2404.00456).
 
-int4: a group of a row's weights has its own scale and zero, chosen for a small squared error.
+Grouped: a group of a row's weights has its own scale and, perhaps, its own zero.
 """
 
 import functools
@@ -39,29 +41,25 @@ def rotate(x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class Int8:
-    """One scale a row; the rotated weight is ``weight * scale``.
+class Rotated:
+    """One scale a row of int8 codes; the rotated weight is ``weight * scale``.
 
     ``weight`` is int8, shape (out_features, in_features), ``scale`` float32, (out_features, 1).
     """
 
     name = "int8"
 
-    def applies_to(self, module: str) -> bool:
-        """Return whether a module's weight is quantised: in the layers, all but norms.
-
-        A token reads one row of the embedding, which eight bits wouldn't make faster. An error in
-        the output's weight is an error in the logits: greedy text would change at near ties.
-        """
-        return module.startswith("layers.") and not module.endswith("norm")
-
     def params(self) -> dict[str, Any]:
         return {"format": self.name}
+
+    def in_dtype(self, dtype: torch.dtype) -> "Rotated":
+        """Return the form in a network of a dtype: it is the same in all."""
+        return self
 
     def dtypes(self) -> dict[str, torch.dtype]:
         return {"weight": torch.int8, "scale": torch.float32}
 
-    def shapes(self, out_features: int, in_features: int) -> dict[str, tuple[int, int]]:
+    def shapes(self, out_features: int, in_features: int) -> dict[str, tuple[int, ...]]:
         return {"weight": (out_features, in_features), "scale": (out_features, 1)}
 
     def block_size(self, in_features: int) -> int:
@@ -164,6 +162,23 @@ class Grouped:
         restored[:, stored["order"].long()] = weight
         return restored
 
+    def padded(self, stored: StoredWeight, multiple: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Fill ``out_features`` up to a multiple with zeros, as int4 operators want it.
+
+        Returns:
+            The codes, and bfloat16 scales and zeros in one tensor, (n_groups, out_features, 2).
+        """
+        extra = (0, 0, 0, -len(stored["weight"]) % multiple)
+        weight, scales = (F.pad(stored[name], extra) for name in ("weight", "scales"))
+        zeros = F.pad(stored["zeros"], extra) if self.has_zeros else torch.zeros_like(scales)
+        both = torch.stack((scales.bfloat16(), zeros.bfloat16()), dim=2)
+        return weight, both.transpose(0, 1).contiguous()
+
+    def joined(self, codes: torch.Tensor, scales_and_zeros: torch.Tensor) -> StoredWeight:
+        """Return the tensors of int4 codes, one in a byte, and of what ``padded`` returns."""
+        both = scales_and_zeros.to(self.scale_dtype).transpose(0, 1).unbind(2)
+        return {"weight": self.pack(codes), **dict(zip(self.scale_names, both, strict=False))}
+
     @staticmethod
     def pack(codes: torch.Tensor) -> torch.Tensor:
         """Return codes from 0 to 15, uint8, two in a byte."""
@@ -177,66 +192,4 @@ class Grouped:
 
 _CODES = {"int4": torch.uint8, "int8": torch.int8, "float8": torch.float8_e4m3fn}
 
-
-@dataclass(frozen=True)
-class Int4:
-    """A scale and a zero for each group; a weight is ``(code - 8) * scale + zero``.
-
-    ``weight`` is uint8, shape (out_features, in_features / 2), the first of two codes in the
-    lower bits; ``scales`` and ``zeros`` are bfloat16, (out_features, in_features / group_size).
-    """
-
-    group_size: int = 64
-    name = "int4"
-
-    def applies_to(self, module: str) -> bool:
-        """Return whether a module's weight is quantised: all but norms."""
-        return not module.endswith("norm")
-
-    def params(self) -> dict[str, Any]:
-        return {"format": self.name, "group_size": self.group_size}
-
-    def dtypes(self) -> dict[str, torch.dtype]:
-        return {"weight": torch.uint8, "scales": torch.bfloat16, "zeros": torch.bfloat16}
-
-    def shapes(self, out_features: int, in_features: int) -> dict[str, tuple[int, int]]:
-        groups = (out_features, in_features // self.group_size)
-        return {"weight": (out_features, in_features // 2), "scales": groups, "zeros": groups}
-
-    def block_size(self, in_features: int) -> int:
-        """Return how many inputs share a scale, which no two ranks can share."""
-        return self.group_size
-
-    def dequantize(self, stored: Mapping[str, torch.Tensor], block: int) -> torch.Tensor:
-        """Return the float32 weight of whole tensors, or of some rows or groups of them."""
-        codes = self.unpack(stored["weight"]).float() - 8
-        groups = codes.unflatten(1, (-1, self.group_size))
-        scales, zeros = (stored[name].float().unsqueeze(2) for name in ("scales", "zeros"))
-        return torch.addcmul(zeros, groups, scales).flatten(1)
-
-    @staticmethod
-    def pack(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> StoredWeight:
-        """Store codes from 0 to 15, two in a byte."""
-        packed = codes[:, ::2] | (codes[:, 1::2] << 4)
-        return {"weight": packed, "scales": scales, "zeros": zeros}
-
-    @staticmethod
-    def unpack(packed: torch.Tensor) -> torch.Tensor:
-        """Return the codes, from 0 to 15, of which each byte holds two."""
-        return torch.stack((packed & 15, packed >> 4), dim=2).flatten(1)
-
-    @staticmethod
-    def padded(
-        stored: Mapping[str, torch.Tensor], multiple: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Fill ``out_features`` up to a multiple with zeros, as operators want it.
-
-        Returns:
-            The codes, and scales and zeros in one tensor, (n_groups, out_features, 2).
-        """
-        extra = (0, 0, 0, -len(stored["weight"]) % multiple)
-        weight, scales, zeros = (F.pad(stored[n], extra) for n in ("weight", "scales", "zeros"))
-        return weight, torch.stack((scales, zeros), dim=2).transpose(0, 1).contiguous()
-
-
-Scheme = Int8 | Int4
+Form = Rotated | Grouped

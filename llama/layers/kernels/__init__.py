@@ -5,14 +5,14 @@ import torch
 from llama.layers.capability import Capability
 from llama.layers.kernels import cpu, cuda, plain
 from llama.layers.kernels.base import Kernel
-from llama.layers.quantization import Int8, Scheme, StoredWeight
+from llama.layers.quantization import Form, Rotated, StoredWeight
 
 __all__ = ["Kernel", "make_kernel"]
 
 
 def make_kernel(
     stored: StoredWeight,
-    scheme: Scheme | None,
+    form: Form | None,
     dtype: torch.dtype,
     block_size: int,
     capability: Capability,
@@ -21,23 +21,24 @@ def make_kernel(
 
     Args:
         stored: the weight's tensors, which the kernel takes over.
-        scheme: how it is quantised; None for a plain weight: several layers' on CUDA, or one where
+        form: how it is stored; None for a plain weight: several layers' on CUDA, or one where
             ``cpu.OneDnn`` is the fastest.
         dtype: of the inputs.
         block_size: how many inputs the weight was rotated by (int8).
         capability: of the device.
     """
     on_cpu = capability.kind == "cpu"
-    if scheme is None:
+    if form is None:
         return plain.Joined(stored) if capability.kind == "cuda" else cpu.OneDnn(stored)
-    if isinstance(scheme, Int8):
+    if isinstance(form, Rotated):
         if on_cpu and cpu.HAS_FBGEMM:
             return cpu.Int8(stored, block_size)
         if cuda.Int8.supports(stored["weight"], capability):
             return cuda.Int8(stored, block_size, dtype)
         return plain.Int8(stored, block_size, dtype, capability)
-    if on_cpu and cpu.int4_tile():
-        return cpu.Int4(stored, scheme)
-    if cuda.Int4.supports(stored["weight"], dtype, capability):
-        return cuda.Int4(stored, scheme)
-    return plain.Int4(stored, scheme)
+    has_operator = form.codes == "int4" and form.group_size >= 32 and not form.ordered
+    if has_operator and on_cpu and dtype != torch.float32 and cpu.int4_tile():
+        return cpu.Int4(stored, form)
+    if has_operator and cuda.Int4.supports(stored["weight"], dtype, capability):
+        return cuda.Int4(stored, form)
+    return plain.Widened(stored, form)

@@ -35,6 +35,10 @@ class Kernel(ABC):
     def stored(self) -> StoredWeight:
         """Return the weights as a checkpoint stores them."""
 
+    @abstractmethod
+    def weights(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return some rows of the weights: shape (n,) to float32, (n, in_features)."""
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if self.opaque and torch.compiler.is_compiling():
             out: torch.Tensor = torch.ops.llama.product(x, self._number, self.out_features)

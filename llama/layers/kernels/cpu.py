@@ -8,9 +8,8 @@ from collections.abc import Mapping
 import torch
 import torch.nn.functional as F
 
-from llama.layers import quantization
 from llama.layers.kernels.base import Kernel
-from llama.layers.quantization import StoredWeight, hadamard, rotate
+from llama.layers.quantization import Grouped, StoredWeight, hadamard, rotate
 
 # Before torch 2.11 there is no public way to ask.
 _CAPABILITIES: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
@@ -60,6 +59,9 @@ class OneDnn(Kernel):
     def stored(self) -> StoredWeight:
         return {"weight": self._packed.to_dense()}
 
+    def weights(self, rows: torch.Tensor) -> torch.Tensor:
+        return self.stored()["weight"][rows].float()
+
 
 _fbgemm_packing = threading.Lock()  # FBGEMM's order is chosen by a setting of the process
 
@@ -104,6 +106,10 @@ class Int8(Kernel):
         scale = weight.q_per_channel_scales().float()
         return {"weight": weight.int_repr(), "scale": scale[:, None]}
 
+    def weights(self, rows: torch.Tensor) -> torch.Tensor:
+        stored = self.stored()
+        return rotate(stored["weight"][rows].float() * stored["scale"][rows], self._matrix)
+
 
 class Int4(Kernel):
     """PyTorch's operator for few tokens; for many, tiles of the weight are widened and multiplied.
@@ -115,18 +121,18 @@ class Int4(Kernel):
 
     opaque = True
 
-    def __init__(self, stored: StoredWeight, scheme: quantization.Int4):
+    def __init__(self, stored: StoredWeight, form: Grouped):
         super().__init__(stored)
-        self._scheme = scheme
-        weight, self._scales_and_zeros = scheme.padded(stored, 64)
-        self._packed = _pack_tiles(scheme.unpack(weight), int4_tile())
+        self._form = form
+        weight, self._scales_and_zeros = form.padded(stored, 64)
+        self._packed = _pack_tiles(form.unpack(weight), int4_tile())
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         if len(x) <= FEW_TOKENS:
             out = torch._weight_int4pack_mm_for_cpu(
                 x.bfloat16().contiguous(),
                 self._packed,
-                self._scheme.group_size,
+                self._form.group_size,
                 self._scales_and_zeros,
             )
         else:
@@ -140,13 +146,20 @@ class Int4(Kernel):
         rows = slice(tiles.start * int4_tile(), tiles.stop * int4_tile())
         codes = _unpack_tiles(self._packed[rows], int4_tile())  # (in_features, outputs)
         scales, zeros = self._scales_and_zeros[:, None, rows].to(dtype).movedim(3, 0).contiguous()
-        groups = codes.to(dtype).sub_(8).unflatten(0, (-1, self._scheme.group_size))
+        groups = codes.to(dtype).sub_(8).unflatten(0, (-1, self._form.group_size))
         return torch.addcmul(zeros, groups, scales).flatten(0, 1)
 
     def stored(self) -> StoredWeight:
         codes = _unpack_tiles(self._packed, int4_tile()).T[: self.out_features]
-        scales, zeros = self._scales_and_zeros[:, : self.out_features].transpose(0, 1).unbind(2)
-        return self._scheme.pack(codes, scales, zeros)
+        return self._form.joined(codes, self._scales_and_zeros[:, : self.out_features])
+
+    def weights(self, rows: torch.Tensor) -> torch.Tensor:
+        tile = int4_tile()
+        bytes_ = self._packed.view(len(self._packed) // tile, -1, tile // 2)
+        places = rows % tile
+        picked = bytes_[rows // tile, :, places % (tile // 2)]  # (n, in_features)
+        codes = (picked >> (places // (tile // 2) * 4)[:, None].to(torch.uint8)) & 15
+        return self._form.dequantize(self._form.joined(codes, self._scales_and_zeros[:, rows]))
 
 
 def _pack_tiles(codes: torch.Tensor, tile: int) -> torch.Tensor:

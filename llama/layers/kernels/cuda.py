@@ -5,10 +5,9 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from llama.layers import quantization
 from llama.layers.capability import Capability
 from llama.layers.kernels.base import Kernel
-from llama.layers.quantization import StoredWeight, hadamard, rotate
+from llama.layers.quantization import Grouped, StoredWeight, hadamard, rotate
 
 INT8_TOKENS = 1024  # that are multiplied at a time: their sums have four bytes, then four more
 FEW_TOKENS = 64  # up to which the int4 operator is faster than widening the weight
@@ -57,6 +56,10 @@ class Int8(Kernel):
     def stored(self) -> StoredWeight:
         return self._stored
 
+    def weights(self, rows: torch.Tensor) -> torch.Tensor:
+        rotated = self._stored["weight"][rows].float() * self._stored["scale"][rows]
+        return rotate(rotated, self._matrix.float())
+
 
 class Int4(Kernel):
     """PyTorch's "tinygemm" operator; for many tokens some of the weight is widened at a time.
@@ -65,11 +68,11 @@ class Int4(Kernel):
     the width; their order is found by ``nibble_order``.
     """
 
-    def __init__(self, stored: StoredWeight, scheme: quantization.Int4):
+    def __init__(self, stored: StoredWeight, form: Grouped):
         super().__init__(stored)
-        self._scheme = scheme
+        self._form = form
         inner_tiles = _inner_tiles(2 * stored["weight"].shape[1])
-        weight, self._scales_and_zeros = scheme.padded(stored, 8)
+        weight, self._scales_and_zeros = form.padded(stored, 8)
         self._packed = _pack(weight, inner_tiles)
         order = nibble_order(inner_tiles, weight.device)
         assert order is not None  # as ``supports`` says
@@ -85,7 +88,7 @@ class Int4(Kernel):
     def product(self, x: torch.Tensor) -> torch.Tensor:
         if len(x) <= FEW_TOKENS:
             out = torch._weight_int4pack_mm(
-                x.contiguous(), self._packed, self._scheme.group_size, self._scales_and_zeros
+                x.contiguous(), self._packed, self._form.group_size, self._scales_and_zeros
             )
             return out[:, : self.out_features].contiguous()  # as a collective wants it
         out = x.new_empty(len(x), self.out_features)
@@ -99,13 +102,17 @@ class Int4(Kernel):
         tiles = self._packed[rows.start // 8 : -(-rows.stop // 8)]
         codes = _unpack(tiles, self._order)[: rows.stop - rows.start]
         scales, zeros = self._scales_and_zeros[:, rows].transpose(0, 1).unsqueeze(2).unbind(3)
-        groups = codes.to(dtype).sub_(8).unflatten(1, (-1, self._scheme.group_size))
+        groups = codes.to(dtype).sub_(8).unflatten(1, (-1, self._form.group_size))
         return torch.addcmul(zeros.to(dtype), groups, scales.to(dtype)).flatten(1)
 
     def stored(self) -> StoredWeight:
         codes = _unpack(self._packed, self._order)[: self.out_features]
-        scales, zeros = self._scales_and_zeros[:, : self.out_features].transpose(0, 1).unbind(2)
-        return self._scheme.pack(codes, scales, zeros)
+        return self._form.joined(codes, self._scales_and_zeros[:, : self.out_features])
+
+    def weights(self, rows: torch.Tensor) -> torch.Tensor:
+        codes = _unpack(self._packed[rows // 8], self._order).unflatten(0, (-1, 8))
+        codes = codes[torch.arange(len(rows), device=rows.device), rows % 8]
+        return self._form.dequantize(self._form.joined(codes, self._scales_and_zeros[:, rows]))
 
 
 def _inner_tiles(in_features: int) -> int:

@@ -3,10 +3,9 @@
 import torch
 import torch.nn.functional as F
 
-from llama.layers import quantization
 from llama.layers.capability import Capability
 from llama.layers.kernels.base import Kernel
-from llama.layers.quantization import StoredWeight, hadamard, rotate
+from llama.layers.quantization import Grouped, StoredWeight, hadamard, rotate
 
 
 class _Plain(Kernel):
@@ -23,6 +22,9 @@ class Joined(_Plain):
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self._stored["weight"])
+
+    def weights(self, rows: torch.Tensor) -> torch.Tensor:
+        return self._stored["weight"][rows].float()
 
 
 class Int8(_Plain):
@@ -49,13 +51,21 @@ class Int8(_Plain):
             return F.linear(x, (weight * scale[:, None]).to(x.dtype))
         return F.linear(x, weight.to(x.dtype)) * scale.to(x.dtype)
 
+    def weights(self, rows: torch.Tensor) -> torch.Tensor:
+        rotated = self._stored["weight"][rows].float() * self._stored["scale"][rows]
+        return rotate(rotated, self._matrix.float())
 
-class Int4(_Plain):
-    """Widened whole for each product."""
 
-    def __init__(self, stored: StoredWeight, scheme: quantization.Int4):
+class Widened(_Plain):
+    """Widened whole for each product, in float32."""
+
+    def __init__(self, stored: StoredWeight, form: Grouped):
         super().__init__(stored)
-        self._scheme = scheme
+        self._form = form
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self._scheme.dequantize(self._stored, 1).to(x.dtype))
+        return F.linear(x, self._form.dequantize(self._stored).to(x.dtype))
+
+    def weights(self, rows: torch.Tensor) -> torch.Tensor:
+        names = ("weight", *self._form.scale_names)
+        return self._form.dequantize({name: self._stored[name][rows] for name in names})
