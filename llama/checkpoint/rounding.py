@@ -1,6 +1,7 @@
 """How weights are rounded to int8 and int4, for ``quantize=`` and ``llama.convert``."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -11,9 +12,14 @@ from llama.errors import short
 from llama.layers.quantization import Form, Grouped, Rotated, StoredWeight, hadamard, rotate
 
 GROUP_SIZES = (32, 64, 128, 256)
-_CHUNK = 1 << 17  # weights that a CPU rounds at a time, so that they stay in its cache
-# Fractions of a group's range that are cut at either end; values outside are clamped.
-_CUTS = [(low, high) for low in (0.0, 0.05, 0.1) for high in (0.0, 0.05, 0.1)]
+# Weights that a thread rounds at a time: they and what is made of them stay in its cache, and
+# PyTorch doesn't divide tensors of fewer than 32,768 elements among threads of its own.
+_CHUNK = (1 << 15) - 1
+# Fractions of a group's range that are cut at either end; values outside are clamped. Of all pairs
+# up to 0.18 each of these lowers the error of normally distributed weights most, given those
+# before it.
+_CUTS = ((0.02, 0.02), (0.04, 0.0), (0.0, 0.04), (0.0, 0.02), (0.02, 0.0))
+_SMALLEST = 1e-30  # scale: a group of equal weights is its offset
 
 
 @dataclass(frozen=True)
@@ -90,15 +96,29 @@ def round_weight(
         for name, shape in form.shapes(*weight.shape).items()
     }
     block = block or form.block_size(weight.shape[1])
-    n_rows = max(1, (_CHUNK if weight.is_cpu else 64 * _CHUNK) // weight.shape[1])
-    for first in range(0, len(weight), n_rows):
+    chunk = _CHUNK if weight.is_cpu else 1 << 23
+    n_rows = max(1, chunk // weight.shape[1])
+
+    @torch.inference_mode()  # which a thread doesn't inherit
+    def round_rows(first: int) -> None:
         rows = weight[first : first + n_rows]
         if isinstance(form, Rotated):
             rounded = _round_rows(rows, block, over_ranks)
         else:
             rounded = _round_groups(rows, form)
         for name, part in rounded.items():
-            stored[name][first : first + n_rows] = part
+            stored[name][first : first + n_rows].view(-1, part.shape[1]).copy_(part)
+
+    chunks = range(0, len(weight), n_rows)
+    # Ranks exchange the largest elements of a chunk in the same order.
+    n_threads = torch.get_num_threads() if weight.is_cpu and isinstance(form, Grouped) else 1
+    if n_threads == 1:
+        for first in chunks:
+            round_rows(first)
+    else:
+        with ThreadPoolExecutor(n_threads) as pool:
+            for _ in pool.map(round_rows, chunks):
+                pass
     return stored
 
 
@@ -112,43 +132,69 @@ def _round_rows(
 
 
 def _round_groups(weight: torch.Tensor, form: Grouped) -> StoredWeight:
-    """Round groups with a small squared error.
+    """Return codes, scales and zeros of groups, one a row."""
+    groups = weight.reshape(-1, form.group_size).float().t().contiguous()  # (group_size, n)
+    scales, zeros = fit_groups(groups)
+    codes = round_groups(groups, scales, zeros)
+    packed = torch.add(codes[::2], codes[1::2], alpha=16)
+    return {"weight": packed.t(), "scales": scales[:, None], "zeros": zeros[:, None]}
 
-    Try several ranges: round, then fit scale and offset to the codes by least squares.
+
+def fit_groups(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Choose scales and zeros of int4 groups with a small squared error.
+
+    Several ranges are tried: weights are rounded, then scale and offset fitted to the codes by
+    least squares, whose error follows from three sums.
+
+    Args:
+        groups: float32, a group a column, (group_size, n_groups): sums over the first dimension
+            are the fastest.
+
+    Returns:
+        Scales and zeros, bfloat16 numbers in float32, (n_groups,).
     """
-    n_rows = len(weight)
-    weight = weight.reshape(-1, form.group_size).float()
-    low = weight.amin(dim=1, keepdim=True)
-    span = weight.amax(dim=1, keepdim=True) - low
-    tiny = torch.finfo(torch.float32).tiny
-    best_error = torch.full_like(low, torch.inf)
-    best_scale, best_offset = torch.ones_like(low), low
-    for cut_low, cut_high in _CUTS:
-        scale = (span * ((1 - cut_low - cut_high) / 15)).clamp_(min=tiny)
-        scale, offset = _fit(weight, _codes(weight, scale, low + span * cut_low))
-        rounded = _codes(weight, scale, offset)
-        error = torch.addcmul(offset - weight, rounded, scale).square_().sum(dim=1, keepdim=True)
-        better = error < best_error
-        best_error = torch.where(better, error, best_error)
-        best_scale = torch.where(better, scale, best_scale)
-        best_offset = torch.where(better, offset, best_offset)
-    scale, offset = _fit(weight, _codes(weight, best_scale, best_offset))
-    scales = scale.bfloat16()
-    zeros = (offset + 8 * scales.float()).bfloat16()
-    codes = _codes(weight, scales.float(), zeros.float() - 8 * scales.float())
-    codes, scales, zeros = (part.view(n_rows, -1) for part in (codes, scales, zeros))
-    return {"weight": form.pack(codes.to(torch.uint8)), "scales": scales, "zeros": zeros}
+    mean = groups.mean(dim=0)
+    centred = groups - mean
+    low, high = centred.amin(dim=0), centred.amax(dim=0)
+    cuts = groups.new_tensor(_CUTS)[:, :, None]  # (n_ranges, 2, 1)
+    span = high - low
+    scales = span * ((1 - cuts.sum(dim=1)) / 15)  # (n_ranges, n_groups)
+    scales, offsets, gains = _fit(centred, scales, low + span * cuts[:, 0])
+    best = gains.max(dim=0, keepdim=True).indices
+    scales, offsets, _ = _fit(centred, scales.gather(0, best), offsets.gather(0, best))
+    scale = scales[0].bfloat16().float()
+    return scale, (offsets[0] + mean).add_(scale, alpha=8).bfloat16().float()
 
 
-def _codes(weight: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
-    return torch.sub(weight, offset).div_(scale).round_().clamp_(0, 15)
+def round_groups(groups: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
+    """Return the int4 codes of ``fit_groups``'s groups, whole numbers in float32."""
+    return torch.sub(groups, zeros).mul_(scales.reciprocal()).add_(8).round_().clamp_(0, 15)
 
 
-def _fit(weight: torch.Tensor, codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the scale and offset with the least squared error of ``codes * scale + offset``."""
-    mean, target = codes.mean(dim=1, keepdim=True), weight.mean(dim=1, keepdim=True)
-    centred = codes - mean
-    variance = centred.square().sum(dim=1, keepdim=True)
-    scale = (centred * weight).sum(dim=1, keepdim=True) / variance.clamp(min=0.25)
-    scale = scale.clamp_(min=1e-30)  # a group of equal weights is its offset
-    return scale, target - scale * mean
+def _fit(
+    centred: torch.Tensor, scales: torch.Tensor, offsets: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Round groups, and fit scales and offsets to their codes by least squares.
+
+    Args:
+        centred: groups with a mean of 0, (group_size, n_groups).
+        scales, offsets: what to round with, (n_trials, n_groups).
+
+    Returns:
+        The fitted scales and offsets, and by how much they make the error smaller than that of
+        codes that are all alike: (n_trials, n_groups) each.
+    """
+    inverses = scales.clamp(min=_SMALLEST).reciprocal_()
+    shifts = (offsets * inverses).neg_()
+    sums = centred.new_empty(len(scales), 3, centred.shape[1])
+    codes, products = torch.empty_like(centred), torch.empty_like(centred)
+    for inverse, shift, out in zip(inverses, shifts, sums, strict=True):
+        total, squares, covariance = out.unbind()
+        torch.addcmul(shift, centred, inverse, out=codes).round_().clamp_(0, 15)
+        torch.sum(codes, dim=0, out=total)
+        torch.sum(torch.mul(codes, codes, out=products), dim=0, out=squares)
+        torch.sum(torch.mul(codes, centred, out=products), dim=0, out=covariance)
+    total, squares, covariance = sums.unbind(1)
+    variance = torch.addcmul(squares, total, total, value=-1 / len(centred)).clamp_(min=0.25)
+    scales = covariance.div(variance).clamp_(min=_SMALLEST)
+    return scales, scales * total / -len(centred), covariance * scales
