@@ -89,10 +89,9 @@ def measure(path: str, rounds: int = 5) -> dict[str, object]:
         {"ragged": lambda: prefill(llama, RAGGED), "equal": lambda: prefill(llama, equal)}, rounds
     )
     turns = [second_turn(llama) for _ in range(rounds)]
-    scheme = llama.model.scheme
     n_bytes = n_weights * itemsize
-    if scheme is not None:
-        n_bytes = weight_bytes(args, llama.model.norm.weight.dtype, 1, scheme)
+    if llama.model.forms:
+        n_bytes = weight_bytes(args, llama.model.norm.weight.dtype, 1, llama.model.forms)
     first, last = str(CONTEXTS[0]), str(CONTEXTS[-1])
     bound = n_bytes / (n_bytes + per_position * CONTEXTS[-1])
     return {

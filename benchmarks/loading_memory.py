@@ -58,7 +58,7 @@ path, prompt, max_batch_size = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 llama = Llama.build(path, None, max(512, prompt + 4), max_batch_size, device="cpu",
                     dtype=torch.bfloat16)
 model = llama.model
-needed = weight_bytes(model.params, torch.bfloat16, parallel.world_size(), model.scheme)
+needed = weight_bytes(model.params, torch.bfloat16, parallel.world_size(), model.forms)
 needed += sum(t.nbytes for name, t in llama.model.named_buffers() if "cache" in name)
 loaded = peak()
 llama.generate([[1] * prompt], 4, temperature=0)

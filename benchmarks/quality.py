@@ -118,7 +118,7 @@ def main(
                 tokens = llama.tokenizer.encode(text, bos=bos, eos=False)[:n_tokens]
             show = cli.progress(len(tokens) - 1, "scoring", "tokens")
             args = llama.model.params
-            size = weight_bytes(args, torch.bfloat16, 1, llama.model.scheme)
+            size = weight_bytes(args, torch.bfloat16, 1, llama.model.forms)
             value = perplexity(llama, tokens, context, stride, show)
             print(f"{name}: {value.value:.4f}")
             results[name] = value, 8 * size / parameter_count(args)

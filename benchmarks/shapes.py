@@ -1,11 +1,12 @@
 """The networks that benchmarks measure, and what a pass through one reads and calculates."""
 
+from math import prod
+
 import torch
 
 from llama import ModelArgs
 from llama.checkpoint.rounding import make_scheme
 from llama.checkpoint.sharding import cache_bytes, parameter_count, weight_bytes
-from llama.layers.quantization import Scheme
 
 SHAPES = {
     "1M": ModelArgs(dim=128, n_layers=2, n_heads=2, n_kv_heads=1, vocab_size=1024),
@@ -25,24 +26,20 @@ SHAPES = {
 }
 
 
-def scheme_of(weights: str) -> Scheme | None:
-    """Return the scheme of weights in "bf16", "int8" or "int4"."""
-    return None if weights == "bf16" else make_scheme(weights)
-
-
 def read_bytes(args: ModelArgs, weights: str = "bf16", ranks: int = 1) -> int:
     """Return the bytes of weights that one rank reads in a step: all but the embedding.
 
     Args:
         weights: "bf16", "int8" or "int4".
     """
-    scheme = scheme_of(weights)
-    whole = weight_bytes(args, torch.bfloat16, ranks, scheme)
+    forms = {} if weights == "bf16" else make_scheme(weights).forms(args)
+    whole = weight_bytes(args, torch.bfloat16, ranks, forms)
     n_embedding = args.vocab_size * args.dim // ranks
-    if scheme is not None and scheme.applies_to("tok_embeddings"):
-        parts = scheme.shapes(args.vocab_size, args.dim // ranks)
-        sizes = scheme.dtypes()
-        return whole - sum(sizes[name].itemsize * a * b for name, (a, b) in parts.items())
+    if "tok_embeddings" in forms:
+        form = forms["tok_embeddings"]
+        parts = form.shapes(args.vocab_size, args.dim // ranks)
+        sizes = form.dtypes()
+        return whole - sum(sizes[name].itemsize * prod(shape) for name, shape in parts.items())
     return whole - 2 * n_embedding
 
 

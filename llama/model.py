@@ -6,6 +6,7 @@ sequence's slot of the key/value cache.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -145,6 +146,7 @@ class Transformer(nn.Module):
     """A Llama with its key/value cache. Parameters are left unset for a checkpoint to fill."""
 
     freqs_cis: torch.Tensor
+    forms: Mapping[str, Form] = MappingProxyType({})  # of quantised weights, by module
     n_passes = 0  # forward passes so far, each of which changed the cache
     min_tokens = 1  # which a pass is padded to, as the kernels are fastest
     prefill_tokens = 512  # of prompts that a pass takes at most
@@ -189,6 +191,7 @@ class Transformer(nn.Module):
 
     def quantize(self, forms: Mapping[str, Form], dtype: torch.dtype) -> None:
         """Store the weights of some modules in their forms, for a checkpoint to fill."""
+        self.forms = dict(forms)
         for name, module in self.named_modules():
             is_tied = name == "output" and self.params.tie_word_embeddings
             form = forms.get("tok_embeddings" if is_tied else name)

@@ -91,7 +91,7 @@ def main(
         max_batch_size: windows in a batch.
         device: cpu, cuda or mps; the fastest available by default.
         dtype: float32, bfloat16 or float16; by default as checkpoint and device suggest.
-        quantize: int8 or int4; by default as the checkpoint is.
+        quantize: int8, int4 or none; by default as the checkpoint is.
         group_size: how many weights share a scale in int4.
         kv_cache_dtype: int8 for a cache of half the size.
     """

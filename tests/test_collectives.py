@@ -183,8 +183,8 @@ import torch.distributed._functional_collectives  # which has the shapes of thei
 from fairscale.nn.model_parallel import initialize as fairscale
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from llama import ModelArgs, Transformer
+from llama.checkpoint.rounding import make_scheme
 from llama.layers.capability import Capability
-from llama.layers.quantization import Int4, Int8
 from strict_group import StrictGroup
 META = torch.device("meta")
 Capability.of = lambda device: Capability("cuda", (9, 0), (torch.bfloat16,))
@@ -195,7 +195,7 @@ def check(args, scheme, ranks):
     with META:
         model = Transformer(args).requires_grad_(False)
     if scheme is not None:
-        model.quantize(scheme, torch.bfloat16)
+        model.quantize(make_scheme(scheme).forms(args), torch.bfloat16)
     model.pack()
     layer = model.layers[0]
     for n_tokens in (1, 2, 300):
@@ -217,7 +217,7 @@ for ranks, shape in (
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     with contextlib.redirect_stdout(io.StringIO()):
         fairscale.initialize_model_parallel(ranks)
-    for scheme in (None, Int8(), Int4()):
+    for scheme in (None, "int8", "int4"):
         with torch.inference_mode():
             check(ModelArgs(n_layers=1, vocab_size=32016, **shape), scheme, ranks)
     fairscale.destroy_model_parallel()
@@ -240,7 +240,6 @@ sys.path.insert(0, sys.argv[1])
 from conftest import make_model
 from llama import parallel
 from llama.layers.batch import Segment
-from llama.layers.quantization import Int4, Int8
 from torch._dynamo import lookup_backend
 graphs = []
 def backend(graph, inputs):

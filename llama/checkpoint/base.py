@@ -215,7 +215,8 @@ def quantized(
     def read_part(name: str, rank: int, ranks: int) -> torch.Tensor:
         nonlocal last, stored, done
         module, part = name.rsplit(".", 1)
-        form = form_of(forms, name)
+        is_tied = module == "output" and args.tie_word_embeddings
+        form = forms.get("tok_embeddings") if is_tied else form_of(forms, name)
         if form is None:
             return source.rank_part(name, args, rank, ranks)
         if (module, rank, ranks) != last:

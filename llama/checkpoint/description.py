@@ -211,7 +211,9 @@ def _quantisation(checkpoint: Checkpoint, dtypes: dict[str, float]) -> str | Non
 
 
 def _form_names(checkpoint: Checkpoint) -> str:
-    return ", ".join(dict.fromkeys(form.name for form in checkpoint.forms.values()))
+    sizes = {form: getattr(form, "group_size", 0) for form in checkpoint.forms.values()}
+    names = (form.name + f", in groups of {n}" * bool(n) for form, n in sizes.items())
+    return "; ".join(dict.fromkeys(names))
 
 
 def _shape(args: ModelArgs, checkpoint: Checkpoint) -> dict[str, Any]:

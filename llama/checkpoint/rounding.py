@@ -62,7 +62,7 @@ def make_scheme(name: str, group_size: int | None = None) -> Scheme:
             raise ValueError("group_size is for int4: int8 has one scale a row, leave it out")
         return Scheme(Rotated())
     if name != "int4":
-        raise ValueError(f"quantize is {short(name)}: expected 'int8' or 'int4'")
+        raise ValueError(f"quantize is {short(name)}: expected 'int8', 'int4' or 'none'")
     if group_size is None:
         group_size = Grouped().group_size
     if type(group_size) is not int or group_size not in GROUP_SIZES:

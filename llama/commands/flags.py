@@ -24,7 +24,7 @@ class BuildFlags:
         adapter: a LoRA adapter's directory, or several separated by commas.
         device: cpu, cuda or mps; the fastest available by default.
         dtype: float32, bfloat16 or float16; by default as checkpoint and device suggest.
-        quantize: int8 or int4, for quantised weights.
+        quantize: int8 or int4, for quantised weights; none widens those that are.
         seed: of the random numbers that tokens are sampled with.
     """
 

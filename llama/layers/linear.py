@@ -32,7 +32,7 @@ class _Stored(nn.Module):
 
     form: Form | None = None  # None: as it is
     weight: nn.Parameter
-    bias: nn.Parameter | None = None
+    bias: nn.Parameter | None
     in_features: int
     kernel: Kernel | None = None  # None: the stored weight is used as it is
     rows = slice(None)  # of the kernel's weights
@@ -271,6 +271,7 @@ class ParallelEmbedding(_Stored, fairscale_layers.ParallelEmbedding):
         self.num_embeddings = num_embeddings
         self.embedding_dim = self.in_features = embedding_dim
         self._allocate(num_embeddings, _split(embedding_dim, "the embedding width"))
+        self.bias = None
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         # Adapters embed ids beyond the vocabulary.

@@ -101,7 +101,7 @@ class Grouped:
 
     @property
     def name(self) -> str:
-        return f"{self.codes} in groups of {self.group_size}" if self.group_size else self.codes
+        return self.codes
 
     @property
     def scale_names(self) -> tuple[str, ...]:

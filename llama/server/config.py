@@ -64,7 +64,7 @@ class ServerConfig:
         sampling: "checkpoint" takes what the checkpoint recommends for the sampling parameters
             that a request doesn't set.
         compile: compile decoding steps.
-        quantize: int8 or int4, for quantised weights.
+        quantize: int8 or int4, for quantised weights; none widens those that are.
         group_size: how many weights share a scale in int4.
         kv_cache_dtype: int8 for a cache of half the size.
     """

@@ -11,10 +11,10 @@ import torch
 from llama import Llama, ModelArgs
 from llama.checkpoint import load as load_module
 from llama.checkpoint import memory
+from llama.checkpoint.rounding import make_scheme
 from llama.checkpoint.save import reshard
 from llama.layers.capability import Capability
 from llama.layers.kv_cache import PAGE
-from llama.layers.quantization import Int4
 
 
 def build(path: Path, **more: object) -> Llama:
@@ -142,9 +142,10 @@ class TestMemoryOfGPUs:
         monkeypatch.setattr(Capability, "of", staticmethod(lambda device: capability))
         return set_free
 
-    def plan(self, scheme: Int4 | None = None, ranks: int = 1, **params: int) -> int:
+    def plan(self, quantize: str | None = None, ranks: int = 1, **params: int) -> int:
         args = ModelArgs(**LLAMA_7B, **{"max_seq_len": 4096, "max_batch_size": 8, **params})
-        return load_module.plan_memory(args, torch.bfloat16, GPU, ranks, scheme)
+        forms = make_scheme(quantize).forms(args) if quantize else {}
+        return load_module.plan_memory(args, torch.bfloat16, GPU, ranks, forms)
 
     def test_what_other_processes_hold_is_not_free(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """A failure means that loading ends with CUDA's own error, after minutes."""
@@ -162,7 +163,7 @@ class TestMemoryOfGPUs:
         free(40e9)
         assert self.plan(ranks=8) == 8192  # each of which has a part
         free(11e9)
-        assert self.plan(Int4(), max_batch_size=1) == 2048
+        assert self.plan("int4", max_batch_size=1) == 2048
 
     def test_passes_are_shorter_where_weights_and_cache_leave_little(self, free) -> None:
         needed = 2 * 6.738e9 + 2**19 * 4096 * 8

@@ -10,11 +10,11 @@ from conftest import make_model
 from processes import script, torchrun
 
 from llama.checkpoint.base import Checkpoint, Weights, quantized
-from llama.checkpoint.rounding import make_scheme, round_weight
+from llama.checkpoint.rounding import Scheme, make_scheme, round_weight
 from llama.checkpoint.save import save
 from llama.convert import convert
 from llama.generation import TINY
-from llama.layers.quantization import Int4, Int8
+from llama.layers.quantization import Form, Grouped, Rotated
 
 # Each rank compares what it rounded with its part of the converted checkpoint.
 COMPARE = """
@@ -80,16 +80,16 @@ def test_ranks_hold_the_parts_of_what_convert_writes(tmp_path: Path) -> None:
             assert count == pytest.approx(whole / 2, rel=0.1)  # a lone key/value head is copied
 
 
-@pytest.mark.parametrize("scheme", [Int8(), Int4(32)], ids=str)
-def test_weights_are_rounded_on_the_device_that_is_named(scheme: Int8 | Int4) -> None:
+@pytest.mark.parametrize("form", [Rotated(), Grouped(group_size=32)], ids=str)
+def test_weights_are_rounded_on_the_device_that_is_named(form: Form) -> None:
     """A failure means that a GPU waits while one thread of the CPU rounds."""
     model = make_model(dim=128)
     weights = {name: part.detach() for name, part in model.named_parameters()}
     source = Checkpoint("test", {}, [Weights.of(weights)], ["test"], torch.float32)
-    stored = round_weight(scheme, torch.empty(64, 128, device="meta"))
+    stored = round_weight(form, torch.empty(64, 128, device="meta"))
     assert {part.device.type for part in stored.values()} == {"meta"}
     done: list[int] = []
-    result = quantized(source, model.params, scheme, done.append, torch.device("cpu"))
+    result = quantized(source, model.params, Scheme(form), done.append, torch.device("cpu"))
     for name in result.parts[0]:
         assert torch.equal(result.rank_part(name, model.params, 0, 1), result.parts[0][name])
     assert done[-1] > 0

@@ -11,11 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from llama import Transformer
 from llama.checkpoint.rounding import round_weight
-from llama.layers import quantization
 from llama.layers.capability import Capability
 from llama.layers.kernels import cuda, make_kernel, plain
 from llama.layers.linear import ParallelLinear, pack
-from llama.layers.quantization import Int4, Int8, StoredWeight
+from llama.layers.quantization import Form, Grouped, Rotated, StoredWeight
 
 H100 = Capability("cuda", (9, 0))
 T4 = Capability("cuda", (7, 5))
@@ -30,11 +29,11 @@ def random_weight(out_features: int, in_features: int, seed: int = 0) -> torch.T
 
 def int8_kernel(dtype: torch.dtype) -> tuple[cuda.Int8, torch.Tensor]:
     """A kernel and the float32 weight that it multiplies by."""
-    scheme, block = Int8(), Int8().block_size(128)
-    stored = round_weight(scheme, random_weight(48, 128))
-    kernel = make_kernel(stored, scheme, dtype, block, H100)
+    form, block = Rotated(), Rotated().block_size(128)
+    stored = round_weight(form, random_weight(48, 128))
+    kernel = make_kernel(stored, form, dtype, block, H100)
     assert type(kernel) is cuda.Int8
-    return kernel, scheme.dequantize(stored, block)
+    return kernel, form.dequantize(stored, block)
 
 
 class Bytes(TorchDispatchMode):
@@ -61,15 +60,15 @@ class Bytes(TorchDispatchMode):
 SHAPES_7B = [(12288, 4096), (4096, 4096), (22016, 4096), (4096, 11008)]
 
 
-def bytes_per_weight(scheme: quantization.Scheme, n_tokens: int) -> float:
+def bytes_per_weight(form: Form, n_tokens: int) -> float:
     n_bytes = n_weights = 0
     for out_features, in_features in SHAPES_7B:
-        dtypes, shapes = scheme.dtypes(), scheme.shapes(out_features, in_features)
+        dtypes, shapes = form.dtypes(), form.shapes(out_features, in_features)
         stored = {
             name: torch.empty(shape, dtype=dtypes[name], device=META)
             for name, shape in shapes.items()
         }
-        kernel = make_kernel(stored, scheme, BF16, scheme.block_size(in_features), H100)
+        kernel = make_kernel(stored, form, BF16, form.block_size(in_features), H100)
         with Bytes() as counted:
             kernel(torch.empty(n_tokens, in_features, dtype=BF16, device=META))
         n_bytes += counted.count
@@ -80,8 +79,8 @@ def bytes_per_weight(scheme: quantization.Scheme, n_tokens: int) -> float:
 @pytest.mark.parametrize("n_tokens", [1, 2, 4, 8, 16])
 def test_few_tokens_read_little_more_than_the_weights(n_tokens: int) -> None:
     """A failure means that decoding waits for more memory than quantised weights have."""
-    assert bytes_per_weight(Int8(), n_tokens) <= 1.1
-    assert bytes_per_weight(Int4(), n_tokens) <= 0.7
+    assert bytes_per_weight(Rotated(), n_tokens) <= 1.1
+    assert bytes_per_weight(Grouped(), n_tokens) <= 0.7
 
 
 class TestInt8:
@@ -128,12 +127,12 @@ class TestInt8:
     def test_what_the_operator_does_not_take_is_widened(
         self, shape: tuple[int, int], capability: Capability
     ) -> None:
-        scheme, block = Int8(), Int8().block_size(shape[1])
-        stored = round_weight(scheme, random_weight(*shape))
-        kernel = make_kernel(stored, scheme, torch.float32, block, capability)
+        form, block = Rotated(), Rotated().block_size(shape[1])
+        stored = round_weight(form, random_weight(*shape))
+        kernel = make_kernel(stored, form, torch.float32, block, capability)
         assert type(kernel) is plain.Int8
         x = random_weight(1, shape[1], seed=1)
-        torch.testing.assert_close(kernel(x), x @ scheme.dequantize(stored, block).T)
+        torch.testing.assert_close(kernel(x), x @ form.dequantize(stored, block).T)
 
 
 class Tinygemm:
@@ -188,7 +187,7 @@ def install(operators: Tinygemm, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ti
 
 
 def int4_stored(shape: tuple[int, int], group_size: int = 32) -> StoredWeight:
-    return round_weight(Int4(group_size), random_weight(*shape))
+    return round_weight(Grouped(group_size=group_size), random_weight(*shape))
 
 
 class TestInt4:
@@ -204,11 +203,11 @@ class TestInt4:
     ) -> None:
         """Whatever the operator's order is, for few tokens and many, and back."""
         monkeypatch.setattr(cuda, "INT4_OUTPUTS", 32)  # the last ones are fewer
-        scheme, stored = Int4(32), int4_stored(shape)
-        kernel = make_kernel(stored, scheme, BF16, 1, H100)
+        form, stored = Grouped(group_size=32), int4_stored(shape)
+        kernel = make_kernel(stored, form, BF16, 1, H100)
         assert type(kernel) is cuda.Int4
         assert all(torch.equal(kernel.stored()[name], part) for name, part in stored.items())
-        exact = scheme.dequantize(stored, 1)
+        exact = form.dequantize(stored, 1)
         for n_tokens in (1, 16, 64, 65):
             x = random_weight(n_tokens, shape[1], seed=n_tokens).to(BF16)
             out, expected = kernel(x), x.float() @ exact.T
@@ -220,8 +219,8 @@ class TestInt4:
 
     def test_an_order_that_loses_codes_is_not_used(self, monkeypatch: pytest.MonkeyPatch) -> None:
         for _ in install(Tinygemm(0, spoil=True), monkeypatch):
-            kernel = make_kernel(int4_stored((16, 128)), Int4(32), BF16, 1, H100)
-            assert type(kernel) is plain.Int4
+            kernel = make_kernel(int4_stored((16, 128)), Grouped(group_size=32), BF16, 1, H100)
+            assert type(kernel) is plain.Widened
 
     @pytest.mark.parametrize(
         ("dtype", "capability"),
@@ -278,10 +277,10 @@ class TestJoined:
     def test_nothing_is_joined_elsewhere_or_where_weights_are_trained(self) -> None:
         layers = plain_model().layers[0].attention
         group: list[ParallelLinear] = [layers.wq, layers.wk, layers.wv]
-        assert pack(group, Capability("mps")) is None
-        assert pack(group, Capability("cpu")) is None  # float32
+        assert pack(group, Capability("mps")) == []
+        assert pack(group, Capability("cpu")) == []  # float32
         layers.wk.requires_grad_(True)
-        assert pack(group, H100) is None
+        assert pack(group, H100) == []
         layers.wk.requires_grad_(False)
         group[0].is_shared = True
-        assert pack(group, H100) is None
+        assert pack(group, H100) == []
