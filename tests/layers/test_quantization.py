@@ -451,7 +451,9 @@ def test_commands_take_the_scheme(int8: Path, tmp_path: Path, capsys) -> None:
 
 class TestErrors:
     def test_an_unknown_scheme(self) -> None:
-        with pytest.raises(ValueError, match="quantize is 'int3': expected 'int8', 'int4' or 'none'"):
+        with pytest.raises(
+            ValueError, match="quantize is 'int3': expected 'int8', 'int4' or 'none'"
+        ):
             Llama.build(quantize="int3")
 
     @pytest.mark.parametrize("arguments", [{}, {"quantize": "int8"}])
