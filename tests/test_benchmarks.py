@@ -408,7 +408,7 @@ def test_fractions_of_a_device_and_targets() -> None:
     # int4 reads fewer bytes at the same speed.
     cell = results["llama int4"].cells[0]
     plain = gpu_speed.fractions("7B", "llama", results["llama int4"], cell)[1]
-    assert gpu_speed.fractions("7B", "llama int4", results["llama int4"], cell)[1] < 0.31 * plain
+    assert gpu_speed.fractions("7B", "llama int4", results["llama int4"], cell)[1] < 0.32 * plain
 
 
 @pytest.mark.soak

@@ -24,8 +24,8 @@ from tqdm import tqdm
 
 from llama import Llama, ModelArgs, Tokenizer, Transformer, cli
 from llama.chat.prompts import B_INST, E_INST, dialog_prompt_tokens, infilling_prompt_tokens
-from llama.model import apply_rotary_emb
 from llama.parallel import initialize
+from llama.rope import rope_freqs
 
 OUT_DIR = Path(__file__).resolve().parent.parent / "llama" / "tiny"
 PARAMS = {
@@ -163,18 +163,25 @@ def batches(tokenizer: Tokenizer, rng: random.Random, tokens: int) -> Iterator[l
             ]
 
 
+def rotate_pairs(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
+    """Multiply pairs by complex numbers: ``apply_rotary_emb`` has no gradient."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * rotation).flatten(-2).to(x.dtype)
+
+
 def training_logits(model: Transformer, ids: torch.Tensor) -> torch.Tensor:
     """Return logits without the cache, for gradients: (bsz, seqlen) to (bsz * seqlen, vocab)."""
     bsz, seqlen = ids.shape
     head_dim = model.params.head_dim
-    freqs_cis = model.freqs_cis[:seqlen].repeat(bsz, 1, 1)
+    angles = torch.outer(torch.arange(seqlen).repeat(bsz), rope_freqs(model.params))
+    rotation = torch.polar(torch.ones_like(angles), angles).unsqueeze(1)
     future = torch.full((seqlen, seqlen), float("-inf")).triu(1)
     h = model.tok_embeddings(ids.flatten())
     for layer in model.layers:
         attention = layer.attention
         x = layer.attention_norm(h)
-        xq = apply_rotary_emb(attention.wq(x).unflatten(-1, (-1, head_dim)), freqs_cis)
-        xk = apply_rotary_emb(attention.wk(x).unflatten(-1, (-1, head_dim)), freqs_cis)
+        xq = rotate_pairs(attention.wq(x).unflatten(-1, (-1, head_dim)), rotation)
+        xk = rotate_pairs(attention.wk(x).unflatten(-1, (-1, head_dim)), rotation)
         xv = attention.wv(x).unflatten(-1, (-1, head_dim))
         n_rep = xq.shape[1] // xk.shape[1]
         xk, xv = xk.repeat_interleave(n_rep, 1), xv.repeat_interleave(n_rep, 1)

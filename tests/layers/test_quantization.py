@@ -293,9 +293,8 @@ def test_a_converted_checkpoint_is_what_build_quantises(quantize: str, tmp_path:
     convert(str(TINY), str(tmp_path / "out"), quantize=quantize)
     built = Llama.build(dtype=torch.float32, quantize=quantize)
     loaded = Llama.build(tmp_path / "out", dtype=torch.float32)
-    assert json.loads((tmp_path / "out" / "params.json").read_text())["quantization"] == (
-        {"format": "int8"} if quantize == "int8" else {"format": "int4", "group_size": 64}
-    )
+    said = json.loads((tmp_path / "out" / "params.json").read_text())["quantization"]
+    assert said["format"] == {"int8": "int8", "int4": "mixed"}[quantize]
     prompt = [[1, 40, 50, 60]]
     ours = built.generate(prompt, 20, temperature=0, logprobs=True)
     assert loaded.generate(prompt, 20, temperature=0, logprobs=True) == ours
@@ -304,7 +303,7 @@ def test_a_converted_checkpoint_is_what_build_quantises(quantize: str, tmp_path:
         loaded.model.params, torch.bfloat16, make_scheme(quantize).forms(loaded.model.params)
     )
     assert stored < size < stored + 50_000  # names and alignment
-    assert stored * 8 / parameter_count(loaded.model.params) < {"int8": 9.4, "int4": 4.6}[quantize]
+    assert stored * 8 / parameter_count(loaded.model.params) < {"int8": 9.4, "int4": 5.1}[quantize]
     again = Llama.build(tmp_path / "out", dtype=torch.float32, quantize=quantize)
     assert again.generate(prompt, 20, temperature=0, logprobs=True) == ours
 
