@@ -224,7 +224,7 @@ class Transformer(nn.Module):
         """Pack one of ``linear_groups``; return whether kernels took over all its weights."""
         kernels = pack(layers, self.capability)
         self.min_tokens = max([self.min_tokens, *(kernel.min_tokens for kernel in kernels)])
-        if kernels and layers[0].is_shared:
+        if kernels and layers[0].is_shared and kernels[0].reads_rows:
             self.tok_embeddings.give_to(kernels[0], slice(None))
         return all(layer.kernel for layer in layers)
 

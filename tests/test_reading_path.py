@@ -39,6 +39,6 @@ def test_what_is_counted() -> None:
 def test_the_reading_path_stays_short() -> None:
     """A failure means that what an answer passes through takes more than one sitting to read."""
     files = [PACKAGE / f"{name}.py" for name in MODULES]
-    files += [path for room in ("layers", "engine") for path in (PACKAGE / room).rglob("*.py")]
+    files += [path for room in ("layers", "engine") for path in (PACKAGE / room).glob("*.py")]
     counts = {str(path.relative_to(PACKAGE)): code_lines(path.read_text()) for path in files}
-    assert 2000 < sum(counts.values()) < 2950, counts
+    assert 2000 < sum(counts.values()) < 2750, counts

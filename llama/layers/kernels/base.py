@@ -19,6 +19,7 @@ class Kernel(ABC):
     out_features: int  # of all layers together
     min_tokens = 1  # a product of fewer tokens takes as long as one of so many, or longer
     opaque = False  # whether the compiler can't look into ``product``
+    reads_rows = True  # whether ``weights`` reads those rows only
 
     def __init__(self, stored: StoredWeight):
         self.out_features = len(stored["weight"])

@@ -76,6 +76,7 @@ class Int8(Kernel):
     """
 
     opaque = True
+    reads_rows = False
 
     def __init__(self, stored: StoredWeight, form: Form, block_size: int):
         super().__init__(stored)
