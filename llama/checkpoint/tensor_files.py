@@ -27,9 +27,11 @@ Tensors = dict[str, torch.Tensor]
 # Published files carry these tables, which follow from the hyper-parameters.
 _DERIVED = ("rope.freqs", "rotary_emb.inv_freq")
 
-# The names in a state dictionary's pickle, which has about 100 bytes a tensor.
+# The names in a state dictionary's pickle, which has about 100 bytes a tensor. Those of float8 name
+# their dtype, as there is no storage of it.
 _HARMLESS = re.compile(
-    r"collections OrderedDict|torch \w+Storage|torch._utils _rebuild_(tensor_v2|parameter)"
+    r"collections OrderedDict|torch \w+Storage|torch._utils _rebuild_(tensor_v[23]|parameter)"
+    r"|torch\.storage UntypedStorage|torch float8_\w+"
 )
 _MAX_PICKLE_BYTES = 1_000_000
 # A tensor has four to six. Many more, in one another and hashed as a key, overflow the stack.
