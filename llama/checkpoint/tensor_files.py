@@ -27,7 +27,8 @@ Tensors = dict[str, torch.Tensor]
 # Published files carry these tables, which follow from the hyper-parameters.
 _DERIVED = ("rope.freqs", "rotary_emb.inv_freq")
 
-# The names in a state dictionary's pickle, which has about 100 bytes a tensor.
+# The names in a state dictionary's pickle, which has about 100 bytes a tensor. Those of float8 name
+# their dtype, as there is no storage of it.
 _HARMLESS = re.compile(
     r"collections OrderedDict|torch(\.storage)? \w+Storage|torch float8_e4m3fn"
     r"|torch\._utils _rebuild_(tensor_v[23]|parameter)"

@@ -11,6 +11,7 @@ from llama.checkpoint import open_checkpoint
 from llama.checkpoint.base import Checkpoint, Weights
 from llama.checkpoint.calibration import WINDOW, calibrated, round_calibrated
 from llama.checkpoint.rounding import Scheme, fit_groups, make_scheme, round_groups, round_weight
+from llama.checkpoint.save import reshard, save
 from llama.checkpoint.sharding import parameter_count, stored_bytes
 from llama.convert import convert
 from llama.generation import TINY
@@ -178,3 +179,67 @@ class TestCalibration:
             convert(str(TINY), out, quantize="int4", calibrate=str(text))
         with pytest.raises(FileNotFoundError, match="no text at"):
             convert(str(TINY), out, quantize="int4", calibrate=str(tmp_path / "missing"))
+
+
+class TestConvertingQuantisedCheckpoints:
+    """A failure means that a quantised file can't be kept, divided or made plain again."""
+
+    FORMS = (
+        Grouped(group_size=32),
+        Grouped("int8", 32, has_zeros=False, scale_dtype=torch.float16),
+        Grouped("int4", 16, scale_dtype=torch.float32),
+        Grouped("float8", 0, has_zeros=False, scale_dtype=torch.float32),
+        Rotated(),
+    )
+
+    def source(self, path: Path) -> dict[str, torch.Tensor]:
+        """Write a checkpoint whose weights have different forms; return it in float32."""
+        torch.manual_seed(0)
+        model = make_model(dim=128, n_layers=2, n_heads=4, vocab_size=768, multiple_of=64)
+        tensors, forms, plain = {}, {}, {}
+        for n, (name, part) in enumerate(model.named_parameters()):
+            module = name.removesuffix(".weight")
+            if part.dim() == 1 or "tok" in name:
+                tensors[name] = plain[name] = part.detach().bfloat16()
+                continue
+            form = forms[module] = self.FORMS[n % len(self.FORMS)]
+            stored = {
+                key: torch.randint(0, 50, shape).to(form.dtypes()[key])
+                for key, shape in form.shapes(*part.shape).items()
+            }
+            for key in stored.keys() - {"weight"}:
+                stored[key] = torch.rand(stored[key].shape).to(stored[key].dtype)
+            tensors |= {f"{module}.{key}": tensor for key, tensor in stored.items()}
+            plain[name] = form.dequantize(stored, form.block_size(part.shape[1]))
+        files = {"tokenizer.model": TINY / "tokenizer.model"}
+        save([tensors], model.params, path, files=files, forms=forms)
+        return plain
+
+    def test_to_this_librarys_own(self, tmp_path: Path) -> None:
+        self.source(tmp_path / "mixed")
+        convert(str(tmp_path / "mixed"), str(tmp_path / "two"), model_parallel_size=2)
+        reshard(str(tmp_path / "two"), str(tmp_path / "one"))
+        first, last = (open_checkpoint(tmp_path / name) for name in ("mixed", "one"))
+        assert last.forms == first.forms
+        assert last.parts[0].keys() == first.parts[0].keys()
+        for name in first.parts[0]:
+            assert last.parts[0][name].dtype == first.parts[0][name].dtype
+            assert torch.equal(
+                last.parts[0][name].view(torch.uint8), first.parts[0][name].view(torch.uint8)
+            )
+
+    def test_to_half_precision(self, tmp_path: Path) -> None:
+        plain = self.source(tmp_path / "mixed")
+        convert(str(tmp_path / "mixed"), str(tmp_path / "bf16"), dtype="bfloat16")
+        found = open_checkpoint(tmp_path / "bf16")
+        assert not found.forms
+        for name, weight in plain.items():
+            assert torch.equal(found.parts[0][name], weight.bfloat16())
+
+    def test_to_hugging_faces(self, tmp_path: Path) -> None:
+        plain = self.source(tmp_path / "mixed")
+        convert(str(tmp_path / "mixed"), str(tmp_path / "hf"), to="hf", dtype="float32")
+        found = open_checkpoint(tmp_path / "hf")
+        assert not found.forms
+        for name, weight in plain.items():
+            assert torch.equal(found.parts[0][name], weight.float())
