@@ -86,8 +86,10 @@ setup(
         "server": SERVER,
         "chat": CHAT,
         "structure": STRUCTURE,
+        "fast": FAST,
         "bench": [
             *FORMATS,
+            *FAST,
             "transformers[serving]>=5",
             "llama-cpp-python[server]>=0.3",
             "ctranslate2>=4.5",

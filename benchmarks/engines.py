@@ -277,13 +277,14 @@ def measure(engine: str, path: str, start: float) -> dict[str, float]:
     # After a short prompt, whose time, and so its error, is small compared with the tokens'.
     short = PROMPT // 8
     first, whole = run(short, 1, REPEATS), run(short, NEW + 1, REPEATS)
+    peak = peak_memory()
     details = model.details() if isinstance(model, Ours) else {}
     return {
         **details,
         "first_token_s": first_token,
         "prefill_tokens_per_s": PROMPT / prefill,
         "decode_tokens_per_s": NEW / (whole - first),
-        "peak_bytes": peak_memory(),
+        "peak_bytes": peak,
     }
 
 

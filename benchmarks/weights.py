@@ -194,11 +194,13 @@ def write_quantized_gguf(
         params = llama_cpp.llama_model_quantize_default_params()
         params.pure = pure
         params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
-        silent = llama_cpp.llama_log_callback(lambda *_: None)  # which must outlive the call
-        llama_cpp.llama_log_set(silent, None)
         names = str(original).encode(), str(path).encode()
+        usual, data = llama_cpp.llama_log_callback(), ctypes.c_void_p()
+        llama_cpp.llama_log_get(ctypes.byref(usual), ctypes.byref(data))
+        silent = llama_cpp.llama_log_callback(lambda *_: None)
+        llama_cpp.llama_log_set(silent, None)
         failed = llama_cpp.llama_model_quantize(*names, ctypes.byref(params))
-        llama_cpp.llama_log_set(ctypes.cast(None, type(silent)), None)
+        llama_cpp.llama_log_set(usual, data)
         if failed:
             raise RuntimeError(f"llama.cpp couldn't write {path}")
 

@@ -73,7 +73,7 @@ def test_codes_of_any_number_of_bits(bits: int, is_old: bool, has_order: bool) -
         parts["weight_g_idx"] = groups.int()
     read = read_compressed(settings(group(num_bits=bits)), {Q: parts}, "config.json")[Q]
     expected = (numbers - points[:, groups]) * parts["weight_scale"][:, groups]
-    torch.testing.assert_close(weight_of(read), expected)
+    torch.testing.assert_close(weight_of(read), expected, rtol=1e-5, atol=3e-5)  # of values to 255
     assert read.form.codes == ("int4" if bits <= 4 else "int8")
     assert set(read.names) == set(parts)
 

@@ -217,6 +217,36 @@ class TestInt4:
         assert tinygemm.rows == [1, 16, 192]
         assert kernel._packed.shape[3] == inner_tiles // 2
 
+    @pytest.mark.parametrize(
+        "form",
+        [
+            Grouped("int4", 16),
+            Grouped("int4", 0, has_zeros=False),
+            Grouped("int8", 32),
+            Grouped("int8", 16, has_zeros=False),
+        ],
+        ids=repr,
+    )
+    def test_other_forms_are_digits_of_four_bits(self, tinygemm: Tinygemm, form: Grouped) -> None:
+        """A failure means that a GPU gives other logits for a quantised file, or other codes."""
+        generator = torch.Generator().manual_seed(2)
+        stored = {}
+        for name, shape in form.shapes(48, 256).items():
+            codes = torch.randint(-100, 100, shape, generator=generator)
+            part = codes if name == "weight" else codes / 1000
+            stored[name] = part.to(form.dtypes()[name])
+        kernel = make_kernel(stored, form, BF16, 1, H100)
+        assert type(kernel) is cuda.Int4
+        assert all(torch.equal(kernel.stored()[name], part) for name, part in stored.items())
+        exact = form.dequantize(stored)
+        rows = torch.tensor([47, 0, 8])
+        assert torch.equal(kernel.weights(rows), exact[rows])
+        for n_tokens in (1, 16, 65):
+            x = random_weight(n_tokens, 256, seed=n_tokens).to(BF16)
+            out, expected = kernel(x), x.float() @ exact.T
+            assert (out.float() - expected).norm() / expected.norm() < 6e-3
+        assert set(tinygemm.rows) == {1, 16}
+
     def test_an_order_that_loses_codes_is_not_used(self, monkeypatch: pytest.MonkeyPatch) -> None:
         for _ in install(Tinygemm(0, spoil=True), monkeypatch):
             kernel = make_kernel(int4_stored((16, 128)), Grouped(group_size=32), BF16, 1, H100)

@@ -4,9 +4,9 @@ Few tokens are multiplied in integers: inputs are rounded to eight bits in block
 scale of its own, as llama.cpp does. Groups of 16 take no longer than groups of 32, and nothing is
 brought into another order.
 
-On an AMD EPYC with AVX2 alone, one token and one thread, 10⁹ weights/s of 5632 x 2048: int4 15.6 in
-groups of 32 and 18.8 in groups of 16, int8 12.9 and 11.1; PyTorch's int4 operator made 7.0, and 3.5
-with two digits a code.
+On an AMD EPYC with AVX2 alone a token is multiplied by four bits at 2.2 times the speed of PyTorch's
+int4 operator in groups of 32, and 4.4 times in groups of 16; by eight bits at 3.9 times
+(``benchmarks/kernels.py``).
 """
 
 import ctypes
@@ -28,7 +28,7 @@ BLOCK = 32  # inputs that share a scale
 
 
 @functools.cache
-def _code() -> ModuleType | None:
+def numba_code() -> ModuleType | None:
     """Return the module of compiled code; None where numba or an instruction is missing."""
     if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512") or openmp() is None:
         return None
@@ -60,7 +60,7 @@ class Compiled(Widened):
         group_size = self._n_inputs // self._n_groups
         # Blocks of a group: a power of two, or all.
         self._shift = (group_size // BLOCK - 1).bit_length() if group_size >= BLOCK else 0
-        code = _code()
+        code = numba_code()
         assert code is not None  # as ``supports`` says
         self._code = code
         zero_lanes = gcd(self._n_groups, 8) if form.has_zeros else 0
@@ -74,7 +74,7 @@ class Compiled(Widened):
         n_inputs = weight.shape[1] * (2 if form.codes == "int4" else 1)
         size = form.group_size
         fits = size == 0 or (size >= 16 and size & (size - 1) == 0)
-        return fits and n_inputs % BLOCK == 0 and _code() is not None
+        return fits and n_inputs % BLOCK == 0 and numba_code() is not None
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         if len(x) > FEW_TOKENS:

@@ -188,14 +188,14 @@ class Ordered(Kernel):
 
     def __init__(self, kernel: Kernel, order: torch.Tensor):
         self.out_features, self.min_tokens = kernel.out_features, kernel.min_tokens
-        self._kernel, self._order = kernel, order
+        self.kernel, self._order = kernel, order
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
-        return self._kernel(x.index_select(1, self._order))
+        return self.kernel(x.index_select(1, self._order))
 
     def stored(self) -> StoredWeight:
-        return {**self._kernel.stored(), "order": self._order}
+        return {**self.kernel.stored(), "order": self._order}
 
     def weights(self, rows: torch.Tensor) -> torch.Tensor:
-        weights = self._kernel.weights(rows)
+        weights = self.kernel.weights(rows)
         return torch.empty_like(weights).index_copy_(1, self._order.long(), weights)

@@ -1,0 +1,286 @@
+"""Kernels of weights in groups: each gives the product of the dequantised weight, and it back."""
+
+import math
+
+import pytest
+import torch
+
+from llama.layers import attention
+from llama.layers.capability import Capability, fast_dtype
+from llama.layers.kernels import compiled, cpu, digits, make_kernel, plain
+from llama.layers.kernels.base import Kernel
+from llama.layers.quantization import Form, Grouped, Rotated, StoredWeight
+
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+FORMS = [
+    *(Grouped("int4", size, zeros) for size in (0, 16, 32, 256, 512) for zeros in (True, False)),
+    *(Grouped("int8", size, zeros) for size in (0, 16, 32, 128) for zeros in (True, False)),
+    Grouped("int4", 32, ordered=True),
+    Grouped("int8", 16, has_zeros=False, ordered=True),
+    *(Grouped("float8", size, False, F32) for size in (0, 128)),
+]
+IN_FEATURES = 1024
+N_TOKENS = (1, 4, 5, 70)
+
+
+def random_weight(form: Form, out_features: int = 100, largest: int = 128) -> StoredWeight:
+    """A weight's stored tensors; codes of eight bits are below ``largest``."""
+    generator = torch.Generator().manual_seed(0)
+    stored = {}
+    for name, shape in form.shapes(out_features, IN_FEATURES).items():
+        dtype = form.dtypes()[name]
+        if name == "order":
+            part = torch.randperm(IN_FEATURES, generator=generator)
+        elif dtype == torch.uint8:
+            part = torch.randint(256, shape, generator=generator)
+        elif dtype == torch.int8:
+            part = torch.randint(-largest, largest, shape, generator=generator)
+        else:
+            part = torch.rand(shape, generator=generator) - 0.2
+        stored[name] = part.to(dtype)
+    return stored
+
+
+def kernel_of(form: Grouped, dtype: torch.dtype, stored: StoredWeight) -> Kernel:
+    own = {name: part.clone() for name, part in stored.items()}
+    return make_kernel(own, form, dtype, 1, Capability())
+
+
+def inner(kernel: Kernel) -> Kernel:
+    return kernel.kernel if isinstance(kernel, digits.Ordered) else kernel
+
+
+def errors(kernel: Kernel, exact: torch.Tensor, dtype: torch.dtype) -> list[float]:
+    """The relative errors of products of some numbers of tokens."""
+    found = []
+    for n_tokens in N_TOKENS:
+        x = torch.randn(n_tokens, IN_FEATURES, generator=torch.Generator().manual_seed(1)).to(dtype)
+        out, expected = kernel(x), x.float() @ exact.T
+        assert out.dtype == dtype
+        assert out.shape == expected.shape
+        assert out.is_contiguous()  # as a collective wants it
+        found.append(((out.float() - expected).norm() / expected.norm()).item())
+    return found
+
+
+@pytest.fixture
+def without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "numba_code", lambda: None)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=repr)
+@pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
+def test_products_are_those_of_the_dequantised_weight(
+    form: Grouped, dtype: torch.dtype, without_numba: None
+) -> None:
+    """A failure means that a quantised file gives other logits than its formula."""
+    stored = random_weight(form, largest=120)
+    kernel = kernel_of(form, dtype, stored)
+    bound = {F32: 1e-6, F16: 4e-3, BF16: 4e-3}[dtype]
+    assert max(errors(kernel, form.dequantize(stored), dtype)) < bound
+
+
+@pytest.mark.parametrize("form", FORMS, ids=repr)
+def test_weights_come_back_exactly_whole_and_by_rows(form: Grouped, without_numba: None) -> None:
+    """A failure means that saving changes a weight, or that a tied embedding isn't the output's."""
+    stored = random_weight(form, largest=120)
+    kernel = kernel_of(form, BF16, stored)
+    back = kernel.stored()
+    assert back.keys() == stored.keys()
+    for name, part in stored.items():
+        assert back[name].dtype == part.dtype
+        assert torch.equal(back[name].float(), part.float()), name
+    rows = torch.tensor([99, 0, 63, 64])
+    assert torch.equal(kernel.weights(rows), form.dequantize(stored)[rows])
+
+
+@pytest.mark.parametrize(
+    ("form", "kind"),
+    [
+        (Grouped("int4", 16), cpu.Int4),
+        (Grouped("int4", 0), cpu.Int4),
+        (Grouped("int8", 16, has_zeros=False), cpu.Int4),
+        (Grouped("int8", 32), cpu.Int4),
+        (Grouped("int8", 0), cpu.int8_kernel()),
+        (Grouped("int8", 16), plain.Widened),  # zeros, which its digits leave no place for
+        (Grouped("float8", 128, False, F32), plain.Widened),
+    ],
+    ids=repr,
+)
+def test_half_precision_gets_the_fast_operators(
+    form: Grouped, kind: type, without_numba: None
+) -> None:
+    """A failure means that a common file is multiplied ten times as slowly as it could be."""
+    if kind is cpu.Int4 and not cpu.int4_tile():
+        pytest.skip("this processor has no fast int4 operator")
+    if kind is not plain.Widened and "int8" in form.codes and not cpu.HAS_FBGEMM:
+        pytest.skip("this build has no FBGEMM")
+    assert type(kernel_of(form, BF16, random_weight(form, largest=32))) is kind
+    assert type(kernel_of(form, F32, random_weight(form, largest=32))) is plain.Widened
+
+
+def test_codes_that_two_digits_cannot_hold_are_widened(without_numba: None) -> None:
+    """A failure means that the largest codes of a group of 16 turn into others."""
+    form = Grouped("int8", 16, has_zeros=False)
+    stored = random_weight(form)
+    stored["weight"][0, 0] = 127
+    kernel = kernel_of(form, BF16, stored)
+    assert type(kernel) is plain.Widened
+    assert max(errors(kernel, form.dequantize(stored), BF16)) < 4e-3
+
+
+def test_float32_rows_do_not_depend_on_their_number() -> None:
+    """A failure means that a float32 build rounds inputs, or differs by batch."""
+    form = Grouped("int4", 32, scale_dtype=F32)
+    stored = random_weight(form)
+    kernel = kernel_of(form, F32, stored)
+    x = torch.randn(80, IN_FEATURES)
+    together = kernel(x)
+    alone = torch.cat([kernel(row[None]) for row in x])
+    torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-5)
+
+
+def test_outliers_do_not_drown_other_inputs_of_whole_rows() -> None:
+    """A failure means that unrotated weights of eight bits lose a token's small inputs."""
+    form = Grouped("int8", 0, has_zeros=False)
+    if not cpu.HAS_FBGEMM:
+        pytest.skip("this build has no FBGEMM")
+    stored = random_weight(form)
+    stored["weight"][:, 7] = 0
+    kernel = kernel_of(form, BF16, stored)
+    x = torch.randn(3, IN_FEATURES).bfloat16()
+    x[:, 7] = 400
+    expected = x.float() @ form.dequantize(stored).T
+    assert (kernel(x).float() - expected).norm() / expected.norm() < 0.02  # one digit: 0.9
+
+
+@pytest.mark.parametrize("form", [Rotated(), Grouped("int8", 0)], ids=repr)
+def test_onednn_multiplies_as_fbgemm_does(form: Form) -> None:
+    """A failure means that with AMX, where it is chosen, int8 gives other products."""
+    if not (cpu.HAS_FBGEMM and torch.backends.mkldnn.is_available()):
+        pytest.skip("this build lacks one of them")
+    stored = random_weight(form)
+    ours, theirs = (kind(stored, form, 64) for kind in (cpu.OneDnnInt8, cpu.Int8))
+    for n_tokens in N_TOKENS:
+        x = torch.randn(n_tokens, IN_FEATURES)
+        torch.testing.assert_close(ours(x), theirs(x), atol=2e-4, rtol=1e-4)
+    assert all(torch.equal(ours.stored()[name], part) for name, part in theirs.stored().items())
+
+
+class TestCompiled:
+    """Weights that numba's code multiplies, whose inputs have eight bits for few tokens."""
+
+    @pytest.fixture(autouse=True)
+    def numba(self) -> None:
+        pytest.importorskip("numba")
+        if compiled.numba_code() is None:
+            pytest.skip("numba's code is for x86 and Linux")
+
+    @pytest.mark.parametrize(
+        "form",
+        [
+            form
+            for form in FORMS
+            if form.codes != "float8" and (form.group_size or form.codes == "int4")
+        ],
+        ids=repr,
+    )
+    def test_products_are_those_of_the_dequantised_weight(self, form: Grouped) -> None:
+        """A failure means that single tokens get other logits than prompts."""
+        stored = random_weight(form)
+        kernel = kernel_of(form, BF16, stored)
+        assert type(inner(kernel)) is compiled.Compiled
+        assert max(errors(kernel, form.dequantize(stored), BF16)) < 0.012
+        assert all(torch.equal(kernel.stored()[name], part) for name, part in stored.items())
+
+    def test_any_number_of_threads_computes_every_output(self) -> None:
+        """A failure means that outputs are left as they were, or written twice."""
+        form = Grouped("int4", 32)
+        stored = random_weight(form, out_features=7)
+        kernel = kernel_of(form, BF16, stored)
+        x = torch.randn(1, IN_FEATURES).bfloat16()
+        found = []
+        before = torch.get_num_threads()
+        for n_threads in (1, 3, 8):
+            torch.set_num_threads(n_threads)
+            found.append(kernel(x))
+        torch.set_num_threads(before)
+        assert torch.equal(found[0], found[1])
+        assert torch.equal(found[0], found[2])
+
+    def test_zeros_give_zeros_and_not_a_number_stays_one(self) -> None:
+        form = Grouped("int4", 32, has_zeros=False)
+        kernel = kernel_of(form, BF16, random_weight(form))
+        x = torch.zeros(3, IN_FEATURES, dtype=BF16)
+        x[1, 5], x[2, 5] = math.nan, math.inf
+        out = kernel(x)
+        assert torch.equal(out[0], torch.zeros(100, dtype=BF16))
+        assert out[1].isnan().all()
+        assert not out[2].isfinite().any()
+
+    def test_a_tokens_product_does_not_depend_on_the_others(self) -> None:
+        form = Grouped("int8", 16, has_zeros=False)
+        kernel = kernel_of(form, BF16, random_weight(form))
+        x = torch.randn(7, IN_FEATURES).bfloat16()
+        assert torch.equal(kernel(x), torch.cat([kernel(row[None]) for row in x]))
+
+
+def test_float8_is_widened_to_every_value() -> None:
+    """A failure means that some float8 numbers turn into others."""
+    codes = torch.arange(256).to(torch.uint8)
+    codes = codes[(codes & 127) != 127]  # not a number
+    values = codes.view(torch.float8_e4m3fn)
+    found = Grouped("float8", 0, False, F32).values(values)
+    assert torch.equal(found, values.float())
+
+
+def test_a_slow_dtype_is_multiplied_and_attended_in_float32(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A failure means that bfloat16 takes ten times as long on processors without it."""
+    x, weight = torch.randn(9, 64).bfloat16(), torch.randn(33, 64).bfloat16()
+    monkeypatch.setattr(plain, "fast_dtype", lambda dtype: F32)
+    monkeypatch.setattr(plain, "_WIDENED", 640)  # ten rows at a time
+    seen = []
+    linear = torch.nn.functional.linear
+
+    def recorded(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        seen.append((x.dtype, len(weight)))
+        return linear(x, weight)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", recorded)
+    out = plain.linear(x, weight)
+    assert seen == [(F32, 10)] * 3 + [(F32, 3)]
+    assert out.dtype == BF16
+    torch.testing.assert_close(out.float(), x.float() @ weight.float().T, atol=0.1, rtol=0.01)
+    assert fast_dtype(F16) == F32  # which no processor here multiplies
+
+
+@pytest.mark.parametrize("n_tokens", [1, 3])
+def test_attention_in_a_slow_dtype_is_that_of_float32(
+    n_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A failure means that a lone query takes nine times as long without bfloat16."""
+    monkeypatch.setattr(attention, "fast_dtype", lambda dtype: F32)
+    generator = torch.Generator().manual_seed(0)
+    q, keys, values = (
+        torch.randn(n, 2, 16, generator=generator).bfloat16() for n in (n_tokens, 6, 6)
+    )
+
+    class Cache:
+        def read(self, slots: slice, kv_len: int) -> tuple[torch.Tensor, torch.Tensor]:
+            return keys.transpose(0, 1)[None], values.transpose(0, 1)[None]
+
+    seen = []
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+
+    def recorded(q: torch.Tensor, *args: torch.Tensor, **kwargs: object) -> torch.Tensor:
+        seen.append(q.dtype)
+        return sdpa(q, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", recorded)
+    mask = torch.zeros(n_tokens, 6, dtype=BF16)
+    out = attention.Span(slice(0, n_tokens), slice(0, 1), 6, mask).attend(q, Cache())
+    assert set(seen) == {F32}
+    assert out.dtype == BF16
+    assert out.shape == q.shape
