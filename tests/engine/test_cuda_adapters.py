@@ -29,7 +29,7 @@ def make_adapter(name: str, llama: Llama, seed: int) -> Adapter:
     generator = torch.Generator().manual_seed(seed)
     changes: dict[str, Change] = {}
     for path, module in llama.model.named_modules():
-        if hasattr(module, "plain_weight"):
+        if isinstance(module, ParallelLinear):
             n_out, n_in = module.plain_weight().shape
             a, b = (torch.randn(shape, generator=generator) for shape in ((2, n_in), (n_out, 2)))
             changes[path] = LowRank(a / n_in**0.5, b, 0.3)
