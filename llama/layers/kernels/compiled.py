@@ -4,8 +4,8 @@ Few tokens are multiplied in integers: inputs are rounded to eight bits in block
 scale of its own, as llama.cpp does. Groups of 16 take no longer than groups of 32, and nothing is
 brought into another order.
 
-On an AMD EPYC with AVX2 alone a token is multiplied by four bits at 2.2 times the speed of PyTorch's
-int4 operator in groups of 32, and 4.4 times in groups of 16; by eight bits at 3.9 times
+On an AMD EPYC with AVX2 alone a token is multiplied by four bits at 2.2 times the speed of
+PyTorch's int4 operator in groups of 32, and 4.4 times in groups of 16; by eight bits at 3.9 times
 (``benchmarks/kernels.py``).
 """
 
