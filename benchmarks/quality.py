@@ -2,6 +2,7 @@
 
     python benchmarks/quality.py                           # the embedded model, on unseen stories
     python benchmarks/quality.py CKPT TEXT_FILE            # any other, on a UTF-8 text
+    python benchmarks/quality.py CKPT TEXT_FILE --calibrate OTHER_TEXT    # and calibrated int4
 
 All start from the weights in bfloat16. Bits are averages over all weights of a checkpoint,
 including embedding, norms and scales.
@@ -35,12 +36,14 @@ OURS: dict[str, dict[str, Any]] = {
     "llama": {},
     "llama int8": {"quantize": "int8"},
     "llama int4": {"quantize": "int4"},
+    "llama int4, groups of 64": {"quantize": "int4", "group_size": 64},
     "llama int4, groups of 32": {"quantize": "int4", "group_size": 32},
     "llama, cache int8": {"kv_cache_dtype": "int8"},
 }
 THEIRS: dict[str, Callable[[ModelArgs, weights.Tensors, Path], None]] = {
     "llama.cpp": weights.write_gguf,
     "llama.cpp Q8_0": weights.write_quantized_gguf("Q8_0"),
+    "llama.cpp Q4_K_M": weights.write_quantized_gguf("Q4_K_M"),
     "llama.cpp Q4_0": weights.write_quantized_gguf("Q4_0"),
     "llama.cpp Q4_0, all weights": weights.write_quantized_gguf("Q4_0", pure=True),
 }
@@ -90,6 +93,7 @@ def main(
     n_tokens: int = 20_480,
     context: int = 512,
     stride: int = 256,
+    calibrate: str | None = None,
 ) -> None:
     """Print a table of perplexities.
 
@@ -98,6 +102,7 @@ def main(
         text_file: UTF-8; stories like the embedded model's by default.
         n_tokens: tokens of the text, at most.
         context, stride: as for ``llama.perplexity``.
+        calibrate: another text, for int4 that is calibrated with it.
     """
     text = stories() if text_file is None else Path(text_file).read_text(encoding="utf-8")
     results: dict[str, tuple[Perplexity, float]] = {}
@@ -105,9 +110,14 @@ def main(
         path = Path(directory) / "llama"
         convert(ckpt, str(path), dtype="bfloat16")
         tokens: list[int] = []
-        for name, options in OURS.items():
+        ours = {name: (path, options) for name, options in OURS.items()}
+        if calibrate is not None:
+            out = Path(directory) / "calibrated"
+            convert(ckpt, str(out), quantize="int4", calibrate=calibrate)
+            ours["llama int4, calibrated"] = out, {}
+        for name, (own, options) in ours.items():
             llama = Llama.build(
-                path,
+                own,
                 max_seq_len=context,
                 max_batch_size=4,
                 device="cpu",

@@ -44,7 +44,7 @@ def convert(
         dtype: float32, bfloat16 or float16; by default every tensor keeps its dtype, or the codes
             that its file has; widened ones become float16, and merged ones get the base's dtype.
         adapter: a LoRA adapter to merge in, or several separated by commas.
-        quantize: int8 or int4, for weights of 8 or about 4.5 bits (meta only).
+        quantize: int8 or int4, for weights of 8 or about 4.8 bits (meta only).
         group_size: weights that share a scale in int4: 32, 64, 128 or 256; by default 64, and
             more bits for the weights that need them most.
         calibrate: a UTF-8 text like those that the network will read: int4 weights are rounded so
