@@ -104,10 +104,10 @@ def test_a_step_waits_once_and_sends_once(
             for i in range(n_sequences)
         ]
     )
-    for _ in range(5):
+    for _ in range(4):
         with Waits():
             engine.step()
-    n_steps = 20
+    n_steps = 6
     with Waits() as waits:
         for _ in range(n_steps):
             engine.step()

@@ -90,12 +90,12 @@ def test_texts_are_those_of_a_cpu(
         return
     for settings in ({"temperature": 0}, {"temperature": 0.9, "seed": 5}):
         settings = {"prompt_lookup_num_tokens": 6, **settings}
-        expected = usual.generate(ids, 48, logprobs=True, **settings)
-        found = llama.generate(ids, 48, logprobs=True, **settings)
+        expected = usual.generate(ids, 32, logprobs=True, **settings)
+        found = llama.generate(ids, 32, logprobs=True, **settings)
         assert found[0] == expected[0]
         for ours, theirs in zip(found[1] or (), expected[1] or (), strict=True):
             assert ours == pytest.approx(theirs, abs=1e-3)
-    assert replays(llama) > 40
+    assert replays(llama) > 25
 
 
 def step(llama: Llama, prompt: list[int]) -> torch.Tensor:

@@ -322,11 +322,11 @@ def test_passes_ahead_of_the_host_change_nothing(
 
     monkeypatch.setattr(llama.engine._runner, "start", watched)
     monkeypatch.setattr(runner, "_CANDIDATES", n_candidates)
-    ids = [llama.tokenizer.encode(prompt, True, False) for prompt in PROMPTS[:5]]
-    found, _ = llama.generate(ids, 30, **how)
+    ids = [llama.tokenizer.encode(prompt, True, False) for prompt in PROMPTS[:4]]
+    found, _ = llama.generate(ids, 20, **how)
     monkeypatch.setattr(runner, "_CANDIDATES", 1024)
-    assert found == tiny.generate(ids, 30, **how)[0]
-    assert sum(ahead) > 30 and not all(ahead)
+    assert found == tiny.generate(ids, 20, **how)[0]
+    assert sum(ahead) > 20 and not all(ahead)
 
 
 def test_who_asks_for_nothing_pays_nothing(tiny: Llama, monkeypatch: pytest.MonkeyPatch) -> None:

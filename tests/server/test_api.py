@@ -785,7 +785,8 @@ def test_a_refusal_in_the_middle_of_a_stream(fresh: Llama) -> None:
 
 
 @pytest.mark.slow
-def test_conformance(served: tuple[str, Service]) -> None:
+@pytest.mark.parametrize("n_requests", [6, pytest.param(60, marks=pytest.mark.soak)])
+def test_conformance(n_requests: int, served: tuple[str, Service]) -> None:
     """Whatever the OpenAPI document allows is answered as it says; what it doesn't, refused."""
     schemathesis = pytest.importorskip("schemathesis", reason="needs schemathesis")
     from hypothesis import HealthCheck, Phase, given, settings
@@ -797,7 +798,7 @@ def test_conformance(served: tuple[str, Service]) -> None:
         operation = found.ok()
 
         @settings(
-            max_examples=12,
+            max_examples=n_requests,
             deadline=None,
             database=None,
             derandomize=True,

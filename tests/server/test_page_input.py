@@ -3,6 +3,7 @@
 import contextlib
 import os
 from collections.abc import AsyncIterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import pytest
 
 from llama.sampling import SamplingParams
 
-gradio = pytest.importorskip("gradio", reason="Gradio is not installed")
+# Looked for and not imported, which takes seconds even in processes that run none of these tests.
+pytestmark = pytest.mark.skipif(find_spec("gradio") is None, reason="Gradio is not installed")
 
 
 # The values of the settings behind temperature, top-p and length.
@@ -95,6 +97,8 @@ def test_garbage_is_refused_and_leaves_no_words(
         for body in (b"SESAME", b"\xffSESAME", b"[" * 50_000, b""):
             answer = client.post(f"/gradio_api/{path}", content=body)
             assert answer.status_code == 400 and "SESAME" not in answer.text
+    import gradio
+
     with contextlib.suppress(ZeroDivisionError):
         try:
             raise ZeroDivisionError("SES" + "AME")
