@@ -27,6 +27,8 @@ from llama.engine.graphs import check_compiler
 from llama.generation import TINY
 from llama.layers.batch import Segment
 from llama.layers.capability import Capability
+from llama.layers.kernels import make_kernel
+from llama.layers.quantization import Grouped
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import gpu_engines
@@ -277,6 +279,43 @@ def test_compiled_steps(reference: Llama) -> None:
     compiled = build(max_batch_size=2, compile=True)
     assert compiled.engine.decode is not None
     check_answers(compiled, reference, PROMPTS, 64)
+
+
+FORMS = [
+    Grouped(group_size=32),
+    Grouped(group_size=16),
+    Grouped(group_size=128, ordered=True),
+    Grouped("int8", 32, has_zeros=False),
+    Grouped("int8", 16, has_zeros=False),
+    Grouped("int8", 0, has_zeros=False),
+    Grouped("float8", 128, has_zeros=False, scale_dtype=torch.float32),
+]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=repr)
+def test_products_of_files_forms(form: Grouped) -> None:
+    """A failure means that a quantised file has other logits than its weights stand for."""
+    generator = torch.Generator().manual_seed(5)
+    stored = {}
+    for name, shape in form.shapes(96, 512).items():
+        part = torch.rand(shape, generator=generator) * 0.01
+        if name == "weight":
+            part = torch.randint(-31, 32, shape, generator=generator).float()
+        stored[name] = part.to(form.dtypes()[name])
+    if form.ordered:
+        stored["order"] = torch.randperm(512, generator=generator).int()
+    weight = form.dequantize(stored)
+    on_device = {name: part.to(DEVICE) for name, part in stored.items()}
+    kernel = make_kernel(on_device, form, torch.bfloat16, 1, Capability.of(DEVICE))
+    for n_rows in (1, 7, 100, 200):
+        x = torch.randn(n_rows, 512, generator=generator).bfloat16()
+        found, wanted = kernel(x.to(DEVICE)).float().cpu(), x.float() @ weight.T
+        error = (found - wanted).norm() / wanted.norm()
+        assert error <= 0.01, f"{n_rows} rows by {type(kernel)}: {error:.3f}"
+    kept = kernel.stored()
+    assert all(torch.equal(kept[name].cpu().float(), stored[name].float()) for name in stored)
+    rows = torch.tensor([95, 0, 8])
+    torch.testing.assert_close(kernel.weights(rows.to(DEVICE)).cpu(), weight[rows])
 
 
 @pytest.mark.parametrize("dim", [512, 576])  # SmolLM2's width is 576
