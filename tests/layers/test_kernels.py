@@ -134,7 +134,7 @@ def test_float32_rows_do_not_depend_on_their_number() -> None:
     form = Grouped("int4", 32, scale_dtype=F32)
     stored = random_weight(form)
     kernel = kernel_of(form, F32, stored)
-    x = torch.randn(80, IN_FEATURES)
+    x = torch.randn(80, IN_FEATURES, generator=torch.Generator().manual_seed(1))
     together = kernel(x)
     alone = torch.cat([kernel(row[None]) for row in x])
     torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-5)
@@ -148,7 +148,7 @@ def test_outliers_do_not_drown_other_inputs_of_whole_rows() -> None:
     stored = random_weight(form)
     stored["weight"][:, 7] = 0
     kernel = kernel_of(form, BF16, stored)
-    x = torch.randn(3, IN_FEATURES).bfloat16()
+    x = torch.randn(3, IN_FEATURES, generator=torch.Generator().manual_seed(1)).bfloat16()
     x[:, 7] = 400
     expected = x.float() @ form.dequantize(stored).T
     assert (kernel(x).float() - expected).norm() / expected.norm() < 0.02  # one digit: 0.9
@@ -162,8 +162,9 @@ def test_onednn_multiplies_as_fbgemm_does(form: Form) -> None:
     stored = random_weight(form)
     ours, theirs = (kind(stored, form, 64) for kind in (cpu.OneDnnInt8, cpu.Int8))
     for n_tokens in N_TOKENS:
-        x = torch.randn(n_tokens, IN_FEATURES)
-        torch.testing.assert_close(ours(x), theirs(x), atol=2e-4, rtol=1e-4)
+        x = torch.randn(n_tokens, IN_FEATURES, generator=torch.Generator().manual_seed(n_tokens))
+        expected = theirs(x)  # an input in the middle of two levels may be rounded to either
+        assert (ours(x) - expected).norm() / expected.norm() < 2e-4
     assert all(torch.equal(ours.stored()[name], part) for name, part in theirs.stored().items())
 
 
@@ -238,7 +239,8 @@ def test_a_slow_dtype_is_multiplied_and_attended_in_float32(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A failure means that bfloat16 takes ten times as long on processors without it."""
-    x, weight = torch.randn(9, 64).bfloat16(), torch.randn(33, 64).bfloat16()
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(n, 64, generator=generator).bfloat16() for n in (9, 33))
     monkeypatch.setattr(plain, "fast_dtype", lambda dtype: F32)
     monkeypatch.setattr(plain, "_WIDENED", 640)  # ten rows at a time
     seen = []

@@ -15,7 +15,7 @@ import importlib
 import sys
 from math import gcd
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -28,9 +28,9 @@ BLOCK = 32  # inputs that share a scale
 
 
 @functools.cache
-def numba_code() -> ModuleType | None:
-    """Return the module of compiled code; None where numba or an instruction is missing."""
-    if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512") or openmp() is None:
+def numba_code() -> Any:
+    """Return the module of compiled code; None where numba, AVX2 or the team is missing."""
+    if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512") or not openmp():
         return None
     try:
         return importlib.import_module("llama.layers.kernels.numba_code")
@@ -39,8 +39,8 @@ def numba_code() -> ModuleType | None:
 
 
 @functools.cache
-def openmp() -> ctypes.CDLL | None:
-    """Return PyTorch's own OpenMP, whose threads compute; None where it has another."""
+def openmp() -> Any:
+    """Return PyTorch's own OpenMP, whose team of threads computes; None where it has another."""
     library = Path(torch.__file__).parent / "lib" / "libgomp.so.1"
     return ctypes.CDLL(str(library)) if sys.platform == "linux" and library.exists() else None
 
@@ -51,20 +51,16 @@ class Compiled(Widened):
     opaque = True
 
     def __init__(self, stored: StoredWeight, form: Grouped, capability: Capability):
-        super().__init__(
-            {name: part.contiguous() for name, part in stored.items()}, form, capability
-        )
+        stored = {name: part.contiguous() for name, part in stored.items()}
+        super().__init__(stored, form, capability)
         self._is_int4 = form.codes == "int4"
         self._n_inputs = stored["weight"].shape[1] * (2 if self._is_int4 else 1)
         self._n_groups = stored[form.scale_names[0]].shape[1]
         group_size = self._n_inputs // self._n_groups
         # Blocks of a group: a power of two, or all.
         self._shift = (group_size // BLOCK - 1).bit_length() if group_size >= BLOCK else 0
-        code = numba_code()
-        assert code is not None  # as ``supports`` says
-        self._code = code
         zero_lanes = gcd(self._n_groups, 8) if form.has_zeros else 0
-        self._address = code.compiled(self._is_int4, group_size < BLOCK, zero_lanes)
+        self._address = numba_code().compiled(self._is_int4, group_size < BLOCK, zero_lanes)
 
     @staticmethod
     def supports(form: Grouped, weight: torch.Tensor) -> bool:
@@ -84,16 +80,13 @@ class Compiled(Widened):
         scales, sums = torch.empty(n_tokens, n_blocks), torch.empty(n_tokens, self._n_groups)
         offsets = torch.empty(n_tokens, n_blocks * 8, dtype=torch.int32)
         rounded = (codes, scales, offsets, sums)
-        self._code.round_inputs(
-            x.float().contiguous().numpy(), *(part.numpy() for part in rounded), self._is_int4
-        )
+        arrays = (part.numpy() for part in (x.float().contiguous(), *rounded))
+        numba_code().round_inputs(*arrays, self._is_int4)
         out = torch.empty(n_tokens, self.out_features)
         weight, *affine = (self._stored[name] for name in ("weight", *self._form.scale_names))
         tensors = (weight, affine[0], affine[-1], *rounded, out)
-        n_threads = torch.get_num_threads()
-        sizes = (self.out_features, n_tokens, n_blocks, self._shift, self._n_groups, n_threads)
-        data = (ctypes.c_int64 * 14)(*(part.data_ptr() for part in tensors), *sizes)
-        team = openmp()
-        assert team is not None  # as ``supports`` says
-        team.GOMP_parallel(ctypes.c_void_p(self._address), data, ctypes.c_uint(n_threads), 0)
+        sizes = (self.out_features, n_blocks, self._shift, self._n_groups, n_tokens)
+        data = (ctypes.c_int64 * 13)(*(part.data_ptr() for part in tensors), *sizes)
+        n_threads = ctypes.c_uint(torch.get_num_threads())
+        openmp().GOMP_parallel(ctypes.c_void_p(self._address), data, n_threads, ctypes.c_uint(0))
         return out.to(x.dtype)

@@ -7,12 +7,14 @@ import functools
 
 import numba
 from llvmlite import ir
-from numba.core import cgutils
+from numba.core.cgutils import alloca_once_value, for_range, get_or_insert_function, unpack_tuple
 from numba.extending import intrinsic
+from numba.np.unsafe.ndarray import to_fixed_tuple
 
 from llama.layers.kernels.compiled import BLOCK, openmp
 
 I8, I16, I32, I64, F32 = *(ir.IntType(n) for n in (8, 16, 32, 64)), ir.FloatType()
+INTEGER, FLOAT, ZERO = numba.types.int64, numba.float32, numba.float32(0)
 
 
 @numba.njit
@@ -30,27 +32,20 @@ def round_inputs(x, codes, scales, offsets, sums, is_int4):
         is_int4: whether the weight has codes of four bits.
     """
     size = x.shape[1] // sums.shape[1]
+    sums[:] = offsets[:] = 0
     for token in range(x.shape[0]):
         for first in range(0, x.shape[1], BLOCK):
-            largest, total = numba.float32(0), numba.float32(0)
+            largest, total = ZERO, ZERO
             for i in range(first, first + BLOCK):
                 largest = max(largest, abs(x[token, i]))
-                total += x[token, i] * numba.float32(0)  # not a number, if one of them isn't
-            inverse = numba.float32(127) / largest if largest > 0 else numba.float32(0)
-            scales[token, first // BLOCK] = largest / numba.float32(127) + total
+                total += x[token, i] * ZERO  # not a number, if one of them isn't
+                sums[token, i // size] += x[token, i]
+            inverse = FLOAT(127) / largest if largest > 0 else ZERO
+            scales[token, first // BLOCK] = largest / FLOAT(127) + total
             for i in range(BLOCK):
-                place = (i >> 1) + ((i & 1) << 4) if is_int4 else i
-                codes[token, first + place] = round(x[token, first + i] * inverse)
-            for lane in range(first // 4, first // 4 + 8):
-                four = numba.int32(0)
-                for i in range(4 * lane, 4 * lane + 4):
-                    four += codes[token, i]
-                offsets[token, lane] = -8 * four if is_int4 else 0
-        for group in range(sums.shape[1]):
-            total = numba.float32(0)
-            for i in range(group * size, (group + 1) * size):
-                total += x[token, i]
-            sums[token, group] = total
+                place = first + ((i >> 1) + ((i & 1) << 4) if is_int4 else i)
+                codes[token, place] = round(x[token, first + i] * inverse)
+                offsets[token, place // 4] -= 8 * codes[token, place] if is_int4 else 0
 
 
 @functools.cache
@@ -65,112 +60,80 @@ def compiled(is_int4: bool, in_halves: bool, zero_lanes: int) -> int:
         zero_lanes: how many zeros are multiplied at once, which divides the groups; 0 without.
     """
     one, four = (_dot(is_int4, in_halves, zero_lanes, n) for n in (1, 4))
-    block_bytes = BLOCK // 2 if is_int4 else BLOCK
-    thread_number = openmp().omp_get_thread_num
-    thread_number.argtypes, thread_number.restype = [], ctypes.c_int
+    thread_number, thread_count = openmp().omp_get_thread_num, openmp().omp_get_num_threads
+    for function in (thread_number, thread_count):
+        function.argtypes, function.restype = [], ctypes.c_int
 
     @numba.cfunc(numba.void(numba.types.voidptr))
     def rows_of_thread(data):
-        given = numba.carray(data, 14, numba.int64)
-        weight, scale, zero, codes, scales, offsets, sums, out = given[:8]
-        n_rows, n_tokens, n_blocks, shift, n_groups, n_threads = given[8:]
-        thread = thread_number()
-        for row in range(n_rows * thread // n_threads, n_rows * (thread + 1) // n_threads):
-            group = 2 * row * n_groups
-            of_row = weight + row * n_blocks * block_bytes, scale + group, zero + group
-            sizes = n_blocks, n_groups, shift, n_rows
-            for i in range(0, n_tokens - n_tokens % 4, 4):
-                of_tokens = (
-                    codes + i * n_blocks * BLOCK,
-                    scales + i * n_blocks * 4,
-                    offsets + i * n_blocks * BLOCK,
-                    sums + i * n_groups * 4,
-                    out + 4 * (i * n_rows + row),
-                )
-                four(of_row, of_tokens, sizes)
-            for i in range(n_tokens - n_tokens % 4, n_tokens):
-                of_tokens = (
-                    codes + i * n_blocks * BLOCK,
-                    scales + i * n_blocks * 4,
-                    offsets + i * n_blocks * BLOCK,
-                    sums + i * n_groups * 4,
-                    out + 4 * (i * n_rows + row),
-                )
-                one(of_row, of_tokens, sizes)
+        given = numba.carray(data, 13, numba.int64)
+        addresses, sizes = to_fixed_tuple(given[:8], 8), to_fixed_tuple(given[8:12], 4)
+        n_rows, n_tokens, thread, count = given[8], given[12], thread_number(), thread_count()
+        for row in range(n_rows * thread // count, n_rows * (thread + 1) // count):
+            for token in range(0, n_tokens // 4 * 4, 4):
+                four(addresses, sizes, row, token)
+            for token in range(n_tokens // 4 * 4, n_tokens):
+                one(addresses, sizes, row, token)
 
     return rows_of_thread.address
 
 
 def _dot(is_int4: bool, in_halves: bool, zero_lanes: int, n_tokens: int):
-    """Return a function that writes one output of some tokens, in the vectors of AVX2."""
+    """Return a function that writes a row's product with some tokens, in the vectors of AVX2."""
 
     @intrinsic
-    def dot(typing, of_row, of_tokens, sizes):
-        tuples = (numba.types.UniTuple(numba.types.int64, n) for n in (3, 5, 4))
-        return numba.void(*tuples), generate
+    def dot(typing, addresses, sizes, row, token):
+        return numba.void(addresses, sizes, INTEGER, INTEGER), generate
 
     def generate(context, build, signature, args):
-        of_row, of_tokens, sizes = (cgutils.unpack_tuple(build, part) for part in args)
-        weight, scale, zero = of_row
-        n_blocks, n_groups, shift, n_rows = sizes
-        # For each token its codes, scales, offsets, sums and output.
-        steps = [build.mul(n_blocks, I64(BLOCK)), build.mul(n_blocks, I64(4))]
-        steps += [steps[0], build.mul(n_groups, I64(4)), build.mul(n_rows, I64(4))]
-        tokens = [of_tokens]
-        for _ in range(n_tokens - 1):
-            places = zip(tokens[-1], steps, strict=True)
-            tokens.append([build.add(place, step) for place, step in places])
+        addresses, sizes = (unpack_tuple(build, part) for part in args[:2])
+        n_rows, n_blocks, shift, n_groups = sizes
         vector = _Vectors(build)
-        totals = [cgutils.alloca_once_value(build, vector.zeros(8)) for _ in tokens]
-        with cgutils.for_range(build, n_blocks) as loop:
+
+        def place(which, index, count, size):
+            return build.add(addresses[which], build.mul(index, build.mul(count, I64(size))))
+
+        weight = place(0, args[2], n_blocks, BLOCK // 2 if is_int4 else BLOCK)
+        scale, zero = (place(which, args[2], n_groups, 2) for which in (1, 2))
+        tokens = [build.add(args[3], I64(i)) for i in range(n_tokens)]
+        totals = [alloca_once_value(build, vector.constant(F32, [0.0] * 8)) for _ in tokens]
+        with for_range(build, n_blocks) as loop:
             block = loop.index
-            w, signed = _codes(vector, weight, block, is_int4)
-            if in_halves:
-                lanes = [0, 0, 1, 1] * 2 if is_int4 else [0] * 4 + [1] * 4
-                own = vector.bfloat16(scale, block, 2)
-            else:
-                lanes = [0] * 8
-                own = vector.bfloat16(scale, build.lshr(block, shift), 1)
-            own = vector.spread(own, lanes)
-            for (codes, scales, offsets, _, _), total in zip(tokens, totals, strict=True):
-                x = vector.load(codes, block, I8, 32)
+            w = vector.load(weight, block, I8, 16 if is_int4 else 32)
+            if is_int4:
+                high = build.lshr(w, vector.constant(I8, [4] * 16))
+                low = build.and_(w, vector.constant(I8, [15] * 16))
+                factor = build.shuffle_vector(low, high, vector.constant(I32, range(32)))
+            else:  # without its sign, which the inputs are given
+                factor = vector.call("x86.avx2.psign.b", w.type, w, w)
+            lanes = ([0, 0, 1, 1] * 2 if is_int4 else [0] * 4 + [1] * 4) if in_halves else [0] * 8
+            group = block if in_halves else build.lshr(block, shift)
+            own = vector.spread(vector.bfloat16(scale, group, 1 + in_halves), lanes)
+            for token, total in zip(tokens, totals, strict=True):
+                x = vector.load(place(3, token, n_blocks, 32), block, I8, 32)
                 if not is_int4:
-                    x = vector.call("x86.avx2.psign.b", x.type, x, signed)
-                pairs = vector.call("x86.avx2.pmadd.ub.sw", ir.VectorType(I16, 16), w, x)
-                ones, eight = vector.full(I16, 1, 16), ir.VectorType(I32, 8)
+                    x = vector.call("x86.avx2.psign.b", x.type, x, w)
+                pairs = vector.call("x86.avx2.pmadd.ub.sw", ir.VectorType(I16, 16), factor, x)
+                ones, eight = vector.constant(I16, [1] * 16), ir.VectorType(I32, 8)
                 fours = vector.call("x86.avx2.pmadd.wd", eight, pairs, ones)
-                if is_int4:
-                    fours = build.add(fours, vector.load(offsets, block, I32, 8))
-                both = build.fmul(own, vector.spread(vector.load(scales, block, F32, 1), [0] * 8))
-                vector.add_product(total, build.sitofp(fours, own.type), both)
-        results = [vector.sum(total) for total in totals]
-        if zero_lanes:
-            totals = [cgutils.alloca_once_value(build, vector.zeros(zero_lanes)) for _ in tokens]
-            with cgutils.for_range(build, build.sdiv(n_groups, I64(zero_lanes))) as loop:
-                some = vector.bfloat16(zero, loop.index, zero_lanes)
-                for (_, _, _, sums, _), total in zip(tokens, totals, strict=True):
-                    of_groups = vector.load(sums, loop.index, F32, zero_lanes)
-                    vector.add_product(total, some, of_groups)
-            more = [vector.sum(total) for total in totals]
-            results = [build.fadd(*both) for both in zip(results, more, strict=True)]
-        for token, result in zip(tokens, results, strict=True):
-            build.store(result, build.inttoptr(token[4], F32.as_pointer()))
+                offsets = vector.load(place(5, token, n_blocks, 32), block, I32, 8)
+                fours = build.sitofp(build.add(fours, offsets) if is_int4 else fours, own.type)
+                scales = vector.load(place(4, token, n_blocks, 4), block, F32, 1)
+                vector.add_product(total, fours, build.fmul(own, vector.spread(scales, [0] * 8)))
+        for token, total in zip(tokens, totals, strict=True):
+            result = vector.sum(total)
+            if zero_lanes:
+                total = alloca_once_value(build, vector.constant(F32, [0.0] * zero_lanes))
+                with for_range(build, build.sdiv(n_groups, I64(zero_lanes))) as loop:
+                    sums = vector.load(place(6, token, n_groups, 4), loop.index, F32, zero_lanes)
+                    zeros = vector.bfloat16(zero, loop.index, zero_lanes)
+                    vector.add_product(total, zeros, sums)
+                result = build.fadd(result, vector.sum(total))
+            out = build.add(place(7, token, n_rows, 4), build.mul(args[2], I64(4)))
+            build.store(result, build.inttoptr(out, F32.as_pointer()))
         return context.get_dummy_value()
 
     return dot
-
-
-def _codes(vector, weight, block, is_int4):
-    """Return a block's codes without a sign, and with it if they have one."""
-    build = vector.build
-    if is_int4:
-        packed = vector.load(weight, block, I8, 16)
-        low = build.and_(packed, vector.full(I8, 15, 16))
-        high = build.lshr(packed, vector.full(I8, 4, 16))
-        return build.shuffle_vector(low, high, vector.constant(I32, range(32))), None
-    signed = vector.load(weight, block, I8, 32)
-    is_negative = build.icmp_signed("<", signed, vector.full(I8, 0, 32))
-    return build.select(is_negative, build.neg(signed), signed), signed
 
 
 class _Vectors:
@@ -183,12 +146,6 @@ class _Vectors:
         values = [kind(value) for value in values]
         return ir.Constant(ir.VectorType(kind, len(values)), values)
 
-    def full(self, kind, value, n):
-        return self.constant(kind, [value] * n)
-
-    def zeros(self, n):
-        return self.full(F32, 0.0, n)
-
     def load(self, address, index, kind, n):
         """Load the vector of ``n`` elements at an index."""
         size = 4 if kind is F32 else kind.width // 8
@@ -199,7 +156,7 @@ class _Vectors:
     def bfloat16(self, address, index, n):
         """Load bfloat16 as float32, whose upper half it is."""
         wide = self.build.zext(self.load(address, index, I16, n), ir.VectorType(I32, n))
-        wide = self.build.shl(wide, self.full(I32, 16, n))
+        wide = self.build.shl(wide, self.constant(I32, [16] * n))
         return self.build.bitcast(wide, ir.VectorType(F32, n))
 
     def spread(self, some, lanes):
@@ -208,18 +165,15 @@ class _Vectors:
 
     def sum(self, total):
         lanes = self.build.load(total)
-        result = F32(0.0)
-        for i in range(lanes.type.count):
-            result = self.build.fadd(result, self.build.extract_element(lanes, I32(i)))
-        return result
+        elements = [self.build.extract_element(lanes, I32(i)) for i in range(lanes.type.count)]
+        return functools.reduce(self.build.fadd, elements)
 
     def call(self, name, result, *args):
         kind = ir.FunctionType(result, [arg.type for arg in args])
-        module = self.build.module
-        function = cgutils.get_or_insert_function(module, kind, f"llvm.{name}")
+        function = get_or_insert_function(self.build.module, kind, f"llvm.{name}")
         return self.build.call(function, args)
 
     def add_product(self, total, first, second):
-        name = f"fma.v{first.type.count}f32"
-        added = self.call(name, first.type, first, second, self.build.load(total))
+        before, kind = self.build.load(total), first.type
+        added = self.call(f"fma.v{kind.count}f32", kind, first, second, before)
         self.build.store(added, total)
