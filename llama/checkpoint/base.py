@@ -259,9 +259,14 @@ def chosen_scheme(source: Checkpoint, name: str, group_size: int | None = None) 
 
 
 def widened(source: Checkpoint, args: ModelArgs) -> Checkpoint:
-    """Return a checkpoint whose quantised weights are made in float32 when they are read."""
+    """Return a checkpoint whose quantised weights are made in float32 when they are read.
+
+    Raises:
+        ValueError: the checkpoint isn't of the network of ``args``.
+    """
     if not source.forms:
         return source
+    source.check(args)  # of what is made here any check would find that it is right
     shapes = full_shapes(args)
 
     def read(name: str) -> torch.Tensor:
@@ -334,6 +339,7 @@ def check_shapes(
             f"{source} describes {count:,} parameters, but {', '.join(names[:2])} hold"
             f"{'s' * (len(names) == 1)} {size:,}: one of them belongs to another model"
         )
+    _check_forms(args, source, forms or {})
     expected = full_shapes(args, forms or {})
     for name, part in zip(names, parts, strict=True):
         for problem, keys in (
@@ -349,4 +355,20 @@ def check_shapes(
             raise ValueError(
                 f"{key} in {names[0]} has the shape {joined or pieces[0]}, but {source} and the "
                 f"tokenizer make it {shape}"
+            )
+
+
+def _check_forms(args: ModelArgs, source: str, forms: Forms) -> None:
+    """Raise ``ValueError`` unless the network's weights can have forms."""
+    shapes = full_shapes(args)
+    for module, form in forms.items():
+        shape = shapes.get(f"{module}.weight")
+        if shape is None:
+            continue  # of which the file has unexpected tensors
+        size = form.group_size if isinstance(form, Grouped) else 0
+        if len(shape) != 2 or shape[1] % (size or 1):
+            raise ValueError(
+                f"{module}.weight of shape {shape} is quantised in {source}"
+                f"{f' in groups of {size}' * (size > 0)}: expected a matrix whose width they "
+                "divide; convert the weights again"
             )

@@ -50,7 +50,9 @@ def codes_of(kind: str, raw: torch.Tensor, shape: Sequence[int]) -> StoredWeight
 
 def _words(blocks: torch.Tensor, first: int, last: int) -> torch.Tensor:
     """Return some of the blocks' bytes as int32, shape (n, n_words)."""
-    return blocks.view(torch.int16)[:, first // 2 : last // 2].contiguous().view(torch.int32)
+    part = blocks.view(torch.int16)[:, first // 2 : last // 2]
+    # Of one block ``contiguous`` would give what it has, at any place.
+    return part.clone(memory_format=torch.contiguous_format).view(torch.int32)
 
 
 def _float16(blocks: torch.Tensor, at: int) -> torch.Tensor:

@@ -11,9 +11,9 @@ from llama.checkpoint.base import Checkpoint, Weights, text_files
 from llama.checkpoint.forms import read_forms
 from llama.checkpoint.params import read_params
 from llama.checkpoint.rounding import is_made_here
-from llama.checkpoint.sharding import form_of
+from llama.checkpoint.sharding import Forms, form_of
 from llama.checkpoint.tensor_files import check_plain, main_dtype, open_shard, unwrapped
-from llama.errors import short
+from llama.errors import printable, short
 
 
 def find_shards(ckpt_dir: Path) -> list[Path]:
@@ -71,6 +71,7 @@ def open_meta(ckpt_dir: Path) -> Checkpoint:
     forms = read_forms(params.pop("quantization", None), shards[0], source)
     for path, shard in zip(paths, shards, strict=True):
         check_plain(shard, str(path), forms)
+        _check_orders(shard, str(path), forms)
     _check_shard_count(ckpt_dir, len(paths), shards[0], params)
     if not forms and all(_is_tied(shard) for shard in shards):
         params["tie_word_embeddings"] = True
@@ -96,6 +97,18 @@ def _open_unwrapped(path: Path) -> dict[str, torch.Tensor]:
     if len(tensors) < len(shard):
         raise ValueError(f"{path} holds some tensors twice, under two names: save one of each")
     return tensors
+
+
+def _check_orders(shard: Mapping[str, torch.Tensor], name: str, forms: Forms) -> None:
+    """Raise ``ValueError`` unless orders of inputs have each input once."""
+    for key, tensor in shard.items():
+        if key.endswith(".order") and form_of(forms, key):
+            order = tensor.flatten().sort().values
+            if not torch.equal(order, torch.arange(len(order), dtype=order.dtype)):
+                raise ValueError(
+                    f"{printable(key)} in {name} doesn't have each number from 0 to "
+                    f"{len(order) - 1} once: convert the weights again"
+                )
 
 
 # What the params.json of Meta's other models have, and this library doesn't read.

@@ -281,6 +281,9 @@ class ParallelEmbedding(_Stored, fairscale_layers.ParallelEmbedding):
         elif self.kernel is not None:  # which is the output's
             out = self.kernel.weights(known).to(self.dtype)
         else:
-            stored = {name: part[known] for name, part in self.named_parameters()}
+            stored = {
+                name: part if name == "order" else part[known]
+                for name, part in self.named_parameters()
+            }
             out = self.form.dequantize(stored, self.block_size).to(self.dtype)
         return all_gather(self.adapt(tokens, out))

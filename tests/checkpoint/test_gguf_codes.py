@@ -86,6 +86,16 @@ def test_weights_are_decoded_some_at_a_time(name: str, monkeypatch: pytest.Monke
     assert all(torch.equal(whole[part], parts[part]) for part in whole)
 
 
+@pytest.mark.parametrize("name", KINDS)
+def test_a_block_of_its_own_is_decoded(name: str) -> None:
+    """A failure means that a weight isn't read if one block is left after all whole chunks."""
+    kind, shape = Kind[name], (1, KINDS[name][1])
+    raw = random_blocks(kind, shape, np.random.default_rng(0))
+    weight = KINDS[name][0].dequantize(codes_of(name, torch.from_numpy(raw).flatten(), shape))
+    expected = torch.from_numpy(gguf.quants.dequantize(raw, kind))
+    torch.testing.assert_close(weight, expected)
+
+
 def test_all_types_that_gguf_dequantises_are_read() -> None:
     """A failure means that files are refused whose weights are known."""
     for kind, (_, size) in gguf.GGML_QUANT_SIZES.items():

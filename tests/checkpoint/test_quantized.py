@@ -9,11 +9,14 @@ import torch
 from conftest import make_model
 from processes import forked, script
 
-from llama.checkpoint.base import Checkpoint, Weights, quantized
+from llama.checkpoint.base import Checkpoint, Weights, quantized, widened
+from llama.checkpoint.meta import open_meta
 from llama.checkpoint.rounding import Scheme, make_scheme, round_weight
 from llama.checkpoint.save import save
+from llama.checkpoint.sharding import form_of, full_shapes
 from llama.convert import convert
 from llama.generation import TINY
+from llama.layers.linear import ParallelEmbedding
 from llama.layers.quantization import Form, Grouped, Rotated
 
 # Each rank compares what it rounded with its part of the converted checkpoint.
@@ -93,3 +96,56 @@ def test_weights_are_rounded_on_the_device_that_is_named(form: Form) -> None:
     for name in result.parts[0]:
         assert torch.equal(result.rank_part(name, model.params, 0, 1), result.parts[0][name])
     assert done[-1] > 0
+
+
+ORDERED = Grouped("int4", 32, False, torch.float16, True)
+
+
+def ordered(**changes: torch.Tensor) -> tuple[dict[str, torch.Tensor], Checkpoint]:
+    """The tensors of a network with one ordered weight, some of them changed; its checkpoint."""
+    args = make_model(n_layers=1).params
+    forms = {"layers.0.attention.wq": ORDERED}
+    tensors = {}
+    for name, shape in full_shapes(args, forms).items():
+        form = form_of(forms, name)
+        dtype = form.dtypes()[name.rpartition(".")[2]] if form else torch.float32
+        tensors[name] = torch.ones(shape).to(dtype)
+    tensors["layers.0.attention.wq.order"] = torch.arange(args.dim, dtype=torch.int32)
+    tensors |= {f"layers.0.attention.wq.{part}": tensor for part, tensor in changes.items()}
+    parts = [Weights.of(tensors)]
+    return tensors, Checkpoint("x", {}, parts, ["file"], torch.float16, forms=forms)
+
+
+def test_parts_that_do_not_fit_are_named_before_they_are_widened() -> None:
+    """A failure means that quantize= of a damaged file fails without saying what is wrong."""
+    args = make_model(n_layers=1).params
+    _, checkpoint = ordered(scales=torch.ones(3, 1, dtype=torch.float16))
+    with pytest.raises(ValueError, match=r"wq\.scales in file has the shape \(3, 1\)"):
+        widened(checkpoint, args)
+
+
+@pytest.mark.parametrize("wrong", [-1, 1, 1 << 20])
+def test_an_order_has_each_input_once(wrong: int, tmp_path: Path) -> None:
+    """A failure means that a file's order reads memory that isn't the weight's."""
+    args = make_model(n_layers=1).params
+    tensors, checkpoint = ordered()
+    save([tensors], args, tmp_path / "model", forms=checkpoint.forms)
+    assert open_meta(tmp_path / "model").forms == checkpoint.forms
+    tensors["layers.0.attention.wq.order"][0] = wrong
+    torch.save(tensors, tmp_path / "model" / "consolidated.00.pth")
+    with pytest.raises(ValueError, match=r"wq\.order in .* doesn't have each number from 0 to"):
+        open_meta(tmp_path / "model")
+
+
+def test_an_embedding_has_its_columns_in_an_order() -> None:
+    """A failure means that a token gets another row than the embedding has for it."""
+    layer = ParallelEmbedding(10, 64)
+    layer.quantize(ORDERED, torch.float32)
+    stored = {
+        "weight": torch.randint(0, 256, (10, 32), dtype=torch.uint8),
+        "scales": torch.rand(10, 2).half(),
+        "order": torch.randperm(64, dtype=torch.int32),
+    }
+    layer.load_state_dict(stored)
+    tokens = torch.tensor([3, 9, 3])
+    assert torch.equal(layer(tokens), ORDERED.dequantize(stored)[tokens])
