@@ -15,7 +15,10 @@ from llama.layers.kernels.compiled import BLOCK, openmp
 I8, I16, I32, I64, F32 = *(ir.IntType(n) for n in (8, 16, 32, 64)), ir.FloatType()
 
 
-@numba.njit
+ROUND_INPUTS = "void(f4[:, ::1], i1[:, ::1], f4[:, ::1], i4[:, ::1], f4[:, ::1], b1)"
+
+
+@numba.njit(ROUND_INPUTS)  # compiled while a model is loaded, not by its first token
 def round_inputs(x, codes, scales, offsets, sums, is_int4):
     """Round inputs to eight bits.
 
@@ -66,15 +69,17 @@ def compiled(is_int4: bool, in_halves: bool, zero_lanes: int) -> int:
     """
     one, four = (_dot(is_int4, in_halves, zero_lanes, n) for n in (1, 4))
     block_bytes = BLOCK // 2 if is_int4 else BLOCK
-    thread_number = openmp().omp_get_thread_num
-    thread_number.argtypes, thread_number.restype = [], ctypes.c_int
+    # The system may give fewer threads than were asked for.
+    thread_number, team_size = openmp().omp_get_thread_num, openmp().omp_get_num_threads
+    for function in (thread_number, team_size):
+        function.argtypes, function.restype = [], ctypes.c_int
 
     @numba.cfunc(numba.void(numba.types.voidptr))
     def rows_of_thread(data):
-        given = numba.carray(data, 14, numba.int64)
+        given = numba.carray(data, 13, numba.int64)
         weight, scale, zero, codes, scales, offsets, sums, out = given[:8]
-        n_rows, n_tokens, n_blocks, shift, n_groups, n_threads = given[8:]
-        thread = thread_number()
+        n_rows, n_tokens, n_blocks, shift, n_groups = given[8:]
+        thread, n_threads = thread_number(), team_size()
         for row in range(n_rows * thread // n_threads, n_rows * (thread + 1) // n_threads):
             group = 2 * row * n_groups
             of_row = weight + row * n_blocks * block_bytes, scale + group, zero + group
