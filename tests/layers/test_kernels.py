@@ -129,6 +129,20 @@ def test_codes_that_two_digits_cannot_hold_are_widened(without_numba: None) -> N
     assert max(errors(kernel, form.dequantize(stored), BF16)) < 4e-3
 
 
+def test_the_compiler_sees_through_products_in_a_fast_dtype() -> None:
+    """A failure means that ``compile=True`` divides a layer at each bfloat16 product."""
+    form = Grouped("float8", 128, False, F32)
+    kernel = kernel_of(form, BF16, random_weight(form))
+    weight = torch.randn(8, IN_FEATURES).bfloat16()
+
+    def both(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return kernel(x), plain.linear(x, weight)
+
+    x = torch.randn(3, IN_FEATURES).bfloat16()
+    found = torch.compile(both, backend="eager", fullgraph=True)(x)
+    assert all(torch.equal(*pair) for pair in zip(found, both(x), strict=True))
+
+
 def test_large_float16_inputs_stay_finite(without_numba: None) -> None:
     """A failure means that 16 times an outlier, by high digits, exceeds the range of float16."""
     form = Grouped("int8", 16, has_zeros=False)
