@@ -32,17 +32,20 @@ class Capability:
         return Capability("cuda", compute, dtypes)
 
 
+# Before torch 2.11 there is no public way to ask, and float32 is the safe answer. Asked here, since
+# compiled code can't ask.
+_CAPABILITIES: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+_HAS_BF16 = any(_CAPABILITIES.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
 def cpu_has_bf16() -> bool:
     """Return whether this processor multiplies bfloat16 matrices in hardware."""
-    # Before torch 2.11 there is no public way to ask, and float32 is the safe answer.
-    capabilities: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
-    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return _HAS_BF16
 
 
-@functools.cache
 def fast_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype in which this processor multiplies matrices of a dtype fastest.
 
     Without instructions for it, a product of many bfloat16 rows takes ten times as long.
     """
-    return dtype if dtype == torch.bfloat16 and cpu_has_bf16() else torch.float32
+    return dtype if dtype == torch.bfloat16 and _HAS_BF16 else torch.float32

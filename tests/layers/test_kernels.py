@@ -129,6 +129,32 @@ def test_codes_that_two_digits_cannot_hold_are_widened(without_numba: None) -> N
     assert max(errors(kernel, form.dequantize(stored), BF16)) < 4e-3
 
 
+def test_the_compiler_sees_through_products_in_a_fast_dtype() -> None:
+    """A failure means that ``compile=True`` divides a layer at each bfloat16 product."""
+    form = Grouped("float8", 128, False, F32)
+    kernel = kernel_of(form, BF16, random_weight(form))
+    weight = torch.randn(8, IN_FEATURES).bfloat16()
+
+    def both(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return kernel(x), plain.linear(x, weight)
+
+    x = torch.randn(3, IN_FEATURES).bfloat16()
+    found = torch.compile(both, backend="eager", fullgraph=True)(x)
+    assert all(torch.equal(*pair) for pair in zip(found, both(x), strict=True))
+
+
+def test_large_float16_inputs_stay_finite(without_numba: None) -> None:
+    """A failure means that 16 times an outlier, by high digits, exceeds the range of float16."""
+    form = Grouped("int8", 16, has_zeros=False)
+    stored = random_weight(form, largest=120)
+    stored["scales"] /= 1000
+    kernel = kernel_of(form, F16, stored)
+    x = torch.randn(2, IN_FEATURES).half()
+    x[:, 3] = 6000
+    expected = x.float() @ form.dequantize(stored).T
+    assert (kernel(x).float() - expected).norm() / expected.norm() < 0.01
+
+
 def test_float32_rows_do_not_depend_on_their_number() -> None:
     """A failure means that a float32 build rounds inputs, or differs by batch."""
     form = Grouped("int4", 32, scale_dtype=F32)
@@ -161,10 +187,15 @@ def test_onednn_multiplies_as_fbgemm_does(form: Form) -> None:
         pytest.skip("this build lacks one of them")
     stored = random_weight(form)
     ours, theirs = (kind(stored, form, 64) for kind in (cpu.OneDnnInt8, cpu.Int8))
+    generator = torch.Generator().manual_seed(0)
     for n_tokens in N_TOKENS:
-        x = torch.randn(n_tokens, IN_FEATURES, generator=torch.Generator().manual_seed(n_tokens))
-        expected = theirs(x)  # an input in the middle of two levels may be rounded to either
-        assert (ours(x) - expected).norm() / expected.norm() < 2e-4
+        shape, most = (n_tokens, IN_FEATURES), cpu.LEVELS
+        levels = torch.randint(-most, most + 1, shape, generator=generator)
+        # Far from the middle of two levels, which they round to different ones.
+        inputs = (levels + 0.8 * torch.rand(shape, generator=generator) - 0.4) / most
+        inputs.clamp_(-1, 1)
+        products = ours._multiply(inputs), theirs._multiply(inputs)
+        torch.testing.assert_close(*products, atol=2e-4, rtol=1e-4)
     assert all(torch.equal(ours.stored()[name], part) for name, part in theirs.stored().items())
 
 
@@ -208,6 +239,22 @@ class TestCompiled:
         torch.set_num_threads(before)
         assert torch.equal(found[0], found[1])
         assert torch.equal(found[0], found[2])
+
+    def test_fewer_threads_than_were_asked_for_compute_every_output(self) -> None:
+        """A failure means that under ``OMP_THREAD_LIMIT`` outputs are what memory held before."""
+        form = Grouped("int4", 32)
+        stored = random_weight(form)
+        kernel = kernel_of(form, BF16, stored)
+        library, before = compiled.openmp(), torch.get_num_threads()
+        assert library is not None
+        levels = library.omp_get_max_active_levels()
+        torch.set_num_threads(4)
+        library.omp_set_max_active_levels(0)  # one thread
+        try:
+            assert max(errors(kernel, form.dequantize(stored), BF16)) < 0.012
+        finally:
+            library.omp_set_max_active_levels(levels)
+            torch.set_num_threads(before)
 
     def test_zeros_give_zeros_and_not_a_number_stays_one(self) -> None:
         form = Grouped("int4", 32, has_zeros=False)

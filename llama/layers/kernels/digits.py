@@ -167,7 +167,7 @@ class Int4(Kernel):
     def product(self, x: torch.Tensor) -> torch.Tensor:
         if len(x) > self._few_tokens:
             return self._widen(x)
-        inputs = self._digits.inputs(x)
+        inputs = self._digits.inputs(x.bfloat16())  # 16 times float16 may exceed its range
         out = self._multiply(inputs[0], self._both[0])
         for more, both in zip(inputs[1:], self._both[1:], strict=True):
             out = out + self._multiply(more, both)
@@ -188,6 +188,7 @@ class Ordered(Kernel):
 
     def __init__(self, kernel: Kernel, order: torch.Tensor):
         self.out_features, self.min_tokens = kernel.out_features, kernel.min_tokens
+        self.reads_rows = kernel.reads_rows
         self.kernel, self._order = kernel, order
 
     def product(self, x: torch.Tensor) -> torch.Tensor:

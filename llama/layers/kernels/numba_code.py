@@ -17,7 +17,10 @@ I8, I16, I32, I64, F32 = *(ir.IntType(n) for n in (8, 16, 32, 64)), ir.FloatType
 INTEGER, FLOAT, ZERO = numba.types.int64, numba.float32, numba.float32(0)
 
 
-@numba.njit
+ROUND_INPUTS = "void(f4[:, ::1], i1[:, ::1], f4[:, ::1], i4[:, ::1], f4[:, ::1], b1)"
+
+
+@numba.njit(ROUND_INPUTS)  # compiled while a model is loaded, not by its first token
 def round_inputs(x, codes, scales, offsets, sums, is_int4):
     """Round inputs to eight bits.
 
