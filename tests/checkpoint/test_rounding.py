@@ -79,17 +79,19 @@ class TestGroups:
         back = Grouped().dequantize(round_weight(Grouped(), weight))
         assert torch.allclose(back, weight, rtol=2**-8, atol=1e-28)
 
-    def test_threads_and_parts_of_rows_change_nothing(self) -> None:
+    @pytest.mark.parametrize("shape", [(70, 2048), (1001, 192), (6007, 128)])
+    def test_threads_and_parts_of_rows_change_nothing(self, shape: tuple[int, int]) -> None:
         """A failure means that a rank, or a machine with more cores, rounds to other codes."""
         torch.manual_seed(0)
-        weight, form = torch.randn(70, 1024).bfloat16(), Grouped()
+        weight, form = torch.randn(shape).bfloat16(), Grouped()
         n_threads = torch.get_num_threads()
         try:
             torch.set_num_threads(3)
             with torch.inference_mode():
                 whole = round_weight(form, weight)
+            assert torch.get_num_threads() == 3
             torch.set_num_threads(1)
-            parts = [round_weight(form, part) for part in weight.split(512, dim=1)]
+            parts = [round_weight(form, part) for part in weight.split(64, dim=1)]
         finally:
             torch.set_num_threads(n_threads)
         for name, tensor in whole.items():
