@@ -46,6 +46,6 @@ def cpu_has_bf16() -> bool:
 def fast_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype in which this processor multiplies matrices of a dtype fastest.
 
-    Without instructions for it, a product of many bfloat16 rows takes ten times as long.
+    Without instructions for it, a product of many bfloat16 rows takes eight times as long.
     """
     return dtype if dtype == torch.bfloat16 and _HAS_BF16 else torch.float32

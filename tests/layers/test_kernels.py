@@ -285,7 +285,7 @@ def test_float8_is_widened_to_every_value() -> None:
 def test_a_slow_dtype_is_multiplied_and_attended_in_float32(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A failure means that bfloat16 takes ten times as long on processors without it."""
+    """A failure means that bfloat16 takes eight times as long on processors without it."""
     generator = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(n, 64, generator=generator).bfloat16() for n in (9, 33))
     monkeypatch.setattr(plain, "fast_dtype", lambda dtype: F32)
@@ -309,7 +309,7 @@ def test_a_slow_dtype_is_multiplied_and_attended_in_float32(
 def test_attention_in_a_slow_dtype_is_that_of_float32(
     n_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A failure means that a lone query takes nine times as long without bfloat16."""
+    """A failure means that a lone query takes eight times as long without bfloat16."""
     monkeypatch.setattr(attention, "fast_dtype", lambda dtype: F32)
     generator = torch.Generator().manual_seed(0)
     q, keys, values = (
