@@ -9,9 +9,9 @@ share its caches and its memory.
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-import fire
 import torch
 
+from llama import cli
 from llama.layers.capability import Capability
 from llama.layers.kernels import Kernel, compiled, cpu, digits, make_kernel, plain
 from llama.layers.quantization import Form, Grouped, Rotated, StoredWeight
@@ -95,4 +95,4 @@ def main(
 
 
 if __name__ == "__main__":
-    fire.Fire(main)
+    cli.run(main)

@@ -9,7 +9,6 @@ expected.safetensors: token ids, and the logits that transformers gives in float
 as the package's own code dequantises them, scales in float32.
 """
 
-import argparse
 import io
 import json
 import lzma
@@ -23,6 +22,8 @@ from types import SimpleNamespace
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from llama import cli
 
 SIZES = {
     "hidden_size": 32,
@@ -314,12 +315,17 @@ def autoround(directory, form, **scheme):
     save_expected(directory, weights, **sizes)
 
 
-def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("archive", type=Path)
-    parser.add_argument("--old", type=Path, help="a folder with compressed-tensors 0.9.4")
-    parser.add_argument("--only", help="write these directories alone, and no archive")
-    arguments = parser.parse_args()
+def main(archive: str, old: str | None = None, only: str | None = None) -> None:
+    """Write the archive of quantised directories that tests read.
+
+    Args:
+        archive: the file to write.
+        old: a folder with compressed-tensors 0.9.4.
+        only: write these directories alone, separated by commas, and no archive.
+    """
+    arguments = SimpleNamespace(
+        archive=Path(archive), old=None if old is None else Path(old), only=only
+    )
     root = Path(tempfile.mkdtemp())
     int4 = {"num_bits": 4, **GROUPS}
     int8 = {"num_bits": 8, "strategy": "channel"}
@@ -453,4 +459,4 @@ def pack(root, archive):
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)
