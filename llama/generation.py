@@ -101,8 +101,7 @@ class Llama:
             chat_format: how dialogs are written, one of ``llama.chat.formats.FORMATS``; by default
                 as the checkpoint's own template says, else as Meta's models were trained.
             compile: compile decoding steps (CUDA and CPU), which needs Triton or a C++ compiler.
-            quantize: "int8" or "int4": weights of 8 or about 4.8 bits. A quantised checkpoint
-                stays as it is by default; "none" widens it to ``dtype``.
+            quantize: "int8", "int4" (about 4.8 bits), or "none" to widen a quantised checkpoint.
             group_size: how many weights share a scale in int4: 32, 64, 128 or 256; by default 64,
                 and more bits, up to llama.cpp's Q4_K_M, for the weights that need them most.
             kv_cache_dtype: "int8" halves the cache's memory, and makes steps after a long text

@@ -43,7 +43,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.is_cpu and len(x) > 1:  # where PyTorch's passes over memory twice as often
+        if x.is_cpu and len(x) > 1:  # where PyTorch's takes twice as long
             h = x.float()
             norm = torch.linalg.vector_norm(h, dim=-1, keepdim=True)
             scale = norm.square().div_(x.shape[-1]).add_(self.eps).rsqrt_()

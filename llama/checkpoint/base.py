@@ -274,8 +274,8 @@ def widened(source: Checkpoint, args: ModelArgs) -> Checkpoint:
         if form is None:
             return source.rank_part(name, args, 0, 1)
         module = name.removesuffix(".weight")
-        parts = (*form.dtypes(),)
-        stored = {part: source.rank_part(f"{module}.{part}", args, 0, 1) for part in parts}
+        names = {part: f"{module}.{part}" for part in form.dtypes()}
+        stored = {part: source.rank_part(full, args, 0, 1) for part, full in names.items()}
         return form.dequantize(stored, form.block_size(shapes[name][1]))
 
     def mapped(name: str) -> Sequence[torch.Tensor]:

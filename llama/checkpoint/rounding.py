@@ -136,7 +136,9 @@ def make_scheme(name: str, group_size: int | None = None) -> Scheme:
 
 def is_made_here(form: Form) -> bool:
     """Return whether ``round_weight`` makes a form."""
-    return isinstance(form, Rotated) or form == Grouped(group_size=form.group_size)
+    if isinstance(form, Rotated):
+        return True
+    return form.group_size in GROUP_SIZES and form == Grouped(group_size=form.group_size)
 
 
 def round_weight(

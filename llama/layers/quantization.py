@@ -109,7 +109,7 @@ class Grouped:
         return names if self.has_zeros else names[:1]
 
     def params(self) -> dict[str, Any]:
-        if self == Grouped(group_size=self.group_size):
+        if self.group_size >= 32 and self == Grouped(group_size=self.group_size):
             return {"format": "int4", "group_size": self.group_size}
         return {
             "format": "grouped",

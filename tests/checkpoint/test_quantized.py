@@ -10,6 +10,7 @@ from conftest import make_model
 from processes import forked, script
 
 from llama.checkpoint.base import Checkpoint, Weights, quantized, widened
+from llama.checkpoint.forms import forms_params, read_forms
 from llama.checkpoint.meta import open_meta
 from llama.checkpoint.rounding import Scheme, make_scheme, round_weight
 from llama.checkpoint.save import save
@@ -149,3 +150,14 @@ def test_an_embedding_has_its_columns_in_an_order() -> None:
     layer.load_state_dict(stored)
     tokens = torch.tensor([3, 9, 3])
     assert torch.equal(layer(tokens), ORDERED.dequantize(stored)[tokens])
+
+
+@pytest.mark.parametrize("codes", ["int4", "int8", "float8"])
+@pytest.mark.parametrize("size", [0, 16, 32, 256])
+def test_a_description_of_any_form_is_read_back(codes: str, size: int) -> None:
+    """A failure means that a model is saved, and its checkpoint refused."""
+    for has_zeros in (False, True):
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            form = Grouped(codes, size, has_zeros, dtype)
+            found = forms_params({"output": form}, ["output", "layers.0.attention.wq"])
+            assert read_forms(found, ["output.weight"], "params.json") == {"output": form}
