@@ -34,6 +34,7 @@ FAST = ["numba>=0.61"]
 TEST = [
     *FORMATS,
     *FAST,
+    *FAST,
     *SERVER,
     *CHAT,
     "jsonschema>=4.23",

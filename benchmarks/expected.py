@@ -21,7 +21,7 @@ from llama import cli
 
 COPY = 0.85  # gpt-fast's README: 1,700 GB/s on an A100 whose data sheet says 2,039
 # gpt-fast's README, of these 1,700 GB/s: bf16 0.82, int8 0.63, int4 0.51. The int4 of here is 1.8
-# times as fast as bf16, with 0.5625 bytes a weight.
+# times as fast as bf16, with 0.5625 bytes a weight (``group_size=64``).
 AIM = {"bf16": 0.80, "int8": 0.60, "int4": 0.41}
 CACHE_AIM = 0.60  # at 16,384 positions of 7B weights and cache together then reach 0.70
 ALL_REDUCE = 20e-6  # seconds, of one token's hidden state among eight GPUs with NVLink
@@ -55,7 +55,7 @@ def step_of(shape: str, gpu: str, ranks: int, weights: str, positions: int) -> S
     """Return a step of one sequence with so many positions filled, on ``ranks`` GPUs."""
     args = SHAPES[shape]
     copy = COPY * BANDWIDTH[gpu]
-    n_weights = read_bytes(args, weights, ranks)
+    n_weights = read_bytes(args, weights, ranks, 64 if weights == "int4" else None)
     n_cache = positions * position_bytes(args, ranks)
     return Step(
         n_weights,

@@ -30,13 +30,16 @@ SHAPES = {
 }
 
 
-def read_bytes(args: ModelArgs, weights: str = "bf16", ranks: int = 1) -> int:
+def read_bytes(
+    args: ModelArgs, weights: str = "bf16", ranks: int = 1, group_size: int | None = None
+) -> int:
     """Return the bytes of weights that one rank reads in a step: all but the embedding.
 
     Args:
         weights: "bf16", "int8" or "int4".
+        group_size: of int4, as for ``quantize=``.
     """
-    forms = {} if weights == "bf16" else make_scheme(weights).forms(args)
+    forms = {} if weights == "bf16" else make_scheme(weights, group_size).forms(args)
     whole = weight_bytes(args, torch.bfloat16, ranks, forms)
     n_embedding = args.vocab_size * args.dim // ranks
     if "tok_embeddings" in forms:
