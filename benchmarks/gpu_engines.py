@@ -21,10 +21,19 @@ import torch
 from llama import Llama, ModelArgs, SamplingParams
 from llama.checkpoint import pretrained
 from llama.checkpoint.base import Checkpoint, Weights
-from llama.checkpoint.sharding import full_shapes
+from llama.checkpoint.rounding import make_scheme
+from llama.checkpoint.sharding import form_of, full_shapes
+from llama.layers.quantization import Form, Grouped
 
 WARM, STEPS, WINDOWS = 8, 32, 3  # steps: first ones that aren't counted, then what is timed
 NEW = WARM + STEPS * WINDOWS + 24  # tokens that there is room for after a prompt
+FILES: dict[str, Form] = {  # the forms of most weights in quantised files
+    "Q4_0": Grouped("int4", 32, has_zeros=False),
+    "GPTQ": Grouped("int4", 128),
+    "Q6_K": Grouped("int8", 16, has_zeros=False),
+    "Q8_0": Grouped("int8", 32, has_zeros=False),
+    "FP8": Grouped("float8", 0, has_zeros=False, scale_dtype=torch.float32),
+}
 LONG = 32768  # tokens of all prompts from which one run has to do
 
 
@@ -55,11 +64,27 @@ def timed(device: torch.device, run: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def random_checkpoint(args: ModelArgs, device: torch.device, std: float = 0.02) -> Checkpoint:
-    """Return a checkpoint without files: each weight is made on a device when it is read."""
-    shapes = full_shapes(args)
+def random_checkpoint(
+    args: ModelArgs, device: torch.device, std: float = 0.02, form: Form | None = None
+) -> Checkpoint:
+    """Return a checkpoint without files: each weight is made on a device when it is read.
+
+    Args:
+        form: of its weights, as a quantised file has them; without it they are in bfloat16.
+    """
+    forms = {} if form is None else dict.fromkeys(make_scheme("int4").forms(args), form)
+    shapes = full_shapes(args, forms)
 
     def read(name: str) -> torch.Tensor:
+        stored = form_of(forms, name)
+        if stored is not None:
+            part = name.rpartition(".")[2]
+            dtype = stored.dtypes()[part]
+            if part != "weight":
+                return torch.full(shapes[name], std / 8, dtype=dtype, device=device)
+            # Bits that are a finite number in every form.
+            codes = torch.randint(64, shapes[name], dtype=torch.uint8, device=device)
+            return codes.view(dtype)
         if name.endswith("norm.weight"):
             return torch.ones(shapes[name], dtype=torch.bfloat16, device=device)
         generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
@@ -70,15 +95,30 @@ def random_checkpoint(args: ModelArgs, device: torch.device, std: float = 0.02) 
     params = {k: v for k, v in dataclasses.asdict(args).items() if k not in unset and v is not None}
     files: dict[str, Path | bytes] = {"tokenizer.model": pretrained.TINY / "tokenizer.model"}
     return Checkpoint(
-        "random weights", params, [Weights(shapes, read)], ["random weights"], torch.bfloat16, files
+        "random weights",
+        params,
+        [Weights(shapes, read)],
+        ["random weights"],
+        torch.bfloat16,
+        files,
+        forms=forms,
     )
 
 
-def build(args: ModelArgs, device: torch.device, std: float = 0.02, **options: Any) -> Llama:
-    """Return ``Llama.build(...)`` of random weights in bfloat16, which never stops a text."""
-    # What is to be quantised is read from the CPU, as files are.
-    source = torch.device("cpu") if options.get("quantize") else device
-    checkpoint = random_checkpoint(args, device, std)
+def build(
+    args: ModelArgs,
+    device: torch.device,
+    std: float = 0.02,
+    form: Form | None = None,
+    **options: Any,
+) -> Llama:
+    """Return ``Llama.build(...)`` of random weights, which never stops a text.
+
+    They are in bfloat16, or in a form that quantised files have.
+    """
+    # What is to be quantised or packed is read from the CPU, as files are.
+    source = torch.device("cpu") if form or options.get("quantize") else device
+    checkpoint = random_checkpoint(args, device, std, form)
     if source != device:
         made = checkpoint.parts[0]
         checkpoint.parts = [Weights(made.shapes, lambda name: made[name].to(source))]

@@ -22,8 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import gpu_worker
+from gpu_engines import FILES
 from gpu_worker import Record, options_of
 from shapes import SHAPES, position_bytes, prompt_flops, read_bytes
+
+from llama.layers.quantization import Form
 
 VARIANTS = ("llama", "llama compiled", "llama int8", "llama int4")
 PEERS = ("transformers", "transformers static", "vllm")
@@ -38,7 +41,8 @@ class DeviceConfig:
         contexts: tokens of a prompt, after which decoding is measured; several with commas.
         batches: numbers of sequences; several with commas.
         compile: measure compiled steps only.
-        quantize: measure "int8" or "int4" weights only.
+        quantize: measure "int8" or "int4" weights only, or those of a file: "Q4_0", "GPTQ" (4 bits,
+            groups of 128), "Q6_K", "Q8_0" or "FP8" (whole rows).
     """
 
     device: str | None = None
@@ -51,8 +55,10 @@ class DeviceConfig:
         """Return this library's engines to measure."""
         if not self.compile and self.quantize is None:
             return VARIANTS
-        if self.quantize not in (None, "int8", "int4"):
-            raise ValueError(f"quantize is {self.quantize!r}: expected 'int8' or 'int4'")
+        if self.quantize not in (None, "int8", "int4", *FILES):
+            raise ValueError(
+                f"quantize is {self.quantize!r}: expected int8, int4, {', '.join(FILES)}"
+            )
         words = ["llama", self.quantize or "", "compiled" if self.compile else ""]
         return (" ".join(word for word in words if word),)
 
@@ -88,8 +94,9 @@ class Result:
         return next(found, None)
 
 
-def weights_of(engine: str) -> str:
-    return options_of(engine)["quantize"] or "bf16"
+def weights_of(engine: str) -> str | Form:
+    options = options_of(engine)
+    return options["form"] or options["quantize"] or "bf16"
 
 
 def fractions(shape: str, engine: str, result: Result, cell: Record) -> tuple[float, float]:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from engines import peak_memory
-from gpu_engines import NEW, VLLM, Engine, Ours, Transformers, build, timed
+from gpu_engines import FILES, NEW, VLLM, Engine, Ours, Transformers, build, timed
 from shapes import SHAPES, position_bytes, read_bytes
 
 from llama import Llama, ModelArgs, cli
@@ -65,10 +65,11 @@ def peak_bytes(device: torch.device) -> int:
 
 
 def options_of(engine: str) -> dict[str, Any]:
-    """Return the options of ``Llama.build`` that an engine's name says, "llama int4 compiled"."""
+    """Return the options of ``build`` that an engine's name says, "llama int4 compiled"."""
     words = engine.split()[1:]
-    weights = [word for word in words if word in ("int8", "int4")]
-    return {"compile": "compiled" in words, "quantize": weights[0] if weights else None}
+    quantize = next((word for word in words if word in ("int8", "int4")), None)
+    form = next((FILES[word] for word in words if word in FILES), None)
+    return {"compile": "compiled" in words, "quantize": quantize, "form": form}
 
 
 @contextlib.contextmanager
@@ -248,8 +249,8 @@ def main(
     """Measure one engine and append what is found to ``out``, a line of JSON each.
 
     Args:
-        engine: llama with "compiled", "int8" or "int4" behind it, transformers, transformers
-            static, or vllm.
+        engine: llama with "compiled", "int8", "int4" or the form of a file (Q4_0, GPTQ, Q6_K,
+            Q8_0, FP8) behind it, transformers, transformers static, or vllm.
     """
 
     def note(record: Record) -> None:

@@ -7,6 +7,7 @@ import torch
 from llama import ModelArgs
 from llama.checkpoint.rounding import make_scheme
 from llama.checkpoint.sharding import cache_bytes, parameter_count, weight_bytes
+from llama.layers.quantization import Form
 
 SHAPES = {
     "1M": ModelArgs(dim=128, n_layers=2, n_heads=2, n_kv_heads=1, vocab_size=1024),
@@ -31,15 +32,19 @@ SHAPES = {
 
 
 def read_bytes(
-    args: ModelArgs, weights: str = "bf16", ranks: int = 1, group_size: int | None = None
+    args: ModelArgs, weights: str | Form = "bf16", ranks: int = 1, group_size: int | None = None
 ) -> int:
     """Return the bytes of weights that one rank reads in a step: all but the embedding.
 
     Args:
-        weights: "bf16", "int8" or "int4".
+        weights: "bf16", "int8", "int4", or the form that all of a file's weights have.
         group_size: of int4, as for ``quantize=``.
     """
-    forms = {} if weights == "bf16" else make_scheme(weights, group_size).forms(args)
+    forms: dict[str, Form] = {}
+    if isinstance(weights, str) and weights != "bf16":
+        forms = make_scheme(weights, group_size).forms(args)
+    elif not isinstance(weights, str):
+        forms = dict.fromkeys(make_scheme("int4").forms(args), weights)
     whole = weight_bytes(args, torch.bfloat16, ranks, forms)
     n_embedding = args.vocab_size * args.dim // ranks
     if "tok_embeddings" in forms:

@@ -130,7 +130,10 @@ class FeedForward(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         gate, up = fused_linear(x, self.w1, self.w3)
-        return self.w2(F.silu(gate, inplace=True) * up)  # (n_tokens, dim)
+        hidden = F.silu(gate, inplace=True) * up
+        if torch.compiler.is_compiling():  # so that it isn't computed for each output of w2
+            hidden = hidden.as_strided(hidden.shape, hidden.stride())
+        return self.w2(hidden)  # (n_tokens, dim)
 
 
 class TransformerBlock(nn.Module):

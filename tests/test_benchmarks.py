@@ -414,12 +414,25 @@ def test_fractions_of_a_device_and_targets() -> None:
 @pytest.mark.soak
 def test_a_device_is_compared_in_one_command() -> None:
     command = [speed.__file__, "--device", "cpu", "--shape", "1M", "--peers", ""]
-    command += ["--contexts", "8", "--batches", "1,2", "--quantize", "int4"]
-    done = forked(*command)
+    command += ["--contexts", "8", "--batches", "1,2"]
+    done = forked(*command, "--quantize", "int4")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("1M in bfloat16, device CPU")
     assert done.stdout.count("| llama int4 | 1 | 8 |") == 1
     assert "| llama int4 | decoding, batch 1, int4 over bf16 | 1.80 | not measured |" in done.stdout
+    done = forked(*command, "--quantize", "Q8_0")
+    assert done.stdout.count("| llama Q8_0 | 1 | 8 |") == 1, done.stderr
+
+
+@pytest.mark.parametrize("name", gpu_engines.FILES)
+def test_random_weights_have_the_form_of_a_file(name: str) -> None:
+    args, form = shapes.SHAPES["18M"], gpu_engines.FILES[name]
+    checkpoint = gpu_engines.random_checkpoint(args, torch.device("cpu"), form=form)
+    checkpoint.check(args)
+    tensors = dict(checkpoint.parts[0])
+    assert all(torch.isfinite(tensor.float()).all() for tensor in tensors.values())
+    read = [tensor.nbytes for key, tensor in tensors.items() if not key.startswith("tok_")]
+    assert shapes.read_bytes(args, form) == sum(read)
 
 
 def test_an_engine_that_fails_is_named(short_runs: None, monkeypatch) -> None:

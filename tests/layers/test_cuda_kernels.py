@@ -252,6 +252,25 @@ class TestInt4:
             kernel = make_kernel(int4_stored((16, 128)), Grouped(group_size=32), BF16, 1, H100)
             assert type(kernel) is plain.Widened
 
+    @pytest.mark.parametrize("dtype", [BF16, torch.float16, torch.float32])
+    @pytest.mark.parametrize("group_size", [0, 128])
+    def test_float8_is_widened_to_the_dtype_of_the_inputs(
+        self, group_size: int, dtype: torch.dtype
+    ) -> None:
+        """A failure means that a GPU gives other logits for a checkpoint in float8."""
+        form = Grouped("float8", group_size, False, torch.float32)
+        shapes = form.shapes(48, 256)
+        weight = random_weight(*shapes["weight"]).mul(50).to(torch.float8_e4m3fn)
+        [name] = form.scale_names
+        stored = {"weight": weight, name: random_weight(*shapes[name], seed=3).abs() / 100}
+        kernel = make_kernel(stored, form, dtype, 1, H100)
+        assert type(kernel) is plain.Widened
+        x = random_weight(3, 256, seed=4).to(dtype)
+        out, expected = kernel(x), x.float() @ form.dequantize(stored).T
+        assert out.dtype == dtype
+        error = (out.float() - expected).norm() / expected.norm()
+        assert error < (1e-6 if dtype == torch.float32 else 5e-3)
+
     @pytest.mark.parametrize(
         ("dtype", "capability"),
         [(torch.float16, H100), (torch.float32, H100), (BF16, T4), (BF16, Capability())],

@@ -61,7 +61,8 @@ class Int8(_Plain):
 class Widened(_Plain):
     """Widened some rows at a time, which stay in a CPU's cache, in float32.
 
-    Products are in the dtype of the inputs where a CPU is fast at it, else in float32 too.
+    Products are in the dtype of the inputs where a CPU is fast at it, else in float32 too. A GPU
+    widens to the dtype of the inputs.
     """
 
     def __init__(self, stored: StoredWeight, form: Grouped, capability: Capability):
@@ -75,8 +76,19 @@ class Widened(_Plain):
         some = max(1, (_WIDENED if self._on_cpu else 32 * _WIDENED) // x.shape[1])
         for first in range(0, self.out_features, some):
             rows = slice(first, first + some)
-            out[:, rows] = F.linear(wide, self.weights(rows).to(dtype))
+            out[:, rows] = self._products(wide, rows)
         return out
+
+    def _products(self, x: torch.Tensor, rows: slice) -> torch.Tensor:
+        if self._on_cpu or x.dtype != torch.bfloat16 or self._form.has_zeros:
+            return F.linear(x, self.weights(rows).to(x.dtype))
+        stored = {name: part[rows] for name, part in self._stored.items()}
+        [name] = self._form.scale_names
+        values = self._form.values(stored["weight"], x.dtype)  # exact: they have eight bits at most
+        if not self._form.group_size:
+            return F.linear(x, values) * stored[name].T
+        values.unflatten(1, (-1, self._form.group_size)).mul_(stored[name].unsqueeze(2))
+        return F.linear(x, values)
 
     def weights(self, rows: torch.Tensor | slice) -> torch.Tensor:
         return self._form.dequantize({name: part[rows] for name, part in self._stored.items()})
