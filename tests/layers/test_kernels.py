@@ -23,14 +23,16 @@ IN_FEATURES = 1024
 N_TOKENS = (1, 4, 5, 70)
 
 
-def random_weight(form: Form, out_features: int = 100, largest: int = 128) -> StoredWeight:
+def random_weight(
+    form: Form, out_features: int = 100, largest: int = 128, in_features: int = IN_FEATURES
+) -> StoredWeight:
     """A weight's stored tensors; codes of eight bits are below ``largest``."""
     generator = torch.Generator().manual_seed(0)
     stored = {}
-    for name, shape in form.shapes(out_features, IN_FEATURES).items():
+    for name, shape in form.shapes(out_features, in_features).items():
         dtype = form.dtypes()[name]
         if name == "order":
-            part = torch.randperm(IN_FEATURES, generator=generator)
+            part = torch.randperm(in_features, generator=generator)
         elif dtype == torch.uint8:
             part = torch.randint(256, shape, generator=generator)
         elif dtype == torch.int8:
@@ -54,7 +56,8 @@ def errors(kernel: Kernel, exact: torch.Tensor, dtype: torch.dtype) -> list[floa
     """The relative errors of products of some numbers of tokens."""
     found = []
     for n_tokens in N_TOKENS:
-        x = torch.randn(n_tokens, IN_FEATURES, generator=torch.Generator().manual_seed(1)).to(dtype)
+        generator = torch.Generator().manual_seed(1)
+        x = torch.randn(n_tokens, exact.shape[1], generator=generator).to(dtype)
         out, expected = kernel(x), x.float() @ exact.T
         assert out.dtype == dtype
         assert out.shape == expected.shape
@@ -224,6 +227,25 @@ class TestCompiled:
         assert type(inner(kernel)) is compiled.Compiled
         assert max(errors(kernel, form.dequantize(stored), BF16)) < 0.012
         assert all(torch.equal(kernel.stored()[name], part) for name, part in stored.items())
+
+    @pytest.mark.parametrize(
+        ("form", "in_features"),
+        [
+            (form, in_features)
+            for form in FORMS
+            for in_features in (32, 192, 256, 576)
+            if not (form.ordered or form.codes == "float8" or in_features % (form.group_size or 1))
+        ],
+        ids=repr,
+    )
+    def test_any_width(self, form: Grouped, in_features: int) -> None:
+        """A failure means that a network of an unusual width gets other logits."""
+        stored = random_weight(form, in_features=in_features)
+        kernel = compiled.Compiled(dict(stored), form, Capability())
+        exact = form.dequantize(stored)
+        assert max(errors(kernel, exact, BF16)) < 0.015
+        for rows in (slice(0, 100), slice(3, 10), slice(90, 200)):
+            assert torch.equal(kernel.weights(rows), exact[rows])
 
     def test_any_number_of_threads_computes_every_output(self) -> None:
         """A failure means that outputs are left as they were, or written twice."""

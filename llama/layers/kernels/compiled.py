@@ -12,6 +12,7 @@ PyTorch's int4 operator in groups of 32, and 4.4 times in groups of 16; by eight
 import ctypes
 import functools
 import importlib
+import itertools
 import sys
 from math import gcd
 from pathlib import Path
@@ -56,11 +57,14 @@ class Compiled(Widened):
         self._is_int4 = form.codes == "int4"
         self._n_inputs = stored["weight"].shape[1] * (2 if self._is_int4 else 1)
         self._n_groups = stored[form.scale_names[0]].shape[1]
-        group_size = self._n_inputs // self._n_groups
-        # Blocks of a group: a power of two, or all.
-        self._shift = (group_size // BLOCK - 1).bit_length() if group_size >= BLOCK else 0
-        zero_lanes = gcd(self._n_groups, 8) if form.has_zeros else 0
-        self._address = numba_code().compiled(self._is_int4, group_size < BLOCK, zero_lanes)
+        n_blocks, group_size = self._n_inputs // BLOCK, self._n_inputs // self._n_groups
+        in_halves = group_size < BLOCK
+        # Blocks of a group are a power of two, or all.
+        shift = 0 if in_halves else (group_size // BLOCK - 1).bit_length()
+        self._n_sums = n_blocks * (2 if in_halves else 1)
+        code = numba_code()
+        kind = code.Kind(self._is_int4, in_halves, shift, form.has_zeros, gcd(n_blocks, 8))
+        self._product = code.product(kind)
 
     @staticmethod
     def supports(form: Grouped, weight: torch.Tensor) -> bool:
@@ -75,18 +79,41 @@ class Compiled(Widened):
     def product(self, x: torch.Tensor) -> torch.Tensor:
         if len(x) > FEW_TOKENS:
             return super().product(x)
-        n_tokens, n_blocks = len(x), self._n_inputs // BLOCK
-        codes = torch.empty(n_tokens, self._n_inputs, dtype=torch.int8)
-        scales, sums = torch.empty(n_tokens, n_blocks), torch.empty(n_tokens, self._n_groups)
-        offsets = torch.empty(n_tokens, n_blocks * 8, dtype=torch.int32)
-        rounded = (codes, scales, offsets, sums)
-        arrays = (part.numpy() for part in (x.float().contiguous(), *rounded))
-        numba_code().round_inputs(*arrays, self._is_int4)
+        wide, n_tokens, n_blocks = x.float().contiguous(), len(x), self._n_inputs // BLOCK
+        sizes = [self._n_inputs, 4 * n_blocks, 4 * self._n_sums, 4 * self._n_sums]
+        ends = [n_tokens * end for end in (0, *itertools.accumulate(sizes))]
+        rounded = torch.empty(ends.pop(), dtype=torch.uint8)
+        places = [rounded.data_ptr() + end for end in ends]
+        kind = (n_tokens, n_blocks, self._n_sums // n_blocks, self._is_int4)
+        numba_code().round_inputs.ctypes(_int64(wide.data_ptr(), *places, *kind))
         out = torch.empty(n_tokens, self.out_features)
-        weight, *affine = (self._stored[name] for name in ("weight", *self._form.scale_names))
-        tensors = (weight, affine[0], affine[-1], *rounded, out)
-        sizes = (self.out_features, n_blocks, self._shift, self._n_groups, n_tokens)
-        data = (ctypes.c_int64 * 13)(*(part.data_ptr() for part in tensors), *sizes)
-        n_threads = ctypes.c_uint(torch.get_num_threads())
-        openmp().GOMP_parallel(ctypes.c_void_p(self._address), data, n_threads, ctypes.c_uint(0))
+        sizes = [self.out_features, n_blocks, self._n_groups, n_tokens]
+        _in_parallel(self._product, *self._places(), *places, out.data_ptr(), *sizes)
         return out.to(x.dtype)
+
+    def weights(self, rows: torch.Tensor | slice) -> torch.Tensor:
+        if isinstance(rows, torch.Tensor):
+            return super().weights(rows)
+        first, last, _ = rows.indices(self.out_features)
+        out = torch.empty(last - first, self._n_inputs)
+        sizes = [len(out), self._n_groups, self._n_inputs // self._n_groups]
+        flags = self._is_int4, self._form.has_zeros
+        address = numba_code().widen.address
+        _in_parallel(address, *self._places(first), out.data_ptr(), *sizes, *flags)
+        return out
+
+    def _places(self, row: int = 0) -> list[int]:
+        """Return the addresses of a row's codes, scales and zeros."""
+        names = self._form.scale_names
+        parts = [self._stored[name] for name in ("weight", names[0], names[-1])]
+        return [part.data_ptr() + row * part.shape[1] * part.itemsize for part in parts]
+
+
+def _int64(*values: int) -> Any:
+    return (ctypes.c_int64 * len(values))(*values)
+
+
+def _in_parallel(address: int, *values: int) -> None:
+    """Call a function with a pointer to some values in each of PyTorch's threads."""
+    data, n_threads = _int64(*values), ctypes.c_uint(torch.get_num_threads())
+    openmp().GOMP_parallel(ctypes.c_void_p(address), data, n_threads, ctypes.c_uint(0))

@@ -4,8 +4,10 @@
 
 import ctypes
 import functools
+from typing import NamedTuple
 
 import numba
+import numpy as np
 from llvmlite import ir
 from numba.core.cgutils import alloca_once_value, for_range, get_or_insert_function, unpack_tuple
 from numba.extending import intrinsic
@@ -16,63 +18,142 @@ from llama.layers.kernels.compiled import BLOCK, openmp
 I8, I16, I32, I64, F32 = *(ir.IntType(n) for n in (8, 16, 32, 64)), ir.FloatType()
 INTEGER, FLOAT, ZERO = numba.types.int64, numba.float32, numba.float32(0)
 
+_thread_number, _thread_count = openmp().omp_get_thread_num, openmp().omp_get_num_threads
+for _function in (_thread_number, _thread_count):
+    _function.argtypes, _function.restype = [], ctypes.c_int
 
-ROUND_INPUTS = "void(f4[:, ::1], i1[:, ::1], f4[:, ::1], i4[:, ::1], f4[:, ::1], b1)"
+
+class Kind(NamedTuple):
+    """What code is compiled for."""
+
+    is_int4: bool  # whether a byte holds two codes of four bits
+    in_halves: bool  # whether groups are of 16 inputs, two in a block
+    shift: int  # 2 ** shift blocks, or halves of one, are a group
+    has_zeros: bool
+    lanes: int  # blocks that are scaled at once, which divides a row's
 
 
-@numba.njit(ROUND_INPUTS)  # compiled while a model is loaded, not by its first token
-def round_inputs(x, codes, scales, offsets, sums, is_int4):
-    """Round inputs to eight bits.
+@intrinsic
+def _pointer(typing, address):
+    """Return an address as a pointer, of which ``carray`` makes an array."""
 
-    Args:
-        x: float32, (n_tokens, n_inputs).
-        codes: int8, the shape of ``x``. For int4 a block's even inputs lie before its odd ones, as
-            the lower bits of its bytes and the upper ones.
-        scales: float32, (n_tokens, n_blocks).
-        offsets: int32, (n_tokens, 8 * n_blocks): of int4's codes, which are 8 above their values,
-            what each of a block's eight sums has too much.
-        sums: float32, (n_tokens, n_groups): of inputs, which zeros are multiplied by.
-        is_int4: whether the weight has codes of four bits.
+    def generate(context, build, signature, args):
+        return build.inttoptr(args[0], I8.as_pointer())
+
+    return numba.types.voidptr(INTEGER), generate
+
+
+@intrinsic
+def _bfloat16(typing, bits):
+    """Return bfloat16's bits as float32, whose upper half they are."""
+
+    def generate(context, build, signature, args):
+        return build.bitcast(build.shl(build.zext(args[0], I32), I32(16)), F32)
+
+    return FLOAT(numba.uint16), generate
+
+
+@numba.njit
+def _part_of_thread(n_rows):
+    """Return the first row of a thread's part and the first behind it."""
+    thread, count = _thread_number(), _thread_count()
+    return n_rows * thread // count, n_rows * (thread + 1) // count
+
+
+@numba.cfunc(numba.void(numba.types.voidptr), fastmath={"reassoc", "nsz"})
+def round_inputs(data):
+    """Round inputs to eight bits, in blocks of 32.
+
+    ``data`` points to the addresses of inputs, float32, (n_tokens, n_inputs), and of what is
+    written, then to the numbers of tokens and blocks, to how many groups a block has at least, one
+    or two, and to whether the weight has codes of four bits:
+
+    - codes, int8, the shape of the inputs. For int4 a block's even inputs lie before its odd ones,
+      as the lower bits of its bytes and the upper ones.
+    - scales, float32, (n_tokens, n_blocks).
+    - offsets, float32, (n_tokens, groups): of int4's codes, which are 8 above their values, what a
+      group's scale is multiplied by too much.
+    - sums of inputs, float32, (n_tokens, groups), which zeros are multiplied by.
     """
-    size = x.shape[1] // sums.shape[1]
-    sums[:] = offsets[:] = 0
-    for token in range(x.shape[0]):
-        for first in range(0, x.shape[1], BLOCK):
+    places, sizes = numba.carray(data, 9, numba.int64)[:5], numba.carray(data, 9, numba.int64)[5:]
+    n_tokens, n_blocks, halves, is_int4 = sizes[0], sizes[1], sizes[2], sizes[3] != 0
+    x = numba.carray(_pointer(places[0]), (n_tokens, n_blocks, BLOCK), numba.float32)
+    codes = numba.carray(_pointer(places[1]), (n_tokens, n_blocks, BLOCK), numba.int8)
+    scales = numba.carray(_pointer(places[2]), (n_tokens, n_blocks), numba.float32)
+    offsets = numba.carray(_pointer(places[3]), (n_tokens, n_blocks, halves), numba.float32)
+    sums = numba.carray(_pointer(places[4]), (n_tokens, n_blocks, halves), numba.float32)
+    size = BLOCK // halves
+    for token in range(n_tokens):
+        for block in range(n_blocks):
+            some, own = x[token, block], codes[token, block]
             largest, total = ZERO, ZERO
-            for i in range(first, first + BLOCK):
-                largest = max(largest, abs(x[token, i]))
-                total += x[token, i] * ZERO  # not a number, if one of them isn't
-                sums[token, i // size] += x[token, i]
-            inverse = FLOAT(127) / largest if largest > 0 else ZERO
-            scales[token, first // BLOCK] = largest / FLOAT(127) + total
             for i in range(BLOCK):
-                place = first + ((i >> 1) + ((i & 1) << 4) if is_int4 else i)
-                codes[token, place] = round(x[token, first + i] * inverse)
-                offsets[token, place // 4] -= 8 * codes[token, place] if is_int4 else 0
+                largest = max(largest, abs(some[i]))
+            for i in range(BLOCK):
+                total += some[i] * ZERO  # not a number, if one of them isn't
+            inverse = FLOAT(127) / largest if largest > 0 else ZERO
+            scale = largest / FLOAT(127) + total
+            scales[token, block] = scale
+            for half in range(halves):
+                total, count = ZERO, ZERO
+                for i in range(half * size, half * size + size):
+                    total += some[i]
+                    count += np.rint(some[i] * inverse)
+                sums[token, block, half] = total
+                offsets[token, block, half] = FLOAT(-8) * count * scale
+            if is_int4:
+                for i in range(BLOCK // 2):
+                    own[i] = np.rint(some[2 * i] * inverse)
+                    own[BLOCK // 2 + i] = np.rint(some[2 * i + 1] * inverse)
+            else:
+                for i in range(BLOCK):
+                    own[i] = np.rint(some[i] * inverse)
+
+
+@numba.cfunc(numba.void(numba.types.voidptr))
+def widen(data):
+    """Write a thread's part of some rows' weights in float32.
+
+    ``data`` points to the addresses of codes, scales, zeros and weights, then to the numbers of
+    rows, groups and inputs of a group, to whether codes have four bits, and whether zeros count.
+    """
+    given = numba.carray(data, 9, numba.int64)
+    n_rows, n_groups, size, is_int4, has_zeros = given[4], given[5], given[6], given[7], given[8]
+    width = size // 2 if is_int4 else size
+    codes = numba.carray(_pointer(given[0]), (n_rows, n_groups, width), numba.uint8)
+    scales = numba.carray(_pointer(given[1]), (n_rows, n_groups), numba.uint16)
+    zeros = numba.carray(_pointer(given[2]), (n_rows, n_groups), numba.uint16)
+    out = numba.carray(_pointer(given[3]), (n_rows, n_groups, size), numba.float32)
+    for row in range(*_part_of_thread(n_rows)):
+        for group in range(n_groups):
+            scale = _bfloat16(scales[row, group])
+            zero = _bfloat16(zeros[row, group]) if has_zeros else ZERO
+            some, own = codes[row, group], out[row, group]
+            if is_int4:
+                for i in range(width):
+                    own[2 * i] = FLOAT(numba.int32(some[i] & 15) - 8) * scale + zero
+                    own[2 * i + 1] = FLOAT(numba.int32(some[i] >> 4) - 8) * scale + zero
+            else:
+                for i in range(width):
+                    own[i] = FLOAT(numba.int8(some[i])) * scale + zero
 
 
 @functools.cache
-def compiled(is_int4: bool, in_halves: bool, zero_lanes: int) -> int:
-    """Return the address of a function that computes one thread's outputs.
+def product(kind: Kind) -> int:
+    """Return the address of a function that computes a thread's part of the outputs.
 
-    Its argument points to the addresses and sizes that ``Compiled.product`` lists.
-
-    Args:
-        is_int4: whether a byte holds two codes of four bits.
-        in_halves: whether groups are of 16 inputs, two in a block.
-        zero_lanes: how many zeros are multiplied at once, which divides the groups; 0 without.
+    Its argument points to the addresses of codes, scales and zeros of weights, then of inputs
+    (``round_inputs``) and of outputs, float32, (n_tokens, n_rows), then to the numbers of rows,
+    blocks, groups and tokens.
     """
-    one, four = (_dot(is_int4, in_halves, zero_lanes, n) for n in (1, 4))
-    thread_number, thread_count = openmp().omp_get_thread_num, openmp().omp_get_num_threads
-    for function in (thread_number, thread_count):
-        function.argtypes, function.restype = [], ctypes.c_int
+    one, four = (_dot(kind, n) for n in (1, 4))
 
     @numba.cfunc(numba.void(numba.types.voidptr))
     def rows_of_thread(data):
-        given = numba.carray(data, 13, numba.int64)
-        addresses, sizes = to_fixed_tuple(given[:8], 8), to_fixed_tuple(given[8:12], 4)
-        n_rows, n_tokens, thread, count = given[8], given[12], thread_number(), thread_count()
-        for row in range(n_rows * thread // count, n_rows * (thread + 1) // count):
+        given = numba.carray(data, 12, numba.int64)
+        addresses, sizes = to_fixed_tuple(given[:8], 8), to_fixed_tuple(given[8:11], 3)
+        n_tokens = given[11]
+        for row in range(*_part_of_thread(given[8])):
             for token in range(0, n_tokens // 4 * 4, 4):
                 four(addresses, sizes, row, token)
             for token in range(n_tokens // 4 * 4, n_tokens):
@@ -81,8 +162,12 @@ def compiled(is_int4: bool, in_halves: bool, zero_lanes: int) -> int:
     return rows_of_thread.address
 
 
-def _dot(is_int4: bool, in_halves: bool, zero_lanes: int, n_tokens: int):
+def _dot(kind: Kind, n_tokens: int):
     """Return a function that writes a row's product with some tokens, in the vectors of AVX2."""
+    # Elements of a step: blocks, scales in these, and scales that lie there.
+    lanes, halves = kind.lanes, 1 + kind.in_halves
+    n_scales = lanes * halves if kind.in_halves else max(1, lanes >> kind.shift)
+    repeats = lanes * halves // n_scales
 
     @intrinsic
     def dot(typing, addresses, sizes, row, token):
@@ -90,48 +175,58 @@ def _dot(is_int4: bool, in_halves: bool, zero_lanes: int, n_tokens: int):
 
     def generate(context, build, signature, args):
         addresses, sizes = (unpack_tuple(build, part) for part in args[:2])
-        n_rows, n_blocks, shift, n_groups = sizes
+        n_rows, n_blocks, n_groups = sizes
         vector = _Vectors(build)
 
         def place(which, index, count, size):
             return build.add(addresses[which], build.mul(index, build.mul(count, I64(size))))
 
-        weight = place(0, args[2], n_blocks, BLOCK // 2 if is_int4 else BLOCK)
+        def affine(address, step):
+            first = build.lshr(build.mul(step, I64(lanes * halves)), I64(kind.shift))
+            some = vector.bfloat16(build.add(address, build.mul(first, I64(2))), I64(0), n_scales)
+            return vector.spread(some, [i // repeats for i in range(lanes * halves)])
+
+        weight = place(0, args[2], n_blocks, BLOCK // 2 if kind.is_int4 else BLOCK)
         scale, zero = (place(which, args[2], n_groups, 2) for which in (1, 2))
         tokens = [build.add(args[3], I64(i)) for i in range(n_tokens)]
-        totals = [alloca_once_value(build, vector.constant(F32, [0.0] * 8)) for _ in tokens]
-        with for_range(build, n_blocks) as loop:
-            block = loop.index
-            w = vector.load(weight, block, I8, 16 if is_int4 else 32)
-            if is_int4:
-                high = build.lshr(w, vector.constant(I8, [4] * 16))
-                low = build.and_(w, vector.constant(I8, [15] * 16))
-                factor = build.shuffle_vector(low, high, vector.constant(I32, range(32)))
-            else:  # without its sign, which the inputs are given
-                factor = vector.call("x86.avx2.psign.b", w.type, w, w)
-            lanes = ([0, 0, 1, 1] * 2 if is_int4 else [0] * 4 + [1] * 4) if in_halves else [0] * 8
-            group = block if in_halves else build.lshr(block, shift)
-            own = vector.spread(vector.bfloat16(scale, group, 1 + in_halves), lanes)
-            for token, total in zip(tokens, totals, strict=True):
-                x = vector.load(place(3, token, n_blocks, 32), block, I8, 32)
-                if not is_int4:
-                    x = vector.call("x86.avx2.psign.b", x.type, x, w)
-                pairs = vector.call("x86.avx2.pmadd.ub.sw", ir.VectorType(I16, 16), factor, x)
-                ones, eight = vector.constant(I16, [1] * 16), ir.VectorType(I32, 8)
-                fours = vector.call("x86.avx2.pmadd.wd", eight, pairs, ones)
-                offsets = vector.load(place(5, token, n_blocks, 32), block, I32, 8)
-                fours = build.sitofp(build.add(fours, offsets) if is_int4 else fours, own.type)
-                scales = vector.load(place(4, token, n_blocks, 4), block, F32, 1)
-                vector.add_product(total, fours, build.fmul(own, vector.spread(scales, [0] * 8)))
-        for token, total in zip(tokens, totals, strict=True):
-            result = vector.sum(total)
-            if zero_lanes:
-                total = alloca_once_value(build, vector.constant(F32, [0.0] * zero_lanes))
-                with for_range(build, build.sdiv(n_groups, I64(zero_lanes))) as loop:
-                    sums = vector.load(place(6, token, n_groups, 4), loop.index, F32, zero_lanes)
-                    zeros = vector.bfloat16(zero, loop.index, zero_lanes)
-                    vector.add_product(total, zeros, sums)
-                result = build.fadd(result, vector.sum(total))
+        totals = [vector.zeros(8) for _ in tokens]
+        others = [vector.zeros(lanes * halves) for _ in tokens]
+        with for_range(build, build.sdiv(n_blocks, I64(lanes))) as loop:
+            own = affine(scale, loop.index)
+            scaled = []
+            for token, other in zip(tokens, others, strict=True):
+                x = vector.load(place(4, token, n_blocks, 4), loop.index, F32, lanes)
+                x = vector.spread(x, [i // halves for i in range(lanes * halves)])
+                scaled.append(build.fmul(own, x))
+                count = build.mul(n_blocks, I64(halves))
+                if kind.is_int4:
+                    x = vector.load(place(5, token, count, 4), loop.index, F32, lanes * halves)
+                    vector.add_product(other, own, x)
+                if kind.has_zeros:
+                    x = vector.load(place(6, token, count, 4), loop.index, F32, lanes * halves)
+                    vector.add_product(other, affine(zero, loop.index), x)
+            for i in range(lanes):
+                block = build.add(build.mul(loop.index, I64(lanes)), I64(i))
+                w = vector.load(weight, block, I8, 16 if kind.is_int4 else 32)
+                if kind.is_int4:
+                    high = build.lshr(w, vector.constant(I8, [4] * 16))
+                    low = build.and_(w, vector.constant(I8, [15] * 16))
+                    factor = build.shuffle_vector(low, high, vector.constant(I32, range(32)))
+                else:  # without its sign, which the inputs are given
+                    factor = vector.call("x86.avx2.psign.b", w.type, w, w)
+                order = [0, 0, 1, 1] * 2 if kind.is_int4 else [0] * 4 + [1] * 4
+                order = [halves * i + (half if kind.in_halves else 0) for half in order]
+                for token, total, product in zip(tokens, totals, scaled, strict=True):
+                    x = vector.load(place(3, token, n_blocks, 32), block, I8, 32)
+                    if not kind.is_int4:
+                        x = vector.call("x86.avx2.psign.b", x.type, x, w)
+                    pairs = vector.call("x86.avx2.pmadd.ub.sw", ir.VectorType(I16, 16), factor, x)
+                    ones, eight = vector.constant(I16, [1] * 16), ir.VectorType(I32, 8)
+                    fours = vector.call("x86.avx2.pmadd.wd", eight, pairs, ones)
+                    fours = build.sitofp(fours, ir.VectorType(F32, 8))
+                    vector.add_product(total, fours, vector.spread(product, order))
+        for token, total, other in zip(tokens, totals, others, strict=True):
+            result = build.fadd(vector.sum(total), vector.sum(other))
             out = build.add(place(7, token, n_rows, 4), build.mul(args[2], I64(4)))
             build.store(result, build.inttoptr(out, F32.as_pointer()))
         return context.get_dummy_value()
@@ -148,6 +243,9 @@ class _Vectors:
     def constant(self, kind, values):
         values = [kind(value) for value in values]
         return ir.Constant(ir.VectorType(kind, len(values)), values)
+
+    def zeros(self, n):
+        return alloca_once_value(self.build, self.constant(F32, [0.0] * n))
 
     def load(self, address, index, kind, n):
         """Load the vector of ``n`` elements at an index."""
