@@ -11,11 +11,12 @@ from math import prod
 
 import torch
 
+from llama.checkpoint.threads import in_threads
 from llama.layers.quantization import Grouped, StoredWeight
 
 Parts = tuple[torch.Tensor, ...]  # of n blocks: codes, scales and, if there are any, zeros
 
-_CHUNK = 1 << 20  # weights that are decoded at once: they fit a processor's cache
+_CHUNK = 1 << 18  # weights that a thread decodes at once: they fit a processor's cache
 _NL_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
 
@@ -41,10 +42,15 @@ def codes_of(kind: str, raw: torch.Tensor, shape: Sequence[int]) -> StoredWeight
     }
     targets = [stored[name].view(n_blocks, -1) for name in ("weight", *form.scale_names)]
     step = _CHUNK // block
-    for first, blocks in enumerate(raw.view(n_blocks, -1).split(step)):
-        for target, part in zip(targets, decode(blocks), strict=True):
+    blocks = raw.view(n_blocks, -1)
+
+    def decode_some(first: int) -> None:
+        some = slice(first, first + step)
+        for target, part in zip(targets, decode(blocks[some]), strict=True):
             # Packed codes are the lower bytes of larger numbers, and converted here.
-            target[first * step : first * step + len(part)] = part.view(len(part), -1)
+            target[some] = part.view(len(part), -1)
+
+    in_threads(decode_some, range(0, n_blocks, step))
     return stored
 
 

@@ -1,7 +1,6 @@
 """How weights are rounded to int8 and int4, for ``quantize=`` and ``llama.convert``."""
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 
@@ -10,6 +9,7 @@ import torch.nn.functional as F
 
 from llama.args import ModelArgs
 from llama.checkpoint.sharding import full_shapes
+from llama.checkpoint.threads import in_threads
 from llama.errors import short
 from llama.layers.quantization import Form, Grouped, Rotated, StoredWeight, hadamard, rotate
 
@@ -164,7 +164,6 @@ def round_weight(
     chunk = _CHUNK if weight.is_cpu else 1 << 23
     n_rows = max(1, chunk // weight.shape[1])
 
-    @torch.inference_mode()  # which a thread doesn't inherit
     def round_rows(first: int) -> None:
         rows = weight[first : first + n_rows]
         if isinstance(form, Rotated):
@@ -176,19 +175,11 @@ def round_weight(
 
     chunks = range(0, len(weight), n_rows)
     # Ranks exchange the largest elements of chunks in the same order.
-    in_threads = weight.is_cpu and isinstance(form, Grouped) and len(chunks) > 1
-    n_threads = torch.get_num_threads() if in_threads else 1
-    if n_threads == 1:
+    if weight.is_cpu and isinstance(form, Grouped):
+        in_threads(round_rows, chunks)
+    else:
         for first in chunks:
             round_rows(first)
-        return stored
-    # A thread for each core divides the work with less waiting than one operator after another.
-    with ThreadPoolExecutor(n_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        try:
-            for _ in pool.map(round_rows, chunks):
-                pass
-        finally:
-            torch.set_num_threads(n_threads)  # MKL's is common to all threads
     return stored
 
 

@@ -76,13 +76,22 @@ def test_zeros_of_weights_around_zero_are_small(name: str) -> None:
     assert error.norm() / expected.norm() < 1.2 * 2**-9
 
 
+@pytest.mark.parametrize("n_threads", [1, 3])
 @pytest.mark.parametrize("name", KINDS)
-def test_weights_are_decoded_some_at_a_time(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_are_decoded_some_at_a_time(
+    name: str, n_threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A failure means that blocks of large weights are mixed up, lost or left out."""
     raw = torch.from_numpy(random_blocks(Kind[name], SHAPE, np.random.default_rng(0))).flatten()
     whole = codes_of(name, raw, SHAPE)
     monkeypatch.setattr(gguf_codes, "_CHUNK", 1280)  # not a divisor of the weights
-    parts = codes_of(name, raw, SHAPE)
+    before = torch.get_num_threads()
+    torch.set_num_threads(n_threads)
+    try:
+        parts = codes_of(name, raw, SHAPE)
+        assert torch.get_num_threads() == n_threads
+    finally:
+        torch.set_num_threads(before)
     assert all(torch.equal(whole[part], parts[part]) for part in whole)
 
 
