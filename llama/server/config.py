@@ -173,7 +173,7 @@ def _checked_root(path: str) -> str:
     path = str(path).strip("/")
     if not re.fullmatch(r"([\w.~-]+(/[\w.~-]+)*)?", path, re.ASCII):
         raise ValueError(
-            f"--root_path is {short(path, 80)}: expected a path alone, such as /llama, under which a "
-            "proxy shows this server"
+            f"--root_path is {short(path, 80)}: expected a path alone, such as /llama, under which "
+            "a proxy shows this server"
         )
     return f"/{path}" if path else ""

@@ -69,8 +69,8 @@ class ContextLengthExceeded(ApiError):
         super().__init__(
             400,
             f"This model's maximum context length is {limit} tokens. However, your {field} "
-            f"resulted in {n_tokens} tokens{virtual}. Please reduce the length of the {field}, so that an "
-            "answer fits too, or start the server with a larger --max_seq_len.",
+            f"resulted in {n_tokens} tokens{virtual}. Please reduce the length of the {field}, so "
+            "that an answer fits too, or start the server with a larger --max_seq_len.",
             field,
             "context_length_exceeded",
         )
@@ -123,9 +123,7 @@ def _of_route(request: Request, error: HTTPException) -> ApiError:
 
 def _of_unread_body(request: Request, error: RequestValidationError) -> ApiError | None:
     """Return the error of a body that is missing or wasn't read as JSON; None for another one."""
-    if isinstance(
-        error.body, bytes
-    ):  # whose type isn't JSON's: any web page may send such a request
+    if isinstance(error.body, bytes):  # of another type, which any web page may send
         kind = request.headers.get("content-type")
         found = f"has the Content-Type {short(kind, 80)}" if kind else "has no Content-Type"
     elif error.body is None and error.errors()[0]["loc"] == ("body",):

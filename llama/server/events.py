@@ -40,32 +40,33 @@ class EventResponse(StreamingResponse):
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(events, media_type="text/event-stream", headers=headers)
         self._close = close
-        self._last_sent = 0.0
-        self._is_open = True
 
     async def stream_response(self, send: Send) -> None:
-        async def send_and_note(message: Message) -> None:
-            # Before it is sent: no comment may follow the last one.
-            self._last_sent, self._is_open = time.monotonic(), message.get("more_body", True)
-            await send(message)
+        lock, last_sent, is_open = asyncio.Lock(), time.monotonic(), True
 
-        self._last_sent = time.monotonic()
-        comments = asyncio.ensure_future(self._comment(send_and_note))
+        waiting = {"type": "http.response.body", "body": COMMENT, "more_body": True}
+
+        async def send_and_note(message: Message) -> None:
+            nonlocal last_sent, is_open
+            async with lock:
+                await send(message)
+                last_sent, is_open = time.monotonic(), message.get("more_body", True)
+
+        async def comment() -> None:
+            nonlocal last_sent
+            interval = FIRST_COMMENT
+            while is_open:
+                await asyncio.sleep(last_sent + interval - time.monotonic())
+                async with lock:  # a client that reads slowly needs no comment
+                    if is_open and time.monotonic() >= last_sent + interval:
+                        await send(waiting)
+                        last_sent, interval = time.monotonic(), COMMENT_INTERVAL
+
+        comments = asyncio.ensure_future(comment())
         try:
             await super().stream_response(send_and_note)
         finally:
             comments.cancel()
-
-    async def _comment(self, send: Send) -> None:
-        """Send a comment after each interval in which nothing was sent."""
-        interval = FIRST_COMMENT
-        while self._is_open:
-            wait = self._last_sent + interval - time.monotonic()
-            if wait > 0:
-                await asyncio.sleep(wait)
-                continue
-            interval = COMMENT_INTERVAL
-            await send({"type": "http.response.body", "body": COMMENT, "more_body": True})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
