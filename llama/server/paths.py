@@ -7,7 +7,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 def route_path(scope: Scope) -> str:
     """Return a request's path as routes have it, without the path of a proxy before it."""
     path: str = scope["path"]
-    return path.removeprefix(scope.get("root_path", ""))
+    # Below a mounted app, root_path has that app's own path too.
+    return path.removeprefix(scope.get("app_root_path", scope.get("root_path", "")))
 
 
 class UniformRequests:

@@ -13,7 +13,7 @@ import httpx
 import openai
 import pytest
 import torch
-from servers import post, serve
+from servers import serve
 
 from llama import Llama
 from llama.server import events
@@ -41,13 +41,13 @@ def with_page(app: Any, service: Any) -> Any:
 
 
 @pytest.fixture(scope="module", params=["alone", "with the page"])
-def url(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The API's address; Gradio must not take anything from it."""
+def client(request: pytest.FixtureRequest) -> Iterator[httpx.Client]:
+    """Of the API; the page must not take anything from it."""
     mount = None if request.param == "alone" else with_page
     if mount and find_spec("gradio") is None:
         pytest.skip("Gradio is not installed")
-    with serve(build(), mount=mount) as (found, _):
-        yield found
+    with serve(build(), mount=mount) as (url, _), httpx.Client(base_url=url, timeout=60) as client:
+        yield client
 
 
 def error_of(answer: httpx.Response, status: int) -> dict[str, Any]:
@@ -59,18 +59,18 @@ def error_of(answer: httpx.Response, status: int) -> dict[str, Any]:
     return error
 
 
-def test_head(url: str) -> None:
+def test_head(client: httpx.Client) -> None:
     """Monitors that ask by HEAD would take the server for dead."""
     for path in ("/health", "/v1/models", "/v1/models/tiny", "/docs", "/openapi.json", "/metrics"):
-        head, whole = httpx.head(url + path), httpx.get(url + path)
+        head, whole = client.head(path), client.get(path)
         assert head.status_code == 200 and head.content == b"", path
         assert head.headers["content-type"] == whole.headers["content-type"]
         if path != "/metrics":  # which have changed in the meantime
             assert head.headers["content-length"] == str(len(whole.content))
-    assert httpx.head(f"{url}/v1/models/gpt-4o").status_code == 404
+    assert client.head("/v1/models/gpt-4o").status_code == 404
 
 
-def test_wrong_methods(url: str) -> None:
+def test_wrong_methods(client: httpx.Client) -> None:
     """A client that mixes methods up would be told that there is no such path."""
     for method, path, allowed in (
         ("GET", "/v1/chat/completions", "POST"),
@@ -81,7 +81,7 @@ def test_wrong_methods(url: str) -> None:
         ("DELETE", "/v1/models/tiny", "GET, HEAD"),
         ("POST", "/health", "GET, HEAD"),
     ):
-        answer = httpx.request(method, url + path)
+        answer = client.request(method, path)
         assert answer.status_code == 405 and answer.headers["allow"] == allowed, (method, path)
         if method != "HEAD":
             error = error_of(answer, 405)
@@ -89,33 +89,34 @@ def test_wrong_methods(url: str) -> None:
             assert method in error["message"] and allowed in error["message"]
 
 
-def test_unknown_paths(url: str) -> None:
+def test_unknown_paths(client: httpx.Client) -> None:
     """Clients parse errors as JSON, and fail by another error where Gradio answers with text."""
     for path in ("/nothing", "/v1/nothing", "/v1", "/gradio_api/info", "/static-offline-docs/x"):
-        for method in ("GET", "POST"):
-            error = error_of(httpx.request(method, url + path), 404)
-            assert error["code"] == "not_found" and "'/" in error["message"]
-    error = error_of(httpx.post(f"{url}/chat/completions/", json=BODIES["chat/completions"]), 404)
+        error = error_of(client.get(path), 404)
+        assert error["code"] == "not_found" and f"'{path}'" in error["message"]
+    for path in ("/nothing", "/v1/nothing", "/v1", "/gradio_api/upload"):
+        error_of(client.post(path, json={}), 404)
+    error = error_of(client.post("/chat/completions/", json=BODIES["chat/completions"]), 404)
     assert "'/chat/completions'" in error["message"] and "/v1" in error["message"]
-    found = httpx.get(f"{url}/{'a' * 5000}%00%0aevil").json()["error"]["message"]
+    found = client.get(f"/{'a' * 5000}%00%0aevil").json()["error"]["message"]
     assert len(found) < 300 and "\n" not in found and "\0" not in found
 
 
-def test_slashes_at_the_end(url: str) -> None:
+def test_slashes_at_the_end(client: httpx.Client) -> None:
     """Many clients send no body again, or none at all, to where they are redirected."""
     for path, body in BODIES.items():
         for slashes in ("/", "//"):
-            assert post(f"{url}/v1/{path}{slashes}", body).status_code == 200, path
+            assert client.post(f"/v1/{path}{slashes}", json=body).status_code == 200, path
     for path in ("/health/", "/v1/models/", "/v1/models/tiny/", "/docs/", "/metrics/"):
-        assert httpx.get(url + path).status_code == 200, path
-    assert httpx.get(f"{url}/v1/models/").json()["object"] == "list"
+        assert client.get(path).status_code == 200, path
+    assert client.get("/v1/models/").json()["object"] == "list"
 
 
 def test_the_page_takes_its_own_methods_only() -> None:
     """A client with a wrong address gets the API's errors, and the page goes on working."""
     if find_spec("gradio") is None:
         pytest.skip("Gradio is not installed")
-    with serve(build(), mount=with_page) as (url, _):
+    with serve(build(), mount=with_page) as (url, _), httpx.Client(base_url=url) as client:
         for method, path, status, allowed in (
             ("GET", "/", 200, None),
             ("HEAD", "/", 200, None),
@@ -125,7 +126,7 @@ def test_the_page_takes_its_own_methods_only() -> None:
             ("GET", "/gradio_api/queue/join", 405, "POST"),
             ("POST", "/gradio_api/upload", 404, None),
         ):
-            answer = httpx.request(method, url + path)
+            answer = client.request(method, path)
             assert answer.status_code == status, (method, path)
             assert answer.headers.get("allow") == allowed
             if status > 400:
@@ -134,29 +135,29 @@ def test_the_page_takes_its_own_methods_only() -> None:
                 assert answer.content == b""
 
 
-def exchange(url: str, request: str) -> str:
-    """The answer to a request as it stands."""
-    with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=20) as client:
-        client.sendall(request.encode())
-        client.shutdown(socket.SHUT_WR)
-        return b"".join(iter(lambda: client.recv(10_000), b"")).decode()
+def exchange(client: httpx.Client, request: str) -> str:
+    """The answer to a request as it stands, up to the connection's end."""
+    address = ("127.0.0.1", client.base_url.port or 0)
+    with socket.create_connection(address, timeout=20) as connection:
+        connection.sendall(request.encode())
+        return b"".join(iter(lambda: connection.recv(10_000), b"")).decode()
 
 
-def test_http_1_0(url: str) -> None:
+def test_http_1_0(client: httpx.Client) -> None:
     """Load balancers check by HTTP/1.0 without a host, and nginx passes requests on in it."""
-    assert exchange(url, "GET /health HTTP/1.0\r\n\r\n").startswith("HTTP/1.1 200")
+    assert exchange(client, "GET /health HTTP/1.0\r\n\r\n").startswith("HTTP/1.1 200")
     named = "GET /health HTTP/1.0\r\nHost: {}\r\n\r\n"
-    assert exchange(url, named.format("localhost")).startswith("HTTP/1.1 200")
+    assert exchange(client, named.format("localhost")).startswith("HTTP/1.1 200")
     for host in ("evil.example", ""):
-        assert exchange(url, named.format(host)).startswith("HTTP/1.1 403"), host
-    assert exchange(url, "GET /health HTTP/1.1\r\n\r\n").startswith("HTTP/1.1 400")
+        assert exchange(client, named.format(host)).startswith("HTTP/1.1 403"), host
+    assert exchange(client, "GET /health HTTP/1.1\r\n\r\n").startswith("HTTP/1.1 400")
     body = json.dumps({"prompt": "Once", "max_tokens": 3, "stream": True})
     head = f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
-    answer = exchange(url, f"POST /v1/completions HTTP/1.0\r\n{head}\r\n{body}")
+    answer = exchange(client, f"POST /v1/completions HTTP/1.0\r\n{head}\r\n{body}")
     assert answer.startswith("HTTP/1.1 200") and answer.endswith("data: [DONE]\n\n")
 
 
-def test_the_content_type_is_named(url: str) -> None:
+def test_the_content_type_is_named(client: httpx.Client) -> None:
     """Who sends JSON as a form, as curl does by default, can't guess the header from the error."""
     text = json.dumps(BODIES["chat/completions"]).encode()
     for headers, content, found in (
@@ -168,19 +169,17 @@ def test_the_content_type_is_named(url: str) -> None:
         ({}, b"", "has no body"),
     ):
         for path in ("chat/completions", "responses", "embeddings"):
-            answer = httpx.post(f"{url}/v1/{path}", headers=headers, content=content)
+            answer = client.post(f"/v1/{path}", headers=headers, content=content)
             error = error_of(answer, 400)
             assert found in error["message"] and len(error["message"]) < 250
             assert "'Content-Type: application/json'" in error["message"]
             assert error["param"] is None
     for kind in ("application/json; charset=utf-8", "Application/JSON", "application/x+json"):
-        answer = httpx.post(
-            f"{url}/v1/chat/completions", headers={"Content-Type": kind}, content=text
-        )
+        answer = client.post("/v1/chat/completions", headers={"Content-Type": kind}, content=text)
         assert answer.status_code == 200, kind
 
 
-def test_too_long_a_prompt(url: str) -> None:
+def test_too_long_a_prompt(client: httpx.Client) -> None:
     """Frameworks shorten a dialog and try again if they recognise OpenAI's words and code."""
     long = "cow " * 400
     for path, body, field in (
@@ -190,7 +189,7 @@ def test_too_long_a_prompt(url: str) -> None:
         ("completions", {"prompt": [5] * 256, "stream": True}, "prompt"),
         ("embeddings", {"input": long}, "input"),
     ):
-        error = error_of(post(f"{url}/v1/{path}", body), 400)
+        error = error_of(client.post(f"/v1/{path}", json=body), 400)
         assert error["code"] == "context_length_exceeded" and error["param"] == field
         assert error["type"] == "invalid_request_error"
         told = re.fullmatch(
@@ -199,26 +198,29 @@ def test_too_long_a_prompt(url: str) -> None:
             error["message"],
         )
         assert told and told[1] == field and int(told[2]) >= 256
-    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+    package = openai.OpenAI(base_url=f"{client.base_url}/v1", api_key="none", max_retries=0)
     with pytest.raises(openai.BadRequestError) as caught:
-        client.completions.create(model="tiny", prompt=long)
+        package.completions.create(model="tiny", prompt=long)
     assert caught.value.code == "context_length_exceeded"
 
 
-def test_a_foreign_host_is_told_what_to_set(url: str) -> None:
+def test_a_foreign_host_is_told_what_to_set(client: httpx.Client) -> None:
     """Whoever puts a proxy in front would search for the reason of a bare 403."""
-    answer = httpx.get(f"{url}/v1/models", headers={"Host": "llm.example"})
+    answer = client.get("/v1/models", headers={"Host": "llm.example"})
     error = error_of(answer, 403)
     assert error["code"] == "forbidden_host"
     for part in ("'llm.example'", "--api_key", "LLAMA_API_KEY", "'Host: localhost'"):
         assert part in error["message"]
-    answer = httpx.get(f"{url}/v1/models", headers={"Host": "x" * 3000})
+    answer = client.get("/v1/models", headers={"Host": "x" * 3000})
     assert len(error_of(answer, 403)["message"]) < 400
 
 
 def test_x_api_key() -> None:
     """Clients that send their key in this header would be refused; a wrong key opens nothing."""
-    with serve(build(), api_key="secret-é") as (url, _):
+    with (
+        serve(build(), api_key="secret-é") as (url, _),
+        httpx.Client(base_url=url) as client,
+    ):
         key = "secret-é".encode()
         for headers, status in (
             ({b"X-API-Key": key}, 200),
@@ -229,13 +231,13 @@ def test_x_api_key() -> None:
             ({b"x-api-key": b"Bearer " + key}, 401),
             ({}, 401),
         ):
-            assert httpx.get(f"{url}/v1/models/", headers=headers).status_code == status, headers
-        assert "X-API-Key" in httpx.get(f"{url}/v1/models").json()["error"]["message"]
+            assert client.get("/v1/models/", headers=headers).status_code == status, headers
+        assert "X-API-Key" in client.get("/v1/models").json()["error"]["message"]
         # No spelling of a public path opens another one.
-        assert httpx.get(f"{url}/health/").status_code == 200
-        assert httpx.head(f"{url}/health").status_code == 200
-        for path in ("/health/x", "/v1/models/health", "/x/health", "//health"):
-            assert httpx.get(url + path).status_code == 401, path
+        assert client.get("/health/").status_code == 200
+        assert client.head("/health").status_code == 200
+        for path in ("/health/x", "/v1/models/health", "/x/health", "/health//x"):
+            assert client.get(path).status_code == 401, path
 
 
 def test_below_a_path_of_a_proxy() -> None:
@@ -300,9 +302,9 @@ def test_streams_that_wait(monkeypatch: pytest.MonkeyPatch) -> None:
 
     llama.model.hidden_states = hidden_states  # type: ignore[method-assign]
     paths = ("completions", "chat/completions", "responses")  # the first is read, the others wait
-    with serve(llama) as (url, _), httpx.Client(timeout=20) as client:
+    with serve(llama) as (url, _), httpx.Client(timeout=20) as http:
         streams = [
-            client.stream("POST", f"{url}/v1/{path}", json={**BODIES[path], "stream": True})
+            http.stream("POST", f"{url}/v1/{path}", json={**BODIES[path], "stream": True})
             for path in paths
         ]
         lines = [stream.__enter__().iter_lines() for stream in streams]
@@ -372,9 +374,9 @@ def test_comments_keep_out_of_events(monkeypatch: pytest.MonkeyPatch) -> None:
     assert body.count(events.COMMENT) >= 2 and not sent[-1]["more_body"]
 
 
-def test_a_stream_that_flows_has_no_comments(url: str) -> None:
+def test_a_stream_that_flows_has_no_comments(client: httpx.Client) -> None:
     """Scripts that split a stream by lines and parse them all would fail, for nothing."""
     assert events.FIRST_COMMENT <= 3 and 2 <= events.COMMENT_INTERVAL <= 10
     for path in ("completions", "chat/completions", "responses"):
-        answer = post(f"{url}/v1/{path}", {**BODIES[path], "stream": True})
+        answer = client.post(f"/v1/{path}", json={**BODIES[path], "stream": True})
         assert not re.search("^:", answer.text, re.MULTILINE)
