@@ -12,7 +12,9 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from llama.errors import short
 from llama.server.errors import ApiError
+from llama.server.paths import route_path
 
 PUBLIC_PATHS = ("/health",)  # need no key
 POLL_INTERVAL = 0.2  # seconds between checks for shutdown, while a body arrives
@@ -35,12 +37,32 @@ def _is_loopback_authority(host: str) -> bool:
         return False
 
 
+def _names_this_machine(scope: Scope, headers: Headers) -> bool:
+    if "host" not in headers:
+        # Health checks may send none in HTTP/1.0. A browser, whose pages may come from anywhere,
+        # always sends one.
+        return bool(scope["http_version"] == "1.0")
+    return _is_loopback_authority(headers["host"])
+
+
+def _credentials(authorization: str) -> bytes:
+    """Return the key in a header; an empty one, which no server has, if there is none."""
+    scheme, _, credentials = authorization.partition(" ")
+    key = credentials.strip(" ").encode("latin-1")
+    if scheme.lower() == "basic":
+        try:
+            return base64.b64decode(key, validate=True).partition(b":")[2]
+        except binascii.Error:
+            return b""
+    return key if scheme.lower() == "bearer" else b""
+
+
 class AccessControl:
     """ASGI middleware that checks each request.
 
     Args:
-        api_key: the key required as ``Authorization: Bearer``, or from a browser as the password
-            of ``Basic``; None requires none.
+        api_key: the key required as ``Authorization: Bearer`` or ``X-API-Key``, or from a browser
+            as the password of ``Basic``; None requires none.
         local: answer only requests whose host is this machine, which prevents DNS rebinding by
             web pages elsewhere.
         max_body: bytes of a request's body, at most.
@@ -67,7 +89,7 @@ class AccessControl:
                 await self._app(scope, receive, send)
             return  # web sockets aren't supported
         headers = Headers(scope=scope)
-        error = self._refusal(scope["path"], headers)
+        error = self._refusal(scope, headers)
         if error is not None:
             await error.response()(scope, receive, send)
             return
@@ -95,13 +117,21 @@ class AccessControl:
         finally:
             part.cancel()
 
-    def _refusal(self, path: str, headers: Headers) -> ApiError | None:
-        if self._local and not _is_loopback_authority(headers.get("host", "")):
-            return ApiError(403, "the request's host isn't this machine", code="forbidden_host")
-        if self._key is not None and path not in PUBLIC_PATHS and not self._has_key(headers):
+    def _refusal(self, scope: Scope, headers: Headers) -> ApiError | None:
+        if self._local and not _names_this_machine(scope, headers):
+            return ApiError(
+                403,
+                f"the request is for the host {short(headers.get('host', ''), 80)}, and without a "
+                "key only localhost and 127.0.0.1 are answered: start the server with --api_key or "
+                "LLAMA_API_KEY, or let the proxy send 'Host: localhost'",
+                code="forbidden_host",
+            )
+        is_public = self._key is None or route_path(scope) in PUBLIC_PATHS
+        if not is_public and not self._has_key(headers):
             return ApiError(
                 401,
-                "an API key is needed: send it as 'Authorization: Bearer KEY', or as the password",
+                "an API key is needed: send it as 'Authorization: Bearer KEY', as 'X-API-Key: KEY' "
+                "or as the password",
                 headers={"WWW-Authenticate": 'Basic realm="llama", charset="UTF-8"'},
             )
         if "transfer-encoding" in headers and "content-length" in headers:
@@ -117,16 +147,11 @@ class AccessControl:
         return None
 
     def _has_key(self, headers: Headers) -> bool:
-        scheme, _, credentials = headers.get("authorization", "").partition(" ")
-        key = credentials.strip(" ").encode("latin-1")
-        if scheme.lower() == "basic":
-            try:
-                _, _, key = base64.b64decode(key, validate=True).partition(b":")
-            except binascii.Error:
-                return False
-        elif scheme.lower() != "bearer":
-            return False
-        return self._key is not None and hmac.compare_digest(key, self._key)
+        given = [
+            _credentials(headers.get("authorization", "")),
+            headers.get("x-api-key", "").strip(" ").encode("latin-1"),
+        ]
+        return self._key is not None and any(hmac.compare_digest(k, self._key) for k in given)
 
     def _too_large(self) -> str:
         return f"the request is larger than {self._max_body} bytes"

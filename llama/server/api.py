@@ -11,6 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from llama.server import dialogs, responses, schemas, schemas_chat, schemas_responses, tasks
 from llama.server.access import AccessControl
 from llama.server.errors import ErrorMiddleware, add_error_handlers
+from llama.server.paths import UniformRequests
 from llama.server.service import Service
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
@@ -18,7 +19,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     for status, text in (
         (400, "The request is wrong."),
         (401, "The API key is missing or wrong."),
-        (403, "The request names another host."),
+        (403, "The request names another host, and the server has no key."),
         (404, "There is no such model."),
         (413, "The request is too large."),
         (429, "The queue is full: try again later."),
@@ -35,7 +36,10 @@ def make_app(service: Service) -> FastAPI:
     config = service.config
     # FastAPI's own page at /docs loads its style sheets and scripts from other hosts.
     app = FastAPIOffline(
-        title="llama", summary="Text, chat and infilling by a Llama", redoc_url=None
+        title="llama",
+        summary="Text, chat and infilling by a Llama",
+        redoc_url=None,
+        redirect_slashes=False,  # UniformRequests takes them off
     )
     add_error_handlers(app)
     app.include_router(_routes(service))
@@ -58,6 +62,7 @@ def make_app(service: Service) -> FastAPI:
         allow_private_network=bool(config.origins),
     )
     app.add_middleware(RequestCounter, service=service)
+    app.add_middleware(UniformRequests, root_path=config.root_path)
     return app
 
 

@@ -1,6 +1,7 @@
 """The flags of the server."""
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,8 @@ class ServerConfig:
         max_body: bytes of a request, at most.
         cors: origins whose web pages may call the API, such as https://example.com, separated by
             commas.
+        root_path: the path under which a proxy shows this server, such as /llama, whether or not
+            it passes that on.
         page: serve a web page at /.
         log_prompts: write prompts to the log.
         guard_dir: a checkpoint of Llama Guard to check all prompts and answers with.
@@ -81,6 +84,7 @@ class ServerConfig:
     timeout: float = 600.0
     max_body: int = 1_000_000
     cors: str = ""
+    root_path: str = ""
     page: bool = True
     log_prompts: bool = False
     guard_dir: str | None = None
@@ -102,6 +106,7 @@ class ServerConfig:
         self.lora_directories()
         key = self.api_key or os.environ.get("LLAMA_API_KEY") or None
         object.__setattr__(self, "api_key", key)
+        object.__setattr__(self, "root_path", _checked_root(self.root_path))
         if key is None and not is_loopback(self.host):
             raise ValueError(
                 f"{self.host} can be reached from other machines: set the environment variable "
@@ -161,3 +166,14 @@ class ServerConfig:
         With a key this isn't checked, as a proxy may call this machine by another name.
         """
         return is_loopback(self.host) and self.api_key is None
+
+
+def _checked_root(path: str) -> str:
+    """Return a path that begins with a slash and doesn't end with one, or an empty text."""
+    path = str(path).strip("/")
+    if not re.fullmatch(r"([\w.~-]+(/[\w.~-]+)*)?", path, re.ASCII):
+        raise ValueError(
+            f"--root_path is {short(path, 80)}: expected a path alone, such as /llama, under which "
+            "a proxy shows this server"
+        )
+    return f"/{path}" if path else ""

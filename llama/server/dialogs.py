@@ -12,7 +12,7 @@ from llama.engine.sequence import Sequence as EngineSequence
 from llama.errors import PromptTooLong, WrongForm
 from llama.server import schemas_chat as schemas
 from llama.server.answers import Answers, Piece
-from llama.server.errors import ApiError
+from llama.server.errors import ApiError, ContextLengthExceeded
 from llama.server.events import Events, collect, json_response, stream, unless_disconnected
 from llama.server.schemas import FinishReason
 from llama.server.scores import Scores, new_id, usage
@@ -105,7 +105,10 @@ async def submit_dialog(
             raise ApiError(400, str(error), names[0]) from error
 
     has_form = sampling.get("response_format") is not None or bool(chosen.offered)
-    answers = await service.submit(make, n, n, [dialog], timeout, has_form)
+    try:
+        answers = await service.submit(make, n, n, [dialog], timeout, has_form)
+    except ContextLengthExceeded as error:
+        raise error.of(names[0]) from error
     return answers, [Turn(tasks.answer_parser(chosen)) for _ in answers.jobs]
 
 

@@ -11,6 +11,8 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from llama.errors import short
+from llama.server.paths import route_path
 from llama.server.schemas import ErrorAnswer
 
 logger = logging.getLogger(__name__)
@@ -18,6 +20,7 @@ logger = logging.getLogger(__name__)
 _KINDS = {
     401: ("authentication_error", "invalid_api_key"),
     404: ("invalid_request_error", "not_found"),
+    405: ("invalid_request_error", "method_not_allowed"),
     413: ("invalid_request_error", "request_too_large"),
     429: ("rate_limit_error", "queue_full"),
     503: ("server_error", "shutting_down"),
@@ -51,6 +54,32 @@ class ApiError(Exception):
         return JSONResponse(self.body(), self.status, self.headers)
 
 
+class ContextLengthExceeded(ApiError):
+    """A prompt leaves no room for an answer, told in OpenAI's words, by which clients know it.
+
+    Args:
+        limit: tokens of a prompt and its answer together, at most.
+        n_virtual: the virtual tokens of an adapter in front of the prompt.
+        field: the request's field that has the prompt.
+    """
+
+    def __init__(self, limit: int, n_tokens: int, n_virtual: int = 0, field: str = "prompt"):
+        self._numbers = (limit, n_tokens, n_virtual)
+        virtual = f" behind the adapter's {n_virtual} virtual ones" if n_virtual else ""
+        super().__init__(
+            400,
+            f"This model's maximum context length is {limit} tokens. However, your {field} "
+            f"resulted in {n_tokens} tokens{virtual}. Please reduce the length of the {field}, so "
+            "that an answer fits too, or start the server with a larger --max_seq_len.",
+            field,
+            "context_length_exceeded",
+        )
+
+    def of(self, field: str) -> "ContextLengthExceeded":
+        """Return the same error of another field."""
+        return ContextLengthExceeded(*self._numbers, field)
+
+
 def add_error_handlers(app: FastAPI) -> None:
     """Make an app answer all errors in OpenAI's format."""
 
@@ -60,11 +89,13 @@ def add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def no_route(request: Request, error: HTTPException) -> JSONResponse:
-        headers = error.headers or {}
-        return ApiError(error.status_code, str(error.detail), headers=headers).response()
+        return _of_route(request, error).response()
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        unread = _of_unread_body(request, error)
+        if unread is not None:
+            return unread.response()
         # Of the variants of a union, the one that fits best is wrong at the deepest place.
         first = max(error.errors(), key=lambda found: len(found["loc"]))
         param = _param(first["loc"][1:], error.body, first["type"] == "missing")
@@ -74,6 +105,32 @@ def add_error_handlers(app: FastAPI) -> None:
         if first["type"] == "json_invalid":
             param, message = None, "the body is not JSON"
         return ApiError(400, f"{param}: {message}" if param else message, param).response()
+
+
+def _of_route(request: Request, error: HTTPException) -> ApiError:
+    """Return the error of a path or a method that isn't served; others keep their text."""
+    headers, message = dict(error.headers or {}), str(error.detail)
+    path = short(route_path(request.scope), 80)
+    if error.status_code == 404:
+        message = f"there is nothing at {path}: the API's paths begin with /v1, and /docs lists all"
+    elif error.status_code == 405:
+        methods = {method.strip() for method in headers.get("Allow", "").split(",")}
+        methods |= {"HEAD"} if "GET" in methods else set()
+        headers["Allow"] = ", ".join(sorted(methods))
+        message = f"{path} takes no {short(request.method)} requests: send {headers['Allow']}"
+    return ApiError(error.status_code, message, headers=headers)
+
+
+def _of_unread_body(request: Request, error: RequestValidationError) -> ApiError | None:
+    """Return the error of a body that is missing or wasn't read as JSON; None for another one."""
+    if isinstance(error.body, bytes):  # of another type, which any web page may send
+        kind = request.headers.get("content-type")
+        found = f"has the Content-Type {short(kind, 80)}" if kind else "has no Content-Type"
+    elif error.body is None and error.errors()[0]["loc"] == ("body",):
+        found = "has no body"
+    else:
+        return None
+    return ApiError(400, f"the request {found}: send JSON with 'Content-Type: application/json'")
 
 
 def _param(location: Sequence[str | int], body: Any, is_missing: bool) -> str | None:

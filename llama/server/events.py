@@ -1,6 +1,7 @@
 """Responses, whole or as server-sent events; both end when the client disconnects."""
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterable
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -9,11 +10,15 @@ from typing import Any, TypeVar
 from fastapi import Request, Response
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from llama.server.answers import Answers, Piece
 from llama.server.errors import ApiError
 from llama.server.schemas import ErrorAnswer
+
+FIRST_COMMENT = 1.0  # seconds: some proxies pass no headers on before there is a body
+COMMENT_INTERVAL = 5.0  # seconds of silence; proxies cut off a stream after 30 or more
+COMMENT = b": waiting\n\n"
 
 T = TypeVar("T")
 
@@ -25,12 +30,43 @@ async def json_response(build: Callable[[], BaseModel]) -> Response:
 
 
 class EventResponse(StreamingResponse):
-    """Server-sent events; ``close`` is called at their end, whatever the reason."""
+    """Server-sent events, and comments while there are none, by which proxies see a live stream.
+
+    Args:
+        close: called at their end, whatever the reason.
+    """
 
     def __init__(self, events: AsyncIterator[bytes], close: Callable[[], None]):
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(events, media_type="text/event-stream", headers=headers)
         self._close = close
+
+    async def stream_response(self, send: Send) -> None:
+        lock, last_sent, is_open = asyncio.Lock(), time.monotonic(), True
+
+        waiting = {"type": "http.response.body", "body": COMMENT, "more_body": True}
+
+        async def send_and_note(message: Message) -> None:
+            nonlocal last_sent, is_open
+            async with lock:
+                await send(message)
+                last_sent, is_open = time.monotonic(), message.get("more_body", True)
+
+        async def comment() -> None:
+            nonlocal last_sent
+            interval = FIRST_COMMENT
+            while is_open:
+                await asyncio.sleep(last_sent + interval - time.monotonic())
+                async with lock:  # a client that reads slowly needs no comment
+                    if is_open and time.monotonic() >= last_sent + interval:
+                        await send(waiting)
+                        last_sent, interval = time.monotonic(), COMMENT_INTERVAL
+
+        comments = asyncio.ensure_future(comment())
+        try:
+            await super().stream_response(send_and_note)
+        finally:
+            comments.cancel()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:

@@ -15,12 +15,13 @@ import gradio as gr
 from fastapi import FastAPI
 from gradio import processing_utils, queueing
 from starlette.middleware import Middleware
+from starlette.routing import Mount
 
 from llama.chat.prompts import Message, Role, content_text
 from llama.sampling import SamplingParams
 from llama.server.errors import log_failure
 from llama.server.page_input import checked_input
-from llama.server.page_security import same_origin_only
+from llama.server.page_security import PageMount, same_origin_only
 
 UPDATE_INTERVAL = 0.08  # seconds between updates of a growing text, which take milliseconds each
 MAX_THREADS = 1000  # concurrent texts; Gradio's own limit is 40
@@ -118,7 +119,7 @@ def mount_page(app: FastAPI, backend: PageBackend) -> FastAPI:
         font=["system-ui", "sans-serif"],
         font_mono=["ui-monospace", "monospace"],
     )
-    return gr.mount_gradio_app(
+    gr.mount_gradio_app(
         app,
         page,
         "/",
@@ -131,6 +132,10 @@ def mount_page(app: FastAPI, backend: PageBackend) -> FastAPI:
         css=CSS,
         app_kwargs={"middleware": middleware},
     )
+    mounted = app.router.routes.pop()
+    assert isinstance(mounted, Mount)
+    app.router.routes.append(PageMount("", mounted.app))
+    return app
 
 
 def only_text(content: Any) -> dict[str, str]:

@@ -19,7 +19,7 @@ from llama.guards import InputGuard, StreamGuard, input_refusal
 from llama.sampling import SamplingParams
 from llama.server.answers import Answers, GuardExecutor, timed_out
 from llama.server.config import ServerConfig
-from llama.server.errors import ApiError
+from llama.server.errors import ApiError, ContextLengthExceeded
 from llama.server.loop import Draining, EngineLoop, Job, QueueFull, Update
 from llama.server.metrics import Metrics
 
@@ -128,7 +128,7 @@ class Service:
         try:
             sequences = await asyncio.get_running_loop().run_in_executor(threads, make)
         except PromptTooLong as error:
-            raise self._too_long(error.n_tokens, error.n_virtual) from error
+            raise self._too_long(error.n_tokens, error.n_virtual, is_chat) from error
         except WrongForm as error:
             raise ApiError(400, str(error), "response_format") from error
         except ImportError as error:  # of what compiles forms
@@ -143,19 +143,13 @@ class Service:
                 raise ApiError(400, f"token ids end with {n_words - 1}")
             leaves_room = len(sequence.input_ids) < self.max_tokens or sequence.is_read_only
             if not leaves_room and sequence.params.max_gen_len != 0:
-                raise self._too_long(len(sequence.prompt), sequence.n_virtual)
+                raise self._too_long(len(sequence.prompt), sequence.n_virtual, is_chat)
         _check_scores(sequences)
         return sequences
 
-    def _too_long(self, n_tokens: int, n_virtual: int) -> ApiError:
-        virtual = f" behind the model's {n_virtual} virtual ones" if n_virtual else ""
-        return ApiError(
-            400,
-            f"the prompt has {n_tokens} tokens{virtual}, which leaves no room for an answer in the "
-            f"{self.max_tokens} that the server has for both: shorten it, or start the server with "
-            "a larger --max_seq_len",
-            code="context_length_exceeded",
-        )
+    def _too_long(self, n_tokens: int, n_virtual: int, is_chat: bool) -> ApiError:
+        field = "messages" if is_chat else "prompt"
+        return ContextLengthExceeded(self.max_tokens, n_tokens, n_virtual, field)
 
     def _queue_full(self) -> ApiError:
         seconds = min(60, max(1, round(self._mean_seconds)))

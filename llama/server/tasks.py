@@ -12,7 +12,7 @@ from llama.adapters import n_virtual
 from llama.engine.sequence import Sequence
 from llama.server import schemas
 from llama.server.answers import Piece
-from llama.server.errors import ApiError
+from llama.server.errors import ApiError, ContextLengthExceeded
 from llama.server.events import Events, collect, json_response, stream, unless_disconnected
 from llama.server.scores import Scores, new_id, usage
 from llama.server.service import Service
@@ -86,7 +86,10 @@ async def embed(service: Service, body: schemas.EmbeddingRequest, request: Reque
     texts = _prompts(body.input)
     tasks = service.llama.tasks
     submission = service.submit(lambda: tasks.read(texts, "mean", adapter), len(texts))
-    answers = await unless_disconnected(request, submission)
+    try:
+        answers = await unless_disconnected(request, submission)
+    except ContextLengthExceeded as error:
+        raise error.of("input") from error
     await collect(request, answers)
 
     def build() -> schemas.Embeddings:

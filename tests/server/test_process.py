@@ -6,6 +6,7 @@ import re
 import signal
 import socket
 import threading
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 
 import httpx
@@ -40,10 +41,11 @@ def url_of(server: Started) -> str:
 LONG = {"prompt": "Once", "max_tokens": 1900, "temperature": 3.0, "seed": 1, "stream": True}
 
 
-def finish_reason(lines: list[str]) -> str | None:
+def finish_reason(lines: Iterable[str]) -> str | None:
     """Of a stream's events, which must have come to their end."""
-    assert lines[-1] == "data: [DONE]"
-    return json.loads(lines[-2].removeprefix("data: "))["choices"][0]["finish_reason"]
+    events = [line.removeprefix("data: ") for line in lines if line.startswith("data: ")]
+    assert events[-1] == "[DONE]"
+    return json.loads(events[-2])["choices"][0]["finish_reason"]
 
 
 def test_sigterm_lets_answers_finish() -> None:
@@ -60,7 +62,10 @@ def test_sigterm_lets_answers_finish() -> None:
             server.send_signal(signal.SIGTERM)
             wait_until(lambda: httpx.get(f"{url}/health").status_code == 503)
             assert client.post(f"{url}/v1/completions", json={}).status_code == 503
-            assert finish_reason([line for line in lines if line]) in ("stop", "length")
+            assert finish_reason(lines) in (
+                "stop",
+                "length",
+            )
         assert server.wait(60) == 0, server.output
 
 
@@ -176,7 +181,10 @@ def test_two_ranks_drain() -> None:
             next(lines)
             server.send_signal(signal.SIGTERM)
             wait_for(server, "shutting down: 1 sequences are running")
-            assert finish_reason([line for line in lines if line]) in ("stop", "length")
+            assert finish_reason(lines) in (
+                "stop",
+                "length",
+            )
         server.wait(60)
         wait_for(server, "Finished server process")
         assert "the engine failed" not in server.output and "is gone" not in server.output
