@@ -84,7 +84,9 @@ def busy(request: pytest.FixtureRequest, llama: Llama) -> Iterator[tuple[str, An
         wait_until(lambda: served.loop.n_active > 1)
         yield url, served
         thread.join()
-        wait_until(lambda: idle(served), 2)
+        passes = served.loop.counts.passes
+        wait_until(lambda: idle(served))
+        assert served.loop.counts.passes - passes < 40, "it went on without its client"
 
 
 @pytest.mark.parametrize(
