@@ -1,11 +1,11 @@
 """Many concurrent requests of all kinds, some cancelled, some malformed: no errors, no leaks.
 
-    python benchmarks/soak.py                    # 2,000 requests to a server of the embedded model
-    python benchmarks/soak.py --n_requests 100
+    python benchmarks/soak.py                    # for an hour, to a server of the embedded model
+    python benchmarks/soak.py --seconds 10
 
-The answers, also sampled ones, are compared with those of ``Llama``'s own calls in float32. At the
-end all slots must be free, and the server's resident memory about the same as after the first
-quarter of the requests.
+The answers, also sampled ones, are compared with those of ``Llama``'s own calls in float32, and so
+are vectors. At the end all slots must be free, and the server's resident memory about the same as
+after a quarter of the time.
 """
 
 import asyncio
@@ -31,15 +31,16 @@ MAX_SEQ_LEN = 256
 
 
 class Case(NamedTuple):
-    """A request and the expected texts."""
+    """A request, and the expected texts or vectors."""
 
     path: str
     body: dict[str, Any]
     texts: list[str]
+    vectors: torch.Tensor | None = None  # shape (n, dim), of length 1
 
 
 def make_cases(llama: Llama, rng: random.Random, n: int = 60) -> list[Case]:
-    """Return requests for chats, texts and middles, with the answers of ``llama`` to each alone."""
+    """Return requests of all kinds, with the answers of ``llama`` to each alone."""
     animals = ["cow", "duck", "bee", "dog", "cat", "horse"]
     cases = []
     for i in range(n):
@@ -47,7 +48,14 @@ def make_cases(llama: Llama, rng: random.Random, n: int = 60) -> list[Case]:
         limit = rng.choice([4, 12, 40])
         body: dict[str, Any] = {**settings, "max_tokens": limit, "stream": rng.random() < 0.6}
         settings["max_gen_len"] = limit
-        kind = i % 3
+        kind = i % 4
+        if rng.random() < 0.2:
+            body["cache_salt"] = rng.choice(["a", "b"])
+        if kind == 3:
+            texts = [f"The {rng.choice(animals)} number {j}" for j in range(rng.choice([1, 3, 90]))]
+            vectors = torch.nn.functional.normalize(llama.embed(texts))
+            cases.append(Case("/v1/embeddings", {"input": texts, "stream": False}, [], vectors))
+            continue
         if kind == 0:
             system = [{"role": "system", "content": "You are a pirate."}] * (i % 2)
             question = f"What does the {rng.choice(animals)} {rng.choice(['say', 'eat'])}?"
@@ -56,7 +64,7 @@ def make_cases(llama: Llama, rng: random.Random, n: int = 60) -> list[Case]:
             texts = [results[0]["generation"]["content"]]
             body["messages"] = dialog
         elif kind == 1:
-            n_answers = rng.choice([1, 1, 3])
+            n_answers = rng.choice([1, 1, 3, 12])
             prompt = f"The {rng.choice(animals)} and the {rng.choice(animals)} " * rng.choice(
                 [1, 9]
             )
@@ -87,6 +95,21 @@ MALFORMED: list[tuple[str, bytes]] = [
 ]
 
 
+async def check_vectors(client: httpx.AsyncClient, case: Case) -> None:
+    """Send a request for vectors; raise AssertionError for wrong ones."""
+    answer = await client.post(case.path, json={"input": case.body["input"]})
+    answer.raise_for_status()
+    found = torch.tensor([each["embedding"] for each in answer.json()["data"]])
+    assert case.vectors is not None
+    assert torch.allclose(found, case.vectors, atol=1e-4), f"{case.body}: wrong vectors"
+
+
+async def check_texts(client: httpx.AsyncClient, case: Case) -> None:
+    """Send a request for texts; raise AssertionError for wrong ones."""
+    texts = await ask(client, case)
+    assert texts == case.texts, f"{case.body}: {texts} instead of {case.texts}"
+
+
 async def ask(client: httpx.AsyncClient, case: Case) -> list[str]:
     """Send a request, and return the texts of its answer."""
     texts = [""] * len(case.texts)
@@ -113,8 +136,10 @@ def text_of(choice: dict[str, Any]) -> str:
 async def cancel(client: httpx.AsyncClient, case: Case, rng: random.Random) -> None:
     """Disconnect before the answer or in the middle of it."""
     body = {**case.body, "max_tokens": 200, "temperature": 1.5}
+    if case.vectors is not None:
+        body = {"input": case.body["input"]}
     with contextlib.suppress(httpx.TimeoutException):
-        if rng.random() < 0.5:
+        if case.vectors is not None or rng.random() < 0.5:
             await client.post(case.path, json=body, timeout=rng.random() * 0.2)
             return
         stream = {**body, "stream": True}
@@ -133,19 +158,17 @@ def resident(pid: int) -> int:
     return int(line.split()[1]) * 1024
 
 
-async def soak(
-    url: str, pid: int, cases: list[Case], n_requests: int, at_once: int
-) -> Counter[str]:
-    """Send the requests, and return how they ended; raise AssertionError for a wrong answer."""
+async def soak(url: str, pid: int, cases: list[Case], seconds: float, at_once: int) -> Counter[str]:
+    """Send requests, and return how they ended; raise AssertionError for a wrong answer."""
     rng = random.Random(2)
     ends: Counter[str] = Counter()
-    show = cli.progress(n_requests, "asking", "requests")
-    numbers = iter(range(n_requests))
+    show = cli.progress(round(seconds), "asking", "seconds")
+    begin = time.monotonic()
     first_quarter = 0
 
     async def worker(client: httpx.AsyncClient) -> None:
         nonlocal first_quarter
-        for number in numbers:
+        while (passed := time.monotonic() - begin) < seconds:
             case = rng.choice(cases)
             chance = rng.random()
             if chance < 0.05:
@@ -158,12 +181,12 @@ async def soak(
                 assert answer.status_code == 400, (content[:50], answer.status_code, answer.text)
                 ends["malformed"] += 1
             else:
-                texts = await ask(client, case)
-                assert texts == case.texts, f"{case.body}: {texts} instead of {case.texts}"
+                check = check_texts if case.vectors is None else check_vectors
+                await check(client, case)
                 ends["correct"] += 1
-            if number == n_requests // 4:
+            if not first_quarter and passed > seconds / 4:
                 first_quarter = resident(pid)
-            show(sum(ends.values()))
+            show(min(round(passed), round(seconds)))
 
     async with httpx.AsyncClient(base_url=url, timeout=120) as client:
         await asyncio.gather(*(worker(client) for _ in range(at_once)))
@@ -175,18 +198,18 @@ async def soak(
         assert not health["active"] and not health["waiting"], f"slots are still in use: {health}"
     growth = resident(pid) - first_quarter
     print(
-        f"resident memory: {first_quarter / 1e6:.0f} MB after a quarter of the requests, "
+        f"resident memory: {first_quarter / 1e6:.0f} MB after a quarter of the time, "
         f"{growth / 1e6:+.1f} MB at the end"
     )
     assert growth < ALLOWED_GROWTH, "the server's memory grows"
     return ends
 
 
-def main(n_requests: int = 2000, at_once: int = 24) -> None:
+def main(seconds: float = 3600, at_once: int = 24) -> None:
     """Start a server of the embedded model, and send it requests.
 
     Args:
-        n_requests: the number of requests.
+        seconds: how long.
         at_once: concurrent requests; by default three times the number of slots.
     """
     llama = Llama.build(max_seq_len=MAX_SEQ_LEN, dtype=torch.float32, device="cpu")
@@ -196,6 +219,7 @@ def main(n_requests: int = 2000, at_once: int = 24) -> None:
         port = s.getsockname()[1]
     command = [sys.executable, "-m", "llama.server", "--dtype", "float32", "--device", "cpu"]
     command += ["--port", str(port), "--page=False", "--max_seq_len", str(MAX_SEQ_LEN)]
+    command += ["--max_queue", str(16 * at_once)]  # so that no request finds it full
     server = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     url = f"http://127.0.0.1:{port}"
     try:
@@ -205,11 +229,9 @@ def main(n_requests: int = 2000, at_once: int = 24) -> None:
                     break
             assert server.poll() is None, "the server didn't start"
             time.sleep(0.1)
-        begin = time.monotonic()
-        ends = asyncio.run(soak(url, server.pid, cases, n_requests, at_once))
-        seconds = time.monotonic() - begin
+        ends = asyncio.run(soak(url, server.pid, cases, seconds, at_once))
         summary = ", ".join(f"{count:,} {end}" for end, count in sorted(ends.items()))
-        print(f"{n_requests:,} requests in {seconds:.0f} s: {summary}; all slots are free")
+        print(f"{sum(ends.values()):,} requests in {seconds:.0f} s: {summary}; all slots are free")
     finally:
         server.terminate()
         status = server.wait(30)

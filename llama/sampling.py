@@ -45,6 +45,7 @@ class SamplingOptions(TypedDict, total=False):
     response_format: Mapping[str, Any] | None
     sampling: str | None
     adapter: str | None
+    cache_salt: str | None
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,7 @@ class SamplingParams:
             for parameters that have their default values here.
         adapter: the name of an adapter that ``Llama.load_adapter`` has loaded; None for the model
             as it is.
+        cache_salt: a text; what the cache holds of prompts is reused for those with the same one.
 
     Raises:
         TypeError, ValueError: a value is of the wrong type or out of its range.
@@ -121,6 +123,7 @@ class SamplingParams:
     response_format: Mapping[str, Any] | None = None
     sampling: str | None = None
     adapter: str | None = None
+    cache_salt: str | None = None
 
     def __post_init__(self) -> None:
         for name, (least, most, meaning) in _RANGES.items():
@@ -155,6 +158,11 @@ class SamplingParams:
             raise ValueError(f"sampling is {self.sampling!r}: expected None or 'checkpoint'")
         if not isinstance(self.adapter, str | None):
             raise TypeError(f"adapter is {self.adapter!r}: give the name it was loaded under")
+        if not isinstance(self.cache_salt, str | None):
+            raise TypeError(
+                f"cache_salt is {self.cache_salt!r}: give a text, the same for prompts "
+                "that may be reused for each other"
+            )
         object.__setattr__(self, "logit_bias", dict(self.logit_bias))
         object.__setattr__(self, "stop", stop)
         object.__setattr__(self, "stop_token_ids", ids)

@@ -12,6 +12,7 @@ from processes import wait_until
 from llama import Llama
 from llama.server.api import make_app
 from llama.server.config import ServerConfig
+from llama.server.connections import Connection
 from llama.server.service import Service
 
 
@@ -28,7 +29,7 @@ def serve(
     app = make_app(service)
     if mount is not None:
         app = mount(app, service)
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", http=Connection))
     threads = [threading.Thread(target=run) for run in (server.run, service.loop.run)]
     for thread in threads:
         thread.start()

@@ -116,11 +116,13 @@ def n_virtual(adapter: Adapter | None) -> int:
     return 0 if adapter is None else len(adapter.virtual)
 
 
-def keyed(tokens: Sequence[int], adapter: Adapter | None) -> Sequence[int]:
-    """Return tokens as an adapter's own, so that a cache of prefixes finds no other's for them."""
-    if adapter is None:
-        return tokens
-    return [token + (adapter.number + 1 << 40) for token in tokens]
+def keyed(tokens: Sequence[int], adapter: Adapter | None, salt: int = 0) -> Sequence[int]:
+    """Return tokens as an adapter's own, so that a cache of prefixes finds no other's for them.
+
+    Those with another salt aren't found either.
+    """
+    owner = (0 if adapter is None else adapter.number + 1) + (salt << 40)
+    return [token + (owner << 40) for token in tokens] if owner else tokens
 
 
 class Adapters(Mapping[str, Adapter]):

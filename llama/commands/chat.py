@@ -276,7 +276,7 @@ def broadcast_text(text: str = "") -> str:
 def settable() -> dict[str, Any]:
     """Return the parameters that /set knows, with their defaults."""
     defaults = {f.name: f.default for f in fields(SamplingParams)} | {"logit_bias": {}}
-    names = SamplingOptions.__annotations__.keys() - {"n", "logits_processor"}
+    names = SamplingOptions.__annotations__.keys() - {"n", "logits_processor", "cache_salt"}
     return {name: value for name, value in defaults.items() if name in names}
 
 

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from llama.adapters import keyed
 from llama.adapters.changes import write_prefix
 from llama.engine.prefix_cache import PrefixCache, common_prefix
 from llama.engine.results import FinishReason
@@ -146,7 +145,7 @@ class Engine:
             # Tokens that are scored or pooled must pass through the network.
             whole = sequence.params.scores_prompt or sequence.is_read_only
             adapter = sequence.adapter
-            ids = keyed(sequence.input_ids, adapter)
+            ids = sequence.keyed(sequence.input_ids)
             sequence.slot, n_reused, copy = self._prefixes.take(ids, 0 if whole else len(ids) - 1)
             self._running.append(sequence)
             if copy is not None:
@@ -164,12 +163,14 @@ class Engine:
         if sequence.params.scores_prompt or sequence.is_read_only:
             return False
         ids = sequence.input_ids
-        held = self._prefixes.longest(keyed(ids, sequence.adapter))
+        held = self._prefixes.longest(sequence.keyed(ids))
         return any(
             common_prefix(ids, other.input_ids, len(ids) - 1)
             > held + (1 if other.input_ids == ids else _WORTH_WAITING)
             for other in self._running
-            if other.is_prefilling and other.adapter is sequence.adapter
+            if other.is_prefilling
+            and other.adapter is sequence.adapter
+            and other.salt == sequence.salt
         )
 
     def _schedule(self) -> list[Piece]:
@@ -243,7 +244,7 @@ class Engine:
             if not piece.is_running:  # since the pass was started
                 continue
             tokens = sequence.tokens[-1:] if piece.tokens == [IN_FLIGHT] else piece.tokens
-            self._prefixes.write(piece.slot, piece.start, keyed(tokens, sequence.adapter))
+            self._prefixes.write(piece.slot, piece.start, sequence.keyed(tokens))
             if sequence.is_prefilling:
                 self._read(piece, output)
                 draft = []

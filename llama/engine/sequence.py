@@ -5,11 +5,12 @@ from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as List
 from dataclasses import dataclass, field
 from functools import cached_property
+from hashlib import sha256
 from typing import Literal, NamedTuple
 
 import torch
 
-from llama.adapters import Adapter, n_virtual
+from llama.adapters import Adapter, keyed, n_virtual
 from llama.args import ModelArgs
 from llama.engine.detokenizer import Detokenizer
 from llama.engine.prompt_lookup import PromptLookup
@@ -90,6 +91,16 @@ class Sequence:
     def input_ids(self) -> list[int]:
         """The ids that the network reads: the adapter's virtual tokens, then the prompt."""
         return [*self.adapter.virtual, *self.prompt] if self.adapter else self.prompt
+
+    @cached_property
+    def salt(self) -> int:
+        """A number that only sequences with the same ``cache_salt`` have; 0 for none."""
+        text = (self.params.cache_salt or "").encode(errors="surrogatepass")
+        return int.from_bytes(sha256(text).digest()[:16], "big") if text else 0
+
+    def keyed(self, tokens: List[int]) -> List[int]:
+        """Return tokens as the cache of prefixes tells them from other sequences'."""
+        return keyed(tokens, self.adapter, self.salt)
 
     @property
     def n_virtual(self) -> int:
@@ -186,6 +197,7 @@ class Sequence:
                 self.stop_reason = None if stop in self.ends else stop
                 self.tokens, self.logprobs = self.tokens[:kept], self.logprobs[:kept]
         self.finish_reason = reason
+        self._lookup = None  # takes more memory than the results that are kept
         return text
 
 

@@ -88,18 +88,21 @@ class EngineLoop:
     def draining(self) -> bool:
         return self._draining
 
-    def submit(self, jobs: List[Job]) -> None:
+    def submit(self, jobs: List[Job], is_admitted: bool = False) -> None:
         """Queue all of the jobs or none; may be called from any thread.
+
+        Args:
+            is_admitted: whether they belong to a request whose first jobs have been queued.
 
         Raises:
             QueueFull: there are too many.
             Draining: the server is about to stop.
         """
         with self._wake:
-            if self._draining:
+            if self._draining and not is_admitted:
                 raise Draining("the server is shutting down")
             room = self.max_queue + self.engine.model.params.max_batch_size - len(self._jobs)
-            if len(jobs) > room:
+            if len(jobs) > room and not is_admitted:
                 raise QueueFull(f"{self.n_waiting} requests wait already")
             self._jobs |= {job.sequence: job for job in jobs}
             self._inbox += [job.sequence for job in jobs]

@@ -168,6 +168,11 @@ class SamplingFields(RequestBody):
     include_stop_str_in_output: bool | None = Field(
         False, description="End an answer with the stop text that ended it."
     )
+    cache_salt: Annotated[str, Field(max_length=1000)] | None = Field(
+        None,
+        description="A secret text: the request reuses the cache's prompts of requests with the "
+        "same one only, so that others can't learn from timing what it holds; an extension.",
+    )
 
     @field_validator("stop")
     @classmethod

@@ -1,18 +1,23 @@
 """Log-probabilities and usage, in OpenAI's format."""
 
 import re
+import threading
 import time
 import uuid
 from collections.abc import Sequence
+from weakref import WeakKeyDictionary
 
 from llama.engine.detokenizer import Detokenizer
 from llama.engine.sequence import Alternatives
 from llama.server.loop import Job
 from llama.server.schemas import CompletionLogprobs, PromptDetails, Usage
 from llama.server.schemas_chat import ChatLogprobs, TokenLogprob, TopLogprob
+from llama.structure.vocabulary import piece_bytes
 from llama.tokenizer import BaseTokenizer
 
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+_known: "WeakKeyDictionary[BaseTokenizer, list[bytes]]" = WeakKeyDictionary()
+_lock = threading.Lock()  # answers with log-probabilities are built in threads
 
 
 def new_id(kind: str) -> tuple[str, int]:
@@ -44,7 +49,21 @@ def token_bytes(tokenizer: BaseTokenizer, token: int) -> list[int] | None:
     if byte:
         return [int(byte[1], 16)]
     text = token_text(tokenizer, token)
-    return None if "\ufffd" in text else list(text.encode())
+    if "\ufffd" not in text:
+        return list(text.encode())
+    pieces = _pieces(tokenizer)
+    return list(pieces[token]) if pieces else None
+
+
+def _pieces(tokenizer: BaseTokenizer) -> list[bytes]:
+    """Return the bytes of a tokenizer's pieces, found once; none if they aren't known."""
+    with _lock:
+        if tokenizer not in _known:
+            try:
+                _known[tokenizer] = piece_bytes(tokenizer)
+            except ValueError:
+                _known[tokenizer] = []
+        return _known[tokenizer]
 
 
 class Scores:

@@ -21,6 +21,7 @@ from llama.llama_guard import LlamaGuard
 from llama.parallel import rank, world_size
 from llama.server.api import make_app
 from llama.server.config import ServerConfig
+from llama.server.connections import Connection
 from llama.server.loop import EngineLoop
 from llama.server.service import Service
 from llama.server.workers import worker_loop
@@ -84,7 +85,12 @@ def main(config: ServerConfig) -> None:
     if config.page:
         app = need("llama.server.page", "server", "the page").mount_page(app, service)
     uvicorn_config = uvicorn.Config(
-        app, config.host, config.port, ws="none", timeout_graceful_shutdown=60
+        app,
+        config.host,
+        config.port,
+        http=Connection,
+        ws="none",
+        timeout_graceful_shutdown=60,
     )
     server = Server(uvicorn_config, service.loop)
     engine = threading.Thread(target=server.run_engine, name="engine", daemon=True)

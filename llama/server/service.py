@@ -5,7 +5,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -18,6 +18,7 @@ from llama.generation import Llama
 from llama.guards import InputGuard, StreamGuard, input_refusal
 from llama.sampling import SamplingParams
 from llama.server.answers import Answers, GuardExecutor, timed_out
+from llama.server.batches import FORM_WEIGHT, MAX_HELD, Batch, Batches
 from llama.server.config import ServerConfig
 from llama.server.errors import ApiError, ContextLengthExceeded
 from llama.server.loop import Draining, EngineLoop, Job, QueueFull, Update
@@ -45,6 +46,7 @@ class Service:
         self.name = config.name
         self.created = int(time.time())
         self.loop = EngineLoop(llama.engine, config.max_queue)
+        self._batches = Batches(self.loop)
         self.metrics = Metrics(self.loop)
         self.max_tokens = llama.model.params.max_seq_len
         self.infills = llama.tokenizer.prefix_id is not None
@@ -57,6 +59,7 @@ class Service:
         self._guards = GuardExecutor()
         self._capacity = config.max_queue + llama.model.params.max_batch_size
         self._n_preparing = 0  # sequences that will be queued
+        self._n_preparing_held = 0  # those of large requests
         # Forms may take long: with threads of their own, other requests don't wait for them.
         self._forms = ThreadPoolExecutor(self._capacity, "form")
         self._mean_seconds = 1.0  # of recent answers, approximately
@@ -71,6 +74,8 @@ class Service:
         has_form: bool = False,
     ) -> Answers:
         """Submit prompts and return their answers, once the input guard has allowed them.
+
+        More sequences than there are slots are worked through in parts, beside other requests.
 
         Args:
             make: makes the sequences, ``n`` of each prompt; called in a thread, as it takes a
@@ -87,37 +92,57 @@ class Service:
         begin = time.monotonic()
         deadline = begin + min(self.config.timeout, timeout or math.inf)
         input_guard, output_guard = self.llama.input_guard, self.llama.output_guard
-        if n_sequences > self._capacity:
-            raise ApiError(
-                400,
-                f"the request has {n_sequences} answers, and the server can queue {self._capacity}",
-            )
-        if self._n_preparing + self.loop.n_waiting + n_sequences > self._capacity:
-            raise self._queue_full()
-        self._n_preparing += n_sequences
-        try:
-            threads = self._forms if has_form else None
-            prepared = self._prepare(make, threads, is_chat=dialogs is not None)
-            sequences = await asyncio.wait_for(prepared, deadline - time.monotonic())
-            if any(sequence.is_read_only for sequence in sequences):
-                input_guard = output_guard = None  # nothing is generated
-            elif dialogs is None and (input_guard or output_guard):
-                decode = self.llama.tokenizer.decode
-                dialogs = [as_dialog(decode(sequence.prompt)) for sequence in sequences[::n]]
-            refusals: dict[int, str] = {}
-            for i, dialog in enumerate(dialogs or ()):
-                refused = await self._refusal(input_guard, dialog, deadline)
-                if refused is not None:
-                    refusals |= dict.fromkeys(range(i * n, (i + 1) * n), refused)
-        except asyncio.TimeoutError:
-            raise timed_out() from None
-        finally:
-            self._n_preparing -= n_sequences
+        with self._place(n_sequences, has_form) as n_held:
+            try:
+                threads = self._forms if has_form else None
+                prepared = self._prepare(make, threads, is_chat=dialogs is not None)
+                sequences = await asyncio.wait_for(prepared, deadline - time.monotonic())
+                if any(sequence.is_read_only for sequence in sequences):
+                    input_guard = output_guard = None  # nothing is generated
+                elif dialogs is None and (input_guard or output_guard):
+                    decode = self.llama.tokenizer.decode
+                    dialogs = [as_dialog(decode(sequence.prompt)) for sequence in sequences[::n]]
+                refusals: dict[int, str] = {}
+                for i, dialog in enumerate(dialogs or ()):
+                    refused = await self._refusal(input_guard, dialog, deadline)
+                    if refused is not None:
+                        refusals |= dict.fromkeys(range(i * n, (i + 1) * n), refused)
+            except asyncio.TimeoutError:
+                raise timed_out() from None
         guards = []
         if output_guard is not None and dialogs is not None:
             guards = [StreamGuard(dialogs[i // n], output_guard) for i in range(n_sequences)]
-        jobs, updates = self._queue(sequences, refusals, begin, deadline)
+        jobs, updates = self._queue(sequences, refusals, begin, deadline, n_held)
         return Answers(jobs, updates, refusals, guards, self._guards, deadline)
+
+    @contextlib.contextmanager
+    def _place(self, n_sequences: int, has_form: bool) -> Iterator[int]:
+        """Keep places in the queue for sequences that are being prepared.
+
+        A large request takes as many as its parts need. Returns its share of ``MAX_HELD``.
+        """
+        n_queued, n_held = n_sequences, 0
+        if self._batches.is_large(n_sequences):
+            n_queued = self.llama.model.params.max_batch_size
+            n_held = n_sequences * (FORM_WEIGHT if has_form else 1)
+            if n_held > MAX_HELD:
+                raise ApiError(
+                    400,
+                    f"the request has {n_sequences:,} answers, and the server can hold "
+                    f"{MAX_HELD:,}, or {MAX_HELD // FORM_WEIGHT:,} that have a form: send fewer "
+                    "prompts, or ask for fewer answers to each",
+                )
+        if self._n_preparing + self.loop.n_waiting + n_queued > self._capacity:
+            raise self._queue_full()
+        if n_held and self._n_preparing_held + self._batches.n_held + n_held > MAX_HELD:
+            raise self._queue_full()
+        self._n_preparing += n_queued
+        self._n_preparing_held += n_held
+        try:
+            yield n_held
+        finally:
+            self._n_preparing -= n_queued
+            self._n_preparing_held -= n_held
 
     async def _prepare(
         self,
@@ -125,8 +150,13 @@ class Service:
         threads: ThreadPoolExecutor | None,
         is_chat: bool,
     ) -> list[EngineSequence]:
+        def make_and_check() -> list[EngineSequence]:
+            sequences = make()
+            self._check(sequences, is_chat)
+            return sequences
+
         try:
-            sequences = await asyncio.get_running_loop().run_in_executor(threads, make)
+            return await asyncio.get_running_loop().run_in_executor(threads, make_and_check)
         except PromptTooLong as error:
             raise self._too_long(error.n_tokens, error.n_virtual, is_chat) from error
         except WrongForm as error:
@@ -135,6 +165,9 @@ class Service:
             raise ApiError(501, f"the server lacks a package: {error}") from error
         except (ValueError, TypeError) as error:
             raise ApiError(400, str(error)) from error
+
+    def _check(self, sequences: Sequence[EngineSequence], is_chat: bool) -> None:
+        """Raise ``ApiError`` for a prompt that can't be answered, or too many scores."""
         n_words = self.llama.tokenizer.n_words
         for sequence in sequences:
             if not sequence.prompt:
@@ -145,7 +178,6 @@ class Service:
             if not leaves_room and sequence.params.max_gen_len != 0:
                 raise self._too_long(len(sequence.prompt), sequence.n_virtual, is_chat)
         _check_scores(sequences)
-        return sequences
 
     def _too_long(self, n_tokens: int, n_virtual: int, is_chat: bool) -> ApiError:
         field = "messages" if is_chat else "prompt"
@@ -171,8 +203,12 @@ class Service:
         refusals: dict[int, str],
         begin: float,
         deadline: float,
+        n_held: int,
     ) -> tuple[list[Job], Updates]:
-        """Queue the sequences that aren't refused; return a job for each, and their updates."""
+        """Queue the sequences that aren't refused; return a job for each, and their updates.
+
+        Those of a large request, which has ``n_held``, are queued in parts.
+        """
         updates: Updates = asyncio.Queue()
         loop = asyncio.get_running_loop()
         is_waiting = True  # for a first token
@@ -188,13 +224,20 @@ class Service:
                 self._mean_seconds += 0.1 * (seconds - self._mean_seconds)
             with contextlib.suppress(RuntimeError):  # the event loop has ended
                 loop.call_soon_threadsafe(updates.put_nowait, (number, update))
+            if batch is not None and update.finish_reason is not None:
+                self._batches.go_on(batch, jobs[number], update.finish_reason)
 
         jobs = [Job(sequence, partial(notify, i), deadline) for i, sequence in enumerate(sequences)]
         if self.config.log_prompts:
             for sequence in sequences:
                 logger.info("prompt: %r", self.llama.tokenizer.decode(sequence.prompt))
+        allowed = [job for i, job in enumerate(jobs) if i not in refusals]
+        batch = Batch(allowed, n_held) if n_held and allowed else None
         try:
-            self.loop.submit([job for i, job in enumerate(jobs) if i not in refusals])
+            if batch is None:
+                self.loop.submit(allowed)
+            else:
+                self._batches.begin(batch)
         except QueueFull as error:
             raise self._queue_full() from error
         except Draining as error:

@@ -2,11 +2,14 @@
 
 import base64
 import struct
+from collections.abc import Iterator
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from fastapi import Request, Response
+from fastapi.responses import StreamingResponse
 
 from llama.adapters import n_virtual
 from llama.engine.sequence import Sequence
@@ -16,6 +19,8 @@ from llama.server.errors import ApiError, ContextLengthExceeded
 from llama.server.events import Events, collect, json_response, stream, unless_disconnected
 from llama.server.scores import Scores, new_id, usage
 from llama.server.service import Service
+
+_AT_ONCE = 32  # vectors that are written to the network together
 
 
 async def complete(service: Service, body: schemas.CompletionRequest, request: Request) -> Response:
@@ -92,20 +97,34 @@ async def embed(service: Service, body: schemas.EmbeddingRequest, request: Reque
         raise error.of("input") from error
     await collect(request, answers)
 
-    def build() -> schemas.Embeddings:
-        data = []
-        for i, job in enumerate(answers.jobs):
-            pooled = job.sequence.pooled
-            assert pooled is not None
-            vector = (pooled / pooled.norm().clamp(min=1e-12)).tolist()
-            if body.encoding_format == "base64":
-                vector = base64.b64encode(struct.pack(f"<{width}f", *vector)).decode()
-            data.append(schemas.Embedding(index=i, embedding=vector))
-        n_tokens = sum(len(job.sequence.prompt) for job in answers.jobs)
-        used = schemas.EmbeddingUsage(prompt_tokens=n_tokens, total_tokens=n_tokens)
-        return schemas.Embeddings(model=adapter or service.name, data=data, usage=used)
+    n_tokens = sum(len(job.sequence.prompt) for job in answers.jobs)
+    used = schemas.EmbeddingUsage(prompt_tokens=n_tokens, total_tokens=n_tokens)
+    whole = schemas.Embeddings(model=adapter or service.name, data=[], usage=used)
+    in_base64 = body.encoding_format == "base64"
+    vectors = _encoded([job.sequence for job in answers.jobs], in_base64)
+    return StreamingResponse(_with_data(whole, vectors), media_type="application/json")
 
-    return await json_response(build)
+
+def _encoded(sequences: list[Sequence], in_base64: bool) -> Iterator[bytes]:
+    """Yield the vectors of texts as JSON, and free them."""
+    for i, sequence in enumerate(sequences):
+        assert sequence.pooled is not None
+        pooled, sequence.pooled = sequence.pooled, None
+        vector = (pooled / pooled.norm().clamp(min=1e-12)).tolist()
+        if in_base64:
+            vector = base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
+        yield schemas.Embedding(index=i, embedding=vector).model_dump_json().encode()
+
+
+def _with_data(whole: schemas.Embeddings, data: Iterator[bytes]) -> Iterator[bytes]:
+    """Yield an answer in parts: whole, 2,048 vectors would take a gigabyte of memory."""
+    before, mark, after = whole.model_dump_json().partition('"data":[')
+    yield (before + mark).encode()
+    is_first = True
+    while some := list(islice(data, _AT_ONCE)):
+        yield b"," * (not is_first) + b",".join(some)
+        is_first = False
+    yield after.encode()
 
 
 def chosen_adapter(service: Service, model: str | None) -> str | None:
