@@ -1,6 +1,6 @@
 """Requests and responses about tokens: llama.cpp's and vLLM's forms of them."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
@@ -54,12 +54,9 @@ class TokenizeRequest(RequestBody):
         """The request that would have the dialog answered."""
         if self.messages is None:
             return None
-        return ChatRequest(
-            messages=self.messages,
-            tools=self.tools,
-            continue_final_message=self.continue_final_message,
-            add_generation_prompt=self.add_generation_prompt,
-        )
+        names = ("messages", "tools", "continue_final_message", "add_generation_prompt")
+        given: dict[str, Any] = {name: getattr(self, name) for name in names}
+        return ChatRequest(**given)
 
 
 class TokenPiece(BaseModel):

@@ -102,7 +102,7 @@ def detokenize(service: Service, body: schemas.DetokenizeRequest) -> schemas.Det
     chosen_adapter(service, body.model or None)
     n_words = service.llama.tokenizer.n_words
     if max(body.tokens, default=0) >= n_words:
-        raise ApiError(400, f"token ids end with {n_words - 1}", "tokens")
+        raise ApiError(400, f"tokens: token ids end with {n_words - 1}", "tokens")
     text = service.spellings.decode(body.tokens)
     return schemas.Detokenized(content=text, prompt=text)
 

@@ -1,6 +1,7 @@
 """Control pieces that a caller spells out in a text on purpose, and their spellings in one."""
 
 from collections.abc import Sequence
+from itertools import zip_longest
 
 from llama.tokenizer import BaseTokenizer
 from llama.tokenizers.added import AddedPiece, AddedWords, is_letter
@@ -49,7 +50,7 @@ class Spellings:
         """
         ids: list[int] = []
         parts = self._words.split(text)
-        for part, following in zip(parts, [*parts[1:], None], strict=True):
+        for part, following in zip_longest(parts, parts[1:]):
             if isinstance(part, int):
                 ids.append(part)
                 continue
