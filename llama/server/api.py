@@ -173,6 +173,8 @@ def _add_infilling(router: APIRouter, service: Service) -> None:
         "server-sent events: `data: InfillPiece`, then `data: Infill`.",
     )
 
+    of_infill["response_model"] = schemas_infill.Infill | schemas_infill.SelectedFields
+
     @router.post("/infill", **of_infill)
     async def infill_texts(body: schemas_infill.InfillRequest, request: Request) -> Response:
         """Fill in the middle between texts, which are cut to fit, as llama.cpp's server does."""
