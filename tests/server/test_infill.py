@@ -199,13 +199,16 @@ def test_time_ends_a_middle_after_a_line(monkeypatch: pytest.MonkeyPatch) -> Non
     assert answer["timings"]["predicted_ms"] == pytest.approx(600)
 
 
-def test_a_middle_that_is_long_enough_frees_its_row(served: tuple[str, Service]) -> None:
+def test_a_middle_that_is_long_enough_frees_its_row(
+    served: tuple[str, Service], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A failure means that the model goes on where nobody listens."""
     from processes import wait_until
 
     url, service = served
-    body = {"input_prefix": "def f():\n", "input_suffix": "", "n_indent": 90, "ignore_eos": True}
-    ask(url, **body)
+    monkeypatch.setattr(GrowingInfill, "is_enough", lambda growing: len(growing.text) > 3)
+    found = ask(url, input_prefix="def f():\n", ignore_eos=True)
+    assert found["stop_type"] == "limit" and found["tokens_predicted"] < 120
     wait_until(lambda: idle(service))
 
 
