@@ -32,6 +32,7 @@ class ChatFormat(NamedTuple):
         notation: how an answer calls tools; None where the format has no place for tools.
         documents: whether it has a place for ``ChatOptions.documents``.
         name: its name in ``FORMATS``.
+        template: in Jinja's language, if it is one.
     """
 
     prompt: Prompt
@@ -40,6 +41,7 @@ class ChatFormat(NamedTuple):
     notation: Notation | None = None
     documents: bool = False
     name: str = "the checkpoint's own template"
+    template: str | None = None
 
 
 def lay_out(

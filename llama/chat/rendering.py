@@ -55,7 +55,8 @@ def template_format(templates: Mapping[str, str]) -> ChatFormat:
         return marks.encode(cut(text) if options.continue_final_message else text)
 
     documents = any(re.search(r"\bdocuments\b", source) for source in templates.values())
-    return ChatFormat(prompt, notation=notation, documents=documents)
+    source = templates["default"]
+    return ChatFormat(prompt, notation=notation, documents=documents, template=source)
 
 
 def _special_tokens(tokenizer: BaseTokenizer, marks: Marks) -> dict[str, str]:

@@ -8,7 +8,20 @@ from pydantic import BaseModel
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from llama.server import dialogs, responses, schemas, schemas_chat, schemas_responses, tasks
+from llama.server import (
+    dialogs,
+    infill,
+    ranking,
+    responses,
+    schemas,
+    schemas_chat,
+    schemas_infill,
+    schemas_ranking,
+    schemas_responses,
+    schemas_tokens,
+    tasks,
+    tokens,
+)
 from llama.server.access import AccessControl
 from llama.server.errors import ErrorMiddleware, add_error_handlers
 from llama.server.paths import UniformRequests
@@ -124,6 +137,9 @@ def _routes(service: Service) -> APIRouter:
         """Answer a dialog in the form of items. Nothing is kept for a later request."""
         return await responses.respond(service, body, request)
 
+    _add_infilling(router, service)
+    _add_ranking(router, service)
+    _add_tokens(router, service)
     vectors: Any = {"response_model": schemas.Embeddings, "responses": _ERRORS}
 
     @router.post("/v1/embeddings", **vectors, tags=["vectors"])
@@ -153,6 +169,76 @@ def _routes(service: Service) -> APIRouter:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
 
     return router
+
+
+def _add_infilling(router: APIRouter, service: Service) -> None:
+    of_infill = _text_route(
+        schemas_infill.Infill,
+        schemas_infill.InfillPiece,
+        "server-sent events: `data: InfillPiece`, then `data: Infill`.",
+    )
+
+    of_infill["response_model"] = schemas_infill.Infill | schemas_infill.SelectedFields
+
+    @router.post("/infill", **of_infill)
+    async def infill_texts(body: schemas_infill.InfillRequest, request: Request) -> Response:
+        """Fill in the middle between texts, which are cut to fit, as llama.cpp's server does."""
+        return await infill.infill(service, body, request)
+
+    of_fim = _text_route(schemas_chat.ChatCompletion, schemas_chat.ChatChunk)
+
+    @router.post("/v1/fim/completions", **of_fim)
+    async def fill_in(body: schemas_infill.FimRequest, request: Request) -> Response:
+        """Fill in the middle between ``prompt`` and ``suffix``, as Mistral's API does."""
+        return await infill.fill_in(service, body, request)
+
+
+def _add_ranking(router: APIRouter, service: Service) -> None:
+    @router.post(
+        "/classify",
+        response_model=schemas_ranking.Classes,
+        responses=_ERRORS,
+        tags=["classes"],
+    )
+    async def classify(body: schemas_ranking.ClassifyRequest, request: Request) -> Response:
+        """Return the most probable label of each text, of a model with a classifier's head."""
+        return await ranking.classify(service, body, request)
+
+    of_rerank: Any = {"response_model": schemas_ranking.Ranking, "responses": _ERRORS}
+
+    @router.post("/v2/rerank", **of_rerank, tags=["classes"], include_in_schema=False)
+    @router.post("/rerank", **of_rerank, tags=["classes"], include_in_schema=False)
+    @router.post("/v1/rerank", **of_rerank, tags=["classes"])
+    async def rerank(body: schemas_ranking.RerankRequest, request: Request) -> Response:
+        """Return documents by their relevance to a query, of a model with a head of one label."""
+        return await ranking.rerank(service, body, request)
+
+
+def _add_tokens(router: APIRouter, service: Service) -> None:
+    thread = tokens.TokenThread(service)
+
+    def about(answer: type[BaseModel]) -> dict[str, Any]:
+        return {"response_model": answer, "responses": _ERRORS, "tags": ["tokens"]}
+
+    @router.post("/tokenize", **about(schemas_tokens.Tokenized))
+    async def tokenize(body: schemas_tokens.TokenizeRequest, request: Request) -> Response:
+        """Return the tokens of a text, or of a dialog's prompt."""
+        return await thread.answer(request, lambda: tokens.tokenize(service, body))
+
+    @router.post("/detokenize", **about(schemas_tokens.Detokenized))
+    async def detokenize(body: schemas_tokens.DetokenizeRequest, request: Request) -> Response:
+        """Return the text of tokens."""
+        return await thread.answer(request, lambda: tokens.detokenize(service, body))
+
+    @router.post("/apply-template", **about(schemas_tokens.AppliedTemplate))
+    async def apply_template(body: schemas_chat.ChatRequest, request: Request) -> Response:
+        """Return the prompt that a request of /v1/chat/completions has, as a text."""
+        return await thread.answer(request, lambda: tokens.apply_template(service, body))
+
+    @router.get("/tokenizer_info", responses={k: _ERRORS[k] for k in (401, 403)}, tags=["tokens"])
+    async def tokenizer_info() -> schemas_tokens.TokenizerInfo:
+        """Return the tokenizer's special tokens, and the chat template."""
+        return tokens.tokenizer_info(service)
 
 
 def _text_route(

@@ -66,6 +66,9 @@ class ServerConfig:
             "hermes" is known.
         sampling: "checkpoint" takes what the checkpoint recommends for the sampling parameters
             that a request doesn't set.
+        parse_special: let /v1/completions read control pieces that a prompt spells out, such as
+            <PRE>, unless a request says otherwise; whoever writes a part of a prompt then writes
+            such pieces too.
         compile: compile decoding steps.
         quantize: int8 or int4, for quantised weights; none widens those that are.
         group_size: how many weights share a scale in int4.
@@ -97,6 +100,7 @@ class ServerConfig:
     chat_template: str | None = None
     tool_format: str | None = None
     sampling: str | None = None
+    parse_special: bool = False
     compile: bool = False
     quantize: str | None = None
     group_size: int | None = None

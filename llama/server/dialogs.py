@@ -60,6 +60,25 @@ class Turn:
         return "tool_calls" if finish == "stop" and self.calls else finish
 
 
+def chat_options(service: Service, options: dict[str, Any]) -> ChatOptions:
+    """Return options of ``ChatOptions`` for a dialog in the order of roles that clients send.
+
+    Raises:
+        ApiError: the chat format has no place for tools.
+    """
+    chosen = ChatOptions(merge_roles=True, **options)
+    try:
+        service.llama.tasks.answer_parser(chosen)
+    except ValueError:
+        raise ApiError(
+            400,
+            f"this server's chat format ({service.chat_format}) has no place for tools: start it "
+            'with --tool_format hermes, or send no tools, or tool_choice="none"',
+            "tools",
+        ) from None
+    return chosen
+
+
 async def submit_dialog(
     service: Service,
     dialog: list[Message],
@@ -79,16 +98,7 @@ async def submit_dialog(
         ApiError: the chat format has no place for tools, or see ``Service.submit``.
     """
     tasks, n = service.llama.tasks, sampling.get("n", 1)
-    chosen = ChatOptions(merge_roles=True, **options)
-    try:
-        tasks.answer_parser(chosen)
-    except ValueError:
-        raise ApiError(
-            400,
-            f"this server's chat format ({service.chat_format}) has no place for tools: start it "
-            'with --tool_format hermes, or send no tools, or tool_choice="none"',
-            "tools",
-        ) from None
+    chosen = chat_options(service, options)
 
     def make() -> list[EngineSequence]:
         params = service.params(**sampling)

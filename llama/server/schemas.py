@@ -81,6 +81,11 @@ class CompletionRequest(TextRequest):
         description="Most probable tokens to return with each chosen one.",
     )
     best_of: Literal[1] | None = Field(None, description="Only 1.")
+    parse_special: bool | None = Field(
+        None,
+        description="Control pieces' spellings in the prompt, such as <PRE>, are the pieces; by "
+        "default if the server is started with --parse_special.",
+    )
 
     @model_validator(mode="after")
     def _check_suffix(self) -> "CompletionRequest":
@@ -88,6 +93,8 @@ class CompletionRequest(TextRequest):
             raise ValueError("suffix goes with a prompt that is one text")
         if self.suffix is not None and self.echo:
             raise ValueError("echo doesn't go with suffix")
+        if self.suffix is not None and self.parse_special:
+            raise ValueError("parse_special doesn't go with suffix, which stays text")
         return self
 
 

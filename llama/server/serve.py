@@ -15,7 +15,7 @@ from types import FrameType
 
 import uvicorn
 
-from llama.errors import need, short
+from llama.errors import need
 from llama.generation import Llama
 from llama.llama_guard import LlamaGuard
 from llama.parallel import rank, world_size
@@ -65,11 +65,6 @@ def main(config: ServerConfig) -> None:
     llama = Llama.build(**config.build_arguments())
     for name, directory in config.lora_directories().items():
         llama.load_adapter(name, directory)
-        if llama.adapters[name].head is not None:
-            raise ValueError(
-                f"--lora_modules has {short(name, 80)}, an adapter that classifies, which no "
-                "endpoint does: leave it out, and use Llama.classify"
-            )
     if config.guard_dir is not None:
         if world_size() > 1:
             raise ValueError(

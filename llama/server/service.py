@@ -23,6 +23,7 @@ from llama.server.config import ServerConfig
 from llama.server.errors import ApiError, ContextLengthExceeded
 from llama.server.loop import Draining, EngineLoop, Job, QueueFull, Update
 from llama.server.metrics import Metrics
+from llama.tokenizers.spellings import Spellings
 
 MAX_SCORES = 400_000  # log-probabilities of a request; each takes about 300 bytes
 
@@ -51,6 +52,7 @@ class Service:
         self.max_tokens = llama.model.params.max_seq_len
         self.infills = llama.tokenizer.prefix_id is not None
         self.chat_format = llama.chat.name
+        self.spellings = Spellings(llama.tokenizer)
         params = SamplingParams(
             sampling=config.sampling, prompt_lookup_num_tokens=config.prompt_lookup_num_tokens
         )

@@ -19,6 +19,7 @@ from llama.server.errors import ApiError, ContextLengthExceeded
 from llama.server.events import Events, collect, json_response, stream, unless_disconnected
 from llama.server.scores import Scores, new_id, usage
 from llama.server.service import Service
+from llama.server.spelled import continue_spelled
 
 _AT_ONCE = 32  # vectors that are written to the network together
 
@@ -31,6 +32,7 @@ async def complete(service: Service, body: schemas.CompletionRequest, request: R
     tokenizer, tasks = service.llama.tokenizer, service.llama.tasks
     prompts, n, suffix = _prompts(body.prompt), body.n or 1, body.suffix
     echo = bool(body.echo) and suffix is None
+    parses = service.config.parse_special if body.parse_special is None else body.parse_special
 
     def make() -> list[Sequence]:
         params = service.params(
@@ -43,6 +45,8 @@ async def complete(service: Service, body: schemas.CompletionRequest, request: R
         )
         if suffix is not None:
             return tasks.infilling(prompts, [suffix], params)
+        if parses:
+            return continue_spelled(service, prompts, params)
         return tasks.text(prompts, params, in_context=True)
 
     has_form = body.response_format is not None

@@ -148,15 +148,6 @@ def test_flags_may_have_spaces() -> None:
     assert config.lora_directories() == {"red": "a/x", "blue": "b/."}
 
 
-def test_a_classifiers_adapter_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model in the list that answers no request."""
-    judge = Adapter("judge", {}, head=torch.zeros(2, 4), labels=["a", "b"])
-    fake = SimpleNamespace(load_adapter=lambda *_: None, adapters={"judge": judge})
-    monkeypatch.setattr(Llama, "build", lambda *_, **__: fake)
-    with pytest.raises(ValueError, match="'judge', an adapter that classifies"):
-        serving.main(ServerConfig(lora_modules=("judge=x",)))
-
-
 def test_an_adapters_model_tells_its_own_room(llama: Llama) -> None:
     """Clients that fill the room of the base get an error behind virtual tokens."""
     shared = Llama(llama.model, llama.tokenizer)
