@@ -11,6 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from llama.server import dialogs, responses, schemas, schemas_chat, schemas_responses, tasks
 from llama.server.access import AccessControl
 from llama.server.errors import ErrorMiddleware, add_error_handlers
+from llama.server.lenient import HEADER, LenientFields
 from llama.server.service import Service
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
@@ -40,6 +41,8 @@ def make_app(service: Service) -> FastAPI:
     add_error_handlers(app)
     app.include_router(_routes(service))
     # From the innermost to the outermost.
+    if config.lenient:
+        app.add_middleware(LenientFields)
     app.add_middleware(ErrorMiddleware)
     app.add_middleware(
         AccessControl,
@@ -54,7 +57,7 @@ def make_app(service: Service) -> FastAPI:
         allow_origins=config.origins,
         allow_methods=["*"],
         allow_headers=["*"],
-        expose_headers=["Retry-After"],
+        expose_headers=["Retry-After", HEADER],
         allow_private_network=bool(config.origins),
     )
     app.add_middleware(RequestCounter, service=service)
@@ -91,8 +94,7 @@ def _routes(service: Service) -> APIRouter:
     @router.get("/v1/models/{model:path}", responses=_ERRORS, tags=["models"])
     async def model(model: str) -> schemas.Model:
         """Return a model, if it is the served one or an adapter."""
-        tasks.chosen_adapter(service, model)
-        return next(each for each in tasks.models(service) if each.id == model)
+        return tasks.model_named(service, model)
 
     @router.post("/v1/completions", **_text_route(schemas.Completion, schemas.Completion))
     async def completions(body: schemas.CompletionRequest, request: Request) -> Response:
