@@ -224,3 +224,13 @@ def test_the_openai_package(url: str) -> None:
     messages = [U, first.choices[0].message.to_dict(), U]
     second = client.chat.completions.create(messages=messages, verbosity="low", **sent)
     assert first.choices[0].message.content == MOO and second.choices[0].message.content
+
+
+def test_an_empty_suffix(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that fills in nothing refuses a client that sends all fields, empty ones too."""
+    body = LEAST["completions"] | {"suffix": ""}
+    with serve(llama()) as (found, service):
+        plain = content(post(f"{found}/v1/completions", LEAST["completions"]))
+        assert content(post(f"{found}/v1/completions", body)) != plain, "it fills in the middle"
+        monkeypatch.setattr(service, "infills", False)
+        assert content(post(f"{found}/v1/completions", body)) == plain
