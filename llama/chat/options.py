@@ -17,6 +17,7 @@ class ChatArguments(SamplingOptions, total=False):
     continue_final_message: bool
     merge_roles: bool
     documents: Sequence[Mapping[str, Any]] | None
+    max_prompt_tokens: int | None
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,10 @@ class ChatOptions:
         continue_final_message: continue the dialog's last message, which is the assistant's.
         merge_roles: fold orders of roles that the chat format can't hold (``llama.chat.roles``).
         documents: texts for the template's place for them, such as ``{"title": ..., "text": ...}``.
+        max_prompt_tokens: of a longer prompt keep its last tokens only; None keeps all.
 
     Raises:
-        TypeError, ValueError: a tool, the choice or a document isn't of this form.
+        TypeError, ValueError: a tool, the choice, a document or a number isn't of this form.
     """
 
     tools: Sequence[Mapping[str, Any]] | None = None
@@ -44,6 +46,7 @@ class ChatOptions:
     continue_final_message: bool = False
     merge_roles: bool = False
     documents: Sequence[Mapping[str, Any]] | None = None
+    max_prompt_tokens: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("tools", "documents"):
@@ -67,6 +70,10 @@ class ChatOptions:
         object.__setattr__(self, "tool_choice", choice)
         if not all(isinstance(document, Mapping) for document in self.documents or ()):
             raise TypeError("documents holds something else than dictionaries: give their texts")
+        if self.max_prompt_tokens is not None and self.max_prompt_tokens < 1:
+            raise ValueError(
+                f"max_prompt_tokens is {short(self.max_prompt_tokens)}: expected 1 or more, or None"
+            )
 
     @property
     def offered(self) -> tuple[Mapping[str, Any], ...]:

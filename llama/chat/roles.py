@@ -14,11 +14,18 @@ _SYSTEM = ("system", "developer")
 def prompt_tokens(
     chat: ChatFormat, tokenizer: BaseTokenizer, dialog: Dialog, options: ChatOptions
 ) -> list[int]:
-    """Return a dialog as a prompt, with its roles folded where the options say so.
+    """Return a dialog as a prompt, with its roles folded and its beginning cut off as options say.
 
     Raises:
         TypeError, ValueError: the dialog isn't well formed, or the format can't hold it.
     """
+    prompt = _whole_prompt(chat, tokenizer, dialog, options)
+    return prompt if options.max_prompt_tokens is None else prompt[-options.max_prompt_tokens :]
+
+
+def _whole_prompt(
+    chat: ChatFormat, tokenizer: BaseTokenizer, dialog: Dialog, options: ChatOptions
+) -> list[int]:
     if not options.merge_roles:
         return chat.prompt(tokenizer, dialog, options)
     refused = None

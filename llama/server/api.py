@@ -24,6 +24,7 @@ from llama.server import (
 )
 from llama.server.access import AccessControl
 from llama.server.errors import ErrorMiddleware, add_error_handlers
+from llama.server.lenient import HEADER, LenientFields
 from llama.server.paths import UniformRequests
 from llama.server.service import Service
 
@@ -57,6 +58,8 @@ def make_app(service: Service) -> FastAPI:
     add_error_handlers(app)
     app.include_router(_routes(service))
     # From the innermost to the outermost.
+    if config.lenient:
+        app.add_middleware(LenientFields)
     app.add_middleware(ErrorMiddleware)
     app.add_middleware(
         AccessControl,
@@ -71,7 +74,7 @@ def make_app(service: Service) -> FastAPI:
         allow_origins=config.origins,
         allow_methods=["*"],
         allow_headers=["*"],
-        expose_headers=["Retry-After"],
+        expose_headers=["Retry-After", HEADER],
         allow_private_network=bool(config.origins),
     )
     app.add_middleware(RequestCounter, service=service)
@@ -109,8 +112,7 @@ def _routes(service: Service) -> APIRouter:
     @router.get("/v1/models/{model:path}", responses=_ERRORS, tags=["models"])
     async def model(model: str) -> schemas.Model:
         """Return a model, if it is the served one or an adapter."""
-        tasks.chosen_adapter(service, model)
-        return next(each for each in tasks.models(service) if each.id == model)
+        return tasks.model_named(service, model)
 
     @router.post("/v1/completions", **_text_route(schemas.Completion, schemas.Completion))
     async def completions(body: schemas.CompletionRequest, request: Request) -> Response:

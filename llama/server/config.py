@@ -41,6 +41,10 @@ class ServerConfig:
         api_key: the key that clients must send; the environment variable
             LLAMA_API_KEY sets it without showing it in the list of processes.
         model_name: the model's id for clients; the checkpoint's own name by default.
+        alias: other names of the model for clients, separated by commas.
+        any_model: answer requests for any model by the served one; adapters keep their names.
+        lenient: ignore fields of requests that the server doesn't know, and name them in the
+            header X-Llama-Ignored.
         max_seq_len: tokens of a prompt and its answer together, at most.
         max_batch_size: requests that run at once; others wait.
         max_queue: requests that may wait; others get status 429.
@@ -81,6 +85,9 @@ class ServerConfig:
     port: int = 8000
     api_key: str | None = None
     model_name: str | None = None
+    alias: str | tuple[str, ...] = ()
+    any_model: bool = False
+    lenient: bool = False
     max_seq_len: int = 2048
     max_batch_size: int = 8
     max_queue: int = 64
@@ -107,7 +114,13 @@ class ServerConfig:
     kv_cache_dtype: str | None = None
 
     def __post_init__(self) -> None:
-        self.lora_directories()
+        adapters = self.lora_directories()
+        for name in self.aliases:
+            if not name or name == self.name or name in adapters or self.aliases.count(name) > 1:
+                raise ValueError(
+                    f"--alias has the name {short(name, 80)}: expected names that aren't empty and "
+                    "that no adapter, the model or another alias has, separated by commas"
+                )
         key = self.api_key or os.environ.get("LLAMA_API_KEY") or None
         object.__setattr__(self, "api_key", key)
         object.__setattr__(self, "root_path", _checked_root(self.root_path))
@@ -128,6 +141,12 @@ class ServerConfig:
         """The checkpoint's own name."""
         path = Path(self.ckpt_dir).resolve()
         return path.stem if path.is_file() else path.name
+
+    @property
+    def aliases(self) -> list[str]:
+        """The other names of the model."""
+        names = [self.alias] if isinstance(self.alias, str) else self.alias
+        return [name.strip() for name in names]
 
     def lora_directories(self) -> dict[str, str]:
         """Return the directories of ``lora_modules`` by the adapters' names.

@@ -17,7 +17,7 @@ from llama.server.events import Events, collect, json_response, stream, unless_d
 from llama.server.schemas import FinishReason
 from llama.server.scores import Scores, new_id, usage
 from llama.server.service import Service
-from llama.server.tasks import check_scores, chosen_adapter
+from llama.server.tasks import check_scores, chosen_adapter, n_last
 
 
 class Turn:
@@ -133,7 +133,9 @@ async def chat(service: Service, body: schemas.ChatRequest, request: Request) ->
         "top_logprobs": body.top_logprobs or 0,
         "adapter": adapter,
     }
-    submission = submit_dialog(service, body.dialog, body.options, sampling, body.timeout)
+    last = n_last(service, body.truncate_prompt_tokens, adapter, sampling["max_gen_len"])
+    options = body.options | {"max_prompt_tokens": last}
+    submission = submit_dialog(service, body.dialog, options, sampling, body.timeout)
     answers, turns = await unless_disconnected(request, submission)
     jobs, n = answers.jobs, len(answers.jobs)
     scores = [Scores(service.llama.tokenizer, job) for job in jobs if score]

@@ -1,12 +1,22 @@
 """Requests and responses of the API: https://platform.openai.com/docs/api-reference.
 
-Unknown fields are refused, and so are values that this server doesn't support.
+Unknown fields are refused, and so are values that this server doesn't support, except with
+--lenient (see ``llama.server.lenient``).
 """
 
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
+from llama.server.schemas_ignored import Ignored, IgnoredFields
 from llama.server.schemas_sampling import RequestBody, ResponseFormat, SamplingFields, Whole
 
 MAX_PROMPTS = 2048  # of a request; OpenAI's limit for embeddings
@@ -18,6 +28,12 @@ def _check_number(value: Any) -> Any:
     return value
 
 
+def _check_last(n: int) -> int:
+    if n == 0:
+        raise ValueError("a prompt needs a token: expected 1 or more, or -1 for as many as fit")
+    return n
+
+
 # With fail_fast an invalid list makes one error, not one for each of a million elements.
 Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True)]
 Texts = Annotated[list[str], Field(min_length=1, fail_fast=True)]
@@ -27,26 +43,34 @@ Prompt = Annotated[
 ]
 
 
+ModelName: Any = Field(None, description="The served model's id or alias, or an adapter's id.")
+LastTokens = Annotated[
+    Annotated[Whole, Field(ge=-1), AfterValidator(_check_last)] | None,
+    Field(
+        description="Keep this many tokens at the prompt's end; -1 for as many as fit, with room "
+        "for max_tokens, of at most a quarter of max_model_len."
+    ),
+]
+
+
 class StreamOptions(RequestBody):
     include_usage: bool = Field(False, description="Send a last event with the usage.")
+    include_obfuscation: bool | None = Ignored
 
 
-class TextRequest(SamplingFields):
+class TextRequest(SamplingFields, IgnoredFields):
     """The common part of requests for text and for chat."""
 
-    model: str | None = Field(None, description="The served model's id, or an adapter's.")
+    model: str | None = ModelName
     n: Annotated[Whole, Field(ge=1, le=16)] | None = Field(
         1, description="Number of answers to each prompt."
     )
     response_format: ResponseFormat | None = Field(None, description="The form of the answer.")
     stream: bool | None = Field(False, description="Send events as the text is generated.")
-    stream_options: StreamOptions | None = None
+    stream_options: StreamOptions | None = Field(None, description="With stream only.")
     timeout: float | None = Field(
         None, gt=0, description="Seconds until the request is cancelled; an extension."
     )
-    user: str | None = Field(None, description="Ignored.")
-    metadata: dict[str, str] | None = Field(None, description="Ignored.")
-    store: Literal[False] | None = Field(None, description="Nothing is stored.")
 
     @property
     def generation(self) -> dict[str, Any]:
@@ -57,12 +81,6 @@ class TextRequest(SamplingFields):
     @property
     def wants_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
-
-    @model_validator(mode="after")
-    def _check_stream(self) -> "TextRequest":
-        if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options are for stream=true")
-        return self
 
 
 class CompletionRequest(TextRequest):
@@ -80,12 +98,34 @@ class CompletionRequest(TextRequest):
         le=20,
         description="Most probable tokens to return with each chosen one.",
     )
-    best_of: Literal[1] | None = Field(None, description="Only 1.")
     parse_special: bool | None = Field(
         None,
         description="Control pieces' spellings in the prompt, such as <PRE>, are the pieces; by "
         "default if the server is started with --parse_special.",
     )
+    best_of: Annotated[Whole, Field(ge=1, le=20)] | None = Field(
+        None,
+        description="Answers to generate to each prompt, n of which are returned: those with the "
+        "highest mean log-probability.",
+    )
+    truncate_prompt_tokens: LastTokens = None
+
+    @property
+    def n_generated(self) -> int:
+        """The number of answers to each prompt, of which the best n are returned."""
+        return self.best_of or self.n or 1
+
+    @field_validator("best_of")
+    @classmethod
+    def _check_best(cls, best_of: int | None, info: ValidationInfo) -> int | None:
+        n, is_streamed = info.data.get("n") or 1, info.data.get("stream")
+        if best_of is not None and best_of < n:
+            raise ValueError(f"{n} of {best_of} answers can't be returned: give n or more")
+        if best_of is not None and best_of > n and is_streamed:
+            raise ValueError(
+                "the best answers are known when all have ended: leave it out, or give stream=false"
+            )
+        return best_of
 
     @model_validator(mode="after")
     def _check_suffix(self) -> "CompletionRequest":
@@ -95,15 +135,18 @@ class CompletionRequest(TextRequest):
             raise ValueError("echo doesn't go with suffix")
         if self.suffix is not None and self.parse_special:
             raise ValueError("parse_special doesn't go with suffix, which stays text")
+        if self.suffix is not None and self.truncate_prompt_tokens is not None:
+            raise ValueError("truncate_prompt_tokens doesn't go with suffix")
         return self
 
 
 class EmbeddingRequest(RequestBody):
     input: Prompt
-    model: str | None = Field(None, description="The served model's id, or an adapter's.")
+    model: str | None = ModelName
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = Field(None, ge=1, description="Only the model's own number.")
-    user: str | None = Field(None, description="Ignored.")
+    truncate_prompt_tokens: LastTokens = None
+    user: str | None = Ignored
 
 
 class PromptDetails(BaseModel):

@@ -14,19 +14,21 @@ from pydantic import (
 
 from llama.chat.options import ChatOptions
 from llama.chat.prompts import Message
-from llama.server.schemas import Answer, Choice, TextRequest
+from llama.server.lenient import Unsupported
+from llama.server.schemas import Answer, Choice, LastTokens, TextRequest
+from llama.server.schemas_ignored import CacheHints, EchoedFields, Ignored
 from llama.server.schemas_sampling import Bounded, Null, RequestBody, Schema, Whole
 
 MAX_TOOLS = 128  # OpenAI's limit
 _DEFAULT_NAME = "function_call"  # of a call in the older form, which has no id
 
 
-class TextPart(RequestBody):
+class TextPart(CacheHints):
     type: Literal["text"]
     text: str
 
 
-class RefusalPart(RequestBody):
+class RefusalPart(CacheHints):
     type: Literal["refusal"]
     refusal: str
 
@@ -38,6 +40,8 @@ class RefusalPart(RequestBody):
 class Called(RequestBody):
     name: str
     arguments: str = Field(description="JSON.")
+    parsed_arguments: Any = Ignored
+    provider_specific_fields: Any = Ignored
 
 
 class ToolCall(RequestBody):
@@ -45,12 +49,19 @@ class ToolCall(RequestBody):
     type: Literal["function"] = "function"
     function: Called
     index: int | None = Field(default=None, description="Ignored: streams have it.")
+    provider_specific_fields: Any = Ignored
+    extra_content: Any = Ignored
+
+    def as_call(self) -> dict[str, Any]:
+        """Return the call as a message has it."""
+        function = {"name": self.function.name, "arguments": self.function.arguments}
+        return {"id": self.id, "type": self.type, "function": function}
 
 
 Part = Annotated[TextPart | RefusalPart, Field(discriminator="type")]
 
 
-class ChatMessage(RequestBody):
+class ChatMessage(EchoedFields):
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | Annotated[list[Part], Field(fail_fast=True)] | None = Field(
         None, description="null beside tool_calls only."
@@ -59,13 +70,7 @@ class ChatMessage(RequestBody):
     tool_calls: Annotated[list[ToolCall], Field(fail_fast=True), Bounded] | None = None
     tool_call_id: str | None = Field(None, description="Of the call whose result this is.")
     function_call: Called | None = Field(None, description="The older form of tool_calls.")
-    # Clients send these back as part of an earlier answer.
     refusal: str | None = Field(None, description="Stands for a missing content.")
-    annotations: list[Any] | None = Field(None, description="Ignored.")
-    audio: Null = None
-    reasoning: Any = Field(None, description="Ignored.")
-    reasoning_content: Any = Field(None, description="Ignored.")
-    provider_specific_fields: Any = Field(None, description="Ignored.")
 
     @model_validator(mode="after")
     def _check_kind(self) -> "ChatMessage":
@@ -96,7 +101,7 @@ class ChatMessage(RequestBody):
         roles = {"developer": "system", "function": "tool"}
         message: dict[str, Any] = {"role": roles.get(self.role, self.role), "content": self.text}
         if self.calls:
-            message["tool_calls"] = [call.model_dump(exclude={"index"}) for call in self.calls]
+            message["tool_calls"] = [call.as_call() for call in self.calls]
         if message["role"] == "tool":
             call = self.tool_call_id or (_DEFAULT_NAME if self.role == "function" else None)
             found = {"tool_call_id": call, "name": self.name}
@@ -122,7 +127,7 @@ class Function(RequestBody):
         return {"type": "function", "function": function}
 
 
-class Tool(RequestBody):
+class Tool(CacheHints):
     type: Literal["function"]
     function: Function
 
@@ -187,12 +192,26 @@ class ChatRequest(TextRequest):
     function_call: Literal["none", "auto"] | None = Field(
         None, description="The older name of tool_choice, which asks for nothing here."
     )
+    audio: Null = None
+    modalities: Annotated[
+        Annotated[list[Literal["text"]], Field(fail_fast=True)] | None, Unsupported
+    ] = Field(None, description="Only text.")
+    moderation: Null = None
+    prediction: dict[str, Any] | None = Field(
+        None, description="Ignored: this server drafts from what it has read."
+    )
+    reasoning_effort: Annotated[Literal["none"] | None, Unsupported] = Field(
+        None, description="Only none."
+    )
+    verbosity: str | None = Ignored
+    web_search_options: Null = None
     continue_final_message: bool | None = Field(
         None, description="Continue the last message, by default if it is the assistant's."
     )
     add_generation_prompt: bool | None = Field(
         None, description="The opposite of continue_final_message."
     )
+    truncate_prompt_tokens: LastTokens = None
 
     @field_validator("tools")
     @classmethod

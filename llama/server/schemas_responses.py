@@ -15,7 +15,9 @@ from pydantic import (
 
 from llama.chat.prompts import Message
 from llama.errors import short
+from llama.server.lenient import Unsupported
 from llama.server.schemas_chat import Choices, Function, TokenLogprob, Tools, tool_options
+from llama.server.schemas_ignored import Ignored, IgnoredFields
 from llama.server.schemas_sampling import (
     Bounded,
     ChoiceFormat,
@@ -140,20 +142,21 @@ class TextConfig(RequestBody):
         ]
         | None
     ) = Field(None, description="The form of the answer.")
-    verbosity: str | None = Field(None, description="Ignored.")
+    verbosity: str | None = Ignored
 
 
 class ReasoningConfig(RequestBody):
-    effort: Literal["none"] | None = Field(None, description="Only none.")
-    summary: str | None = Field(None, description="Ignored.")
-    generate_summary: str | None = Field(None, description="Ignored.")
+    effort: Annotated[Literal["none"] | None, Unsupported] = Field(None, description="Only none.")
+    summary: str | None = Ignored
+    generate_summary: str | None = Ignored
 
 
 class ResponseStreamOptions(RequestBody):
-    include_obfuscation: bool | None = Field(None, description="Ignored.")
+    include_obfuscation: bool | None = Ignored
+    include_usage: bool | None = Field(None, description="Ignored: the last event always has it.")
 
 
-class ResponsesRequest(SamplingFields):
+class ResponsesRequest(SamplingFields, IgnoredFields):
     model: str | None = Field(None, description="The served model's id, or an adapter's.")
     input: str | Annotated[list[Item], Field(min_length=1, fail_fast=True)]
     instructions: str | None = Field(None, description="A first system message.")
@@ -184,20 +187,13 @@ class ResponsesRequest(SamplingFields):
     prompt: Null = None
     moderation: Null = None
     context_management: Null = None
-    prompt_cache_options: Null = None
     background: Literal[False] | None = Field(None, description="Only false.")
-    store: bool | None = Field(None, description="Nothing is stored, whatever it says.")
     metadata: dict[str, str] | None = Field(None, description="Returned.")
     reasoning: ReasoningConfig | None = None
     truncation: Literal["auto", "disabled"] | None = Field(
         None, description="Nothing is cut off: too long an input is an error."
     )
     max_tool_calls: Whole | None = Field(None, description="Ignored: it is for built-in tools.")
-    user: str | None = Field(None, description="Ignored.")
-    safety_identifier: str | None = Field(None, description="Ignored.")
-    prompt_cache_key: str | None = Field(None, description="Ignored.")
-    prompt_cache_retention: str | None = Field(None, description="Ignored.")
-    service_tier: str | None = Field(None, description="Ignored.")
 
     @field_validator("input")
     @classmethod
@@ -209,7 +205,7 @@ class ResponsesRequest(SamplingFields):
     @field_validator("previous_response_id", "conversation", "prompt", mode="before")
     @classmethod
     def _check_state(cls, value: Any) -> Any:
-        if value is not None:
+        if value not in (None, "", []):
             raise ValueError("this server keeps nothing between requests: send all of the input")
         return value
 

@@ -4,7 +4,9 @@ They have the names of OpenAI's API, and those of vLLM where OpenAI has no such 
 for the default everywhere.
 """
 
-from typing import Annotated, Any, Literal
+from functools import cache
+from types import NoneType
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     AfterValidator,
@@ -17,6 +19,7 @@ from pydantic import (
 )
 
 from llama.sampling import SamplingParams
+from llama.server.lenient import Unsupported, ignore
 
 MAX_FIELDS = 100  # of an object
 MAX_DEPTH = 64  # of a JSON Schema
@@ -26,17 +29,40 @@ _OTHER_NAMES = {"include_stop_str_in_output": "include_stop"}  # of SamplingPara
 
 
 class RequestBody(BaseModel):
-    """An object of a request: unknown fields are refused, and a text is no number."""
+    """An object of a request: unknown fields are refused, and a text is no number.
+
+    null stands for the default, also where a field's type doesn't say so, and asks for nothing in
+    a field that is unknown. With --lenient unknown fields are ignored whatever they say.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
     @model_validator(mode="before")
     @classmethod
-    def _check_size(cls, value: Any) -> Any:
+    def _left_out(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
         # Pydantic would make an error for each unknown field, which blocks the server.
-        if isinstance(value, dict) and len(value) > MAX_FIELDS:
+        if len(value) > MAX_FIELDS:
             raise ValueError(f"expected up to {MAX_FIELDS} fields, found {len(value):,}")
-        return value
+        known, nullable = _fields(cls)
+        return {
+            key: field
+            for key, field in value.items()
+            if (key in nullable or field is not None) and (key in known or not ignore(key))
+        }
+
+
+@cache
+def _fields(model: type[BaseModel]) -> tuple[frozenset[str], frozenset[str]]:
+    """Return the names of a model's fields, and of those for which null isn't left out."""
+    named = {field.alias or name: field for name, field in model.model_fields.items()}
+    nullable = {
+        name
+        for name, field in named.items()
+        if field.is_required() or NoneType in (field.annotation, *get_args(field.annotation))
+    }
+    return frozenset(named), frozenset(nullable)
 
 
 def _check_depth(schema: dict[str, Any]) -> dict[str, Any]:
@@ -65,7 +91,7 @@ def _whole(value: Any) -> Any:
 
 
 Whole = Annotated[int, BeforeValidator(_whole)]
-Null = Annotated[None, Field(description="Only null.")]
+Null = Annotated[None, Unsupported, Field(description="Only null.")]
 Bounded = BeforeValidator(_check_elements)
 Schema = Annotated[dict[str, Any], AfterValidator(_check_depth)]
 TokenId = Annotated[str, Field(pattern=r"^\d{1,9}$")]
@@ -177,6 +203,8 @@ class SamplingFields(RequestBody):
     @field_validator("stop")
     @classmethod
     def _check_stop(cls, stop: str | list[str] | None) -> str | list[str] | None:
+        if stop == "":  # asks for nothing
+            return None
         texts = [stop] if isinstance(stop, str) else stop or []
         if len(texts) > 16 or not all(0 < len(text) <= 1000 for text in texts):
             raise ValueError("expected up to 16 texts of 1 to 1,000 characters each")

@@ -9,14 +9,19 @@ from llama.server.service import Service
 
 
 def continue_spelled(
-    service: Service, prompts: Sequence[str | list[int]], params: SamplingParams
+    service: Service,
+    prompts: Sequence[str | list[int]],
+    params: SamplingParams,
+    last: int | None = None,
 ) -> list[EngineSequence]:
     """Continue texts in which control pieces are spelled out, or prompts of token ids.
 
-    Prompts that ask for a middle end as those of ``suffix`` do.
+    Prompts that ask for a middle end as those of ``suffix`` do. Of each the last tokens are kept,
+    or all.
     """
     tasks, tokenizer = service.llama.tasks, service.llama.tokenizer
     ids = [_spelled_ids(service, each) if isinstance(each, str) else each for each in prompts]
+    ids = [each[-last:] if last else each for each in ids]
     asked = [tokenizer.middle_id in each for each in ids]
     ends = [tokenizer.eot_id] if any(asked) and tokenizer.eot_id is not None else []
     infills = all(asked) and not params.echo

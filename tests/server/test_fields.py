@@ -249,7 +249,7 @@ def test_answers_that_clients_send_back(url: str) -> None:
             "content is missing",
         ),
         ({"messages": [{**U, "tool_calls": [CALL]}]}, "messages.0", "are the assistant's"),
-        ({"messages": [{**U, "images": ["x"]}]}, "messages.0.images", "no such parameter"),
+        ({"messages": [{**U, "pictures": ["x"]}]}, "messages.0.pictures", "no such parameter"),
         (
             {"messages": [{**U, "content": [{"type": "text", "text": "x", "cache": 1}]}]},
             "messages.0.content.0.cache",
