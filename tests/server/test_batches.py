@@ -229,7 +229,7 @@ def test_large_requests_share_the_slots(llama: Llama) -> None:
     second = submitter.submit(12, max_gen_len=3)
     while not second:
         submitter.loop.step()
-    assert len(first) < 12
+    assert len(first) < 12 and list(submitter.most.values()) == [3, 1]
     while submitter.loop.n_active or submitter.loop.n_waiting:
         submitter.loop.step()
     assert first == second == ["length"] * 12
