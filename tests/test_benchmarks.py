@@ -77,7 +77,7 @@ def test_a_network_filled_up_with_zeros_is_the_same() -> None:
 @pytest.mark.slow
 def test_a_worker_measures_this_library(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(engines, "PROMPT", 40)
-    monkeypatch.setattr(engines, "NEW", 100)  # whose time is far above that of one
+    monkeypatch.setattr(engines, "NEW", 40)  # whose time is far above that of one
     monkeypatch.setattr(engines, "prompt_of", lambda n, seed=0: [seed % 700 + 1] * n)
     threads = torch.get_num_threads()
     weights.write_meta(SMALL, weights.random_weights(SMALL), tmp_path / "model")

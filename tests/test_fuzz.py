@@ -10,7 +10,7 @@ from fuzz.fuzz_checkpoint import FORMATS, Fuzzer, describe
 
 pytestmark = pytest.mark.slow
 
-MUTATIONS = {"meta": 35, "llama3": 20, "hf": 30, "gguf": 25, "adapter": 20}
+MUTATIONS = {"meta": 18, "llama3": 12, "hf": 16, "gguf": 13, "adapter": 12}
 
 
 @pytest.fixture(scope="module")

@@ -164,11 +164,15 @@ async def unless_disconnected(request: Request, coroutine: Coroutine[Any, Any, T
         await asyncio.wait({task, disconnect}, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
-        raise ApiError(499, "the client has closed the connection")
     finally:
+        is_late = not task.done()
         for each in (task, disconnect):
             each.cancel()
-        await asyncio.gather(task, disconnect, return_exceptions=True)
+        results = await asyncio.gather(task, disconnect, return_exceptions=True)
+        # Before Python 3.12 ``wait_for`` returns what was ready when it was cancelled.
+        if is_late and isinstance(results[0], Answers):
+            results[0].close()
+    raise ApiError(499, "the client has closed the connection")
 
 
 async def _wait_for_disconnect(request: Request) -> None:

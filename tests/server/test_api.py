@@ -783,7 +783,7 @@ def test_a_refusal_in_the_middle_of_a_stream(fresh: Llama) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("n_requests", [6, pytest.param(60, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("n_requests", [3, pytest.param(60, marks=pytest.mark.soak)])
 def test_conformance(n_requests: int, served: tuple[str, Service]) -> None:
     """Whatever the OpenAPI document allows is answered as it says; what it doesn't, refused."""
     schemathesis = pytest.importorskip("schemathesis", reason="needs schemathesis")

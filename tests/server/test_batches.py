@@ -1,5 +1,7 @@
 """Requests larger than the queue: they are worked through in parts, beside other requests."""
 
+import asyncio
+import contextlib
 import math
 import threading
 import time
@@ -19,7 +21,10 @@ from llama.errors import NotFinite
 from llama.guards import Verdict
 from llama.sampling import SamplingParams
 from llama.server import batches, service
+from llama.server.answers import Answers
 from llama.server.batches import Batch, Batches
+from llama.server.errors import ApiError
+from llama.server.events import unless_disconnected
 from llama.server.loop import EngineLoop, Job, QueueFull, Update
 
 WORDS = ["cow", "duck", "bee", "dog", "cat"]
@@ -256,3 +261,25 @@ def test_the_rest_is_answered_while_the_server_drains(llama: Llama) -> None:
     submitter.loop.drain()
     submitter.loop.run()
     assert ends == ["length"] * 20
+
+
+def test_answers_that_are_ready_as_the_client_leaves_are_closed() -> None:
+    """A failure means that a large request goes on for nobody."""
+    closed: list[bool] = []
+
+    class Ready(Answers):
+        def __init__(self) -> None:
+            self.close = lambda: closed.append(True)  # type: ignore[method-assign]
+
+    class Left:
+        async def receive(self) -> dict[str, str]:
+            return {"type": "http.disconnect"}
+
+    async def submit() -> Answers:
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(10)
+        return Ready()
+
+    with pytest.raises(ApiError, match="closed the connection"):
+        asyncio.run(unless_disconnected(Left(), submit()))  # type: ignore[arg-type]
+    assert closed == [True]

@@ -85,7 +85,7 @@ def test_as_many_as_asked_for_are_not_sorted(url: str) -> None:
         ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens", "or -1"),
         ({"truncate_prompt_tokens": -2}, "truncate_prompt_tokens", "-1"),
         ({"truncate_prompt_tokens": 3, "suffix": "x"}, None, "doesn't go with suffix"),
-        ({"truncate_prompt_tokens": 300, "prompt": LONG}, None, "300"),
+        ({"truncate_prompt_tokens": 300, "prompt": LONG}, "prompt", "300"),
     ],
 )
 def test_mistakes(url: str, fields: dict[str, Any], param: str | None, message: str) -> None:

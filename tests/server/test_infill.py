@@ -283,7 +283,7 @@ def test_guards_read_both() -> None:
         ({"input_extra": [{"name": "a"}]}, "input_extra.0"),
         ({"input_extra": [{"text": ""}] * 2000}, "input_extra"),
         ({"n_predict": -2}, "n_predict"),
-        ({"input_prefix": None}, "input_prefix"),
+        ({"input_prefix": 3}, "input_prefix"),
         ({"response_fields": [1]}, "response_fields.0"),
     ],
 )
