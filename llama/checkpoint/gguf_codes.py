@@ -1,7 +1,7 @@
 """GGUF's quantised types as affine groups: a block's bits become the codes of ``Grouped``.
 
-All is done on 32-bit words of four weights, by few operators on blocks that fit a processor's
-cache. Codes lie around the middle of their range, where a zero that is rounded costs the least.
+All is done on 32-bit words of four weights, by few operators on many blocks. Codes lie around the
+middle of their range, where a zero that is rounded costs the least.
 
 Source: https://github.com/ggml-org/ggml (src/ggml-common.h, src/ggml-quants.c)
 """
@@ -16,7 +16,9 @@ from llama.layers.quantization import Grouped, StoredWeight
 
 Parts = tuple[torch.Tensor, ...]  # of n blocks: codes, scales and, if there are any, zeros
 
-_CHUNK = 1 << 18  # weights that a thread decodes at once: they fit a processor's cache
+# Weights that a thread decodes at once: so many that operators, between which it holds Python's lock,
+# take longer than what is between them.
+_CHUNK = 1 << 21
 _NL_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
 
