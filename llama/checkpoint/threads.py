@@ -9,8 +9,8 @@ import torch
 def in_threads(run: Callable[[int], None], items: Sequence[int]) -> None:
     """Call a function for each item, in as many threads as PyTorch has.
 
-    Where operators are short, this divides the work with less waiting than one operator among all
-    threads after another. Beside other processes that is a multiple.
+    Where operators are short, threads wait less this way than if all of them share each operator;
+    most of all where other processes run.
     """
 
     @torch.inference_mode()  # which a thread doesn't inherit

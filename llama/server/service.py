@@ -64,6 +64,8 @@ class Service:
         self._n_preparing_held = 0  # those of large requests
         # Forms may take long: with threads of their own, other requests don't wait for them.
         self._forms = ThreadPoolExecutor(self._capacity, "form")
+        # Large requests hold Python's lock for long: one after another, and not once they are left.
+        self._large = ThreadPoolExecutor(1, "large")
         self._mean_seconds = 1.0  # of recent answers, approximately
 
     async def submit(
@@ -96,7 +98,7 @@ class Service:
         input_guard, output_guard = self.llama.input_guard, self.llama.output_guard
         with self._place(n_sequences, has_form) as n_held:
             try:
-                threads = self._forms if has_form else None
+                threads = self._forms if has_form else self._large if n_held else None
                 prepared = self._prepare(make, threads, is_chat=dialogs is not None)
                 sequences = await asyncio.wait_for(prepared, deadline - time.monotonic())
                 if any(sequence.is_read_only for sequence in sequences):

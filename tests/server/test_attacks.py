@@ -173,7 +173,7 @@ def endless_headers(url: str, ended: threading.Event) -> None:
 
 
 def smuggled_lengths(url: str, ended: threading.Event) -> None:
-    """Whatever a proxy may take for another end of the request: nothing behind it is answered."""
+    """Nothing is answered behind what a proxy may take for another end of the request."""
     heads = (
         b"Content-Length: 4\r\nTransfer-Encoding: chunked\r\n",
         b"Content-Length: 4\r\nContent-Length: 5\r\n",

@@ -107,7 +107,7 @@ def test_empty_and_refused_answers_come_last() -> None:
 
 
 def test_best_of_with_a_guard(llama: Llama) -> None:
-    """A refused answer is chosen for its probability, or a guard is asked in vain."""
+    """A refused answer is chosen for its probability, or a guard is asked for nothing."""
     guarded = Llama(llama.model, llama.tokenizer)
     refused: list[str] = []
 

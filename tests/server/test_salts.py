@@ -1,4 +1,4 @@
-"""What the log-probabilities say of partial characters, and whose prompts a request may reuse."""
+"""Bytes of partial characters in log-probabilities, and the prompts that a request may reuse."""
 
 from typing import Any
 
@@ -58,7 +58,7 @@ def llama() -> Llama:
     return Llama.build(dtype=torch.float32, device="cpu", max_seq_len=256, max_batch_size=4)
 
 
-def test_prompts_of_another_salt_are_read_anew(llama: Llama) -> None:
+def test_prompts_of_another_salt_are_read_again(llama: Llama) -> None:
     """A failure means that tenants learn from the time to the first token, or from the count of
     cached tokens, what others have asked."""
     client = Client(llama)

@@ -1,4 +1,4 @@
-"""How requests may come and how answers go out: methods, paths, headers, hosts, proxies, waits."""
+"""Transport: methods, paths, headers, hosts, proxies, and comments in streams that wait."""
 
 import asyncio
 import json
