@@ -300,31 +300,49 @@ def test_a_short_soak(capsys) -> None:
 
 def test_servers_get_the_same_words(tmp_path: Path) -> None:
     """A prompt has as many tokens as the table says, here and in llama.cpp's vocabulary."""
-    from llama import Tokenizer
+    from llama import Llama, Tokenizer
 
     serving.write_vocabulary(1000, tmp_path / "tokenizer.model")
     words = Tokenizer(tmp_path / "tokenizer.model")
     assert words.n_words == 1000
     for number in (0, 5):
-        assert len(words.encode(serving.text_of(number), bos=True, eos=False)) == serving.PROMPT
-    assert serving.text_of(0) != serving.text_of(1)
+        assert len(words.encode(serving.text_of(number, 64), bos=True, eos=False)) == 64
+    assert serving.text_of(0, 64) != serving.text_of(1, 64)
     args = ModelArgs(dim=64, n_layers=1, n_heads=8, vocab_size=1000, multiple_of=32)
     serving.write_gguf(args, weights.random_weights(args), tmp_path / "model.gguf")
-    from llama import Llama
-
     llama = Llama.build(tmp_path / "model.gguf", device="cpu")
-    ids = llama.tokenizer.encode(serving.text_of(0), bos=True, eos=False)
-    assert ids == words.encode(serving.text_of(0), bos=True, eos=False)
+    ids = llama.tokenizer.encode(serving.text_of(0, 64), bos=True, eos=False)
+    assert ids == words.encode(serving.text_of(0, 64), bos=True, eos=False)
 
 
 def test_servers_are_compared() -> None:
-    ours = {"1": 10.0, "8": 40.0, "written 1": 12.0, "written 8": 60.0}
-    more = {"first token": 0.4, "first token under load": 0.6}
-    theirs = {**ours, "1": 20.0, "8": 20.0, **more}
-    lines = serving.table({"llama": {**ours, **more}, "other": theirs}).splitlines()
-    assert lines[3].endswith("| 0.50 x | 2.00 x |")
-    # A step of eight rows takes 8 / 60 s.
-    assert "5.00 x" in lines[5] and "takes 1.5 decoding steps longer" in lines[5]
+    """A failure means that a table sets another's speed in relation to the slower of ours, or a
+    load's figures beside another's."""
+    few, many = serving.Load(64, 1), serving.Load(2000, 8)
+    ours = serving.Measured(10.0, 0.4, 0.1, 0.25, 2e9)
+    faster = ours._replace(tokens_per_s=15.0)
+    theirs = serving.Measured(20.0, 0.5, 0.05, 0.06, 3e9)
+    lines = serving.table(
+        {
+            "llama": {few: faster, many: ours},
+            "llama, without lookup": {few: ours, many: ours},
+            "other": {few: theirs},
+        }
+    ).splitlines()
+    assert lines[4].startswith(
+        "| 64 | 1 | other | 20.0 | 0.50 s | 50 ms | 60 ms | 3.00 GB | 0.75 x"
+    )
+    assert [line.split(" |")[:2] for line in lines[5:]] == 2 * [["| 2,000", " 8"]]
+
+
+@pytest.mark.slow
+def test_a_server_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    """A failure means that the benchmark can't start this library's server, or counts its streams
+    wrongly."""
+    serving.main("1M", servers="llama", streams="1,2", prompts="16", n_tokens=4, repeats=1)
+    rows = [line for line in capsys.readouterr().out.splitlines() if "| llama |" in line]
+    assert [row.split(" | ")[:2] for row in rows] == [["| 16", "1"], ["| 16", "2"]]
+    assert all(float(row.split(" | ")[3]) > 0 and row.endswith("1.00 x |") for row in rows)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -161,6 +162,18 @@ def test_draining(client: Client) -> None:
     thread.join(60)
     assert not thread.is_alive()
     assert {client.finish(job) for job in jobs} <= {"stop", "length"}
+
+
+def test_the_interpreter_is_handed_over_soon(client: Client) -> None:
+    """A failure means that a step's operators wait for Python's 5 ms each while another thread
+    parses a large request, or that the setting outlives the engine."""
+    usual, found = sys.getswitchinterval(), set()
+    job = client.job("The cow", max_gen_len=2)
+    job.notify = lambda update: found.add(round(sys.getswitchinterval(), 5))
+    client.loop.submit([job])
+    client.loop.drain()
+    client.loop.run()
+    assert found == {0.0005} and sys.getswitchinterval() == usual
 
 
 def test_an_unexpected_error_ends_the_engine(
