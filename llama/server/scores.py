@@ -38,17 +38,19 @@ def usage(jobs: Sequence[Job], n: int = 1) -> Usage:
     )
 
 
-def token_text(tokenizer: BaseTokenizer, token: int) -> str:
-    """Return a token's text in the middle of a text."""
-    return tokenizer.decode_infilling([token]) or tokenizer.token_piece(token)
+def token_text(tokenizer: BaseTokenizer, token: int, begins: bool = False) -> str:
+    """Return a token's text in the middle of a text, or at its beginning."""
+    text = tokenizer.decode_infilling([token]) or tokenizer.token_piece(token)
+    is_cut = begins and text[0] == " " and tokenizer.decode([token]) == text[1:]
+    return text[1:] if is_cut else text
 
 
-def token_bytes(tokenizer: BaseTokenizer, token: int) -> list[int] | None:
+def token_bytes(tokenizer: BaseTokenizer, token: int, begins: bool = False) -> list[int] | None:
     """Return a token's bytes; None if they are part of a character and unknown."""
     byte = _BYTE.fullmatch(tokenizer.token_piece(token))
     if byte:
         return [int(byte[1], 16)]
-    text = token_text(tokenizer, token)
+    text = token_text(tokenizer, token, begins)
     if "\ufffd" not in text:
         return list(text.encode())
     pieces = _pieces(tokenizer)
@@ -131,14 +133,20 @@ class Scores:
         return scores
 
     def for_chat(self, n_tokens: int) -> ChatLogprobs:
-        """Return the log-probabilities of an answer's next tokens, up to ``n_tokens``."""
-        content = []
+        """Return the log-probabilities of an answer's next tokens, up to ``n_tokens``.
+
+        The bytes of all of them are those of the text: SentencePiece's first piece has no space.
+        """
+        content: list[TokenLogprob] = []
+        assert self._sequence.detokenizer is not None
+        begins = not self._n_returned and not self._sequence.detokenizer.text.startswith(" ")
         for token, score, top in self._next(n_tokens):
-            most_probable = [self._named(t, value) for t, value in top]
-            named = self._named(token, score or 0.0)
+            most_probable = [self._named(t, value, begins) for t, value in top]
+            named = self._named(token, score or 0.0, begins)
+            begins = False
             content.append(TokenLogprob(**dict(named), top_logprobs=most_probable))
         return ChatLogprobs(content=content)
 
-    def _named(self, token: int, score: float) -> TopLogprob:
-        text, its_bytes = token_text(self._tokenizer, token), token_bytes(self._tokenizer, token)
-        return TopLogprob(token=text, logprob=score, bytes=its_bytes)
+    def _named(self, token: int, score: float, begins: bool) -> TopLogprob:
+        named = self._tokenizer, token, begins
+        return TopLogprob(token=token_text(*named), logprob=score, bytes=token_bytes(*named))

@@ -196,13 +196,18 @@ def test_completions_with_the_openai_package(client: Any, tiny: Llama) -> None:
 
 
 def test_scores_in_a_stream(client: Any) -> None:
-    """Pieces carry the scores of their tokens: together, those of the whole answer."""
+    """Pieces carry the scores of their tokens: together, those of the whole answer, whose text
+    they spell, also where it goes on with the last message."""
     settings = {"model": "tiny", "messages": COW, "temperature": 0, "logprobs": True}
     whole = client.chat.completions.create(top_logprobs=3, **settings)
     tokens = [token.token for token in whole.choices[0].logprobs.content]
-    assert "".join(tokens).strip() == "The cow says moo."
+    assert "".join(tokens) == whole.choices[0].message.content == "The cow says moo."
     assert all(len(token.top_logprobs) == 3 for token in whole.choices[0].logprobs.content)
     assert all(bytes(t.bytes).decode() == t.token for t in whole.choices[0].logprobs.content)
+    begun = {**settings, "messages": [*COW, {"role": "assistant", "content": "The"}]}
+    more = client.chat.completions.create(**begun).choices[0]
+    spelled = b"".join(bytes(token.bytes) for token in more.logprobs.content).decode()
+    assert spelled == more.message.content == " cow says moo."
     streamed = []
     for chunk in client.chat.completions.create(stream=True, stop="moo", **settings):
         if chunk.choices[0].logprobs:
