@@ -122,7 +122,7 @@ async def ask(client: httpx.AsyncClient, case: Case) -> list[str]:
     async with client.stream("POST", case.path, json=case.body) as answer:
         answer.raise_for_status()
         async for line in answer.aiter_lines():
-            if line and line != "data: [DONE]":
+            if line.startswith("data: ") and line != "data: [DONE]":
                 for choice in json.loads(line.removeprefix("data: "))["choices"]:
                     texts[choice["index"]] += text_of(choice)
     return texts
