@@ -15,16 +15,16 @@ MUTATIONS = {"meta": 18, "llama3": 12, "hf": 16, "gguf": 13, "adapter": 12}
 
 @pytest.fixture(scope="module")
 def fuzzer() -> Iterator[Fuzzer]:
+    """One for all, since a worker imports PyTorch, and makes sound checkpoints, for seconds."""
     with Fuzzer(seed=1) as fuzzer:
         yield fuzzer
 
 
-@pytest.mark.parametrize("kind", FORMATS)
-def test_damaged_checkpoints_run_or_are_refused(kind: str) -> None:
+@pytest.mark.parametrize("format", FORMATS)
+def test_damaged_checkpoints_run_or_are_refused(format: str, fuzzer: Fuzzer) -> None:
     """A failure means that a damaged file gives an error of some library, or worse."""
-    with Fuzzer(seed=1, kind=kind) as fuzzer:
-        outcomes = [fuzzer.run(number) for number in range(MUTATIONS[kind])]
-        findings = [describe(fuzzer, outcome) for outcome in outcomes if outcome.is_finding]
+    outcomes = [fuzzer.run(number, format) for number in range(MUTATIONS[format])]
+    findings = [describe(fuzzer, outcome) for outcome in outcomes if outcome.is_finding]
     assert not findings, "\n".join(findings)
     kinds = {outcome.kind for outcome in outcomes}
     assert {"runs", "clean: ValueError"} <= kinds
@@ -47,9 +47,9 @@ def test_a_bug_is_found(fuzzer: Fuzzer, bug: str, kind: str) -> None:
     assert kind in describe(fuzzer, outcome)
 
 
-def test_a_hang_is_found_and_ended() -> None:
-    with Fuzzer(seed=1, timeout=0.5) as fuzzer:
-        assert fuzzer.run(0, plant="hang").kind == "HANG"
+def test_a_hang_is_found_and_ended(fuzzer: Fuzzer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fuzzer, "timeout", 0.5)
+    assert fuzzer.run(0, plant="hang").kind == "HANG"
 
 
 def test_the_command_says_what_a_number_is() -> None:

@@ -27,6 +27,7 @@ START = 300.0  # seconds for a worker to import torch and to run the sound check
 class Outcome:
     """The result of one mutation. ``kind`` is "runs", "clean: ..." or the kind of a finding."""
 
+    format: str
     number: int
     what: str
     kind: str
@@ -42,43 +43,42 @@ class Outcome:
 class Fuzzer:
     """Sends mutations to a worker process, and starts another when one dies or hangs."""
 
-    def __init__(self, seed: int = 1, timeout: float = TIMEOUT, kind: str = "meta"):
+    def __init__(self, seed: int = 1, timeout: float = TIMEOUT):
         self.seed = seed
-        self.kind = kind
         self.timeout = timeout
         self._process: subprocess.Popen[bytes] | None = None
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115
         self._pending = b""
         self._folder = tempfile.TemporaryDirectory(prefix="fuzz-")
 
-    def run(self, number: int, plant: str = "") -> Outcome:
+    def run(self, number: int, format: str = FORMATS[0], plant: str = "") -> Outcome:
         """Try one mutation; ``plant`` names a bug that the worker then has (``worker._plant``)."""
         process = self._started()
         assert process.stdin is not None
-        request = {"number": number, "plant": plant}
+        request = {"format": format, "number": number, "plant": plant}
         with contextlib.suppress(BrokenPipeError):
             process.stdin.write(json.dumps(request).encode() + b"\n")
             process.stdin.flush()
         built = self._report(START)
         if built is None:
-            self._fail(f"mutation {number} could not be made")
+            self._fail(f"mutation {number} of {format} could not be made")
         what = built["what"]
         start = time.monotonic()
         try:
             done = self._report(self.timeout)
         except TimeoutError:
             self.close()
-            return Outcome(number, what, "HANG", "no answer", time.monotonic() - start)
+            seconds = time.monotonic() - start
+            return Outcome(format, number, what, "HANG", "no answer", seconds)
         if done is None:
             seconds = time.monotonic() - start
-            return Outcome(number, what, "CRASH", self._end(process), seconds)
-        return Outcome(number, what, done["kind"], done["text"], done["seconds"], done["memory"])
+            return Outcome(format, number, what, "CRASH", self._end(process), seconds)
+        return Outcome(format, number, what, **done)
 
-    def command(self, number: int) -> str:
+    def command(self, outcome: Outcome) -> str:
         """A command that repeats a mutation."""
-        return (
-            f"{sys.executable} {__file__} --format {self.kind} --seed {self.seed} --only {number}"
-        )
+        which = f"--format {outcome.format} --seed {self.seed} --only {outcome.number}"
+        return f"{sys.executable} {__file__} {which}"
 
     def close(self) -> None:
         if self._process is not None:
@@ -102,7 +102,7 @@ class Fuzzer:
             folder = tempfile.mkdtemp(dir=self._folder.name)  # the last worker may have left files
             worker = Path(__file__).with_name("worker.py")
             self._process = subprocess.Popen(
-                [sys.executable, str(worker), self.kind, str(self.seed), folder],
+                [sys.executable, str(worker), str(self.seed), folder],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._stderr,
@@ -149,7 +149,7 @@ def describe(fuzzer: Fuzzer, outcome: Outcome) -> str:
     """A finding and how to see it again."""
     return (
         f"{outcome.kind} at mutation {outcome.number} ({outcome.what}): {outcome.text}\n"
-        f"    {fuzzer.command(outcome.number)}"
+        f"    {fuzzer.command(outcome)}"
     )
 
 
@@ -167,19 +167,19 @@ def main() -> int:
         numbers = range(options.only, options.only + 1)
         options.format = options.format or FORMATS[0]
     found = 0
-    for kind in [options.format] if options.format else FORMATS:
-        print(f"{kind}:")
-        with Fuzzer(options.seed, options.timeout, kind) as fuzzer:
-            found += try_all(fuzzer, numbers, options.only is not None)
+    for format in [options.format] if options.format else FORMATS:
+        print(f"{format}:")
+        with Fuzzer(options.seed, options.timeout) as fuzzer:
+            found += try_all(fuzzer, format, numbers, options.only is not None)
     return int(found > 0)
 
 
-def try_all(fuzzer: Fuzzer, numbers: range, says_what: bool = False) -> int:
-    """Try mutations and print what came of them. Returns the number of findings."""
+def try_all(fuzzer: Fuzzer, format: str, numbers: range, says_what: bool = False) -> int:
+    """Try mutations of a format and print what came of them. Returns the number of findings."""
     outcomes = []
     start = time.monotonic()
     for done, number in enumerate(numbers, 1):
-        outcome = fuzzer.run(number)
+        outcome = fuzzer.run(number, format)
         outcomes.append(outcome)
         if outcome.is_finding:
             print(f"\r{describe(fuzzer, outcome)}", flush=True)

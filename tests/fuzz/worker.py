@@ -37,7 +37,7 @@ LONGEST = 2000  # characters of an error's message
 PACKAGE = str(Path(llama.__file__).parent)
 
 
-def main(kind: str, seed: int, folder: Path) -> None:
+def main(seed: int, folder: Path) -> None:
     requests, reports = sys.stdin, os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # nothing that a library prints gets among the reports
     torch.set_num_threads(1)
@@ -48,16 +48,21 @@ def main(kind: str, seed: int, folder: Path) -> None:
         reports.write(json.dumps(content) + "\n")
         reports.flush()
 
-    bases = formats.make_bases(kind, folder)
-    for name, files in bases.items():  # what is sound must run, or nothing here means much
-        outcome, text = answer_of_files(kind, files, folder / name)
-        if outcome != "runs":
-            raise RuntimeError(f"the undamaged {kind} {name} fails: {outcome} {text}")
-    gc.freeze()  # what is there now needn't be searched after each mutation
+    @functools.cache
+    def bases_of(kind: str) -> dict[str, mutations.Files]:
+        bases = formats.make_bases(kind, folder)
+        for name, files in bases.items():  # what is sound must run, or nothing here means much
+            outcome, text = answer_of_files(kind, files, folder / f"{kind} {name}")
+            if outcome != "runs":
+                raise RuntimeError(f"the undamaged {kind} {name} fails: {outcome} {text}")
+        gc.freeze()  # what is there now needn't be searched after each mutation
+        return bases
+
     report(ready=True)
     for line in requests:
         request = json.loads(line)
-        run_one(kind, seed, request["number"], request["plant"], bases, folder, report)
+        kind = request["format"]
+        run_one(kind, seed, request["number"], request["plant"], bases_of(kind), folder, report)
 
 
 def run_one(
@@ -189,7 +194,7 @@ def _plant(bug: str, marker: Path) -> None:
     if bug == "allocate":
         torch.zeros(2 * MEMORY, dtype=torch.uint8)
     if bug == "fill":
-        torch.ones(2 * RESIDENT, dtype=torch.uint8)
+        torch.ones(RESIDENT + RESIDENT // 8, dtype=torch.uint8)
     if bug == "execute":
         marker.touch()
 
@@ -214,4 +219,4 @@ def _start_measuring() -> int:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))
+    main(int(sys.argv[1]), Path(sys.argv[2]))
