@@ -1,5 +1,6 @@
 """Every example runs as the README and the references say, and prints sense."""
 
+import functools
 import os
 import re
 import runpy
@@ -11,7 +12,7 @@ import pytest
 import torch
 from processes import forked
 
-from llama import cli
+from llama import Llama, cli
 from llama.checkpoint import load
 from llama.convert import convert
 from llama.generation import TINY
@@ -55,7 +56,11 @@ def smollm2() -> list[str]:
     return ["--ckpt_dir", path, "--quantize", "none"]
 
 
-def test_a_real_model_answers(smollm2: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_real_model_answers(
+    smollm2: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Llama, "build", functools.cache(Llama.build))  # for both, with these sizes
+    smollm2 += ["--max_seq_len", "1024", "--max_batch_size", "4"]
     run_here("example_smollm2.py", *smollm2, "--max_gen_len", "10")
     assert "> Assistant: The capital of France is Paris." in capsys.readouterr().out
     run_here("example_json.py", *smollm2)
