@@ -27,10 +27,13 @@ from llama.checkpoint.sharding import (
 )
 from llama.cli import progress
 from llama.layers.capability import Capability, cpu_has_bf16
+from llama.layers.kernels.compiled import numba_code
 from llama.layers.quantization import Grouped
 from llama.model import Transformer
 
 logger = logging.getLogger(__name__)
+
+_COMPILED = 100_000_000  # bytes of weights for which code is compiled, which takes seconds
 
 
 def load(
@@ -62,10 +65,7 @@ def load(
     checkpoint.check(args)
     check_model_parallel_size(args, ranks, checkpoint.forms)
     if dtype is None:
-        # Those of groups are multiplied in bfloat16 by every processor's operators: with AVX2 alone
-        # five times as fast as widened to float32, by one token.
-        in_groups = any(isinstance(form, Grouped) for form in checkpoint.forms.values())
-        fast_bf16 = has_fast_bf16(device) or (device.type == "cpu" and in_groups)
+        fast_bf16 = has_fast_bf16(device) or _has_fast_operators(checkpoint, args, device)
         dtype = choose_dtype(checkpoint.dtype, device.type, fast_bf16)
     forms = {module: form.in_dtype(dtype) for module, form in checkpoint.forms.items()}
     tokens = plan_memory(args, dtype, device, ranks, forms, int8_cache)
@@ -151,6 +151,19 @@ def choose_dtype(checkpoint: torch.dtype, device_type: str, fast_bf16: bool) -> 
     if fast_bf16:
         return torch.bfloat16
     return torch.float32 if device_type == "cpu" else torch.float16
+
+
+def _has_fast_operators(checkpoint: Checkpoint, args: ModelArgs, device: torch.device) -> bool:
+    """Return whether a CPU has operators for a checkpoint's weights that don't need such hardware.
+
+    With AVX2 alone weights of groups are multiplied five times as fast as widened to float32, by
+    one token. Large plain ones are read in half of float32's bytes by compiled code.
+    """
+    if device.type != "cpu":
+        return False
+    if checkpoint.forms:
+        return any(isinstance(form, Grouped) for form in checkpoint.forms.values())
+    return weight_bytes(args, torch.bfloat16) >= _COMPILED and numba_code() is not None
 
 
 def has_fast_bf16(device: torch.device) -> bool:

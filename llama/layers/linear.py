@@ -14,8 +14,7 @@ from fairscale.nn.model_parallel import layers as fairscale_layers
 from torch import nn
 
 from llama.layers.capability import Capability
-from llama.layers.kernels import Kernel, make_kernel, plain
-from llama.layers.kernels.cpu import OneDnn
+from llama.layers.kernels import Kernel, make_kernel, plain, plain_kernel
 from llama.layers.quantization import Form, StoredWeight
 from llama.parallel import all_gather, all_reduce, world_size
 
@@ -201,12 +200,12 @@ def _have_one_form(first: ParallelLinear, second: ParallelLinear) -> bool:
 
 
 def _packed(layers: Sequence[ParallelLinear], capability: Capability) -> Kernel | None:
-    first = layers[0]
-    if first.form is None:
-        on_cuda = capability.kind == "cuda"
-        packs = len(layers) > 1 if on_cuda else OneDnn.is_fastest_for(first.weight)
-        if not packs or first.is_shared:
-            return None  # of a shared weight a packed copy would be a second one
+    first, form = layers[0], layers[0].form
+    kind = None
+    if form is None:
+        kind = plain_kernel(first.weight, len(layers), first.is_shared, capability)
+        if kind is None:
+            return None
     own = [layer.stored() for layer in layers]
     joined = own[0]
     if len(layers) > 1:
@@ -214,7 +213,11 @@ def _packed(layers: Sequence[ParallelLinear], capability: Capability) -> Kernel 
             name: part if name == "order" else torch.cat([stored[name] for stored in own])
             for name, part in joined.items()
         }
-    kernel = make_kernel(joined, first.form, first.dtype, first.block_size, capability)
+    if kind is not None:
+        kernel = kind(joined)
+    else:
+        assert form is not None
+        kernel = make_kernel(joined, form, first.dtype, first.block_size, capability)
     row = 0
     for layer, stored in zip(layers, own, strict=True):
         n_rows = len(stored["weight"])

@@ -257,10 +257,11 @@ def peak():
 # What every model needs once, such as libraries and their buffers.
 Llama.build(device="cpu", dtype=torch.bfloat16).model(torch.ones(1, 1, dtype=torch.long))
 import llama.checkpoint.hf, safetensors.torch
+from llama.checkpoint.sharding import weight_bytes
 before = peak()
 llama = Llama.build(sys.argv[1], max_seq_len=64, device="cpu", dtype=torch.bfloat16)
 llama.model(torch.ones(1, 1, dtype=torch.long))  # reads every weight
-needed = sum(p.nbytes for p in llama.model.parameters())
+needed = weight_bytes(llama.model.params, torch.bfloat16)
 print((peak() - before) / needed)
 """
 

@@ -5,9 +5,11 @@ import math
 import pytest
 import torch
 
+from llama import Llama
+from llama.checkpoint import load
 from llama.layers import attention
 from llama.layers.capability import Capability, fast_dtype
-from llama.layers.kernels import compiled, cpu, digits, make_kernel, plain
+from llama.layers.kernels import compiled, cpu, digits, make_kernel, plain, plain_kernel
 from llama.layers.kernels.base import Kernel
 from llama.layers.quantization import Form, Grouped, Rotated, StoredWeight
 
@@ -355,3 +357,51 @@ def test_attention_in_a_slow_dtype_is_that_of_float32(
     assert set(seen) == {F32}
     assert out.dtype == BF16
     assert out.shape == q.shape
+
+
+@pytest.fixture
+def plain_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A processor without instructions for bfloat16, with numba."""
+    if compiled.numba_code() is None:
+        pytest.skip("numba or AVX2 is missing")
+    monkeypatch.setattr(compiled, "cpu_has_bf16", lambda: False)
+    monkeypatch.setattr(cpu.OneDnn, "is_fastest_for", lambda weight: False)
+
+
+@pytest.mark.parametrize("shape", [(100, 1024), (3, 41), (1, 1)], ids=str)
+def test_plain_weights_are_read_in_bfloat16(shape: tuple[int, int], plain_bf16: None) -> None:
+    """A failure means that a plain checkpoint gives other logits with AVX2 alone, or twice the
+    bytes."""
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+    kind = plain_kernel(weight, 1, True, Capability())
+    assert kind is compiled.Bfloat16
+    kernel = kind({"weight": weight})
+    assert kernel.stored()["weight"].data_ptr() == weight.data_ptr()
+    for n_tokens in (1, 3, 4, 7, 33):
+        x = torch.randn(n_tokens, shape[1]).bfloat16()
+        torch.testing.assert_close(
+            kernel(x), (x.float() @ weight.float().T).bfloat16(), atol=1e-2, rtol=1e-2
+        )
+        assert torch.equal(kernel(x)[:1], kernel(x[:1])) or n_tokens > compiled.FEW_OF_PLAIN
+    x[0, 0] = torch.nan
+    assert kernel(x[:1]).isnan().all() and not kernel(x[1:3]).isnan().any()
+
+
+def test_large_plain_checkpoints_are_computed_in_bfloat16(
+    plain_bf16: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A failure means that with AVX2 alone a file of 14 GB takes 28 GB of memory, its embedding
+    lies there twice, or a small one waits for numba's compiler."""
+    monkeypatch.setattr(load, "cpu_has_bf16", lambda: False)
+    assert Llama.build(device="cpu").model.norm.weight.dtype == F32
+    monkeypatch.setattr(load, "_COMPILED", 0)
+    llama = Llama.build(device="cpu")
+    kinds = {type(layer.kernel) for layers in llama.model.linear_groups() for layer in layers}
+    assert kinds == {compiled.Bfloat16}
+    assert llama.model.norm.weight.dtype == BF16
+    if llama.model.params.tie_word_embeddings:
+        assert llama.model.tok_embeddings.kernel is llama.model.output.kernel
+    exact = Llama.build(device="cpu", dtype=F32)
+    prompts = [[1, 300, 301, 302]]
+    ours, theirs = (each.model(torch.tensor(prompts), 0) for each in (llama, exact))
+    torch.testing.assert_close(ours.float(), theirs, atol=0.3, rtol=0.1)

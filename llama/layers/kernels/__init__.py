@@ -7,33 +7,48 @@ import torch
 from llama.layers.capability import Capability
 from llama.layers.kernels import cpu, cuda, plain
 from llama.layers.kernels.base import Kernel
-from llama.layers.kernels.compiled import Compiled
+from llama.layers.kernels.compiled import Bfloat16, Compiled
 from llama.layers.kernels.digits import Digits, Ordered
 from llama.layers.quantization import Form, Grouped, StoredWeight
 
-__all__ = ["Kernel", "make_kernel", "plain"]
+__all__ = ["Kernel", "make_kernel", "plain", "plain_kernel"]
+
+
+def plain_kernel(
+    weight: torch.Tensor, n_layers: int, is_shared: bool, capability: Capability
+) -> type[Kernel] | None:
+    """Return the kernel that multiplies by unquantised weights faster than PyTorch's product.
+
+    Args:
+        weight: one of the layers'.
+        n_layers: how many read the same inputs.
+        is_shared: whether the weight is another module's too, so that a packed copy of it would be
+            a second one.
+    """
+    if capability.kind == "cuda":
+        return plain.Joined if n_layers > 1 else None
+    if cpu.OneDnn.is_fastest_for(weight):
+        return None if is_shared else cpu.OneDnn
+    return Bfloat16 if Bfloat16.is_fastest_for(weight) else None
 
 
 def make_kernel(
     stored: StoredWeight,
-    form: Form | None,
+    form: Form,
     dtype: torch.dtype,
     block_size: int,
     capability: Capability,
 ) -> Kernel:
-    """Return the fastest kernel for a weight on its device.
+    """Return the fastest kernel for a quantised weight on its device.
 
     Args:
         stored: the weight's tensors, which the kernel takes over.
-        form: how it is stored; None for a plain weight: several layers' on CUDA, or one where
-            ``cpu.OneDnn`` is the fastest.
+        form: how it is stored.
         dtype: of the inputs.
         block_size: how many inputs the weight was rotated by (int8).
         capability: of the device.
     """
     on_cpu = capability.kind == "cpu"
-    if form is None:
-        return plain.Joined(stored) if capability.kind == "cuda" else cpu.OneDnn(stored)
     weight = stored["weight"]
     if isinstance(form, Grouped):
         return _grouped(stored, form, dtype, capability)

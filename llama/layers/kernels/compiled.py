@@ -20,11 +20,12 @@ from typing import Any
 
 import torch
 
-from llama.layers.capability import Capability
-from llama.layers.kernels.plain import Widened
+from llama.layers.capability import Capability, cpu_has_bf16
+from llama.layers.kernels import plain
 from llama.layers.quantization import Grouped, StoredWeight
 
-FEW_TOKENS = 32  # up to which the compiled kernel is faster than widening the weight
+# Up to which compiled code is faster than widening the weight, in groups or plain.
+FEW_TOKENS, FEW_OF_PLAIN = 32, 16
 BLOCK = 32  # inputs that share a scale
 
 
@@ -46,7 +47,7 @@ def openmp() -> Any:
     return ctypes.CDLL(str(library)) if sys.platform == "linux" and library.exists() else None
 
 
-class Compiled(Widened):
+class Compiled(plain.Widened):
     """Weights as they are stored, by which few tokens are multiplied in compiled code."""
 
     opaque = True
@@ -107,6 +108,30 @@ class Compiled(Widened):
         names = self._form.scale_names
         parts = [self._stored[name] for name in ("weight", names[0], names[-1])]
         return [part.data_ptr() + row * part.shape[1] * part.itemsize for part in parts]
+
+
+class Bfloat16(plain.Joined):
+    """A plain weight in bfloat16, for processors without instructions for it.
+
+    Few tokens read it as it is, where PyTorch's operators widen it first. Sums are in float32.
+    """
+
+    opaque = True
+
+    @staticmethod
+    def is_fastest_for(weight: torch.Tensor) -> bool:
+        """Return whether a weight is multiplied fastest by compiled code."""
+        fits = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
+        return fits and not cpu_has_bf16() and numba_code() is not None
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self._stored["weight"]
+        if len(x) > FEW_OF_PLAIN:
+            return plain.linear(x, weight)
+        wide, out = x.float().contiguous(), torch.empty(len(x), self.out_features)
+        places = [part.data_ptr() for part in (weight, wide, out)]
+        _in_parallel(numba_code().bfloat16_product.address, *places, *weight.shape, len(x))
+        return out.to(x.dtype)
 
 
 def _int64(*values: int) -> Any:

@@ -138,6 +138,37 @@ def widen(data):
                     own[i] = FLOAT(numba.int8(some[i])) * scale + zero
 
 
+@numba.cfunc(numba.void(numba.types.voidptr), fastmath={"reassoc", "nsz", "contract"})
+def bfloat16_product(data):
+    """Write a thread's part of the products with a plain weight.
+
+    ``data`` points to the addresses of the weight, bfloat16, (n_rows, n_inputs), of inputs and of
+    outputs, float32, (n_tokens, …), then to the numbers of rows, inputs and tokens.
+    """
+    given = numba.carray(data, 6, numba.int64)
+    n_rows, n_inputs, n_tokens = given[3], given[4], given[5]
+    weight = numba.carray(_pointer(given[0]), (n_rows, n_inputs), numba.uint16)
+    x = numba.carray(_pointer(given[1]), (n_tokens, n_inputs), numba.float32)
+    out = numba.carray(_pointer(given[2]), (n_tokens, n_rows), numba.float32)
+    for row in range(*_part_of_thread(n_rows)):
+        own, fours = weight[row], n_tokens // 4 * 4
+        for token in range(0, fours, 4):
+            first, second, third, fourth = ZERO, ZERO, ZERO, ZERO
+            for i in range(n_inputs):
+                value = _bfloat16(own[i])
+                first += value * x[token, i]
+                second += value * x[token + 1, i]
+                third += value * x[token + 2, i]
+                fourth += value * x[token + 3, i]
+            out[token, row], out[token + 1, row] = first, second
+            out[token + 2, row], out[token + 3, row] = third, fourth
+        for token in range(fours, n_tokens):
+            total = ZERO
+            for i in range(n_inputs):
+                total += _bfloat16(own[i]) * x[token, i]
+            out[token, row] = total
+
+
 @functools.cache
 def product(kind: Kind) -> int:
     """Return the address of a function that computes a thread's part of the outputs.
