@@ -60,6 +60,8 @@ class _Stored(nn.Module):
 
     def give_to(self, kernel: Kernel, rows: slice) -> None:
         """Let a kernel take over the weight, as some of its rows."""
+        if self.form is None:
+            self.dtype = self.weight.dtype
         for name, part in self.stored().items():
             setattr(self, name, nn.Parameter(part.new_empty(0), requires_grad=False))
         self.kernel, self.rows = kernel, rows
@@ -279,10 +281,10 @@ class ParallelEmbedding(_Stored, fairscale_layers.ParallelEmbedding):
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         # Adapters embed ids beyond the vocabulary.
         known = tokens if self.adapted is None else tokens.clamp(max=self.num_embeddings - 1)
-        if self.form is None:
-            out = F.embedding(known, self.weight)
-        elif self.kernel is not None:  # which is the output's
+        if self.kernel is not None:  # which is the output's
             out = self.kernel.weights(known).to(self.dtype)
+        elif self.form is None:
+            out = F.embedding(known, self.weight)
         else:
             stored = {
                 name: part if name == "order" else part[known]

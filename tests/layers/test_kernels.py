@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from conftest import make_model
 
 from llama import Llama
 from llama.checkpoint import load
@@ -387,6 +388,20 @@ def test_plain_weights_are_read_in_bfloat16(shape: tuple[int, int], plain_bf16: 
     assert kernel(x[:1]).isnan().all() and not kernel(x[1:3]).isnan().any()
 
 
+def test_a_shared_weight_lies_in_memory_once(plain_bf16: None) -> None:
+    """A failure means that a tied embedding is copied, or gives other vectors than the weight's."""
+    model = make_model(tie_word_embeddings=True).to(BF16).requires_grad_(False)
+    model.allocate_buffers(torch.device("cpu"), BF16)
+    tokens, place = torch.tensor([[3, 1, 2]]), model.output.weight.data_ptr()
+    expected, vectors = model.forward(tokens), model.tok_embeddings(tokens)
+    model.pack()
+    kernel = model.output.kernel
+    assert type(kernel) is compiled.Bfloat16 and model.tok_embeddings.kernel is kernel
+    assert kernel.stored()["weight"].data_ptr() == place
+    assert torch.equal(model.tok_embeddings(tokens), vectors)
+    torch.testing.assert_close(model.forward(tokens), expected, atol=0.05, rtol=0.05)
+
+
 def test_large_plain_checkpoints_are_computed_in_bfloat16(
     plain_bf16: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -399,8 +414,7 @@ def test_large_plain_checkpoints_are_computed_in_bfloat16(
     kinds = {type(layer.kernel) for layers in llama.model.linear_groups() for layer in layers}
     assert kinds == {compiled.Bfloat16}
     assert llama.model.norm.weight.dtype == BF16
-    if llama.model.params.tie_word_embeddings:
-        assert llama.model.tok_embeddings.kernel is llama.model.output.kernel
+    assert llama.model.tok_embeddings(torch.tensor([1])).dtype == BF16
     exact = Llama.build(device="cpu", dtype=F32)
     prompts = [[1, 300, 301, 302]]
     ours, theirs = (each.model(torch.tensor(prompts), 0) for each in (llama, exact))

@@ -26,7 +26,7 @@ def plain_kernel(
             a second one.
     """
     if capability.kind == "cuda":
-        return plain.Joined if n_layers > 1 else None
+        return plain.Joined if n_layers > 1 and not is_shared else None
     if cpu.OneDnn.is_fastest_for(weight):
         return None if is_shared else cpu.OneDnn
     return Bfloat16 if Bfloat16.is_fastest_for(weight) else None
