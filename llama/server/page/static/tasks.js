@@ -1,0 +1,85 @@
+// The tabs for texts without a dialog: "Completion" and "Infilling".
+
+import { answerInfo } from "./answer_info.js";
+import { button, el } from "./dom.js";
+import { labelled, textBox } from "./fields.js";
+import { requestFields } from "./sampling.js";
+
+const CODE = { class: "code", spellcheck: "false" };
+
+/** Return the body of a request to /v1/completions. */
+function completionBody(texts, { model, settings }) {
+  const fields = requestFields(settings.current(), model.meta?.sampling);
+  const { logprobs, top_logprobs, max_tokens = null, ...sampling } = fields;
+  return { model: model.id, ...texts, ...sampling, max_tokens }; // null: as many as fit
+}
+
+/**
+ * Return a tab whose texts are continued by /v1/completions, and kept as the draft `name`.
+ *
+ * @param labels of the texts, by their names in a request.
+ * @param action the button's label.
+ */
+function taskTab(name, labels, action, context) {
+  const { api, settings } = context;
+  const make = (field) => [field, textBox(`${name}-${field}`, "", 6, CODE)];
+  const inputs = Object.keys(labels).map(make);
+  const result = el("pre", { tabindex: 0, role: "region", "aria-label": "Result" });
+  const status = el("div", { role: "status" });
+  const problem = el("p", { role: "alert", class: "field-error" });
+  let running = null;
+
+  const texts = () => Object.fromEntries(inputs.map(([field, input]) => [field, input.value]));
+  const keep = () => settings.store.putDraft(name, { ...texts(), result: result.textContent });
+  const run = async () => {
+    const { signal } = (running = new AbortController());
+    for (const each of [result, status, problem]) each.replaceChildren();
+    [go.hidden, stop.hidden] = [true, false];
+    const [answer, start] = [{ state: "complete" }, performance.now()];
+    try {
+      for await (const chunk of api.complete(completionBody(texts(), context), signal)) {
+        const [choice] = chunk.choices ?? [];
+        result.append(choice?.text ?? "");
+        answer.finish_reason = choice?.finish_reason ?? answer.finish_reason;
+        answer.usage = chunk.usage ?? answer.usage;
+      }
+    } catch (error) {
+      answer.state = "cut";
+      if (!signal.aborted) problem.textContent = error.message;
+    }
+    answer.seconds = (performance.now() - start) / 1000;
+    status.replaceChildren(answerInfo(answer));
+    [go.hidden, stop.hidden] = [false, true];
+    keep();
+  };
+  const go = button(action, run);
+  const stop = button("Stop", () => running.abort(), { hidden: true });
+  const element = el(
+    "div",
+    { class: "task" },
+    ...inputs.map(([field, input]) => labelled(labels[field], input)),
+    el("div", { class: "task-buttons" }, go, stop),
+    problem,
+    result,
+    status,
+  );
+  element.addEventListener("input", keep);
+  element.addEventListener("keydown", (event) => {
+    if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !go.hidden) run();
+  });
+  settings.store.draft(name).then((draft) => {
+    for (const [field, input] of inputs) input.value ||= draft?.[field] ?? "";
+    result.textContent ||= draft?.result ?? "";
+  });
+  return element;
+}
+
+export function completionTab(api, model, settings) {
+  const labels = { prompt: "Text to continue" };
+  return taskTab("completion", labels, "Continue", { api, model, settings });
+}
+
+export function infillTab(api, model, settings) {
+  const labels = { prompt: "Before", suffix: "After" };
+  return taskTab("infilling", labels, "Fill in", { api, model, settings });
+}
