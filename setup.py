@@ -27,7 +27,9 @@ SERVER = [
     "fastapi-offline>=1.7",
     "uvicorn>=0.30",
     "prometheus-client>=0.20",
-    "gradio>=6.31,<7",
+    "markdown-it-py>=3",
+    "pygments>=2.17",
+    "latex2mathml>=3.77",
 ]
 CHAT = ["prompt_toolkit>=3.0.36", *PROGRESS]
 FAST = ["numba>=0.61"]
@@ -76,10 +78,11 @@ setup(
         "llama.layers.kernels",
         "llama.logits",
         "llama.server",
+        "llama.server.page",
         "llama.structure",
         "llama.tokenizers",
     ],
-    package_data={"llama": ["py.typed", "tiny/*"]},
+    package_data={"llama": ["py.typed", "tiny/*"], "llama.server.page": ["static/*"]},
     entry_points={"console_scripts": ["llama = llama.cli:main"]},
     install_requires=requirements(),
     extras_require={

@@ -16,7 +16,8 @@ from llama.errors import short
 from llama.server.errors import ApiError
 from llama.server.paths import route_path
 
-PUBLIC_PATHS = ("/health",)  # need no key
+PUBLIC_PATHS = ("/health", "/")  # need no key
+PUBLIC_FILES = "/page/"  # of the page, which asks for the key itself
 POLL_INTERVAL = 0.2  # seconds between checks for shutdown, while a body arrives
 
 
@@ -126,8 +127,7 @@ class AccessControl:
                 "LLAMA_API_KEY, or let the proxy send 'Host: localhost'",
                 code="forbidden_host",
             )
-        is_public = self._key is None or route_path(scope) in PUBLIC_PATHS
-        if not is_public and not self._has_key(headers):
+        if not self._is_public(route_path(scope)) and not self._has_key(headers):
             return ApiError(
                 401,
                 "an API key is needed: send it as 'Authorization: Bearer KEY', as 'X-API-Key: KEY' "
@@ -145,6 +145,9 @@ class AccessControl:
         if not length.isdecimal() or int(length) > self._max_body:
             return ApiError(413, self._too_large())
         return None
+
+    def _is_public(self, path: str) -> bool:
+        return self._key is None or path in PUBLIC_PATHS or path.startswith(PUBLIC_FILES)
 
     def _has_key(self, headers: Headers) -> bool:
         given = [

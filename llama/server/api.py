@@ -68,7 +68,6 @@ def make_app(service: Service) -> FastAPI:
         max_body=config.max_body,
         is_draining=lambda: service.loop.draining,
     )
-    # Also without origins: otherwise Gradio sets its own rules.
     app.add_middleware(
         CORSMiddleware,
         allow_origins=config.origins,
