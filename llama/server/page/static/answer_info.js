@@ -13,15 +13,14 @@ const tokens = (n) => `${count(n)} token${n === 1 ? "" : "s"}`;
 
 /** Return a line about an answer that has ended: its tokens, speed, and why it ended. */
 export function answerInfo(message) {
-  const { usage, seconds, finish_reason: reason, state } = message;
+  const { usage, seconds, finish_reason: reason } = message;
   const parts = [];
   if (usage) {
     parts.push(tokens(usage.completion_tokens));
     if (seconds > 0) parts.push(`${(usage.completion_tokens / seconds).toFixed(1)} tokens/s`);
     parts.push(`after ${tokens(usage.prompt_tokens)} of prompt`);
   }
-  if (state === "cut" && reason !== "length") parts.push("cut before its end");
-  else if (Object.hasOwn(ENDS, reason ?? "")) parts.push(ENDS[reason]);
+  if (Object.hasOwn(ENDS, reason ?? "")) parts.push(ENDS[reason]);
   return el("p", { class: "answer-info" }, parts.join(" · "));
 }
 

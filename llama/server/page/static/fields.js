@@ -48,5 +48,5 @@ export function checked(label, box, hint, read, onInput) {
   });
   box.addEventListener("change", () => error.textContent && announce(error.textContent));
   check();
-  return { element: labelled(label, box, el("small", { id: hintId }, hint), error), check };
+  return { element: labelled(label, box, error, el("small", { id: hintId }, hint)), check };
 }

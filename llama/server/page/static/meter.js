@@ -2,7 +2,7 @@
 // full. Tokens are counted by the server, as it will count them.
 
 import { button, count, el } from "./dom.js";
-import { toolFields } from "./tools.js";
+import { parseTools } from "./tools.js";
 import { path, toMessages } from "./tree.js";
 
 const SHARE = 8; // the part of the context, an eighth, that is free for an answer after dropping
@@ -83,8 +83,9 @@ export class Meter {
   }
 
   async #count(conversation) {
-    const messages = toMessages(conversation);
-    return messages.length ? this.api.count({ messages, ...toolFields(conversation) }) : 0;
+    const [messages, tools] = [toMessages(conversation), parseTools(conversation.tools)];
+    if (!messages.length) return 0;
+    return this.api.count(tools.length ? { messages, tools } : { messages });
   }
 
   #ask(dropped, left) {

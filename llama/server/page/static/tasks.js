@@ -35,7 +35,7 @@ function taskTab(name, labels, action, context) {
     const { signal } = (running = new AbortController());
     for (const each of [result, status, problem]) each.replaceChildren();
     [go.hidden, stop.hidden] = [true, false];
-    const [answer, start] = [{ state: "complete" }, performance.now()];
+    const [answer, start] = [{}, performance.now()];
     try {
       for await (const chunk of api.complete(completionBody(texts(), context), signal)) {
         const [choice] = chunk.choices ?? [];
@@ -44,7 +44,6 @@ function taskTab(name, labels, action, context) {
         answer.usage = chunk.usage ?? answer.usage;
       }
     } catch (error) {
-      answer.state = "cut";
       if (!signal.aborted) problem.textContent = error.message;
     }
     answer.seconds = (performance.now() - start) / 1000;

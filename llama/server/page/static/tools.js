@@ -19,12 +19,7 @@ const EXAMPLE = [
   },
 ];
 
-/**
- * Return the tools that a text lists, in the API's form; none if it is empty.
- *
- * @throws Error the text is no such list; its message says what was expected.
- */
-function parseTools(text) {
+function read(text) {
   if (!text?.trim()) return [];
   const tools = parseJson(text);
   if (!Array.isArray(tools)) throw new Error("expected a list: [ … ]");
@@ -40,11 +35,14 @@ function parseTools(text) {
   return tools;
 }
 
-/** Return the field of a request that has a conversation's tools, if there are any. */
-export function toolFields(conversation) {
+/**
+ * Return the tools that a conversation's text lists, in the API's form; none if it is empty.
+ *
+ * @throws Error the text is no such list; its message says what was expected.
+ */
+export function parseTools(text) {
   try {
-    const tools = parseTools(conversation.tools);
-    return tools.length ? { tools } : {};
+    return read(text);
   } catch (error) {
     throw new Error(`Tools: ${error.message}. Change it in the settings.`);
   }
@@ -58,11 +56,11 @@ export function toolsEditor(conversation, onChange, model) {
   }
   const box = textBox("setting-tools", conversation.tools, 6, { class: "code" });
   const hint = "functions that an answer may call: a JSON list, as the API takes it";
-  const { element } = checked("Tools", box, hint, parseTools, onChange);
+  const { element } = checked("Tools", box, hint, read, onChange);
   const example = () => {
     let tools = [];
     try {
-      tools = parseTools(box.value);
+      tools = read(box.value);
     } catch {
       return box.focus(); // what was typed stays, and what is wrong with it is beside it
     }
