@@ -220,6 +220,18 @@ class Embeddings(BaseModel):
     usage: EmbeddingUsage
 
 
+class ModelMeta(BaseModel):
+    description: str = Field(description="In plain words, with the number of parameters.")
+    chat_format: str
+    precision: str = Field(description="In plain words: how the weights are stored.")
+    n_params: int
+    infills: bool = Field(description="True if it was trained to fill in the middle.")
+    chats: bool = Field(description="False for a model that writes no text.")
+    tools: bool = Field(description="True if the chat format has a place for tools.")
+    top_logprobs: int = Field(description="Alternatives to a token, at most.")
+    sampling: dict[str, int | float] = Field(description="The server's defaults.")
+
+
 class Model(BaseModel):
     id: str
     object: Literal["model"] = "model"
@@ -228,6 +240,7 @@ class Model(BaseModel):
     root: str = Field(description="The name of its file or directory, without the path.")
     parent: str | None = Field(None, description="Of an adapter the model that it changes.")
     max_model_len: int = Field(description="Tokens of prompt and answer together.")
+    meta: ModelMeta
 
 
 class Models(BaseModel):

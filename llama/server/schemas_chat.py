@@ -20,6 +20,7 @@ from llama.server.schemas_ignored import CacheHints, EchoedFields, Ignored
 from llama.server.schemas_sampling import Bounded, Null, RequestBody, Schema, Whole
 
 MAX_TOOLS = 128  # OpenAI's limit
+MAX_TOP_LOGPROBS = 20
 _DEFAULT_NAME = "function_call"  # of a call in the older form, which has no id
 
 
@@ -176,7 +177,7 @@ class ChatRequest(TextRequest):
         None, description="The older name of the same."
     )
     logprobs: bool | None = False
-    top_logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = Field(
+    top_logprobs: Annotated[Whole, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = Field(
         None, description="With logprobs only."
     )
     tools: Annotated[list[Tool], Tools] | None = Field(

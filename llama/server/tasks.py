@@ -17,6 +17,7 @@ from llama.adapters import n_virtual
 from llama.engine.sequence import Sequence as EngineSequence
 from llama.errors import short
 from llama.server import schemas
+from llama.server.about import model_meta
 from llama.server.answers import Piece
 from llama.server.errors import ApiError, ContextLengthExceeded
 from llama.server.events import Events, collect, json_response, stream, unless_disconnected
@@ -234,6 +235,7 @@ def model_named(service: Service, name: str) -> schemas.Model:
 def models(service: Service) -> list[schemas.Model]:
     """Return what a request's model may be: the served one, its aliases, then the adapters."""
     of_all: Any = {"created": service.created, "max_model_len": service.max_tokens}
+    of_all["meta"] = model_meta(service)
     directories = service.config.lora_directories()
     names, root = (service.name, *service.config.aliases), service.config.root
     found = [schemas.Model(id=name, root=root, **of_all) for name in names]
