@@ -1,425 +1,517 @@
-"""The server's web page in a real browser, headless: what a user does, and where it connects to."""
+"""The page as a whole, in a headless Chromium: several tabs, broken connections, devices, people.
 
-import asyncio
+The tests of its parts are in ``test_page_core.py`` and ``test_page_more.py``.
+"""
+
+import json
 import os
 import re
-import shutil
 import socket
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import pytest
-
-from llama.sampling import SamplingParams
+from browser_page import Site, Window, answers, button, message_box, messages, questions, ready, say
 
 pytestmark = pytest.mark.slow
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-expect, Page, Browser = sync_api.expect, sync_api.Page, sync_api.Browser
-expect.set_options(timeout=10_000)
+pytest.importorskip("fastapi", reason="FastAPI is not installed")
+expect = sync_api.expect
 
-CODE = '''Adds **two** numbers:
+from fake_api import Answer  # noqa: E402 (it needs FastAPI)
+
+MARKDOWN = """Adds **two** numbers:
 
 ```python
 def add(a: int, b: int) -> int:
-    """The sum of two numbers."""
     return a + b  # of any size
 ```
 
-It is called as `add(1, 2)`.
-'''
+| a | b | a + b |
+|---|---|---|
+| 1 | 2 | 3 |
+
+It is $\\sqrt{a^2 + b^2}$ that isn't meant, and [not this](https://example.com/) either:
+
+$$\\sum_{i=1}^{n} i = \\frac{n(n+1)}{2}$$
+"""
+CUT = "This answer was cut."
+PHONE = {"viewport": {"width": 360, "height": 640}, "is_mobile": True, "has_touch": True}
 
 
-def changed(options: Any) -> dict[str, Any]:
-    """The options that differ from the defaults."""
-    params, default = SamplingParams(**options), SamplingParams()
-    names = {name for name in options if getattr(params, name) != getattr(default, name)}
-    return {name: options[name] for name in names}
+def alert(page: Any) -> Any:
+    return page.get_by_role("alert")
 
 
-class FakeTalk:
-    """Answers at once, but for messages that ask for something else; notes all that it is asked."""
+def exported(n: int, title: str = "A long talk", **more: Any) -> str:
+    """A file of one conversation with ``n`` messages, as the page exports it."""
+    ids = [f"m{i}" for i in range(n)]
+    found = {
+        name: {
+            "id": name,
+            "parent": ids[i - 1] if i else None,
+            "role": ("user", "assistant")[i % 2],
+            "content": f"Message {i} of **many**, with `code` and a few more words.",
+            "state": "complete",
+        }
+        for i, name in enumerate(ids)
+    }
+    talk = {"id": "c1", "title": title, "messages": found, "leaf": ids[-1], **more}
+    return json.dumps({"format": "llama-conversations", "version": 1, "conversations": [talk]})
 
-    name = "tiny-llama"
-    chat_format = "turn-based"
-    infills = True
-    max_tokens = 2048
-    defaults = SamplingParams()
 
-    def __init__(self) -> None:
-        self.asked: list[tuple[Any, ...]] = []
-        self.closed = threading.Event()  # a generation ended before its time
+def load(page: Any, text: str, tmp_path: Path) -> None:
+    """Import a file of conversations."""
+    path = tmp_path / "conversations.json"
+    path.write_text(text)
+    with page.expect_file_chooser() as chooser:
+        button(page.get_by_role("navigation", name="Conversations"), "Import").click()
+    chooser.value.set_files(path)
 
-    async def chat(self, dialog: list[Any], options: Any) -> AsyncIterator[str]:
-        self.asked.append(([(m["role"], m["content"]) for m in dialog], changed(options)))
-        last = dialog[-1]["content"]
-        if "refuse" in last:
-            raise ValueError("The prompt has <9,000> tokens, and 2,048 fit.")
-        if "fail" in last:
-            raise RuntimeError("a secret of the server")
-        if "code" in last or "picture" in last:
-            yield CODE if "code" in last else "![elsewhere](https://example.com/picture.png)"
+
+def open_talk(page: Any, title: str) -> None:
+    button(page.get_by_role("navigation", name="Conversations"), title).click()
+
+
+def open_settings(page: Any) -> Any:
+    button(page, "Settings").click()
+    sheet = page.get_by_role("dialog", name="Settings")
+    expect(sheet).to_be_visible()
+    return sheet
+
+
+# Tabs and broken connections
+
+
+def test_two_tabs_write_at_once(page: Any, site: Site) -> None:
+    """A tab that opens marks an answer that another one is writing as cut, ends it, or doesn't see
+    its text; or what one tab makes isn't in the other's list."""
+    site.api.answers.append(Answer(["The cow ", "says ", "moo."], waits_at=2))
+    say(page, "What does the cow say?")
+    expect(answers(page)).to_contain_text("The cow says")
+    other = page.context.new_page()
+    other.goto(site.url)
+    open_talk(other, "What does the cow say?")
+    expect(answers(other)).to_contain_text("The cow says")
+    expect(other.get_by_text(CUT)).to_have_count(0)
+    button(other, "New conversation").click()
+    say(other, "Hello?")
+    expect(answers(other)).to_contain_text("as text.")
+    assert not site.api.closed.is_set(), "one tab's answer ended the other's"
+    expect(button(page, "Hello?")).to_be_visible()
+    site.api.go.set()
+    expect(answers(page)).to_contain_text("The cow says moo.")
+    ready(page)
+    open_talk(other, "What does the cow say?")
+    expect(answers(other)).to_contain_text("The cow says moo.")
+    button(answers(other), "Delete").click()
+    expect(answers(page)).to_have_count(0)
+
+
+def test_a_server_that_dies_and_returns(page: Any, site: Site) -> None:
+    """What was written before the server died is lost, isn't marked, can't be continued when it has
+    returned; or what was sent meanwhile is lost."""
+    site.api.answers.append(Answer(["The cow ", "says "], waits_at=2))
+    say(page, "What does the cow say?")
+    expect(answers(page)).to_contain_text("The cow says")
+    site.stop()
+    expect(answers(page)).to_contain_text(CUT)
+    expect(answers(page)).to_contain_text("The cow says")
+    expect(alert(page)).to_contain_text(re.compile("continue|retry|try again"))
+    button(answers(page), "Continue").click()
+    expect(alert(page).filter(has_text="can't be reached")).to_be_visible()
+    expect(answers(page)).to_contain_text("The cow says")
+    site.start()
+    site.api.answers.append(Answer(["moo."]))
+    button(answers(page), "Continue").click()
+    expect(answers(page)).to_contain_text("The cow says moo.")
+    expect(page.get_by_text(CUT)).to_have_count(0)
+    body = site.api.bodies()[-1]
+    assert body["messages"][-1] == {"role": "assistant", "content": "The cow says "}
+    assert body.get("continue_final_message") is not False
+    site.stop()
+    say(page, "And the bee?")
+    expect(page.get_by_text("And the bee?").or_(message_box(page)).first).to_be_visible()
+    expect(alert(page).filter(has_text="can't be reached")).to_be_visible()
+    site.start()
+    page.reload()
+    expect(answers(page).first).to_contain_text("The cow says moo.")
+    kept = message_box(page).input_value() or questions(page).last.inner_text()
+    assert "And the bee?" in kept, "what was sent to a dead server is lost"
+
+
+def test_a_reload_in_mid_answer_loses_nothing(page: Any, site: Site) -> None:
+    """What an answer had when the page was reloaded is lost, or not marked as cut; the server goes
+    on writing for nobody; or the answer can't be continued."""
+    site.api.answers.append(Answer(["The cow ", "says "], waits_at=2))
+    say(page, "What does the cow say?")
+    expect(answers(page)).to_contain_text("The cow says")
+    message_box(page).fill("A draft")
+    page.reload()
+    assert site.api.closed.wait(10), "the answer goes on though its reader has gone"
+    expect(answers(page)).to_contain_text("The cow says")
+    expect(answers(page)).to_contain_text(CUT)
+    expect(message_box(page)).to_have_value("A draft")
+    site.api.answers.append(Answer(["moo."]))
+    button(answers(page), "Continue").click()
+    expect(answers(page)).to_contain_text("The cow says moo.")
+    expect(page.get_by_text(CUT)).to_have_count(0)
+    ready(page)
+    page.reload()
+    expect(answers(page)).to_contain_text("The cow says moo.")
+
+
+def test_an_error_in_mid_answer_is_told(page: Any, site: Site) -> None:
+    """An answer that the server gave up looks whole, or nobody learns why."""
+    site.api.answers.append(Answer(["The cow "], fails_at=1))
+    say(page, "What does the cow say?")
+    expect(answers(page)).to_contain_text(CUT)
+    expect(alert(page)).to_contain_text("the server failed")
+    page.wait_for_timeout(200)
+    expect(alert(page)).to_be_visible()
+
+
+def test_500_messages_stay_fluid(page: Any, site: Site, tmp_path: Path) -> None:
+    """A long conversation takes seconds to open, has the server render what nobody sees, or each
+    new piece of an answer costs as much as the whole."""
+    rendered: list[str] = []
+    page.on("request", lambda found: rendered.extend([found.url] * found.url.endswith("/render")))
+    site.api.max_model_len = 100_000
+    load(page, exported(500), tmp_path)
+    expect(messages(page)).to_have_count(500)
+    expect(messages(page).last).to_be_in_viewport()
+    expect(messages(page).last.locator("code")).to_have_text("code")
+    assert len(rendered) < 60, f"{len(rendered)} of 500 messages were rendered at once"
+    page.evaluate(
+        """() => {
+          globalThis.longest = 0;
+          const note = (list) => list.getEntries().forEach(
+            (entry) => (longest = Math.max(longest, entry.duration)));
+          new PerformanceObserver(note).observe({ type: "longtask" });
+        }"""
+    )
+    rendered.clear()
+    site.api.answers.append(Answer([f"word{i} " for i in range(200)], pause=0.005))
+    say(page, "And then?")
+    message_box(page).press_sequentially("typed while it answers")
+    expect(messages(page).last).to_contain_text("word199")
+    ready(page)
+    expect(message_box(page)).to_have_value("typed while it answers")
+    expect(messages(page).last).to_be_in_viewport()
+    assert len(rendered) < 10, f"{len(rendered)} texts were rendered for one answer"
+    longest = page.evaluate("longest")
+    assert longest < 500, f"the page stood still for {longest} ms"
+
+
+# Devices
+
+
+def test_a_narrow_window(window: Window, site: Site) -> None:
+    """On a phone the message box is off the screen, the page is wider than it, or the settings
+    aren't a sheet that can be closed."""
+    page = window(**PHONE)
+    site.api.answers.append(Answer([MARKDOWN]))
+    for opened in (False, True):
+        if opened:
+            say(page, "Show me code, please, and_a_word_that_is_longer_than_any_line_of_a_phone_is")
+            expect(answers(page).locator("table")).to_be_visible()
+            ready(page)
+        expect(message_box(page)).to_be_in_viewport(ratio=1)
+        expect(button(page, "Send")).to_be_in_viewport(ratio=1)
+        for tab in ("Completion", "Infilling", "Chat"):
+            page.get_by_role("tab", name=tab).click()
+            width = page.evaluate("document.documentElement.scrollWidth")
+            assert width <= 360, f"{tab} is {width} pixels wide"
+    sheet = open_settings(page)
+    box = sheet.bounding_box()
+    assert box["width"] >= 355, "the sheet isn't as wide as the screen"
+    assert box["y"] + box["height"] == pytest.approx(640, abs=2), "the sheet isn't at the bottom"
+    sheet.get_by_label("Seed").scroll_into_view_if_needed()
+    expect(sheet.get_by_label("Seed")).to_be_in_viewport(ratio=1)
+    assert sheet.evaluate("e => e.scrollWidth <= e.clientWidth"), "the sheet scrolls sideways"
+    size = message_box(page).evaluate("e => parseFloat(getComputedStyle(e).fontSize)")
+    assert size >= 16, "iPhones zoom into text boxes with smaller letters"
+    page.keyboard.press("Escape")
+    expect(sheet).not_to_be_visible()
+
+
+LUMINANCE = """() => {
+  const shown = [document.body, document.documentElement].map(
+    (element) => getComputedStyle(element).backgroundColor);
+  const [r, g, b] = shown.find((color) => color !== "rgba(0, 0, 0, 0)").match(/[\\d.]+/g);
+  return (0.2126 * r + 0.7152 * g + 0.0722 * b) / 255;
+}"""
+
+
+def test_dark_and_light(window: Window) -> None:
+    """The page is bright in the dark, or the choice of a theme is forgotten."""
+    page = window(color_scheme="dark")
+    expect(message_box(page)).to_be_visible()
+    assert page.evaluate(LUMINANCE) < 0.2
+    page.emulate_media(color_scheme="light")
+    assert page.evaluate(LUMINANCE) > 0.8
+    open_settings(page).get_by_label("Theme").select_option("Dark")
+    assert page.evaluate(LUMINANCE) < 0.2
+    page.reload()
+    expect(message_box(page)).to_be_visible()
+    assert page.evaluate(LUMINANCE) < 0.2, "the choice is forgotten"
+    scheme = page.evaluate("getComputedStyle(document.documentElement).colorScheme")
+    assert "dark" in scheme, "the browser's own controls and scrollbars stay bright"
+
+
+# People
+
+
+def test_composing_sends_nothing(page: Any, site: Site) -> None:
+    """The Enter that chooses Chinese or Japanese characters sends a half-written message."""
+    devices = page.context.new_cdp_session(page)
+    enter = {"key": "Enter", "code": "Enter", "windowsVirtualKeyCode": 13}
+
+    def press(**more: Any) -> None:
+        for kind in ("rawKeyDown", "keyUp"):
+            devices.send("Input.dispatchKeyEvent", {"type": kind, **enter, **more})
+
+    message_box(page).focus()
+    composed = {"text": "にほん", "selectionStart": 3, "selectionEnd": 3}
+    devices.send("Input.imeSetComposition", composed)
+    press()
+    expect(message_box(page)).to_have_value("にほん")
+    devices.send("Input.insertText", {"text": "日本"})
+    press(windowsVirtualKeyCode=229)  # as Safari has it, after the composition's end
+    expect(message_box(page)).to_have_value("日本")
+    page.wait_for_timeout(200)
+    assert site.api.bodies() == [], "the message was sent while it was being composed"
+    page.keyboard.press("Enter")
+    expect(questions(page)).to_contain_text("日本")
+    expect(answers(page)).to_contain_text("as text.")
+    assert site.api.dialogs() == [[("user", "日本")]]
+
+
+def test_text_from_right_to_left(page: Any, site: Site) -> None:
+    """Arabic and Hebrew are written from the wrong side, or code in them is."""
+    site.api.answers.append(Answer(["البقرة تقول مو.\n\n```python\nx = 1\n```\n\nEnglish too.\n"]))
+    message_box(page).fill("ماذا تقول البقرة؟")
+    direction = "e => getComputedStyle(e).direction"
+    assert message_box(page).evaluate(direction) == "rtl"
+    message_box(page).press("Enter")
+    ready(page)
+    expect(answers(page).locator("pre")).to_be_visible()
+    for within in (questions(page), answers(page)):
+        text = within.get_by_text(re.compile("البقرة")).last
+        assert text.evaluate(direction) == "rtl", within
+    assert answers(page).locator("pre").evaluate(direction) == "ltr"
+    assert answers(page).get_by_text("English too.").evaluate(direction) == "ltr"
+    item = button(page, "ماذا تقول البقرة؟")
+    assert item.evaluate(direction) == "rtl"
+
+
+def is_focused(locator: Any) -> bool:
+    return locator.count() == 1 and locator.evaluate("e => e === document.activeElement")
+
+
+def tab_to(page: Any, locator: Any, key: str = "Tab") -> None:
+    """Go on by a key to an element; each one on the way shows that it has the focus."""
+    shown = """() => {
+      const element = document.activeElement;
+      const { outlineStyle, outlineWidth, boxShadow } = getComputedStyle(element);
+      const has = (outlineStyle !== "none" && outlineWidth !== "0px") || boxShadow !== "none";
+      const around = element.parentElement?.matches(":focus-within") &&
+        getComputedStyle(element.parentElement).outlineStyle !== "none";
+      return has || around || element === document.body ? "" : element.outerHTML.slice(0, 200);
+    }"""
+    for _ in range(60):
+        if is_focused(locator):
             return
-        yield f"Answer {len(self.asked)}, "
-        yield "as text."
-        if "wait" in last:
-            try:
-                await asyncio.Event().wait()
-            finally:
-                self.closed.set()
+        page.keyboard.press(key)
+        hidden = page.evaluate(shown)
+        assert not hidden, f"nobody sees that this has the focus: {hidden}"
+    raise AssertionError(f"{key} doesn't reach {locator}")
 
-    async def complete(self, prompt: str, options: Any) -> AsyncIterator[str]:
-        self.asked.append((prompt, changed(options)))
-        for word in (" there", " was", " a", " llama."):
-            yield word
 
-    async def infill(self, prefix: str, suffix: str, options: Any) -> AsyncIterator[str]:
-        self.asked.append((prefix, suffix, changed(options)))
-        yield "a +"
-        yield " b"
+def test_the_keyboard_is_enough(page: Any, site: Site) -> None:
+    """Something can be reached by a mouse alone, the focus is lost or invisible, or a dialog keeps
+    it."""
+    expect(message_box(page)).to_be_visible()
+    tab_to(page, message_box(page))
+    page.keyboard.type("Two")
+    page.keyboard.press("Shift+Enter")
+    page.keyboard.type("lines")
+    page.keyboard.press("Enter")
+    expect(answers(page)).to_contain_text("as text.")
+    ready(page)
+    assert site.api.dialogs() == [[("user", "Two\nlines")]]
+    assert is_focused(message_box(page)), "the focus left the message box"
+    tab_to(page, button(answers(page), "Retry"), "Shift+Tab")
+    page.keyboard.press("Enter")
+    expect(answers(page)).to_contain_text("Answer 2")
+    ready(page)
+    previous = button(answers(page), "Previous version")
+    expect(previous).to_be_visible()
+    tab_to(page, previous)
+    page.keyboard.press("Enter")
+    expect(answers(page)).to_contain_text("Answer 1")
+    tab_to(page, button(page, "Settings"))
+    page.keyboard.press("Enter")
+    sheet = page.get_by_role("dialog", name="Settings")
+    tab_to(page, sheet.get_by_label("Temperature"))
+    page.keyboard.type("0")
+    page.keyboard.press("Escape")
+    expect(sheet).not_to_be_visible()
+    assert is_focused(button(page, "Settings")), "closing the settings loses the focus"
+    tab_to(page, page.get_by_role("tab", name="Chat"))
+    page.keyboard.press("ArrowRight")
+    expect(page.get_by_role("tab", name="Completion")).to_have_attribute("aria-selected", "true")
+    assert is_focused(page.get_by_role("tab", name="Completion"))
+    page.keyboard.press("ArrowLeft")
+    tab_to(page, message_box(page))
+    page.keyboard.type("Again")
+    page.keyboard.press("Enter")
+    expect(answers(page)).to_have_count(2)
+    assert site.api.bodies()[-1]["temperature"] == 0
 
 
 @pytest.fixture(scope="module")
-def talk() -> FakeTalk:
-    return FakeTalk()
+def axe() -> str:
+    """The accessibility checker's source."""
+    file = Path(os.environ.get("LLAMA_AXE", "node_modules/axe-core/axe.min.js"))
+    if not file.is_file():
+        pytest.skip("no axe-core: npm install --no-save axe-core, or name its file in LLAMA_AXE")
+    return file.read_text()
 
 
-@pytest.fixture(scope="module")
-def url(talk: FakeTalk) -> Iterator[str]:
-    """The address of a server with the page; nothing that it does may look up another host."""
-    fastapi = pytest.importorskip("fastapi", reason="FastAPI is not installed")
-    uvicorn = pytest.importorskip("uvicorn", reason="uvicorn is not installed")
-    pytest.importorskip("gradio", reason="Gradio is not installed")
-    lookups: list[object] = []
+def check_accessible(page: Any, axe: str, where: str) -> None:
+    page.evaluate(axe)
+    # What moves is checked when it stands.
+    page.evaluate("Promise.all(document.getAnimations().map((one) => one.finished))")
+    found = page.evaluate('axe.run({rules: {"target-size": {enabled: true}}})')
+    told = [
+        f"{where}: {fault['id']}: {fault['help']}: {node['html'][:200]} {node['failureSummary']}"
+        for fault in found["violations"]
+        for node in fault["nodes"]
+    ]
+    assert not told, "\n".join(told)
+    assert len(found["passes"]) > 15, f"axe saw almost nothing of {where}"
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing(window: Window, site: Site, axe: str, scheme: str) -> None:
+    """People who use a screen reader, a magnifier or a keyboard meet a fault that axe knows."""
+    page = window(color_scheme=scheme, **(PHONE if scheme == "dark" else {}))
+    expect(message_box(page)).to_be_visible()
+    check_accessible(page, axe, "the empty page")
+    sheet = open_settings(page)
+    check_accessible(page, axe, "the settings")
+    sheet.get_by_label("Seed").fill("seven")
+    sheet.get_by_label("Show probabilities").check()
+    check_accessible(page, axe, "a wrong setting")
+    sheet.get_by_label("Seed").fill("")
+    button(sheet, "Close").click()
+    site.api.answers += [Answer([MARKDOWN]), Answer(["Let me see."], [("sound", '{"a": "cow"}')])]
+    for i, text in enumerate(("Show me code, please.", "And a tool?")):
+        say(page, text)
+        expect(answers(page)).to_have_count(i + 1)
+        ready(page)
+    expect(answers(page).locator("math").first).to_be_visible()
+    button(answers(page).first, "Probabilities").click()
+    check_accessible(page, axe, "a conversation")
+    site.stop()
+    say(page, "Are you there?")
+    expect(alert(page).first).to_be_visible()
+    check_accessible(page, axe, "an error")
+    site.start()
+    for tab in ("Completion", "Infilling"):
+        page.get_by_role("tab", name=tab).click()
+        check_accessible(page, axe, tab)
+    site.api.key = "secret"
+    page.reload()
+    expect(page.get_by_role("dialog")).to_be_visible()
+    check_accessible(page, axe, "the question for the key")
+
+
+# The host, and the whole server
+
+
+def test_nothing_leaves_the_host(page: Any, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model's answer makes a browser or the server ask another host for something, which learns
+    of a private conversation by that."""
+    looked_up: list[Any] = []
     lookup = socket.getaddrinfo
 
     def noted(host: Any, *more: Any, **options: Any) -> Any:
-        lookups.append(host)
+        looked_up.append(host)
         return lookup(host, *more, **options)
 
-    with pytest.MonkeyPatch.context() as patch, socket.socket() as listening:
-        patch.setattr(socket, "getaddrinfo", noted)
-        from llama.server.page import mount_page
-
-        listening.bind(("127.0.0.1", 0))
-        app = mount_page(fastapi.FastAPI(), talk)
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
-        thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
-        thread.start()
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}/"
-        server.should_exit = True
-        thread.join(10)
-    foreign = [host for host in lookups if host not in ("127.0.0.1", "localhost", None)]
+    monkeypatch.setattr(socket, "getaddrinfo", noted)
+    text = (
+        "![a picture](https://example.com/a.png) <img src=https://example.com/b.png> "
+        "<script>fetch('https://example.com/c')</script> <style>@import 'https://example.com/d';"
+        "</style> $\\href{https://example.com/e}{x}$ $\\includegraphics{https://example.com/f}$ "
+        "[a link](https://example.com/g) [another](javascript:alert(1)) https://example.com/h\n"
+    )
+    site.api.answers.append(Answer([text]))
+    say(page, text)
+    expect(answers(page).get_by_role("link").first).to_be_visible()
+    ready(page)
+    for within in (questions(page), answers(page)):
+        expect(within).to_contain_text("<script>fetch")
+        expect(within.locator("img, script, style, iframe, object, form")).to_have_count(0)
+    for link in answers(page).get_by_role("link").all():
+        assert link.get_attribute("href").startswith("https://example.com/")
+        assert {"noopener", "noreferrer"} <= set(link.get_attribute("rel").split())
+    page.wait_for_timeout(300)
+    foreign = [host for host in looked_up if host not in ("127.0.0.1", "localhost", None)]
     assert not foreign, f"the server looked up {foreign}"
+    assert page.context.cookies() == []
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    names = (os.environ.get("CHROMIUM"), "chromium", "chromium-browser", "google-chrome")
-    program = next(filter(None, (shutil.which(name) for name in names if name)), None)
-    if program is None:
-        pytest.skip("no Chromium: install one, or name it in CHROMIUM")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
-        yield browser
-        browser.close()
+def llama() -> Any:
+    from llama import Llama
+
+    return Llama.build(device="cpu", max_seq_len=2048)
 
 
 @pytest.fixture
-def page(browser: Any, url: str) -> Iterator[Any]:
-    """The page, opened in a window of its own; none may request anything of another host."""
-    foreign: list[str] = []
+def slow(llama: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """While it is set, the model takes time for each step."""
+    forward, event = llama.model.hidden_states, threading.Event()
 
-    def refuse(route: Any) -> None:
-        foreign.append(route.request.url)
-        route.abort()
+    def hidden_states(*args: Any) -> Any:
+        threading.Event().wait(0.05 if event.is_set() else 0)
+        return forward(*args)
 
-    context = browser.new_context(viewport={"width": 1200, "height": 800}, service_workers="block")
-    context.route(lambda address: urlsplit(address).hostname != "127.0.0.1", refuse)
-    page = context.new_page()
-    page.goto(url)
-    yield page
-    context.close()
-    assert not foreign, f"the page requested {foreign}"
+    monkeypatch.setattr(llama.model, "hidden_states", hidden_states)
+    yield event
+    event.clear()
 
 
-def say(page: Any, text: str) -> None:
-    box = page.get_by_placeholder("Message")
-    box.fill(text)
-    box.press("Enter")
-
-
-def answers(page: Any) -> Any:
-    return page.get_by_test_id("bot")
-
-
-def ready(page: Any) -> None:
-    """Wait until an answer is whole, or stopped."""
-    expect(page.get_by_test_id("submit-button").first).to_be_visible()
-
-
-def slide(page: Any, label: str, value: str) -> None:
-    number = page.get_by_label(f"number input for {label}")
-    number.fill(value)
-    number.press("Tab")
-    expect(number).to_have_value(value)
-
-
-def test_a_second_turn_sees_the_first(page: Any, talk: FakeTalk) -> None:
-    expect(page).to_have_title("tiny-llama")
-    expect(page.locator("body")).to_contain_text("turn-based")
-    say(page, "First?")
-    expect(answers(page)).to_have_text([re.compile("as text")])
-    ready(page)
-    page.get_by_label("System prompt").fill("Be brief.")
-    slide(page, "Temperature", "0")
-    slide(page, "Top-p", "0.5")
-    slide(page, "Length", "64")
-    n = len(talk.asked)
-    say(page, "Second?")
-    expect(answers(page)).to_have_text([f"Answer {n}, as text.", f"Answer {n + 1}, as text."])
-    assert talk.asked[-2] == ([("user", "First?")], {}), "the defaults have changed"
-    dialog = [
-        ("system", "Be brief."),
-        ("user", "First?"),
-        ("assistant", f"Answer {n}, as text."),
-        ("user", "Second?"),
-    ]
-    options = {"temperature": 0, "top_p": 0.5, "max_gen_len": 64}
-    assert talk.asked[-1] == (dialog, options), "the dialog or the settings did not arrive"
-
-
-def test_more_settings(page: Any, talk: FakeTalk) -> None:
-    """They are closed away, reach every task, and a schema or a seed that can't be read is told."""
-    expect(page.get_by_label("JSON schema")).not_to_be_visible()
-    page.get_by_text("More", exact=True).click()
-    expect(page.get_by_label("JSON schema")).to_be_visible()
-    slide(page, "Top-k", "40")
-    slide(page, "Min-p", "0.1")
-    slide(page, "Repetition penalty", "1.2")
-    slide(page, "Presence penalty", "-0.5")
-    slide(page, "Frequency penalty", "0.5")
-    page.get_by_label("Seed").fill("7")
-    page.get_by_label("Stop strings").fill("###\n\nUser:")
-    page.get_by_label("JSON schema").fill('{"type": "object"}')
-    say(page, "All of it?")
-    expect(answers(page)).to_have_text([re.compile("as text")])
-    ready(page)
-    schema = {"type": "json_schema", "json_schema": {"schema": {"type": "object"}}}
-    options = {
-        "top_k": 40,
-        "min_p": 0.1,
-        "repetition_penalty": 1.2,
-        "presence_penalty": -0.5,
-        "frequency_penalty": 0.5,
-        "seed": 7,
-        "stop": ["###", "User:"],
-        "response_format": schema,
-    }
-    assert talk.asked[-1] == ([("user", "All of it?")], options)
-    page.get_by_role("tab", name="Completion").click()
-    page.get_by_label("Text to continue").fill("Once")
-    page.get_by_role("button", name="Continue").click()
-    expect(page.locator("textarea:disabled:visible")).to_have_value(" there was a llama.")
-    assert talk.asked[-1] == ("Once", options)
-    page.get_by_role("tab", name="Chat").click()
-    shown = page.get_by_test_id("toast-text")
-    for label, text, message in (
-        ("JSON schema", "{", "The JSON schema isn't JSON"),
-        ("Seed", "seven", "The seed is 'seven': expected a whole number."),
-    ):
-        before = page.get_by_label(label).input_value()
-        page.get_by_label(label).fill(text)
-        say(page, "And then?")
-        expect(shown.filter(has_text=message)).to_be_visible()
-        ready(page)
-        page.get_by_label(label).fill(before)
-
-
-def test_stop_ends_the_generation_and_keeps_what_was_said(page: Any, talk: FakeTalk) -> None:
-    say(page, "Please wait.")
-    expect(answers(page)).to_have_text([re.compile("as text")])
-    assert not talk.closed.is_set()
-    page.get_by_test_id("stop-button").click()
-    assert talk.closed.wait(10), "Stop did not close the generator"
-    talk.closed.clear()
-    ready(page)
-    partial = f"Answer {len(talk.asked)}, as text."
-    say(page, "And then?")
-    expect(answers(page)).to_have_text([partial, re.compile("as text")])
-    dialog = [("user", "Please wait."), ("assistant", partial), ("user", "And then?")]
-    assert talk.asked[-1][0] == dialog, "the stopped answer is no part of the dialog"
-
-
-def test_users_are_served_at_once_and_may_leave(page: Any, url: str, talk: FakeTalk) -> None:
-    say(page, "Please wait.")
-    expect(answers(page)).to_have_count(1)
-    other = page.context.new_page()
-    other.goto(url)
-    say(other, "Hello?")
-    expect(answers(other)).to_have_text([re.compile("as text")])
-    assert not talk.closed.is_set(), "one user's generation ended with another's"
-    page.close()
-    assert talk.closed.wait(10), "a generation goes on though its reader has gone"
-    talk.closed.clear()
-
-
-def test_retry_edit_and_clear(page: Any, talk: FakeTalk) -> None:
-    say(page, "One?")
-    expect(answers(page)).to_have_count(1)
-    ready(page)
-    say(page, "Two?")
-    expect(answers(page)).to_have_count(2)
-    ready(page)
-    asked = talk.asked[-1]
-    first = answers(page).first.inner_text()
-
-    again = f"Answer {len(talk.asked) + 1}, as text."
-    page.get_by_role("button", name="Retry").click()
-    expect(answers(page)).to_have_text([first, again])
-    ready(page)
-    assert talk.asked[-1] == asked, "Retry does not ask the same again"
-    assert talk.asked[-2] == asked, "Retry did not ask"
-
-    page.get_by_role("button", name="Edit").first.click()
-    page.locator("textarea.edit-textarea").fill("Three?")
-    third = f"Answer {len(talk.asked) + 1}, as text."
-    page.get_by_role("button", name="Submit", exact=True).click()
-    expect(answers(page)).to_have_text([third])
-    ready(page)
-    expect(page.get_by_test_id("user")).to_have_text(["Three?"])
-    assert talk.asked[-1][0] == [("user", "Three?")], "Edit does not ask from there on"
-
-    page.get_by_role("button", name="Clear").click()
-    expect(answers(page)).to_have_count(0)
-    say(page, "Four?")
-    expect(answers(page)).to_have_count(1)
-    assert talk.asked[-1][0] == [("user", "Four?")], "Clear did not forget the dialog"
-
-
-def test_an_error_is_shown_and_loses_nothing(page: Any, talk: FakeTalk) -> None:
-    say(page, "Hello?")
-    expect(answers(page)).to_have_count(1)
-    ready(page)
-    shown = page.get_by_test_id("toast-text")
-    for text, message in (
-        ("refuse me", "The prompt has <9,000> tokens, and 2,048 fit."),
-        ("fail for me", "The server failed. See its log."),
-    ):
-        say(page, text)
-        expect(shown.filter(has_text=message)).to_be_visible()
-        expect(page.get_by_placeholder("Message")).to_have_value(text)
-        expect(page.get_by_test_id("user")).to_have_text(["Hello?"])
-        expect(answers(page)).to_have_count(1)
-        ready(page)
-
-
-def test_markdown_and_code_are_rendered(page: Any) -> None:
-    say(page, "Show me code, please.")
-    answer = answers(page)
-    expect(answer.locator("strong")).to_have_text("two")
-    expect(answer.locator("pre .token.keyword")).to_have_text(["def", "return"])
-    ready(page)
-    say(page, "And a picture?")
-    expect(answers(page).locator("img")).to_have_count(1)  # and the page must not load it
-    ready(page)
-
-
-def test_a_text_is_completed(page: Any, talk: FakeTalk) -> None:
-    page.get_by_role("tab", name="Completion").click()
-    page.get_by_label("Text to continue").fill("Once upon a time")
-    page.get_by_role("button", name="Continue").click()
-    expect(page.locator("textarea:disabled:visible")).to_have_value(" there was a llama.")
-    expect(page.get_by_role("button", name="Continue")).to_be_visible()
-    assert talk.asked[-1] == ("Once upon a time", {})
-
-
-def test_a_gap_is_filled_in(page: Any, talk: FakeTalk) -> None:
-    page.get_by_role("tab", name="Infilling").click()
-    page.get_by_label("Before").fill("def add(a, b):\n    return ")
-    page.get_by_label("After").fill("\n")
-    page.get_by_role("button", name="Fill in").click()
-    expect(page.locator("textarea:disabled:visible")).to_have_value("a + b")
-    assert talk.asked[-1] == ("def add(a, b):\n    return ", "\n", {})
-
-
-def test_a_narrow_window_needs_no_scrolling(page: Any) -> None:
-    page.set_viewport_size({"width": 390, "height": 844})
-    say(page, "Show me code, please.")
-    expect(answers(page).locator("pre")).to_be_visible()
-    ready(page)
-    expect(page.get_by_placeholder("Message")).to_be_in_viewport(ratio=1)
-    for tab in ("Chat", "Completion", "Infilling"):
-        page.get_by_role("tab", name=tab).click()
-        width = page.evaluate("document.documentElement.scrollWidth")
-        assert width <= 390, f"{tab} is {width} pixels wide"
-
-
-def test_only_what_the_page_needs_is_served(url: str) -> None:
-    httpx = pytest.importorskip("httpx", reason="httpx is not installed")
-    answer = httpx.get(url)
-    assert "default-src 'self'" in answer.headers["content-security-policy"]
-    others = set(re.findall(r"https?://[^\"'/]+", answer.text)) - {url.rstrip("/")}
-    assert not others, f"the page names {others}"
-    for path in ("upload", "info", "run/answer", "file=/etc/hostname"):
-        assert httpx.get(f"{url}gradio_api/{path}").status_code == 404, path
-        assert httpx.post(f"{url}gradio_api/{path}").status_code == 404, path
-
-
-def test_nothing_is_fetched_for_a_browser(url: str) -> None:
-    """A value that names a file elsewhere, or a component to make, is neither fetched nor made."""
-    from gradio import processing_utils
-    from gradio.components.chatbot import ComponentMessage
-
-    from llama.server.page import only_text
-
-    with pytest.raises(ValueError, match="nothing is fetched"):
-        processing_utils.async_ssrf_protected_download("http://example.com/x", "").send(None)
-    made = ComponentMessage(component="html", value="<b>x</b>", constructor_args={}, props={})
-    assert only_text(made) == {"type": "text", "text": ""}
-
-
-def test_a_model_that_cannot_infill_says_so(url: str) -> None:
-    from fastapi import FastAPI
-    from fastapi.testclient import TestClient
-
-    from llama.server.page import mount_page
-
-    talk = FakeTalk()
-    talk.infills = False
-    client = TestClient(mount_page(FastAPI(), talk))
-    assert "tiny-llama cannot infill" in client.get("/").text
-
-
-def test_the_embedded_model_talks(browser: Any) -> None:
-    """The whole server: a dialog of two turns, an infilling, and Stop, which frees the row. With
-    LLAMA_SCREENSHOT the dialog's picture is written to that file."""
+def test_the_embedded_model_talks(window: Window, llama: Any, slow: threading.Event) -> None:
+    """The whole server, under a path and with a key: the page asks for the key, holds a dialog of
+    two turns of which the second reuses the first one's cache, fills in, and frees the row when
+    it is stopped."""
     from processes import wait_until
     from servers import idle, serve
 
-    from llama import Llama
     from llama.server.page import mount_page
 
-    llama = Llama.build(device="cpu", max_seq_len=2048)
-    forward = llama.model.hidden_states
-    slow = threading.Event()
-
-    def hidden_states(*args: Any) -> Any:
-        threading.Event().wait(0.05 if slow.is_set() else 0)
-        return forward(*args)
-
-    llama.model.hidden_states = hidden_states  # type: ignore[method-assign]
-    with serve(llama, mount=mount_page) as (url, service):
-        foreign: list[str] = []
-        context = browser.new_context(viewport={"width": 1200, "height": 720})
-        context.on("request", lambda request: foreign.append(request.url))
-        page = context.new_page()
-        page.goto(url)
-        slide(page, "Temperature", "0")
+    flags = {"api_key": "secret", "root_path": "/llama"}
+    with serve(llama, mount=mount_page, **flags) as (url, service):
+        page = window(f"{url}/llama/")
+        asks = page.get_by_role("dialog")
+        asks.get_by_role("textbox").fill("wrong")
+        asks.get_by_role("textbox").press("Enter")
+        expect(asks).to_contain_text(re.compile("wrong|refused|isn't"))
+        asks.get_by_role("textbox").fill("secret")
+        asks.get_by_role("textbox").press("Enter")
+        expect(asks).to_have_count(0)
+        sheet = open_settings(page)
+        sheet.get_by_label("Temperature").fill("0")
+        button(sheet, "Close").click()
         say(page, "What does the cow say?")
-        expect(answers(page)).to_have_text(["The cow says moo."])
+        expect(answers(page)).to_contain_text("The cow says moo.")
         ready(page)
         say(page, "And where does it live?")
         expect(answers(page)).to_have_count(2)
@@ -431,24 +523,23 @@ def test_the_embedded_model_talks(browser: Any) -> None:
         ]
         expected = llama.chat.prompt(llama.tokenizer, dialog)
         assert service.loop.counts.reused_tokens > len(expected) // 2, "the cache wasn't reused"
-        if path := os.environ.get("LLAMA_SCREENSHOT"):
-            page.screenshot(path=path)
+        expect(page.get_by_role("meter", name="Context used")).to_contain_text("of 2,048 tokens")
         page.get_by_role("tab", name="Infilling").click()
         page.get_by_label("Before").fill("def add(a, b):\n    return ")
         page.get_by_label("After").fill("\n")
-        page.get_by_role("button", name="Fill in").click()
-        expect(page.locator("textarea:disabled:visible")).to_have_value("a + b")
+        button(page, "Fill in").click()
+        expect(page.get_by_role("region", name="Result").locator("visible=true")).to_have_text(
+            "a + b"
+        )
         slow.set()
         page.get_by_role("tab", name="Completion").click()
         page.get_by_label("Text to continue").fill("Once upon a time")
-        page.get_by_role("button", name="Continue").click()
+        button(page, "Continue").click()
         wait_until(lambda: not idle(service))
-        page.get_by_role("button", name="Stop").click()
+        button(page, "Stop").click()
         wait_until(lambda: idle(service))
-        page.goto(f"{url}/docs")
-        expect(page.get_by_text("/v1/chat/completions").first).to_be_visible()
-        context.close()
-        foreign = [
-            address for address in foreign if not address.startswith((url, "data:", "blob:"))
-        ]
-        assert not foreign, f"the server's pages requested {foreign}"
+        page.reload()
+        page.get_by_role("tab", name="Chat").click()
+        expect(answers(page)).to_have_count(2)
+        kept = page.evaluate("JSON.stringify([localStorage, document.cookie])")
+        assert "secret" not in kept, "the key outlives its tab"
