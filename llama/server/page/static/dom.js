@@ -47,3 +47,22 @@ export function later(milliseconds, callback) {
     timer = setTimeout(callback, milliseconds, ...args);
   };
 }
+
+export async function copy(text) {
+  try {
+    await navigator.clipboard.writeText(text);
+  } catch {
+    copyBySelection(text); // the clipboard's API needs HTTPS or localhost
+  }
+  announce("Copied.");
+}
+
+function copyBySelection(text) {
+  const box = el("textarea", { class: "unseen", value: text });
+  const focused = document.activeElement;
+  document.body.append(box);
+  box.select();
+  document.execCommand("copy");
+  box.remove();
+  focused?.focus();
+}

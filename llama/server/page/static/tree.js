@@ -69,6 +69,14 @@ function newestEnd(conversation, id) {
   return id;
 }
 
+/** Return the calls at the shown end that have no result yet. */
+export function openCalls(conversation) {
+  const shown = path(conversation);
+  const at = shown.findLastIndex(({ role }) => role !== "tool");
+  const results = shown.slice(at + 1).map(({ tool_call_id }) => tool_call_id);
+  return (shown[at]?.tool_calls ?? []).filter(({ id }) => !results.includes(id));
+}
+
 /** Show the previous (-1) or next (1) version of a message, with what followed it. */
 export function walk(conversation, id, step) {
   const versions = siblings(conversation, id);
