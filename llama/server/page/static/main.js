@@ -58,6 +58,7 @@ class Page {
 
   build() {
     const { meta = {} } = this.model;
+    const page = document.getElementById("page");
     const inner = el("div", { class: "inner" }, this.composer.element, this.meter.element);
     const chat = el("div", { class: "panel" }, this.thread.element, inner);
     this.composer.takeDropsOn(chat);
@@ -77,7 +78,6 @@ class Page {
     const list = tabs(panels, (name) => page.classList.toggle("chats", name === "Chat"));
     const settings = button("Settings", () => this.openSettings());
     const header = el("header", { class: "top" }, toggle, names, list, settings);
-    const page = document.getElementById("page");
     page.replaceChildren(this.sidebar.element, el("main", {}, header, ...Object.values(panels)));
     page.append(el("div", { class: "shade", onclick: this.closeDrawer }), this.settings.element);
     page.addEventListener("keydown", (event) => event.key === "Escape" && this.closeDrawer());
