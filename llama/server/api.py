@@ -27,8 +27,9 @@ from llama.server.errors import ErrorMiddleware, add_error_handlers
 from llama.server.lenient import HEADER, LenientFields
 from llama.server.paths import UniformRequests
 from llama.server.service import Service
+from llama.server.threads import RequestThread
 
-_ERRORS: dict[int | str, dict[str, Any]] = {
+ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": schemas.ErrorAnswer, "description": text}
     for status, text in (
         (400, "The request is wrong."),
@@ -103,12 +104,12 @@ class RequestCounter:
 def _routes(service: Service) -> APIRouter:
     router = APIRouter()
 
-    @router.get("/v1/models", responses={k: _ERRORS[k] for k in (401, 403)}, tags=["models"])
+    @router.get("/v1/models", responses={k: ERRORS[k] for k in (401, 403)}, tags=["models"])
     async def models() -> schemas.Models:
         """Return the served model, and the adapters that are models too."""
         return schemas.Models(data=tasks.models(service))
 
-    @router.get("/v1/models/{model:path}", responses=_ERRORS, tags=["models"])
+    @router.get("/v1/models/{model:path}", responses=ERRORS, tags=["models"])
     async def model(model: str) -> schemas.Model:
         """Return a model, if it is the served one or an adapter."""
         return tasks.model_named(service, model)
@@ -141,7 +142,7 @@ def _routes(service: Service) -> APIRouter:
     _add_infilling(router, service)
     _add_ranking(router, service)
     _add_tokens(router, service)
-    vectors: Any = {"response_model": schemas.Embeddings, "responses": _ERRORS}
+    vectors: Any = {"response_model": schemas.Embeddings, "responses": ERRORS}
 
     @router.post("/v1/embeddings", **vectors, tags=["vectors"])
     async def embeddings(body: schemas.EmbeddingRequest, request: Request) -> Response:
@@ -162,7 +163,7 @@ def _routes(service: Service) -> APIRouter:
     @router.get(
         "/metrics",
         response_class=Response,
-        responses={200: {"content": {"text/plain": {}}}, 401: _ERRORS[401], 403: _ERRORS[403]},
+        responses={200: {"content": {"text/plain": {}}}, 401: ERRORS[401], 403: ERRORS[403]},
         tags=["server"],
     )
     async def metrics() -> Response:
@@ -198,14 +199,14 @@ def _add_ranking(router: APIRouter, service: Service) -> None:
     @router.post(
         "/classify",
         response_model=schemas_ranking.Classes,
-        responses=_ERRORS,
+        responses=ERRORS,
         tags=["classes"],
     )
     async def classify(body: schemas_ranking.ClassifyRequest, request: Request) -> Response:
         """Return the most probable label of each text, of a model with a classifier's head."""
         return await ranking.classify(service, body, request)
 
-    of_rerank: Any = {"response_model": schemas_ranking.Ranking, "responses": _ERRORS}
+    of_rerank: Any = {"response_model": schemas_ranking.Ranking, "responses": ERRORS}
 
     @router.post("/v2/rerank", **of_rerank, tags=["classes"], include_in_schema=False)
     @router.post("/rerank", **of_rerank, tags=["classes"], include_in_schema=False)
@@ -216,10 +217,10 @@ def _add_ranking(router: APIRouter, service: Service) -> None:
 
 
 def _add_tokens(router: APIRouter, service: Service) -> None:
-    thread = tokens.TokenThread(service)
+    thread = RequestThread("tokens", service.config.timeout)
 
     def about(answer: type[BaseModel]) -> dict[str, Any]:
-        return {"response_model": answer, "responses": _ERRORS, "tags": ["tokens"]}
+        return {"response_model": answer, "responses": ERRORS, "tags": ["tokens"]}
 
     @router.post("/tokenize", **about(schemas_tokens.Tokenized))
     async def tokenize(body: schemas_tokens.TokenizeRequest, request: Request) -> Response:
@@ -236,7 +237,7 @@ def _add_tokens(router: APIRouter, service: Service) -> None:
         """Return the prompt that a request of /v1/chat/completions has, as a text."""
         return await thread.answer(request, lambda: tokens.apply_template(service, body))
 
-    @router.get("/tokenizer_info", responses={k: _ERRORS[k] for k in (401, 403)}, tags=["tokens"])
+    @router.get("/tokenizer_info", responses={k: ERRORS[k] for k in (401, 403)}, tags=["tokens"])
     async def tokenizer_info() -> schemas_tokens.TokenizerInfo:
         """Return the tokenizer's special tokens, and the chat template."""
         return tokens.tokenizer_info(service)
@@ -251,5 +252,5 @@ def _text_route(
     data = {"type": "string", "description": text}
     schema = {"type": "object", "properties": {"data": data}, "required": ["data"]}
     content = {"text/event-stream": {"schema": schema}}
-    responses = {200: {"content": content}, **_ERRORS}
+    responses = {200: {"content": content}, **ERRORS}
     return {"response_model": whole, "responses": responses, "tags": ["text"]}

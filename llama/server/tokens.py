@@ -1,61 +1,15 @@
 """Texts as tokens and back: /tokenize, /detokenize, /apply-template and /tokenizer_info."""
 
-import asyncio
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-
-from fastapi import Request, Response
-from pydantic import BaseModel
-
 from llama.chat.prompts import UNSAFE_ERROR, has_tags
 from llama.chat.roles import prompt_tokens
 from llama.server import schemas_tokens as schemas
-from llama.server.answers import timed_out
 from llama.server.dialogs import chat_options
 from llama.server.errors import ApiError
-from llama.server.events import unless_disconnected
 from llama.server.schemas_chat import ChatRequest
 from llama.server.scores import token_bytes, token_text
 from llama.server.service import Service
 from llama.server.tasks import chosen_adapter
 from llama.tokenizer import BaseTokenizer, Tokenizer
-
-_MAX_WAITING = 64  # requests about tokens
-
-
-class TokenThread:
-    """Answers requests about tokens one after another, so that they slow no others down."""
-
-    def __init__(self, service: Service):
-        self._service = service
-        self._thread = ThreadPoolExecutor(1, "tokens")
-        self._n_waiting = 0
-
-    async def answer(self, request: Request, build: Callable[[], BaseModel]) -> Response:
-        """Return the result of ``build`` as JSON.
-
-        Raises:
-            ApiError: its argument is wrong, too many requests wait, or it took too long.
-        """
-        if self._n_waiting >= _MAX_WAITING:
-            raise ApiError(
-                429,
-                f"{_MAX_WAITING} requests about tokens wait already: try again later",
-                headers={"Retry-After": "1"},
-            )
-        self._n_waiting += 1
-        try:
-            loop = asyncio.get_running_loop()
-            text = loop.run_in_executor(self._thread, lambda: build().model_dump_json().encode())
-            timeout = self._service.config.timeout
-            found = await unless_disconnected(request, asyncio.wait_for(text, timeout))
-        except asyncio.TimeoutError:
-            raise timed_out() from None
-        except (ValueError, TypeError) as error:
-            raise ApiError(400, str(error)) from error
-        finally:
-            self._n_waiting -= 1
-        return Response(found, media_type="application/json")
 
 
 def tokenize(service: Service, body: schemas.TokenizeRequest) -> schemas.Tokenized:
