@@ -5,7 +5,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -261,35 +261,6 @@ class Service:
                 raise ApiError(400, f"{name}: token ids end with {n_words - 1}", name)
         return replace(self.defaults, **given)
 
-    async def chat(
-        self, dialog: list[Message], options: Mapping[str, Any]
-    ) -> AsyncGenerator[str, None]:
-        """Yield the answer to a dialog, piece by piece, for the page.
-
-        Raises:
-            ValueError: an argument is wrong, or the request failed; its message is for the user.
-        """
-        tasks, params = self.llama.tasks, partial(self.params, **options)
-        answers = self.submit(lambda: tasks.chat([dialog], params()), 1, dialogs=[dialog])
-        async for text in _texts(answers):
-            yield text
-
-    async def complete(self, prompt: str, options: Mapping[str, Any]) -> AsyncGenerator[str, None]:
-        """Yield a text's continuation, as ``chat`` does."""
-        tasks, params = self.llama.tasks, partial(self.params, **options)
-        answers = self.submit(lambda: tasks.text([prompt], params(), in_context=True), 1)
-        async for text in _texts(answers):
-            yield text
-
-    async def infill(
-        self, prefix: str, suffix: str, options: Mapping[str, Any]
-    ) -> AsyncGenerator[str, None]:
-        """Yield the middle between two texts, as ``chat`` does."""
-        tasks, params = self.llama.tasks, partial(self.params, **options)
-        answers = self.submit(lambda: tasks.infilling([prefix], [suffix], params()), 1)
-        async for text in _texts(answers):
-            yield text
-
 
 def _check_scores(sequences: Sequence[EngineSequence]) -> None:
     """Raise ``ApiError`` if several texts have more log-probabilities than a request may have."""
@@ -308,15 +279,6 @@ def _check_scores(sequences: Sequence[EngineSequence]) -> None:
             "once",
             "logprobs",
         )
-
-
-async def _texts(answers: Awaitable[Answers]) -> AsyncGenerator[str, None]:
-    try:
-        async with contextlib.aclosing((await answers).pieces()) as pieces:
-            async for piece in pieces:
-                yield piece.text
-    except ApiError as error:
-        raise ValueError(str(error)) from error
 
 
 def as_dialog(prompt: str) -> Dialog:

@@ -89,7 +89,7 @@ def test_half_a_body_is_not_waited_for() -> None:
         address = ("127.0.0.1", int(url.rpartition(":")[2]))
         head = "Host: localhost\r\nContent-Type: application/json\r\nContent-Length: 99\r\n"
         halves = []
-        for path in ("v1/completions", "gradio_api/queue/join", "gradio_api/cancel"):
+        for path in ("v1/completions", "render", "tokenize"):
             for leaves in (True, False):
                 client = open_sockets.enter_context(socket.create_connection(address, timeout=20))
                 client.sendall(f'POST /{path} HTTP/1.1\r\n{head}\r\n{{"prompt"'.encode())
@@ -106,11 +106,11 @@ def test_half_a_body_is_not_waited_for() -> None:
 
 
 def test_the_page_and_the_api_from_one_command() -> None:
+    """The page comes without a key, which it asks for; nothing else does."""
     with running("--model_name", "1e5", LLAMA_API_KEY="secret") as server:
         url = url_of(server)
-        assert httpx.get(url).status_code == 401
-        page = httpx.get(url, auth=("anyone", "secret")).text
-        assert re.search(r'"title": ?"1e5"', page), "the page doesn't name the model"
+        assert "page/main.js" in httpx.get(url).text, "the page isn't there"
+        assert httpx.get(f"{url}/v1/models").status_code == 401
         headers = {"Authorization": "Bearer secret"}
         models = httpx.get(f"{url}/v1/models", headers=headers).json()
         assert models["data"][0]["id"] == "1e5"

@@ -11,7 +11,7 @@ import torch
 from servers import post, serve
 
 from llama import Llama
-from llama.server import tokens
+from llama.server import threads, tokens
 
 PREFIX, SUFFIX = "def add(a, b):\n    return ", "\n"
 SPELLED = f"<PRE> {PREFIX} <SUF>{SUFFIX} <MID>"
@@ -238,7 +238,7 @@ def test_many_at_once_are_bounded(url: str, monkeypatch: pytest.MonkeyPatch) -> 
         return original(*args)
 
     monkeypatch.setattr(tokens, "tokenize", slow)
-    monkeypatch.setattr(tokens, "_MAX_WAITING", 1)
+    monkeypatch.setattr(threads, "_MAX_WAITING", 1)
     first: list[httpx.Response] = []
     ask = threading.Thread(
         target=lambda: first.append(post(f"{url}/tokenize", {"content": "the cat"}))
