@@ -15,34 +15,20 @@ function applyTheme(theme) {
   else document.documentElement.dataset.theme = theme;
 }
 
-function storedTheme() {
-  try {
-    return localStorage.getItem("llama-theme") ?? "auto";
-  } catch {
-    return "auto"; // the browser may forbid it
-  }
-}
-
-function chooseTheme(theme) {
-  applyTheme(theme);
-  try {
-    localStorage.setItem("llama-theme", theme);
-  } catch {
-    announce("This browser keeps no settings: the theme is for this window.");
-  }
-}
-
 /** The sheet "Settings" of a conversation. Each change is in the conversation at once. */
 export class Settings {
+  /** Returns the settings of the conversation that is shown; set by the page. */
+  current = () => ({});
+
   constructor(model, store) {
-    this.model = model;
-    this.store = store;
+    Object.assign(this, { model, store });
     this.element = el("dialog", { class: "sheet", "aria-labelledby": "settings-title" });
     this.element.addEventListener("click", (event) => {
       if (event.target === this.element) this.element.close(); // the backdrop
     });
-    applyTheme(storedTheme());
-    addEventListener("storage", () => applyTheme(storedTheme())); // of another tab
+    const take = (record) => applyTheme((this.theme = record?.theme ?? "auto"));
+    store.draft("theme").then(take);
+    store.onChange(({ id, record }) => id === "theme" && take(record)); // also another tab's choice
   }
 
   /**
@@ -56,13 +42,14 @@ export class Settings {
       Object.assign(conversation, changes);
       onChange(changes);
     };
+    const chooseTheme = (theme) => this.store.putDraft("theme", { theme });
     const title = el("h2", { id: "settings-title" }, "Settings");
     this.element.replaceChildren(
       el("header", {}, title, button("Close", () => this.element.close())),
       this.#system(conversation),
       el("div", { class: "fields" }, ...this.#fields(), ...this.#switches()),
       toolsEditor(conversation, (tools) => this.change({ tools }), this.model),
-      labelled("Theme", select("setting-theme", THEMES, storedTheme(), chooseTheme)),
+      labelled("Theme", select("setting-theme", THEMES, this.theme, chooseTheme)),
     );
     this.element.showModal();
   }

@@ -4,20 +4,11 @@ import { button, el } from "./dom.js";
 import { checked, textBox } from "./fields.js";
 import { parseJson } from "./sampling.js";
 
-const EXAMPLE = [
-  {
-    type: "function",
-    function: {
-      name: "weather",
-      description: "The weather of a city",
-      parameters: {
-        type: "object",
-        properties: { city: { type: "string" } },
-        required: ["city"],
-      },
-    },
-  },
-];
+const CITY = { type: "object", properties: { city: { type: "string" } }, required: ["city"] };
+const EXAMPLE = {
+  type: "function",
+  function: { name: "weather", description: "The weather of a city", parameters: CITY },
+};
 
 function read(text) {
   if (!text?.trim()) return [];
@@ -64,7 +55,7 @@ export function toolsEditor(conversation, onChange, model) {
     } catch {
       return box.focus(); // what was typed stays, and what is wrong with it is beside it
     }
-    box.value = JSON.stringify([...tools, ...EXAMPLE], null, 2);
+    box.value = JSON.stringify([...tools, EXAMPLE], null, 2);
     box.dispatchEvent(new Event("input"));
   };
   element.append(button("Insert an example", example));
