@@ -1,6 +1,6 @@
 // The box in which a message is written, with the files that go along.
 
-import { button, count, el, later } from "./dom.js";
+import { actOn, button, count, el, find } from "./dom.js";
 
 const MAX_BYTES = 200_000; // of a file
 
@@ -13,33 +13,19 @@ async function readText(file) {
     const text = new TextDecoder("utf-8", { fatal: true }).decode(await file.arrayBuffer());
     if (!text.includes("\0")) return { name: file.name, text };
   } catch {
-    // As with a text that has zero bytes.
+    // It is refused as one with zero bytes is.
   }
   throw new Error(`${file.name} is no text in UTF-8: only texts are taken.`);
 }
 
 export class Composer {
-  /**
-   * `onSend(text, attachments)` resolves to false if they weren't sent: they return to the box
-   * then.
-   */
-  constructor(store, { onSend, onStop, onError }) {
-    Object.assign(this, { store, onSend, onStop, onError, files: [], id: null });
-    const props = { "aria-label": "Message", placeholder: "Message", rows: "1", dir: "auto" };
-    this.box = el("textarea", props);
-    this.chips = el("ul", { class: "chips", "aria-label": "Attached files", hidden: true });
-    this.input = el("input", { type: "file", multiple: true, hidden: true });
-    this.stop = button("Stop", () => this.onStop(), { class: "primary", hidden: true });
-    this.send = el("button", { type: "submit", class: "primary" }, "Send");
-    const attach = button("Attach files", () => this.input.click());
-    const row = el("div", { class: "row" }, attach, this.input, this.send, this.stop);
-    this.element = el("form", { class: "composer" }, this.chips, this.box, row);
-    this.save = later(200, () => this.keep());
-    this.listen();
-  }
-
-  listen() {
-    this.element.addEventListener("submit", (event) => {
+  /** `onSend(text, attachments)` resolves to false if they stay to be sent. */
+  constructor(element, store, { onSend, onStop, onError }) {
+    Object.assign(this, { element, store, onSend, onError, files: [], id: null });
+    this.box = find("textarea", element);
+    this.input = find("input", element);
+    actOn(element, { choose: () => this.input.click(), stop: onStop });
+    element.addEventListener("submit", (event) => {
       event.preventDefault();
       this.submit();
     });
@@ -50,12 +36,9 @@ export class Composer {
       event.preventDefault();
       this.submit();
     });
-    this.box.addEventListener("input", () => {
-      this.fit();
-      this.save();
-    });
+    this.box.addEventListener("input", () => this.changed());
     this.input.addEventListener("change", async () => {
-      await this.attach([...this.input.files]);
+      await this.attach(this.input.files);
       this.input.value = "";
     });
     addEventListener("pagehide", () => this.keep());
@@ -63,46 +46,44 @@ export class Composer {
 
   /** Take files that are dropped on an element. */
   takeDropsOn(element) {
-    const hasFiles = (event) => event.dataTransfer?.types.includes("Files");
-    element.addEventListener("dragover", (event) => {
-      if (!hasFiles(event)) return;
-      event.preventDefault();
-      this.element.classList.add("target");
-    });
-    element.addEventListener("dragleave", () => this.element.classList.remove("target"));
-    element.addEventListener("drop", (event) => {
-      this.element.classList.remove("target");
-      if (!hasFiles(event)) return;
-      event.preventDefault();
-      this.attach([...event.dataTransfer.files]);
-    });
+    const on = (type, isTarget) =>
+      element.addEventListener(type, (event) => {
+        if (!event.dataTransfer.types.includes("Files")) return;
+        event.preventDefault();
+        this.element.classList.toggle("target", isTarget);
+        if (type === "drop") this.attach(event.dataTransfer.files);
+      });
+    on("dragover", true);
+    on("dragleave", false);
+    on("drop", false);
   }
 
   async attach(files) {
-    for (const file of files) {
-      try {
-        this.files.push(await readText(file));
-      } catch (error) {
-        this.onError(error.message);
-      }
+    for (const file of [...files]) {
+      await readText(file).then(
+        (read) => this.set(this.box.value, [...this.files, read]),
+        (error) => this.onError(error.message),
+      );
     }
-    this.showFiles();
-    this.save();
+    this.changed();
     this.box.focus();
   }
 
-  showFiles() {
-    const chips = this.files.map((file) => {
+  set(text, files) {
+    const chip = (file) => {
       const remove = () => {
-        this.files = this.files.filter((other) => other !== file);
-        this.showFiles();
-        this.save();
+        this.set(this.box.value, this.files.filter((other) => other !== file));
+        this.changed();
         this.box.focus();
       };
       return el("li", {}, file.name, button("×", remove, { "aria-label": `Remove ${file.name}` }));
-    });
-    this.chips.replaceChildren(...chips);
-    this.chips.hidden = !chips.length;
+    };
+    this.files = files;
+    const chips = find(".chips", this.element);
+    chips.replaceChildren(...files.map(chip));
+    chips.hidden = !files.length;
+    this.box.value = text;
+    this.fit();
   }
 
   // Grow with the text, up to a third of the window.
@@ -111,44 +92,43 @@ export class Composer {
     this.box.style.height = `${Math.min(this.box.scrollHeight, innerHeight / 3)}px`;
   }
 
-  set(text, files) {
-    this.box.value = text;
-    this.files = files;
-    this.showFiles();
+  changed() {
     this.fit();
+    clearTimeout(this.timer);
+    this.timer = setTimeout(() => this.keep(), 200);
   }
 
   /** Show the draft of a conversation, and keep that of the one before. */
   async open(id) {
-    if (this.id !== null) this.keep();
+    this.keep();
     this.id = id;
     this.set("", []);
     const draft = await this.store.draft(id);
-    // A person may have begun to write meanwhile.
-    if (this.id === id && draft && !this.box.value) this.set(draft.text, draft.attachments);
+    const isUntouched = this.id === id && !this.box.value; // a person may have begun to write
+    if (isUntouched && draft) this.set(draft.text, draft.attachments);
   }
 
-  async keep(id = this.id, text = this.box.value, attachments = this.files) {
-    if (id === null) return;
-    if (text || attachments.length) await this.store.putDraft(id, { text, attachments });
-    else await this.store.removeDraft(id);
+  keep(id = this.id, text = this.box.value, attachments = this.files) {
+    if (id === null) return null;
+    if (!text && !attachments.length) return this.store.removeDraft(id);
+    return this.store.putDraft(id, { text, attachments });
   }
 
   async submit() {
-    const [id, text, attachments] = [this.id, this.box.value, this.files];
-    if (!this.stop.hidden || (!text.trim() && !attachments.length)) return;
+    const [id, text, files] = [this.id, this.box.value, this.files];
+    if (this.isRunning || (!text.trim() && !files.length)) return;
     this.set("", []);
     this.box.focus();
-    const isSent = await this.onSend(text, attachments);
-    if (isSent) await this.keep();
-    else if (this.id === id) this.set(this.box.value || text, attachments);
-    else await this.keep(id, text, attachments);
+    const isSent = await this.onSend(text, files);
+    if (!isSent && this.id === id) this.set(text, files);
+    await (isSent || this.id === id ? this.keep() : this.keep(id, text, files));
   }
 
   setRunning(isRunning) {
-    const hadFocus = [this.send, this.stop].includes(document.activeElement);
-    this.stop.hidden = !isRunning;
-    this.send.hidden = isRunning;
+    const send = find("[type=submit]", this.element);
+    const stop = find("[data-do=stop]", this.element);
+    const hadFocus = [send, stop].includes(document.activeElement);
+    [this.isRunning, send.hidden, stop.hidden] = [isRunning, isRunning, !isRunning];
     if (hadFocus) this.box.focus();
   }
 }

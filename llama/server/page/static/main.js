@@ -2,273 +2,274 @@
 
 import { Api } from "./api.js";
 import { Composer } from "./composer.js";
-import { askKey, showError, showNotice } from "./dialogs.js";
-import { announce, button, download, el } from "./dom.js";
-import { aboutModel, tabs } from "./header.js";
+import { actOn, announce, count, download, find, tell } from "./dom.js";
+import { fromJson } from "./imports.js";
 import { Meter } from "./meter.js";
-import { isContextFull, Runner } from "./runner.js";
+import { Runner } from "./runner.js";
 import { Settings } from "./settings.js";
 import { Sidebar } from "./sidebar.js";
 import { openStore } from "./store.js";
-import { completionTab, infillTab } from "./tasks.js";
+import { showTabs } from "./tabs.js";
 import { Thread } from "./thread.js";
 import * as tree from "./tree.js";
 
-const fileName = (title, ending) => `${title.replace(/[^\p{L}\p{N}]+/gu, "-").slice(0, 60)}.${ending}`;
-
 class Page {
   constructor(store, api, model) {
-    Object.assign(this, { store, api, model, all: new Map(), shown: tree.newConversation() });
+    Object.assign(this, { store, model, all: new Map(), shown: tree.newConversation() });
     this.settings = new Settings(model, store);
-    this.settings.current = () => this.shown.settings; // of the tabs without a dialog
+    this.settings.current = () => this.shown.settings; // for the tabs without a dialog
     this.meter = new Meter(api, model);
-    this.thread = new Thread(api, (name, message, value) => this.act(name, message, value));
-    this.composer = new Composer(store, {
-      onSend: (text, files) => this.send(text, files),
+    this.thread = new Thread(find(".thread"), api, (...what) => this.act(...what));
+    this.composer = new Composer(find(".composer"), store, {
+      onSend: (text, attachments) => this.send(text, attachments),
       onStop: () => this.runner.stop(this.shown.id),
-      onError: showError,
+      onError: tell,
     });
     this.runner = new Runner(api, model, store, {
       onStart: (id) => id === this.shown.id && this.composer.setRunning(true),
       onPiece: (id, message) => id === this.shown.id && this.thread.grow(message),
       onEnd: (id, message, error) => this.end(id, message, error),
     });
-    this.sidebar = new Sidebar({
-      create: () => this.open(tree.newConversation(), true),
-      open: (id) => this.open(this.all.get(id), true),
+    this.sidebar = new Sidebar(find(".sidebar"), {
+      create: () => this.choose(tree.newConversation()),
+      open: (id) => this.choose(this.all.get(id)),
       rename: (id, title) => this.change(id, (conversation) => (conversation.title = title)),
       remove: (id) => this.remove(id),
-      exportJson: (ids = [...this.all.keys()]) => this.exportJson(ids),
+      exportAll: () => this.exportJson([...this.all.values()], "conversations"),
+      exportJson: (id) => this.exportJson([this.all.get(id)], this.all.get(id).title),
       exportMarkdown: (id) => this.exportMarkdown(this.all.get(id)),
       importFiles: (files) => this.importFiles(files),
     });
-    store.onChange((change) => this.changed(change));
+    this.build(api);
+  }
+
+  build(api) {
+    const { meta, max_model_len, id } = this.model;
+    find("h1").textContent = id;
+    const format = meta?.chat_format && `chat format “${meta.chat_format}”`;
+    const context = `${count(max_model_len)} tokens of context`;
+    const about = [meta?.description, meta?.precision, format, context].filter(Boolean);
+    find(".names p").textContent = about.join(" · ");
+    find(".inner").append(this.meter.element);
+    this.composer.takeDropsOn(find("#chat"));
+    showTabs(api, this.model, this.settings);
+    const [page, drawer] = [find("#page"), find("[data-do=drawer]")];
+    page.append(this.settings.element);
+    this.drawer = (isOpen) => {
+      page.classList.toggle("open", isOpen);
+      drawer.setAttribute("aria-expanded", String(isOpen));
+    };
+    actOn(page, {
+      drawer: () => this.drawer(!page.classList.contains("open")),
+      settings: () => this.openSettings(),
+    });
+    page.addEventListener("keydown", (event) => event.key === "Escape" && this.drawer(false));
   }
 
   async start() {
-    for (const conversation of await this.store.all()) this.all.set(conversation.id, conversation);
-    this.build();
+    for (const found of await this.store.all()) this.all.set(found.id, found);
+    this.store.onChange((change) => this.changed(change));
     addEventListener("hashchange", () => this.openNamed());
     this.openNamed();
     for (const conversation of this.all.values()) this.runner.watch(conversation);
-    if (!this.store.isLasting) {
-      showError("This browser keeps nothing: export conversations before you close this tab.");
-    }
+    [find("#loading").hidden, find("#page").hidden] = [true, false];
+    this.composer.fit();
+    if (!this.store.isLasting) tell("This browser keeps nothing: export what you want to keep.");
   }
-
-  build() {
-    const { meta = {} } = this.model;
-    const page = document.getElementById("page");
-    const inner = el("div", { class: "inner" }, this.composer.element, this.meter.element);
-    const chat = el("div", { class: "panel" }, this.thread.element, inner);
-    this.composer.takeDropsOn(chat);
-    const panels = meta.chats === false ? {} : { Chat: chat };
-    const task = (make) => el("div", { class: "panel task-panel" }, make(this.api, this.model, this.settings));
-    panels.Completion = task(completionTab);
-    if (meta.infills) panels.Infilling = task(infillTab);
-    const drawer = (isOpen) => {
-      page.classList.toggle("open", isOpen);
-      toggle.setAttribute("aria-expanded", String(isOpen));
-    };
-    this.closeDrawer = () => drawer(false);
-    const flip = () => drawer(!page.classList.contains("open"));
-    const controls = { "aria-controls": "conversations", "aria-expanded": "false" };
-    const toggle = button("Conversations", flip, { class: "toggle", ...controls });
-    const names = el("div", { class: "names" }, el("h1", {}, this.model.id), el("p", {}, aboutModel(this.model)));
-    const list = tabs(panels, (name) => page.classList.toggle("chats", name === "Chat"));
-    const settings = button("Settings", () => this.openSettings());
-    const header = el("header", { class: "top" }, toggle, names, list, settings);
-    page.replaceChildren(this.sidebar.element, el("main", {}, header, ...Object.values(panels)));
-    page.append(el("div", { class: "shade", onclick: this.closeDrawer }), this.settings.element);
-    page.addEventListener("keydown", (event) => event.key === "Escape" && this.closeDrawer());
-    page.classList.toggle("chats", "Chat" in panels);
-  }
-
-  // What is shown.
 
   openNamed() {
-    const named = this.all.get(location.hash.slice(1));
-    if (!named || named.id !== this.shown.id) this.open(named ?? tree.newConversation());
+    this.open(this.all.get(location.hash.slice(1)) ?? tree.newConversation());
   }
 
-  open(conversation, isChosen = false) {
-    this.shown = conversation;
+  /** Open a conversation that a person asked for. */
+  choose(conversation) {
     const hash = this.all.has(conversation.id) ? `#${conversation.id}` : "";
-    if (isChosen) history.pushState(null, "", hash || location.pathname + location.search);
+    history.pushState(null, "", location.pathname + location.search + hash);
+    this.open(conversation);
+    this.drawer(false);
+    this.composer.box.focus();
+  }
+
+  open(conversation) {
     this.composer.open(this.all.has(conversation.id) ? conversation.id : "new");
     this.show(conversation);
-    if (isChosen) {
-      this.closeDrawer();
-      this.composer.box.focus();
-    }
   }
 
   show(conversation) {
     this.shown = conversation;
-    document.title = conversation.leaf ? `${conversation.title} · ${this.model.id}` : this.model.id;
+    const { id, leaf, title } = conversation;
+    document.title = leaf ? `${title} · ${this.model.id}` : this.model.id;
     this.thread.show(conversation);
-    this.composer.setRunning(this.runner.isRunning(conversation.id));
-    this.sidebar.update([...this.all.values()], conversation.id);
-    if (!this.runner.isRunning(conversation.id)) this.meter.update(conversation);
+    this.composer.setRunning(this.runner.isRunning(id));
+    this.sidebar.update(this.all.values(), id);
+    if (!this.runner.isRunning(id)) this.meter.update(conversation);
   }
 
+  /** Show what this tab or another one has changed. */
   changed({ name, id, record }) {
     if (name !== "conversations") return;
-    if (record) this.all.set(id, record);
-    else this.all.delete(id);
-    if (record) this.runner.watch(record);
-    if (id !== this.shown.id) this.sidebar.update([...this.all.values()], this.shown.id);
+    if (!record) this.all.delete(id);
+    else this.runner.watch(this.all.set(id, record).get(id));
+    if (id !== this.shown.id) this.sidebar.update(this.all.values(), this.shown.id);
     else if (record) this.show(record);
-    else this.open(tree.newConversation(), true);
+    else this.choose(tree.newConversation());
   }
-
-  // What a person does.
 
   async change(id, change) {
     try {
       if (id === this.shown.id && !this.all.has(id)) await this.keep();
       return await this.store.update(id, change);
     } catch (error) {
-      showError(`It couldn't be kept: ${error.message}`);
+      tell(`It couldn't be kept: ${error.message}. Export and delete some, then try again.`);
       return null;
     }
   }
 
   // A conversation is kept from its first message or setting on.
   async keep() {
-    const { id } = this.shown;
     await this.store.put(this.shown);
-    history.replaceState(null, "", `#${id}`);
-    this.composer.id = id;
+    history.replaceState(null, "", `${location.pathname}${location.search}#${this.shown.id}`);
+    this.composer.id = this.shown.id;
     await this.store.removeDraft("new");
   }
 
-  /** Return the ids to drop so that a conversation fits, null if it isn't to be sent. */
-  async dropped(conversation) {
+  /** Return the ids of messages to drop so that the rest fits, null if it isn't to be sent. */
+  async idsToDrop(conversation) {
     let ids = [];
     try {
-      const isFitting = await this.meter.offerToDrop(conversation, (some) => (ids = some));
-      return isFitting ? ids : null;
+      return (await this.meter.offerToDrop(conversation, (some) => (ids = some))) ? ids : null;
     } catch (error) {
-      if (error.code !== "unreachable" && error.status !== 401) return []; // asking will tell
-      showError(error.message);
+      if (error.code !== "unreachable" && error.status !== 401) return []; // the answer will tell
+      tell(error.message);
       return null;
     }
   }
 
   async send(text, attachments) {
-    const { id } = this.shown;
+    const [{ id }, planned] = [this.shown, structuredClone(this.shown)];
     const message = tree.newMessage("user", text, { attachments });
-    const planned = structuredClone(this.shown);
     tree.addMessage(planned, message);
-    const ids = await this.dropped(planned);
-    if (!ids) return false;
+    const ids = await this.idsToDrop(planned);
     const add = (conversation) => {
       conversation.dropped.push(...ids);
       tree.addMessage(conversation, message);
     };
-    if (!(await this.change(id, add))) return false;
+    if (!ids || !(await this.change(id, add))) return false;
     this.thread.isAtEnd = true;
-    this.runner.answer(id);
+    this.runner.answer(id, message.id);
     return true;
   }
 
+  /** Do what a person asks for at a message. */
   async act(name, { id, parent, role }, value) {
     const at = this.shown.id;
-    if (name !== "walk") await this.runner.stop(at);
+    const changed = (change) => this.change(at, change);
+    if (name === "walk") {
+      let other;
+      await changed((conversation) => (other = tree.walk(conversation, id, value)));
+      return this.thread.focus(other, value > 0 ? "next" : "previous");
+    }
+    await this.runner.stop(at);
     if (name === "continue") this.runner.continue(at, id);
     if (name === "retry") this.runner.answer(at, role === "assistant" ? parent : id);
-    if (name === "walk") {
-      const now = await this.change(at, (conversation) => tree.walk(conversation, id, value));
-      const place = now && tree.siblings(now, id).indexOf(id) + value;
-      if (now) this.thread.focus(tree.siblings(now, id)[place], value > 0 ? "Next version" : "Previous version");
+    if (name === "change") {
+      const now = await changed((conversation) => tree.edit(conversation, id, value));
+      if (now && role !== "assistant") this.runner.answer(at, now.leaf);
     }
-    if (name === "edit") {
-      await this.change(at, (conversation) => tree.edit(conversation, id, value));
-      if (role !== "assistant") this.runner.answer(at);
+    if (name === "result") {
+      const message = tree.newMessage("tool", value[1], { tool_call_id: value[0] });
+      const now = await changed((conversation) => tree.addMessage(conversation, message));
+      if (now && !tree.openCalls(now).calls.length) this.runner.answer(at, now.leaf);
     }
-    if (name === "result") this.result(at, ...value);
-    if (name === "remove") this.removeTurn(at, id);
+    if (name === "remove") {
+      const before = structuredClone(this.shown);
+      await changed((conversation) => tree.removeTurn(conversation, id));
+      this.undoable("The turn is deleted.", () => this.store.put(before));
+      this.thread.element.focus();
+    }
   }
 
-  async result(at, call, text) {
-    const message = tree.newMessage("tool", text, { tool_call_id: call.id });
-    const now = await this.change(at, (conversation) => tree.addMessage(conversation, message));
-    if (now && !tree.openCalls(now).length) this.runner.answer(at);
-  }
-
-  async removeTurn(at, id) {
-    const before = structuredClone(this.shown);
-    await this.change(at, (conversation) => tree.removeTurn(conversation, id));
-    showNotice("The turn is deleted.", () => this.store.put(before));
-    this.thread.element.focus();
+  undoable(text, run) {
+    tell(text, { label: "Undo", run, role: "status" });
   }
 
   async remove(id) {
     await this.runner.stop(id);
     const conversation = this.all.get(id);
     await this.store.remove(id);
-    const undo = async () => {
+    this.undoable(`“${conversation.title}” is deleted.`, async () => {
       await this.store.put(conversation);
-      this.open(conversation, true);
-    };
-    showNotice(`“${conversation.title}” is deleted.`, undo);
+      this.choose(conversation);
+    });
   }
 
-  exportJson(ids) {
-    const chosen = ids.map((id) => this.all.get(id));
-    const name = ids.length === 1 ? chosen[0].title : "conversations";
-    download(fileName(name, "json"), "application/json", tree.toJson(chosen));
+  exportJson(conversations, title) {
+    download(`${title}.json`, "application/json", tree.toJson(conversations));
   }
 
   exportMarkdown(conversation) {
-    download(fileName(conversation.title, "md"), "text/markdown", tree.toMarkdown(conversation));
+    download(`${conversation.title}.md`, "text/markdown", tree.toMarkdown(conversation));
   }
 
   async importFiles(files) {
     for (const file of files) {
       try {
-        const found = tree.fromJson(await file.text());
+        const found = fromJson(await file.text());
         for (const one of found) {
           if (this.all.has(one.id)) one.id = tree.newId();
           await this.store.put(one);
         }
-        announce(`${found.length} imported.`);
-        if (found.length) this.open(this.all.get(found.at(-1).id), true);
+        announce(`${found.length} conversations are imported.`);
+        if (found.length) this.choose(this.all.get(found.at(-1).id));
       } catch (error) {
-        showError(`${file.name} can't be imported. ${error.message}`);
+        tell(`${file.name} can't be imported. ${error.message}`);
       }
     }
   }
 
   openSettings() {
     const { id } = this.shown;
-    const change = (changes) => this.change(id, (conversation) => Object.assign(conversation, changes));
-    this.settings.open(structuredClone(this.shown), change);
+    this.settings.open(structuredClone(this.shown), (changes) =>
+      this.change(id, (conversation) => Object.assign(conversation, changes)),
+    );
   }
 
+  /** Show that an answer has ended; one that doesn't fit is offered with fewer turns. */
   async end(id, message, error) {
     if (id === this.shown.id) this.show(this.all.get(id) ?? this.shown);
-    if (error && isContextFull(error)) {
-      const ids = await this.dropped(this.all.get(id));
-      if (!ids?.length) return showError(error.message);
-      await this.change(id, (conversation) => conversation.dropped.push(...ids));
-      return this.runner.continue(id, message.id);
-    }
-    if (error) return showError(error.message);
-    announce(message.content ? `The assistant says: ${message.content}` : "The answer has ended.");
+    if (!error) return announce(message?.content ? `Answer: ${message.content}` : "It has ended.");
+    const isFull = error.code === "context_length_exceeded";
+    const ids = isFull ? await this.idsToDrop(this.all.get(id)) : [];
+    if (!ids?.length) return tell(error.message);
+    await this.change(id, (conversation) => conversation.dropped.push(...ids));
+    return this.runner.continue(id, message.id);
   }
 }
 
+function askKey(isWrong) {
+  const [dialog, box] = [find("#key"), find("#key-box")];
+  const says = isWrong ? "The server refused that key: it is wrong." : "The server has a key.";
+  find("#key-text").textContent = `${says} It is kept until this tab is closed.`;
+  box.value = "";
+  dialog.returnValue = "";
+  dialog.showModal();
+  return new Promise((resolve) => {
+    dialog.onclose = () => resolve(dialog.returnValue || null);
+    find("form", dialog).onsubmit = (event) => {
+      event.preventDefault();
+      dialog.close(box.value.trim());
+    };
+    find("[data-do=cancel]", dialog).onclick = () => dialog.close("");
+  });
+}
+
 async function start() {
-  const api = new Api(askKey);
   try {
+    const api = new Api(askKey);
     const [model] = await api.models();
-    const store = await openStore();
-    await new Page(store, api, model).start();
+    await new Page(await openStore(), api, model).start();
   } catch (error) {
-    document.getElementById("loading").textContent = "The model's name isn't known yet.";
-    showError(error.message, { label: "Try again", run: start });
+    tell(error.message, { label: "Try again", run: start });
   }
 }
 

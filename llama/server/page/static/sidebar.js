@@ -1,36 +1,25 @@
 // The list of conversations: search, rename, delete, export and import.
 
-import { button, el } from "./dom.js";
+import { actOn, copyOf, el, find } from "./dom.js";
 
 const textOf = ({ title, system, messages }) =>
-  [title, system, ...Object.values(messages).map(({ content }) => content)].join("\n").toLowerCase();
+  [title, system, ...Object.values(messages).map(({ content }) => content)].join("\n");
 
 export class Sidebar {
   /**
-   * `actions` has `create()`, `open(id)`, `rename(id, title)`, `remove(id)`, `exportJson(ids)`,
-   * `exportMarkdown(id)` and `importFiles(files)`.
+   * `actions` has `create()`, `exportAll()` and `importFiles(files)`, and `open(id)`, `remove(id)`,
+   * `exportJson(id)`, `exportMarkdown(id)` and `rename(id, title)`.
    */
-  constructor(actions) {
-    Object.assign(this, { actions, conversations: [], shownId: null, renamed: null });
-    const search = { type: "search", "aria-label": "Search conversations", placeholder: "Search" };
-    this.search = el("input", { ...search, oninput: () => this.list() });
-    this.items = el("ul", { class: "items" });
-    this.nothing = el("p", { class: "note", role: "status" });
-    const files = el("input", { type: "file", accept: ".json", multiple: true, hidden: true });
+  constructor(element, actions) {
+    Object.assign(this, { element, actions, conversations: [] });
+    const files = find("input[type=file]", element);
     files.addEventListener("change", async () => {
       await actions.importFiles([...files.files]);
       files.value = "";
     });
-    this.exportAll = button("Export all", () => actions.exportJson());
-    this.element = el(
-      "nav",
-      { class: "sidebar", id: "conversations", "aria-label": "Conversations" },
-      button("New conversation", () => actions.create(), { class: "primary" }),
-      this.search,
-      this.items,
-      this.nothing,
-      el("div", { class: "row" }, button("Import", () => files.click()), files, this.exportAll),
-    );
+    find("input[type=search]", element).addEventListener("input", () => this.list());
+    const { create, exportAll } = actions;
+    actOn(element, { create, exportAll, choose: () => files.click() });
   }
 
   update(conversations, shownId) {
@@ -40,53 +29,48 @@ export class Sidebar {
   }
 
   list() {
-    const words = this.search.value.trim().toLowerCase();
-    const found = this.conversations.filter((one) => !words || textOf(one).includes(words));
+    const words = find("input[type=search]", this.element).value.trim().toLowerCase();
+    const has = (one) => !words || textOf(one).toLowerCase().includes(words);
+    const found = this.conversations.filter(has);
     // An answer that grows changes a conversation twice a second, and its item never.
-    const mark = JSON.stringify([this.shownId, found.map(({ id, title }) => [id, title])]);
-    const isEmpty = !this.conversations.length;
-    this.nothing.textContent = isEmpty ? "Conversations stay in this browser." : "";
-    if (!isEmpty && !found.length) this.nothing.textContent = `Nothing has “${words}” in it.`;
-    this.exportAll.disabled = isEmpty;
+    const named = found.map(({ id, title }) => [id, title]);
+    const mark = JSON.stringify([this.shownId, words, named]);
     if (mark === this.mark) return;
     this.mark = mark;
-    this.items.replaceChildren(...found.map((one) => this.item(one)));
+    find(".items", this.element).replaceChildren(...found.map((one) => this.item(one)));
+    const isEmpty = !this.conversations.length;
+    const says = isEmpty ? "Conversations stay in this browser." : `Nothing has “${words}”.`;
+    find(".note", this.element).textContent = found.length ? "" : says;
+    find("[data-do=exportAll]", this.element).disabled = isEmpty;
   }
 
   item({ id, title }) {
-    const { actions } = this;
-    const isShown = id === this.shownId;
-    const open = button(title, () => actions.open(id), { class: "title", dir: "auto" });
-    if (isShown) open.setAttribute("aria-current", "page");
-    const rename = () => item.replaceChild(this.renaming(id, title, item), open);
-    const tools = el(
-      "div",
-      { class: "row" },
-      button("Rename", rename),
-      button("Delete", () => actions.remove(id)),
-      button("Export as JSON", () => actions.exportJson([id])),
-      button("Export as Markdown", () => actions.exportMarkdown(id)),
-    );
-    const item = el("li", { class: isShown ? "item shown" : "item" }, open, tools);
+    const item = copyOf("item");
+    const open = find(".title", item);
+    open.textContent = title;
+    item.classList.toggle("shown", id === this.shownId);
+    if (id === this.shownId) open.setAttribute("aria-current", "page");
+    const named = ["open", "remove", "exportJson", "exportMarkdown"];
+    const actions = named.map((name) => [name, () => this.actions[name](id)]);
+    const rename = () => open.replaceWith(this.renaming(id, title));
+    actOn(item, { ...Object.fromEntries(actions), rename });
     return item;
   }
 
   renaming(id, title) {
     const box = el("input", { "aria-label": "Title", value: title, dir: "auto" });
-    const end = (isKept) => {
-      if (this.renamed !== box) return;
-      this.renamed = null;
-      this.mark = null; // the item is to be made again
-      const text = box.value.trim();
-      if (isKept && text && text !== title) this.actions.rename(id, text);
-      else this.list();
+    const end = () => {
+      const text = box.value.trim() || title;
+      box.value = title; // for the blur that follows an Enter
+      this.mark = null;
+      if (text === title) this.list();
+      else this.actions.rename(id, text);
     };
     box.addEventListener("keydown", (event) => {
-      if (event.key === "Enter" && !event.isComposing) end(true);
-      if (event.key === "Escape") end(false);
+      if (event.key === "Escape") box.value = title;
+      if (["Enter", "Escape"].includes(event.key) && !event.isComposing) end();
     });
-    box.addEventListener("blur", () => end(true));
-    this.renamed = box;
+    box.addEventListener("blur", end);
     setTimeout(() => box.select());
     return box;
   }

@@ -5,90 +5,84 @@ const NAMES = ["conversations", "presets", "drafts"];
 function openDatabase() {
   return new Promise((resolve, reject) => {
     const request = indexedDB.open("llama", 1);
-    request.onupgradeneeded = () => {
-      for (const name of NAMES) request.result.createObjectStore(name, { keyPath: "id" });
-    };
+    request.onupgradeneeded = () =>
+      NAMES.forEach((name) => request.result.createObjectStore(name, { keyPath: "id" }));
     request.onerror = () => reject(request.error);
-    request.onsuccess = () => {
-      request.result.onversionchange = () => request.result.close();
-      resolve(request.result);
-    };
+    request.onsuccess = () => resolve(request.result);
   });
 }
 
-/** Records of one kind by their id, in IndexedDB. */
+/** Records of one kind by their id. */
 class Table {
   constructor(database, name, tell) {
     Object.assign(this, { database, name, tell });
   }
 
-  // Resolves when the transaction is complete: what was written is then on the disk.
-  transact(mode, work) {
+  // Resolves when the transaction is complete: what was written is then kept.
+  work(mode, job) {
     return new Promise((resolve, reject) => {
       const transaction = this.database.transaction(this.name, mode);
-      let result;
-      work(transaction.objectStore(this.name), (value) => (result = value));
-      transaction.oncomplete = () => resolve(result);
-      transaction.onabort = () => reject(transaction.error ?? new Error("It couldn't be saved."));
+      const request = job(transaction.objectStore(this.name));
+      transaction.oncomplete = () => resolve(request.result);
+      transaction.onabort = () => reject(transaction.error ?? new Error("the browser refused"));
     });
   }
 
   all() {
-    return this.transact("readonly", (store, done) => {
-      store.getAll().onsuccess = (event) => done(event.target.result);
-    });
+    return this.work("readonly", (store) => store.getAll());
   }
 
-  get(id) {
-    return this.transact("readonly", (store, done) => {
-      store.get(id).onsuccess = (event) => done(event.target.result ?? null);
-    });
+  async get(id) {
+    return (await this.work("readonly", (store) => store.get(id))) ?? null;
   }
 
-  async put(record) {
-    await this.transact("readwrite", (store) => store.put(record));
-    this.tell(this.name, record.id, structuredClone(record));
-  }
-
-  async remove(id) {
-    await this.transact("readwrite", (store) => store.delete(id));
-    this.tell(this.name, id, null);
-  }
-
-  /** Change a record as it is now, whatever another tab has made of it; null if there is none. */
-  async update(id, change) {
-    const record = await this.transact("readwrite", (store, done) => {
-      store.get(id).onsuccess = ({ target: { result } }) => {
-        if (result === undefined) return done(null);
-        change(result);
-        store.put(result);
-        done(result);
+  // One transaction, so that a change meets the record as it is, whatever another tab made of it.
+  async write(id, change) {
+    let record;
+    await this.work("readwrite", (store) => {
+      const request = store.get(id);
+      request.onsuccess = () => {
+        record = change(request.result ?? null);
+        return record ? store.put(record) : store.delete(id);
       };
+      return request;
     });
-    if (record) this.tell(this.name, id, record);
+    this.tell(this.name, id, record);
     return record;
+  }
+
+  put(record) {
+    return this.write(record.id, () => record);
+  }
+
+  remove(id) {
+    return this.write(id, () => null);
+  }
+
+  /** Return the record that a change has been made to, null if there is none. */
+  update(id, change) {
+    return this.write(id, (record) => (record && change(record), record));
   }
 }
 
-/** The same, of a browser that keeps nothing. */
-class MemoryTable extends Table {
+/** The same where the browser keeps nothing. */
+class Memory extends Table {
   records = new Map();
 
-  async transact(mode, work) {
-    let result;
-    const found = (value) => ({
-      set onsuccess(then) {
-        then({ target: { result: structuredClone(value) } });
-      },
-    });
-    const store = {
-      getAll: () => found([...this.records.values()]),
-      get: (id) => found(this.records.get(id)),
-      put: (record) => this.records.set(record.id, structuredClone(record)),
-      delete: (id) => this.records.delete(id),
-    };
-    work(store, (value) => (result = value));
-    return result;
+  async all() {
+    return [...this.records.values()];
+  }
+
+  async get(id) {
+    return this.records.get(id) ?? null;
+  }
+
+  async write(id, change) {
+    const record = change(structuredClone(await this.get(id)));
+    if (record) this.records.set(id, record);
+    else this.records.delete(id);
+    this.tell(this.name, id, record);
+    return record;
   }
 }
 
@@ -99,18 +93,18 @@ class MemoryTable extends Table {
  * and of others; the record is null if it was removed.
  */
 export async function openStore() {
-  const callbacks = [];
-  const channel = new BroadcastChannel("llama");
-  const tell = (name, id, record, isMine = true) => {
-    if (isMine) channel.postMessage({ name, id });
-    for (const callback of callbacks) callback({ name, id, record });
+  const [callbacks, channel] = [[], new BroadcastChannel("llama")];
+  const hear = (change) => callbacks.forEach((callback) => callback(change));
+  const tell = (name, id, record) => {
+    channel.postMessage({ name, id });
+    hear({ name, id, record });
   };
   const database = await openDatabase().catch(() => null);
-  const kind = database ? Table : MemoryTable;
+  const kind = database ? Table : Memory;
   const [store, presets, drafts] = NAMES.map((name) => new kind(database, name, tell));
-  const tables = { conversations: store, presets, drafts };
   channel.onmessage = async ({ data: { name, id } }) => {
-    if (database) tell(name, id, await tables[name].get(id), false);
+    const table = { conversations: store, presets, drafts }[name];
+    if (database) hear({ name, id, record: await table.get(id) });
   };
   return Object.assign(store, {
     isLasting: database !== null,

@@ -2,72 +2,89 @@
 
 import { answerInfo, probabilities } from "./answer_info.js";
 import { blockEnd } from "./blocks.js";
-import { button, copy, el } from "./dom.js";
+import { actOn, button, copy, copyOf, el, find } from "./dom.js";
 import { callCard } from "./tools.js";
-import { childrenOf, contentOf, openCalls, path } from "./tree.js";
+import { childrenOf, contentOf, NAMES, openCalls, path } from "./tree.js";
 
-const NAMES = { user: "You", assistant: "Assistant", tool: "Tool" };
-
-/** Add to a block's HTML what it needs to be used: wide parts scroll, code can be copied. */
+/** Add to rendered HTML what it needs to be used. */
 function furnish(block) {
+  const parts = block.querySelectorAll("p, li, h1, h2, h3, h4, h5, h6, th, td");
+  for (const part of parts) part.dir = "auto";
   for (const wide of block.querySelectorAll("pre, table, math[display=block]")) {
     const scroller = el("div", { class: "wide", tabindex: "0" });
     wide.replaceWith(scroller);
     scroller.append(wide);
-    if (wide.tagName !== "PRE") continue;
     const text = wide.textContent;
+    if (wide.localName !== "pre") continue;
     scroller.before(button("Copy code", () => copy(text), { class: "copy-code" }));
   }
 }
 
 class MessageView {
   constructor(thread, message) {
-    Object.assign(this, { thread, message, done: 0, isNear: false, mark: "" });
-    this.cards = new Map();
-    this.blocks = el("div");
-    this.tail = el("div", { class: "plain" });
-    this.text = el("div", { class: "text", dir: "auto" }, this.blocks, this.tail);
-    this.more = el("div", { class: "more" });
-    this.actions = el("div", { class: "actions" });
-    const props = { class: `message ${message.role}`, "aria-label": NAMES[message.role] };
-    this.element = el("article", props, this.text, this.more, this.actions);
+    Object.assign(this, { thread, message, done: 0, isNear: false, cards: new Map() });
+    this.element = copyOf("message");
+    this.element.classList.add(message.role);
+    this.element.setAttribute("aria-label", NAMES[message.role]);
+    this.element.dataset.id = message.id;
+    for (const name of ["text", "editor", "more", "actions"]) {
+      this[name] = find(`.${name}`, this.element);
+    }
+    this.tail = el("div", { class: "plain", dir: "auto" });
+    this.text.append(this.tail);
+    this.editor.addEventListener("submit", (event) => {
+      event.preventDefault();
+      this.leave();
+      this.act("change", find("textarea", this.editor).value);
+    });
+    actOn(this.element, {
+      copy: () => copy(contentOf(this.message)),
+      edit: () => this.edit(),
+      leave: () => this.leave(),
+      probabilities: () => this.showProbabilities(!this.isOpen),
+      previous: () => this.act("walk", -1),
+      next: () => this.act("walk", 1),
+      continue: () => this.act("continue"),
+      retry: () => this.act("retry"),
+      remove: () => this.act("remove"),
+    });
+  }
+
+  act(name, value) {
+    this.thread.act(name, this.message, value);
   }
 
   /** Show the message; `context` has what other messages make of it. */
   update(message, context) {
-    const wasWriting = this.message.state === "writing";
-    this.message = message;
-    const { state, content, error, logprobs, tool_calls, usage } = message;
+    const { state, content, error, tool_calls, usage } = message;
     const mark = JSON.stringify([state, content.length, error, tool_calls, usage, context]);
     if (mark === this.mark) return;
-    const isContinued = this.mark && state === "writing" && !wasWriting;
-    this.mark = mark;
-    if (isContinued) this.restart();
+    const isContinued = this.mark && this.message.state === "cut" && state === "writing";
+    Object.assign(this, { message, mark });
+    if (isContinued) {
+      this.done = 0; // the last block goes on
+      this.text.replaceChildren(this.tail);
+    }
     this.write();
     this.element.classList.toggle("writing", state === "writing");
     this.element.classList.toggle("dropped", context.isDropped);
-    const isOpen = this.more.querySelector(":scope > [aria-label=Probabilities]") && logprobs;
     this.more.replaceChildren(...this.details(context));
-    if (isOpen) this.more.append(probabilities(message));
-    this.actions.replaceChildren(...this.buttons(context));
-  }
-
-  restart() {
-    this.done = 0;
-    this.blocks.replaceChildren();
+    this.showProbabilities(this.isOpen);
+    this.offer(context);
   }
 
   // What is finished is rendered, once and in one piece; what is being written stays as it is.
   write() {
     const { role, content, state } = this.message;
-    while (role === "assistant" && (this.isNear || state === "writing")) {
+    const isWriting = state === "writing";
+    while (role === "assistant" && (this.isNear || isWriting)) {
       const rest = content.slice(this.done);
-      const end = state === "writing" ? blockEnd(rest) : rest.length;
+      const end = isWriting ? blockEnd(rest) : rest.length;
       if (end <= 0) break;
+      const block = el("div", { class: "plain", dir: "auto" }, rest.slice(0, end));
+      this.tail.before(block);
+      this.thread.render(block);
       this.done += end;
-      const block = el("div", { class: "plain" }, rest.slice(0, end));
-      this.blocks.append(block);
-      if (rest.trim()) this.thread.render(block, rest.slice(0, end));
     }
     this.tail.textContent = role === "tool" ? "" : content.slice(this.done);
   }
@@ -76,13 +93,13 @@ class MessageView {
     const { role, state, content, error, attachments } = this.message;
     if (call) yield callCard(call, content);
     for (const { name, text } of attachments) {
-      const file = el("details", { class: "file" }, el("summary", {}, name));
-      yield (file.append(el("pre", { tabindex: "0" }, text)), file);
+      const shown = el("pre", { tabindex: "0" }, text);
+      yield el("details", { class: "file" }, el("summary", {}, name), shown);
     }
-    for (const one of pending) {
-      const send = (result) => this.thread.act("result", this.message, [one, result]);
-      if (!this.cards.has(one.id)) this.cards.set(one.id, callCard(one, undefined, send));
-      yield this.cards.get(one.id); // with what was typed there
+    for (const open of pending) {
+      const give = (result) => this.act("result", [open.id, result]);
+      if (!this.cards.has(open.id)) this.cards.set(open.id, callCard(open, undefined, give));
+      yield this.cards.get(open.id); // with what was typed there
     }
     if (isDropped) yield el("p", { class: "note" }, "The model isn't sent this any more.");
     if (state === "cut") yield el("p", { class: "note cut" }, `This answer was cut. ${error}`);
@@ -90,140 +107,112 @@ class MessageView {
     else if (role === "assistant") yield answerInfo(this.message);
   }
 
-  *buttons({ place, versions, isLast }) {
+  offer({ place, versions, isLast }) {
     const { role, parent, state, content, logprobs, tool_calls } = this.message;
-    const action = (label, name, value) =>
-      button(label, () => this.thread.act(name, this.message, value), { "data-action": label });
-    if (versions > 1) {
-      const of = el("span", { class: "versions" }, `${place} of ${versions}`);
-      yield place > 1 ? action("Previous version", "walk", -1) : null;
-      yield of;
-      yield place < versions ? action("Next version", "walk", 1) : null;
+    const isDone = state !== "writing";
+    const offered = {
+      previous: place > 1,
+      next: place < versions,
+      continue: state === "cut" && content && isLast,
+      retry: isDone && (role === "assistant" ? parent : isLast),
+      copy: isDone,
+      edit: isDone && !tool_calls,
+      probabilities: isDone && logprobs,
+      remove: isDone,
+    };
+    for (const [name, isOffered] of Object.entries(offered)) {
+      find(`[data-do=${name}]`, this.actions).hidden = !isOffered;
     }
-    if (state === "writing") return;
-    if (state === "cut" && content && isLast) yield action("Continue", "continue");
-    if (role === "assistant" ? parent : isLast) yield action("Retry", "retry");
-    yield button("Copy", () => copy(contentOf(this.message)));
-    if (!tool_calls) yield button("Edit", () => this.edit());
-    if (logprobs) yield button("Probabilities", () => this.toggle());
-    yield action("Delete", "remove");
+    find(".versions", this.actions).textContent = versions > 1 ? `${place} of ${versions}` : "";
   }
 
-  toggle() {
-    const shown = this.more.querySelector(":scope > [aria-label=Probabilities]");
-    if (shown) shown.remove();
-    else this.more.append(probabilities(this.message));
+  showProbabilities(isOpen) {
+    this.isOpen = Boolean(isOpen && this.message.logprobs);
+    this.tokens?.remove();
+    this.tokens = this.isOpen ? probabilities(this.message) : null;
+    this.more.append(this.tokens ?? "");
   }
 
   edit() {
-    if (this.editor) return;
-    const value = this.message.content;
-    const box = el("textarea", { "aria-label": "New text", dir: "auto", value });
-    const close = () => {
-      this.editor.remove();
-      this.editor = null;
-      this.element.classList.remove("edited");
-    };
-    const save = () => {
-      close();
-      this.thread.act("edit", this.message, box.value);
-    };
-    const says = this.message.role === "assistant" ? "Save" : "Save and ask";
-    const row = el("div", { class: "row" }, button(says, save), button("Cancel", close));
-    this.editor = el("div", { class: "editor" }, box, row);
-    this.element.classList.add("edited");
-    this.actions.before(this.editor);
+    const box = find("textarea", this.editor);
+    box.value = this.message.content;
+    [this.editor.hidden, this.text.hidden] = [false, true];
     box.style.height = `${Math.min(400, box.scrollHeight + 4)}px`;
     box.focus();
+  }
+
+  leave() {
+    [this.editor.hidden, this.text.hidden] = [true, false];
+    find("[data-do=edit]", this.actions).focus();
   }
 }
 
 export class Thread {
   /** `act(name, message, value)` is called for what a person does to a message. */
-  constructor(api, act) {
-    Object.assign(this, { api, act, views: new Map(), html: new Map(), id: null, isAtEnd: true });
-    this.last = Promise.resolve();
-    this.list = el("div", { class: "list" });
-    const props = { role: "log", "aria-label": "Messages", "aria-live": "off", tabindex: "0" };
-    this.element = el("div", { class: "thread", ...props }, this.list);
-    this.element.addEventListener("scroll", () => {
-      const { scrollHeight, scrollTop, clientHeight } = this.element;
-      this.isAtEnd = scrollHeight - scrollTop - clientHeight < 60;
+  constructor(element, api, act) {
+    Object.assign(this, { element, api, act, views: new Map(), html: new Map(), isAtEnd: true });
+    this.list = find(".list", element);
+    this.rendering = Promise.resolve();
+    element.addEventListener("scroll", () => {
+      this.isAtEnd = element.scrollHeight - element.scrollTop - element.clientHeight < 60;
     });
-    const toEnd = () => this.isAtEnd && this.element.scrollTo(0, this.element.scrollHeight);
-    const resized = new ResizeObserver(toEnd);
-    resized.observe(this.list);
-    resized.observe(this.element);
-    const options = { root: this.element, rootMargin: "600px" };
-    this.near = new IntersectionObserver((entries) => this.approach(entries), options);
+    const toEnd = () => this.isAtEnd && element.scrollTo(0, element.scrollHeight);
+    this.resized = new ResizeObserver(toEnd);
+    for (const part of [element, this.list]) this.resized.observe(part);
+    const options = { root: element, rootMargin: "600px" };
+    this.nearby = new IntersectionObserver((entries) => this.approach(entries), options);
   }
 
   approach(entries) {
-    for (const { isIntersecting, target } of entries) {
-      const view = isIntersecting && this.views.get(target.dataset.id);
+    for (const { target } of entries.filter((entry) => entry.isIntersecting)) {
+      const view = this.views.get(target.dataset.id);
+      this.nearby.unobserve(target);
       if (!view) continue;
-      this.near.unobserve(target);
       view.isNear = true;
       view.write();
     }
   }
 
-  /** Have the server render a block, one after another; what fails stays as it was written. */
-  render(block, text) {
-    const show = async () => {
-      try {
-        if (!this.html.has(text)) this.html.set(text, await this.api.render(text));
-      } catch {
-        return;
-      }
+  /** Have the server render blocks, one after another; one that fails stays as it was written. */
+  render(block) {
+    const text = block.textContent;
+    this.rendering = this.rendering.then(async () => {
+      const html = this.html.get(text) ?? (await this.api.render(text).catch(() => null));
+      if (html === null) return;
+      this.html.set(text, html);
       block.className = "block";
-      block.innerHTML = this.html.get(text);
+      block.innerHTML = html;
       furnish(block);
-    };
-    this.last = this.last.then(show);
-  }
-
-  show(conversation) {
-    if (conversation.id !== this.id) this.clear(conversation.id);
-    const shown = path(conversation);
-    const ids = new Set(shown.map(({ id }) => id));
-    for (const [id, view] of this.views) {
-      if (ids.has(id)) continue;
-      view.element.remove();
-      this.views.delete(id);
-    }
-    const [children, open] = [childrenOf(conversation), openCalls(conversation)];
-    const asking = shown.findLastIndex(({ role }) => role !== "tool");
-    let next = this.list.firstElementChild;
-    shown.forEach((message, i) => {
-      const view = this.views.get(message.id) ?? this.add(message);
-      if (view.element === next) next = next.nextElementSibling;
-      else this.list.insertBefore(view.element, next);
-      const versions = children.get(message.parent);
-      const place = versions.indexOf(message.id) + 1;
-      const isDropped = conversation.dropped.includes(message.id);
-      const isLast = i === shown.length - 1;
-      const call = message.role === "tool" ? callOf(shown, i) : null;
-      const pending = i === asking && message.state !== "writing" ? open : [];
-      const context = { place, versions: versions.length, isDropped, isLast, pending, call };
-      view.update(message, context);
     });
   }
 
-  add(message) {
-    const view = new MessageView(this, message);
-    view.element.dataset.id = message.id;
-    this.views.set(message.id, view);
-    this.near.observe(view.element);
-    return view;
-  }
-
-  clear(id) {
-    this.id = id;
-    this.isAtEnd = true;
-    this.views.clear();
-    this.near.disconnect();
-    this.list.replaceChildren();
+  show(conversation) {
+    if (conversation.id !== this.id) {
+      Object.assign(this, { id: conversation.id, isAtEnd: true });
+      this.nearby.disconnect();
+    }
+    const [shown, children] = [path(conversation), childrenOf(conversation)];
+    const { calls, caller } = openCalls(conversation);
+    const before = this.views;
+    this.views = new Map(shown.map((message) => {
+      return [message.id, before.get(message.id) ?? new MessageView(this, message)];
+    }));
+    for (const [id, { element }] of before) if (!this.views.has(id)) element.remove();
+    shown.forEach((message, i) => {
+      const [view, versions] = [this.views.get(message.id), children.get(message.parent)];
+      if (view.element !== this.list.children[i]) {
+        this.list.insertBefore(view.element, this.list.children[i] ?? null);
+        this.nearby.observe(view.element);
+      }
+      view.update(message, {
+        place: versions.indexOf(message.id) + 1,
+        versions: versions.length,
+        isDropped: conversation.dropped.includes(message.id),
+        isLast: message.id === conversation.leaf,
+        pending: message.id === caller && message.state !== "writing" ? calls : [],
+        call: message.role === "tool" ? callOf(shown, i) : null,
+      });
+    });
   }
 
   /** Show what has been added to an answer, at most once a frame. */
@@ -237,9 +226,9 @@ export class Thread {
     });
   }
 
-  focus(id, label) {
-    const found = this.views.get(id)?.element.querySelector(`[data-action="${label}"]`);
-    (found ?? this.element).focus();
+  focus(id, action) {
+    const found = this.views.get(id) && find(`[data-do=${action}]`, this.views.get(id).actions);
+    (found && !found.hidden ? found : this.element).focus();
   }
 }
 
