@@ -13,6 +13,7 @@ MAX_LENGTH = 2000  # characters of a formula
 _MAX_DEPTH = 60  # of elements
 # Definitions, which a few lines can make expand to gigabytes, and one that doubles what it holds.
 _UNBOUNDED = re.compile(r"\\(?:\w*def|\w+command|\w+environment|Declare\w+|sideset)(?![a-zA-Z])")
+_ESCAPED = re.compile(r"\\.", re.DOTALL)
 _ALIGNED = re.compile(r"\\(begin|end) *\{aligned\}")  # which has the same meaning as split
 # A character as latex2mathml writes it.
 _CHARACTER = re.compile(r"&#x[0-9A-Fa-f]{1,6};")
@@ -70,7 +71,9 @@ def formula_html(latex: str, is_block: bool) -> str | None:
     Args:
         is_block: whether it stands in a line of its own.
     """
-    if len(latex) > MAX_LENGTH or _UNBOUNDED.search(latex):
+    marks = _ESCAPED.sub("", latex)
+    is_balanced = marks.count("{") == marks.count("}")
+    if len(latex) > MAX_LENGTH or not is_balanced or _UNBOUNDED.search(latex):
         return None
     try:
         latex = _ALIGNED.sub(r"\\\1{split}", latex)

@@ -24,12 +24,12 @@ from llama.server.page.formulas import MAX_LENGTH, formula_html
 MAX_SECONDS = 2.0  # for a text
 MAX_CODE = 20_000  # characters of a block of code that is coloured
 MAX_LINE = 1000  # characters of a line in one
-# Languages whose lexers take no more than a moment for a line, whatever it has.
+# Languages whose lexers take no more than a moment to begin, and for a line, whatever it has.
 _NAMES = """
 asm bash c c# c++ cmake console cpp cs csharp css dart diff docker dockerfile elixir erlang
-fortran go golang graphql groovy haskell hs html ini java javascript js json julia kotlin
+fortran go golang graphql groovy haskell hs html ini java javascript js json kotlin
 latex lua make makefile matlab nasm nix objective-c ocaml patch perl php powershell proto
-protobuf ps1 py pycon python python3 r rb rs ruby rust scala scss sh shell sql swift tex
+protobuf ps1 py pycon python python3 r rb rs ruby rust scss sh shell sql swift tex
 toml ts typescript vim xml yaml yml zig
 """
 LANGUAGES = frozenset(_NAMES.split())
