@@ -31,7 +31,7 @@ let nTips = 0;
 
 /** Return an answer's tokens, each with its alternatives on hover and focus; arrow keys move. */
 export function probabilities(message) {
-  const tip = el("div", { class: "tip", role: "tooltip", id: `tip-${++nTips}`, hidden: true });
+  const tip = el("div", { class: "tip", role: "tooltip", id: `tip-${++nTips}`, popover: "manual" });
   const spans = (message.logprobs ?? []).map((token, i) => {
     const level = Math.min(4, Math.floor(5 * Math.exp(token.logprob)));
     const props = { class: `token p${level}`, role: "listitem", "aria-describedby": tip.id };
@@ -48,7 +48,7 @@ export function probabilities(message) {
       ),
     );
     tip.replaceChildren(el("ul", {}, ...rows));
-    tip.hidden = false;
+    tip.togglePopover(true); // above all else, as messages clip what leaves them
     const box = span.getBoundingClientRect();
     const left = Math.min(box.left, document.documentElement.clientWidth - tip.offsetWidth - 8);
     tip.style.left = `${Math.max(8, left)}px`;
@@ -60,9 +60,9 @@ export function probabilities(message) {
   const shown = (event) => spans.includes(event.target) && show(event.target);
   on("mouseover", shown);
   on("focusin", shown);
-  for (const type of ["mouseleave", "focusout"]) on(type, () => (tip.hidden = true));
+  for (const type of ["mouseleave", "focusout"]) on(type, () => tip.togglePopover(false));
   on("keydown", (event) => {
-    if (event.key === "Escape") tip.hidden = true;
+    if (event.key === "Escape") tip.togglePopover(false);
     const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
     const i = spans.indexOf(event.target);
     const next = step && spans[i + step];

@@ -108,7 +108,7 @@ export class Meter {
         el("h2", { id: "full-title" }, "The context is full"),
         el("p", { id: "full-text" }, says),
         fits ? [el("ul", {}, dropped.map(describe)), agree] : null,
-        button("Cancel", () => end(false)),
+        button("Cancel", () => end(false), { autofocus: true }),
       );
       dialog.addEventListener("cancel", () => end(false)); // the key Escape
       document.body.append(dialog);

@@ -52,6 +52,7 @@ export class Settings {
       labelled("Theme", select("setting-theme", THEMES, this.theme, chooseTheme)),
     );
     this.element.showModal();
+    this.element.scrollTo(0, 0);
   }
 
   #set(name, value) {

@@ -51,8 +51,8 @@ function taskTab(name, labels, action, context) {
     [go.hidden, stop.hidden] = [false, true];
     keep();
   };
-  const go = button(action, run);
-  const stop = button("Stop", () => running.abort(), { hidden: true });
+  const go = button(action, run, { class: "primary" });
+  const stop = button("Stop", () => running.abort(), { hidden: true, class: "primary" });
   const element = el(
     "div",
     { class: "task" },
