@@ -55,7 +55,7 @@ def _precision(llama: Llama, path: Path) -> str:
     dtype = str(llama.model.tok_embeddings.dtype).removeprefix("torch.")
     names = dict.fromkeys(_form_name(form, dtype) for form, _ in sizes.most_common())
     source = ", of a GGUF file" if any(sizes) and _is_gguf(path) else ""
-    return "; ".join(names) + source
+    return ", some ".join(names) + source
 
 
 def _form_name(form: Form | None, dtype: str) -> str:
