@@ -41,7 +41,10 @@ export class Composer {
       await this.attach(this.input.files);
       this.input.value = "";
     });
-    addEventListener("pagehide", () => this.keep());
+    addEventListener("pagehide", () => {
+      if (this.id === null) return;
+      store.atEnd("drafts", this.id, { text: this.box.value, attachments: this.files });
+    });
   }
 
   /** Take files that are dropped on an element. */

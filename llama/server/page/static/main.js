@@ -167,7 +167,7 @@ class Page {
     if (name === "walk") {
       let other;
       await changed((conversation) => (other = tree.walk(conversation, id, value)));
-      return this.thread.focus(other, value > 0 ? "next" : "previous");
+      return this.thread.focusVersion(other, value > 0 ? "next" : "previous");
     }
     await this.runner.stop(at);
     if (name === "continue") this.runner.continue(at, id);

@@ -50,7 +50,11 @@ export class Runner {
     Object.assign(this, { api, model, store, ...callbacks });
     this.running = new Map(); // what is being written, by the conversation's id
     this.watched = new Set();
-    addEventListener("pagehide", () => this.running.forEach((run) => run.save?.()));
+    addEventListener("pagehide", () => {
+      for (const [id, { message }] of this.running) {
+        if (message) store.atEnd("conversations", id, message);
+      }
+    });
   }
 
   isRunning(id) {
@@ -88,7 +92,7 @@ export class Runner {
     let [message, failure] = [null, null];
     try {
       const conversation = await this.store.update(id, begin);
-      message = conversation.messages[run.messageId];
+      message = run.message = conversation.messages[run.messageId];
       await this.receive(conversation, message, run);
       message.state = message.finish_reason === "length" ? "cut" : "complete";
     } catch (error) {
@@ -101,7 +105,8 @@ export class Runner {
   }
 
   async receive(conversation, message, run) {
-    const [{ id }, start, before] = [conversation, performance.now(), message.seconds ?? 0];
+    const [{ id }, start] = [conversation, performance.now()];
+    const before = message.usage ? message.seconds : 0; // of a stopped answer no usage is known
     let isSaved = true;
     run.save = () => {
       isSaved = true;

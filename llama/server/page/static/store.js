@@ -86,6 +86,31 @@ class Memory extends Table {
   }
 }
 
+// The database is too slow for what is to be kept while the page ends.
+function atEnd(name, id, fields) {
+  try {
+    localStorage.setItem(`llama-end ${name} ${id}`, JSON.stringify(fields));
+  } catch {
+    // It is lost, as the browser wants it.
+  }
+}
+
+/** Keep what was left `atEnd`: drafts, and messages that are longer than they are in the store. */
+async function makeUp(tables) {
+  for (const key of Object.keys(localStorage).filter((each) => each.startsWith("llama-end "))) {
+    const [, name, id] = key.split(" ");
+    const fields = JSON.parse(localStorage.getItem(key));
+    localStorage.removeItem(key);
+    await tables[name].write(id, (record) => {
+      const isEmpty = !fields.text && !fields.attachments?.length;
+      if (name === "drafts") return isEmpty ? null : { id, ...fields };
+      const found = record?.messages[fields.id];
+      if (found?.content.length < fields.content.length) Object.assign(found, fields);
+      return record;
+    });
+  }
+}
+
 /**
  * Open the store: `all`, `get`, `put`, `remove` and `update` of conversations, and the presets of
  * system prompts ({name, text}) and the drafts by their names. `isLasting` is false where the
@@ -106,6 +131,7 @@ export async function openStore() {
     const table = { conversations: store, presets, drafts }[name];
     if (database) hear({ name, id, record: await table.get(id) });
   };
+  await makeUp({ conversations: store, drafts });
   return Object.assign(store, {
     isLasting: database !== null,
     onChange: (callback) => callbacks.push(callback),
@@ -115,5 +141,6 @@ export async function openStore() {
     draft: (name) => drafts.get(name),
     putDraft: (name, draft) => drafts.put({ ...draft, id: name }),
     removeDraft: (name) => drafts.remove(name),
+    atEnd,
   });
 }

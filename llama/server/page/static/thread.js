@@ -32,15 +32,11 @@ class MessageView {
     }
     this.tail = el("div", { class: "plain", dir: "auto" });
     this.text.append(this.tail);
-    this.editor.addEventListener("submit", (event) => {
-      event.preventDefault();
-      this.leave();
-      this.act("change", find("textarea", this.editor).value);
-    });
     actOn(this.element, {
       copy: () => copy(contentOf(this.message)),
       edit: () => this.edit(),
       leave: () => this.leave(),
+      save: () => (this.leave(), this.act("change", find("textarea", this.editor).value)),
       probabilities: () => this.showProbabilities(!this.isOpen),
       previous: () => this.act("walk", -1),
       next: () => this.act("walk", 1),
@@ -226,9 +222,13 @@ export class Thread {
     });
   }
 
-  focus(id, action) {
-    const found = this.views.get(id) && find(`[data-do=${action}]`, this.views.get(id).actions);
-    (found && !found.hidden ? found : this.element).focus();
+  /** Focus the button "next" or "previous" of a message, or else the other one of them. */
+  focusVersion(id, name) {
+    const within = this.views.get(id)?.actions ?? this.element;
+    const offered = [...within.querySelectorAll("[data-do=previous], [data-do=next]")].filter(
+      (one) => !one.hidden,
+    );
+    (offered.find((one) => one.dataset.do === name) ?? offered[0] ?? this.element).focus();
   }
 }
 
