@@ -31,7 +31,7 @@ SERVER = [
     "pygments>=2.17",
     "latex2mathml>=3.77",
 ]
-CHAT = ["prompt_toolkit>=3.0.36", *PROGRESS]
+CHAT = ["prompt_toolkit>=3.0.36", "rich>=13.7", *PROGRESS]
 FAST = ["numba>=0.61"]
 TEST = [
     *FORMATS,

@@ -9,13 +9,22 @@ import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from llama import parallel
-from llama.chat.prompts import UNSAFE_ERROR, Message, check_messages, content_text, has_tags
+from llama.chat.prompts import (
+    UNSAFE_ERROR,
+    Dialog,
+    Message,
+    check_messages,
+    content_text,
+    has_tags,
+)
+from llama.commands.context import agrees, n_to_forget, names_of_turns, without_oldest
 from llama.commands.flags import BuildFlags, SamplingFlags
 from llama.engine.results import StreamPiece
 from llama.generation import Llama
@@ -56,6 +65,9 @@ class Chat:
     Args:
         stream: yields the answer to a dialog in pieces, with parameters of sampling.
         sampling: these parameters.
+
+    Attributes:
+        ask: shows a question and returns what is typed; None if nobody can be asked.
     """
 
     def __init__(
@@ -64,6 +76,7 @@ class Chat:
         self.llama, self.stream = llama, stream
         self.sampling = dict(sampling or {})
         self.dialog: list[Message] = []
+        self.ask: Callable[[str], str] | None = None
 
     def take(self, text: str) -> None:
         """Run a command, or answer a message; an error leaves the dialog as it was."""
@@ -181,11 +194,41 @@ class Chat:
         """Return the pieces of the answer to a dialog."""
         return self.stream(self.checked(dialog), **self.sampling)
 
+    def n_prompt(self, dialog: Dialog) -> int:
+        """Return the number of tokens of a dialog that is to be answered."""
+        return len(self.llama.chat.prompt(self.llama.tokenizer, dialog))
+
+    def fitting(self, dialog: list[Message]) -> list[Message]:
+        """Return the dialog; if it leaves no room for an answer, without its oldest turns.
+
+        Raises:
+            ValueError: the user wants to keep them.
+        """
+        most, n_tokens = self.llama.model.params.max_seq_len, self.n_prompt(dialog)
+        n_oldest = 0
+        if self.ask is not None and n_tokens >= most:
+            n_oldest = n_to_forget(dialog, self.n_prompt, most)
+        if self.ask is None or not n_oldest:
+            return dialog  # too long a message is told by an error
+        note(
+            f"The context is full: {n_tokens:,} tokens, and {most:,} fit. These turns would be "
+            f"forgotten:\n{names_of_turns(dialog, n_oldest)}"
+        )
+        if not agrees(self.ask):
+            raise ValueError("The message isn't kept. /undo takes back a turn, /clear all of them.")
+        return without_oldest(dialog, n_oldest)
+
     def answer(self, dialog: list[Message]) -> None:
         """Show the answer to a dialog, and continue the conversation with both."""
+        dialog = self.fitting(self.checked(dialog))
+        n_prompt, most = self.n_prompt(dialog), self.llama.model.params.max_seq_len
         text, n_tokens, n_first = "", 0, 0
         begin = time.perf_counter()
-        with interruptible() as stops, closing(self.pieces(dialog)) as pieces:
+        with (
+            interruptible() as stops,
+            closing(self.pieces(dialog)) as pieces,
+            answer_writer() as write,
+        ):
             for piece in pieces:
                 if stops:
                     break
@@ -193,18 +236,46 @@ class Chat:
                     first, n_first = time.perf_counter(), len(piece.token_ids)
                 text += piece
                 n_tokens += len(piece.token_ids) + (piece.finish_reason == "stop")  # its last one
-                print_once(piece.translate(CONTROL_CHARACTERS), end="")
+                write(piece.translate(CONTROL_CHARACTERS))
         if not text:
             return note(f"{'Stopped' if stops else 'No answer'}: the message isn't kept.")
         seconds = time.perf_counter() - first
         n_later = n_tokens - n_first
         rate = f", {n_later / seconds:.1f} tokens/s" * bool(n_later)
-        print_once()
-        note(f"{n_tokens} token{'s' * (n_tokens != 1)}, {first - begin:.2f} s to the first{rate}")
+        n_used = n_prompt + n_tokens
+        note(
+            f"{n_tokens} token{'s' * (n_tokens != 1)}, {first - begin:.2f} s to the first{rate}; "
+            f"{n_used:,} of {most:,} in the context, {max(0, most - n_used):,} left"
+        )
         reply = Message(role="assistant", content=text)
         if self.llama.chat.name == "turn-based":
             reply["destination"] = "user"
         self.dialog = self.checked([*dialog, reply])
+
+
+@contextmanager
+def answer_writer() -> Iterator[Callable[[str], None]]:
+    """Yield a function that shows the next piece of an answer, in a terminal as Markdown."""
+    if parallel.rank() == 0 and sys.stdout.isatty() and find_spec("rich") is not None:
+        from rich.console import Console
+
+        from llama.commands.markdown import markdown_writer
+
+        console = Console(highlight=False)
+        if not console.is_dumb_terminal:
+            with markdown_writer(console) as write:
+                yield write
+            return
+    n_written = 0
+
+    def write_plain(piece: str) -> None:
+        nonlocal n_written
+        n_written += len(piece)
+        print_once(piece, end="")
+
+    yield write_plain
+    if n_written:
+        print_once()
 
 
 @contextmanager
@@ -224,9 +295,13 @@ def interruptible() -> Iterator[list[int]]:
         signal.signal(signal.SIGINT, before)
 
 
+def is_terminal() -> bool:
+    return sys.stdin.isatty() and sys.stdout.isatty()
+
+
 def line_reader() -> Callable[[str], str]:
     """Return a function that shows a prompt and reads a line, with prompt_toolkit in a terminal."""
-    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+    if not is_terminal():
         return lambda _: input()
     note("/help lists the commands, Ctrl-D leaves.")
     try:
@@ -253,6 +328,7 @@ def line_reader() -> Callable[[str], str]:
 def read_lines(chat: Chat, text: str) -> None:
     """Pass a chat a first line, then those that are typed. A backslash continues a line."""
     read_line = line_reader()
+    chat.ask = read_line if is_terminal() else None
     with suppress(EOFError, KeyboardInterrupt):
         while True:
             chat.take(text)
