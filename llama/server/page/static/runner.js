@@ -49,9 +49,11 @@ export class Runner {
   constructor(api, model, store, callbacks) {
     Object.assign(this, { api, model, store, ...callbacks });
     this.running = new Map(); // what is being written, by the conversation's id
+    this.ending = new Map(); // what isn't written any more, and isn't saved yet
     this.watched = new Set();
     addEventListener("pagehide", () => {
-      for (const [id, { message }] of this.running) {
+      // A browser may have ended the request before.
+      for (const [id, { message }] of [...this.running, ...this.ending]) {
         if (message) store.atEnd("conversations", id, message);
       }
     });
@@ -100,7 +102,9 @@ export class Runner {
       if (message) Object.assign(message, { state: "cut", error: failure?.message ?? "" });
     }
     this.running.delete(id);
+    this.ending.set(id, run);
     await run.save?.().catch((error) => (failure ??= error));
+    this.ending.delete(id);
     this.onEnd(id, message, failure);
   }
 
