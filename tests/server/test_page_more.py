@@ -132,13 +132,17 @@ def test_a_wrong_setting_is_told_beside_it_and_stays(page: Any, site: Site) -> N
         expect(settings(page).get_by_text(f"{label}: {told}")).to_be_visible()
     close(page)
     page.reload()
-    for label, (text, told) in wrong.items():
-        say(page, "Do you answer?")
-        expect(page.get_by_role("alert").filter(has_text=f"{label}: {told}")).to_be_visible()
+    say(page, "Do you answer?")
+    told = "Temperature: expected a number from 0 to 100. Change it in the settings."
+    expect(page.get_by_role("alert").filter(has_text=told)).to_be_visible()
+    for label, (text, _) in wrong.items():
         box = settings(page).get_by_label(label, exact=True)
         expect(box).to_have_value(text)
-        box.fill("")
-        close(page)
+        box.fill("" if label != "Response schema" else text)
+    close(page)
+    say(page, "Do you answer?")
+    told = "Response schema: this is no JSON"
+    expect(page.get_by_role("alert").filter(has_text=told)).to_be_visible()
     assert not site.api.bodies()
 
 
@@ -191,6 +195,21 @@ def test_the_meter_counts_what_is_sent(page: Any, site: Site) -> None:
     expect(meter).to_have_text("19 of 2,048 tokens used, 2,029 left")
     page.reload()
     expect(meter).to_have_text("19 of 2,048 tokens used, 2,029 left")
+
+
+def test_the_meter_counts_one_thing_at_a_time(page: Any, site: Site) -> None:
+    """A long conversation would be counted at each key, or a count that is old be shown."""
+    answer(page, site, "One two three?")
+    meter = page.get_by_role("meter", name="Context used")
+    expect(meter).to_have_text("15 of 2,048 tokens used, 2,033 left")
+    held: list[Any] = []
+    page.route("**/tokenize", lambda route: held.append(route))
+    settings(page).get_by_label("System prompt").press_sequentially("a b c d e")
+    close(page)
+    page.wait_for_timeout(300)
+    assert len(held) == 1
+    page.unroute("**/tokenize")  # lets it go on
+    expect(meter).to_have_text("24 of 2,048 tokens used, 2,024 left")
 
 
 def test_a_full_context_offers_to_drop_the_oldest_turns(page: Any, site: Site) -> None:
@@ -331,6 +350,7 @@ def test_a_text_is_continued(page: Any, site: Site) -> None:
     button(panel, "Continue").click()
     result = panel.get_by_role("region", name="Result")
     expect(result).to_have_text("there")
+    expect(button(panel, "Stop")).to_be_focused()
     site.api.go.set()
     expect(panel.get_by_role("status")).to_contain_text(re.compile(r"2 tokens · \d+\.\d tokens/s"))
     expect(result).to_have_text("there was")
@@ -354,6 +374,19 @@ def test_a_continuation_is_stopped(page: Any, site: Site) -> None:
     expect(button(panel, "Continue")).to_be_visible()
     expect(panel.get_by_role("region", name="Result")).to_have_text("there")
     expect(panel.get_by_role("alert")).to_have_count(0)
+
+
+def test_a_reload_keeps_what_was_continued(page: Any, site: Site) -> None:
+    """A reload while a text is being written would lose it."""
+    panel = tab(page, "Completion")
+    site.api.answers.append(Answer([" there", " was"], waits_at=1))
+    panel.get_by_label("Text to continue").fill("Once")
+    button(panel, "Continue").click()
+    expect(panel.get_by_role("region", name="Result")).to_have_text("there")
+    page.wait_for_timeout(700)  # it is kept every half second
+    page.reload()
+    panel = tab(page, "Completion")
+    expect(panel.get_by_role("region", name="Result")).to_have_text("there")
 
 
 def test_a_failed_continuation_is_told(page: Any, site: Site) -> None:

@@ -55,7 +55,7 @@ export function probabilities(message) {
     const above = box.top - tip.offsetHeight - 4;
     tip.style.top = `${above > 0 ? above : box.bottom + 4}px`;
   };
-  const list = el("div", { class: "tokens", role: "list" }, ...spans);
+  const list = el("div", { class: "tokens", role: "list", dir: "auto" }, ...spans);
   const on = (type, react) => list.addEventListener(type, react);
   const shown = (event) => spans.includes(event.target) && show(event.target);
   on("mouseover", shown);

@@ -17,7 +17,8 @@ export function select(id, options, value, onChange) {
 
 /** Return a text box, of one line or of several. */
 export function textBox(id, value, rows = 1, props = {}) {
-  const box = el(rows > 1 ? "textarea" : "input", { id, autocomplete: "off", ...props });
+  const tag = rows > 1 ? "textarea" : "input";
+  const box = el(tag, { id, autocomplete: "off", dir: "auto", ...props });
   if (rows > 1) box.rows = rows;
   box.value = value ?? "";
   return box;

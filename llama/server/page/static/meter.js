@@ -41,15 +41,19 @@ export class Meter {
     this.#show(0);
   }
 
-  /** Count what a conversation would send; the last call's count is shown. */
+  /** Count what a conversation would send: one at a time, as each key that is typed may ask. */
   async update(conversation) {
-    const turn = (this.last = {});
-    try {
-      const n = await this.#count(conversation);
-      if (turn === this.last) this.#show(n);
-    } catch {
+    this.next = conversation;
+    if (this.isCounting) return;
+    this.isCounting = true;
+    while (this.next) {
+      const now = this.next;
+      this.next = null;
       // What keeps the server from counting is told where a message is sent.
+      const n = await this.#count(now).catch(() => null);
+      if (n !== null && !this.next) this.#show(n);
     }
+    this.isCounting = false;
   }
 
   /**

@@ -5,6 +5,7 @@ import { button, el } from "./dom.js";
 import { labelled, textBox } from "./fields.js";
 import { requestFields } from "./sampling.js";
 
+const SAVE_INTERVAL = 500; // milliseconds
 const CODE = { class: "code", spellcheck: "false" };
 
 /** Return the body of a request to /v1/completions. */
@@ -12,6 +13,13 @@ function completionBody(texts, { model, settings }) {
   const fields = requestFields(settings.current(), model.meta?.sampling);
   const { logprobs, top_logprobs, max_tokens = null, ...sampling } = fields;
   return { model: model.id, ...texts, ...sampling, max_tokens }; // null: as many as fit
+}
+
+/** Show one of two buttons; it has the focus if the other had it. */
+function swap(shown, hidden) {
+  const hadFocus = document.activeElement === hidden;
+  [shown.hidden, hidden.hidden] = [false, true];
+  if (hadFocus) shown.focus();
 }
 
 /**
@@ -24,17 +32,20 @@ function taskTab(name, labels, action, context) {
   const { api, settings } = context;
   const make = (field) => [field, textBox(`${name}-${field}`, "", 6, CODE)];
   const inputs = Object.keys(labels).map(make);
-  const result = el("pre", { tabindex: 0, role: "region", "aria-label": "Result" });
+  const result = el("pre", { tabindex: 0, dir: "auto", role: "region", "aria-label": "Result" });
   const status = el("div", { role: "status" });
   const problem = el("p", { role: "alert", class: "field-error" });
   let running = null;
 
   const texts = () => Object.fromEntries(inputs.map(([field, input]) => [field, input.value]));
-  const keep = () => settings.store.putDraft(name, { ...texts(), result: result.textContent });
+  const fail = (error) => (problem.textContent = error.message);
+  const keep = () =>
+    settings.store.putDraft(name, { ...texts(), result: result.textContent }).catch(fail);
   const run = async () => {
     const { signal } = (running = new AbortController());
     for (const each of [result, status, problem]) each.replaceChildren();
-    [go.hidden, stop.hidden] = [true, false];
+    swap(stop, go);
+    const timer = setInterval(keep, SAVE_INTERVAL);
     const [answer, start] = [{}, performance.now()];
     try {
       for await (const chunk of api.complete(completionBody(texts(), context), signal)) {
@@ -44,11 +55,12 @@ function taskTab(name, labels, action, context) {
         answer.usage = chunk.usage ?? answer.usage;
       }
     } catch (error) {
-      if (!signal.aborted) problem.textContent = error.message;
+      if (!signal.aborted) fail(error);
     }
     answer.seconds = (performance.now() - start) / 1000;
     status.replaceChildren(answerInfo(answer));
-    [go.hidden, stop.hidden] = [false, true];
+    swap(go, stop);
+    clearInterval(timer);
     keep();
   };
   const go = button(action, run, { class: "primary" });

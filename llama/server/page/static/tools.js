@@ -77,8 +77,10 @@ function pretty(text) {
  * @param onResult called with the result that the person gives.
  */
 export function callCard(call, result, onResult) {
-  const code = (text, label) =>
-    el("pre", { tabindex: 0, role: "region", "aria-label": `${label} of ${call.name}` }, text);
+  const code = (text, label) => {
+    const props = { tabindex: 0, dir: "auto", role: "region" };
+    return el("pre", { ...props, "aria-label": `${label} of ${call.name}` }, text);
+  };
   const card = el(
     "div",
     { class: "call", role: "group", "aria-label": `Call of ${call.name}` },
