@@ -23,8 +23,12 @@ export class ApiError extends Error {
 function errorOf(status, body, wait = null) {
   const { message = `The server answered with status ${status}.`, code } = body?.error ?? {};
   const when = wait ? `in ${wait} seconds` : "in a while";
-  const says = status === 429 ? `The server is busy: try again ${when}.` : message;
-  return new ApiError(`${REMEDIES[status] ?? ""} ${says}`.trim(), status, code);
+  const says = {
+    401: "The server wants its key: try again, and give it.",
+    429: `The server is busy: try again ${when}.`,
+  };
+  const text = says[status] ?? `${REMEDIES[status] ?? ""} ${message}`.trim();
+  return new ApiError(text, status, code);
 }
 
 /** Yield the objects of a response's server-sent events. */

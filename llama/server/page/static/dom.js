@@ -38,6 +38,7 @@ export function announce(text) {
   const region = find("#announcements");
   region.textContent = "";
   setTimeout(() => (region.textContent = text), 50); // the same text again is read again
+  setTimeout(() => (region.textContent = ""), 2000);
 }
 
 /** Tell something until it is dismissed, with a button that does something about it. */

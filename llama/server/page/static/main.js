@@ -86,6 +86,7 @@ class Page {
     const hash = this.all.has(conversation.id) ? `#${conversation.id}` : "";
     history.pushState(null, "", location.pathname + location.search + hash);
     this.open(conversation);
+    find("#tab-chat").click();
     this.drawer(false);
     this.composer.box.focus();
   }
@@ -102,7 +103,7 @@ class Page {
     this.thread.show(conversation);
     this.composer.setRunning(this.runner.isRunning(id));
     this.sidebar.update(this.all.values(), id);
-    if (!this.runner.isRunning(id)) this.meter.update(conversation);
+    if (conversation.messages[leaf]?.state !== "writing") this.meter.update(conversation);
   }
 
   /** Show what this tab or another one has changed. */
@@ -248,7 +249,7 @@ class Page {
 
 function askKey(isWrong) {
   const [dialog, box] = [find("#key"), find("#key-box")];
-  const says = isWrong ? "The server refused that key: it is wrong." : "The server has a key.";
+  const says = isWrong ? "The server refused that wrong key." : "This server asks for a key.";
   find("#key-text").textContent = `${says} It is kept until this tab is closed.`;
   box.value = "";
   dialog.returnValue = "";

@@ -11,6 +11,7 @@ export function showTabs(api, model, settings) {
   const can = { "tab-chat": chats, "tab-completion": true, "tab-infilling": infills };
   const tabs = [...document.querySelectorAll("[role=tab]")].filter((tab) => can[tab.id]);
   find(".tabs").replaceChildren(...tabs);
+  find(".sidebar").hidden = find(".toggle").hidden = !chats;
   const show = (shown) => {
     for (const tab of tabs) {
       tab.setAttribute("aria-selected", String(tab === shown));

@@ -184,8 +184,9 @@ export class Thread {
 
   show(conversation) {
     if (conversation.id !== this.id) {
-      Object.assign(this, { id: conversation.id, isAtEnd: true });
+      Object.assign(this, { id: conversation.id, isAtEnd: true, views: new Map() });
       this.nearby.disconnect();
+      this.list.replaceChildren();
     }
     const [shown, children] = [path(conversation), childrenOf(conversation)];
     const { calls, caller } = openCalls(conversation);
