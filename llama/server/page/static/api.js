@@ -94,25 +94,17 @@ export class Api {
     yield* events(await this.request(path, streamed, signal), signal);
   }
 
-  chat(body, signal) {
-    return this.stream("v1/chat/completions", body, signal);
-  }
+  chat = (body, signal) => this.stream("v1/chat/completions", body, signal);
 
-  complete(body, signal) {
-    return this.stream("v1/completions", body, signal);
-  }
+  complete = (body, signal) => this.stream("v1/completions", body, signal);
 
-  async models() {
-    return (await (await this.request("v1/models")).json()).data;
-  }
+  json = async (path, body, signal) => (await this.request(path, body, signal)).json();
+
+  models = async () => (await this.json("v1/models")).data;
 
   /** Return the number of tokens of a dialog (messages, tools) or of a prompt. */
-  async count(body, signal) {
-    return (await (await this.request("tokenize", body, signal)).json()).count;
-  }
+  count = async (body, signal) => (await this.json("tokenize", body, signal)).count;
 
   /** Return the safe HTML of a Markdown text. */
-  async render(text) {
-    return (await (await this.request("render", { text, kind: "markdown" })).json()).html;
-  }
+  render = async (text) => (await this.json("render", { text, kind: "markdown" })).html;
 }

@@ -13,6 +13,14 @@ import { showTabs } from "./tabs.js";
 import { Thread } from "./thread.js";
 import * as tree from "./tree.js";
 
+const exportJson = (conversations, title) =>
+  download(`${title}.json`, "application/json", tree.toJson(conversations));
+
+const exportMarkdown = (conversation) =>
+  download(`${conversation.title}.md`, "text/markdown", tree.toMarkdown(conversation));
+
+const undoable = (text, run) => tell(text, { label: "Undo", run, role: "status" });
+
 class Page {
   constructor(store, api, model) {
     Object.assign(this, { store, model, all: new Map(), shown: tree.newConversation() });
@@ -35,9 +43,9 @@ class Page {
       open: (id) => this.choose(this.all.get(id)),
       rename: (id, title) => this.change(id, (conversation) => (conversation.title = title)),
       remove: (id) => this.remove(id),
-      exportAll: () => this.exportJson([...this.all.values()], "conversations"),
-      exportJson: (id) => this.exportJson([this.all.get(id)], this.all.get(id).title),
-      exportMarkdown: (id) => this.exportMarkdown(this.all.get(id)),
+      exportAll: () => exportJson([...this.all.values()], "conversations"),
+      exportJson: (id) => exportJson([this.all.get(id)], this.all.get(id).title),
+      exportMarkdown: (id) => exportMarkdown(this.all.get(id)),
       importFiles: (files) => this.importFiles(files),
     });
     this.build(api);
@@ -59,17 +67,15 @@ class Page {
       page.classList.toggle("open", isOpen);
       drawer.setAttribute("aria-expanded", String(isOpen));
     };
-    actOn(page, {
-      drawer: () => this.drawer(!page.classList.contains("open")),
-      settings: () => this.openSettings(),
-    });
+    const flip = () => this.drawer(!page.classList.contains("open"));
+    actOn(page, { drawer: flip, settings: () => this.openSettings() });
     page.addEventListener("keydown", (event) => event.key === "Escape" && this.drawer(false));
   }
 
   async start() {
     for (const found of await this.store.all()) this.all.set(found.id, found);
     this.store.onChange((change) => this.changed(change));
-    addEventListener("hashchange", () => this.openNamed());
+    addEventListener("hashchange", this.openNamed);
     this.openNamed();
     for (const conversation of this.all.values()) this.runner.watch(conversation);
     [find("#loading").hidden, find("#page").hidden] = [true, false];
@@ -77,9 +83,7 @@ class Page {
     if (!this.store.isLasting) tell("This browser keeps nothing: export what you want to keep.");
   }
 
-  openNamed() {
-    this.open(this.all.get(location.hash.slice(1)) ?? tree.newConversation());
-  }
+  openNamed = () => this.open(this.all.get(location.hash.slice(1)) ?? tree.newConversation());
 
   /** Open a conversation that a person asked for. */
   choose(conversation) {
@@ -185,31 +189,19 @@ class Page {
     if (name === "remove") {
       const before = structuredClone(this.shown);
       await changed((conversation) => tree.removeTurn(conversation, id));
-      this.undoable("The turn is deleted.", () => this.store.put(before));
+      undoable("The turn is deleted.", () => this.store.put(before));
       this.thread.element.focus();
     }
-  }
-
-  undoable(text, run) {
-    tell(text, { label: "Undo", run, role: "status" });
   }
 
   async remove(id) {
     await this.runner.stop(id);
     const conversation = this.all.get(id);
     await this.store.remove(id);
-    this.undoable(`“${conversation.title}” is deleted.`, async () => {
+    undoable(`“${conversation.title}” is deleted.`, async () => {
       await this.store.put(conversation);
       this.choose(conversation);
     });
-  }
-
-  exportJson(conversations, title) {
-    download(`${title}.json`, "application/json", tree.toJson(conversations));
-  }
-
-  exportMarkdown(conversation) {
-    download(`${conversation.title}.md`, "text/markdown", tree.toMarkdown(conversation));
   }
 
   async importFiles(files) {

@@ -59,9 +59,7 @@ export class Runner {
     });
   }
 
-  isRunning(id) {
-    return this.running.has(id);
-  }
+  isRunning = (id) => this.running.has(id);
 
   async stop(id) {
     const run = this.running.get(id);

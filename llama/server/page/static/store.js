@@ -28,13 +28,9 @@ class Table {
     });
   }
 
-  all() {
-    return this.work("readonly", (store) => store.getAll());
-  }
+  all = () => this.work("readonly", (store) => store.getAll());
 
-  async get(id) {
-    return (await this.work("readonly", (store) => store.get(id))) ?? null;
-  }
+  get = async (id) => (await this.work("readonly", (store) => store.get(id))) ?? null;
 
   // One transaction, so that a change meets the record as it is, whatever another tab made of it.
   async write(id, change) {
@@ -51,31 +47,21 @@ class Table {
     return record;
   }
 
-  put(record) {
-    return this.write(record.id, () => record);
-  }
+  put = (record) => this.write(record.id, () => record);
 
-  remove(id) {
-    return this.write(id, () => null);
-  }
+  remove = (id) => this.write(id, () => null);
 
   /** Return the record that a change has been made to, null if there is none. */
-  update(id, change) {
-    return this.write(id, (record) => (record && change(record), record));
-  }
+  update = (id, change) => this.write(id, (record) => (record && change(record), record));
 }
 
 /** The same where the browser keeps nothing. */
 class Memory extends Table {
   records = new Map();
 
-  async all() {
-    return [...this.records.values()];
-  }
+  all = async () => [...this.records.values()];
 
-  async get(id) {
-    return this.records.get(id) ?? null;
-  }
+  get = async (id) => this.records.get(id) ?? null;
 
   async write(id, change) {
     const record = change(structuredClone(await this.get(id)));
@@ -101,7 +87,7 @@ async function makeUp(tables) {
     const [, name, id] = key.split(" ");
     const fields = JSON.parse(localStorage.getItem(key));
     localStorage.removeItem(key);
-    await tables[name].write(id, (record) => {
+    await tables[name]?.write(id, (record) => {
       const isEmpty = !fields.text && !fields.attachments?.length;
       if (name === "drafts") return isEmpty ? null : { id, ...fields };
       const found = record?.messages[fields.id];
@@ -132,6 +118,8 @@ export async function openStore() {
     if (database) hear({ name, id, record: await table.get(id) });
   };
   await makeUp({ conversations: store, drafts });
+  // A page that a browser took back from its history goes on with what it had.
+  addEventListener("pageshow", ({ persisted }) => persisted && makeUp({}));
   return Object.assign(store, {
     isLasting: database !== null,
     onChange: (callback) => callbacks.push(callback),

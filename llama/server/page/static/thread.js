@@ -32,7 +32,9 @@ class MessageView {
     }
     this.tail = el("div", { class: "plain", dir: "auto" });
     this.text.append(this.tail);
+    const asked = ["continue", "retry", "remove"].map((name) => [name, () => this.act(name)]);
     actOn(this.element, {
+      ...Object.fromEntries(asked),
       copy: () => copy(contentOf(this.message)),
       edit: () => this.edit(),
       leave: () => this.leave(),
@@ -40,15 +42,10 @@ class MessageView {
       probabilities: () => this.showProbabilities(!this.isOpen),
       previous: () => this.act("walk", -1),
       next: () => this.act("walk", 1),
-      continue: () => this.act("continue"),
-      retry: () => this.act("retry"),
-      remove: () => this.act("remove"),
     });
   }
 
-  act(name, value) {
-    this.thread.act(name, this.message, value);
-  }
+  act = (name, value) => this.thread.act(name, this.message, value);
 
   /** Show the message; `context` has what other messages make of it. */
   update(message, context) {
