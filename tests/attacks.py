@@ -176,10 +176,19 @@ def smuggled_lengths(url: str, ended: threading.Event) -> None:
             ended.wait(PAUSE)
 
 
+def texts_to_render(url: str, ended: threading.Event) -> None:
+    """Each takes the page's parsers as long as they may take."""
+    with httpx.Client(timeout=30) as client:
+        while not ended.is_set():
+            for text in ("[" * 90_000, "- a\n" * 15_000, r"$\frac{a}{b}$ " * 6000):
+                if not ended.is_set():
+                    assert client.post(f"{url}/render", json={"text": text}).status_code == 200
+
+
 ATTACKS: list[Attack] = [
     *(huge_stops, deep_json, many_ids, compressed_bombs, foreign_hosts, foreign_origins),
     *(large_requests, cancelled_streams, slow_bodies, idle_connections, endless_headers),
-    smuggled_lengths,
+    *(smuggled_lengths, texts_to_render),
 ]
 
 

@@ -20,6 +20,7 @@ from servers import idle, serve
 
 from llama import Llama
 from llama.server import connections
+from llama.server.page import mount_page
 from llama.server.service import Service
 
 ATTACKS_FILE = str(Path(__file__).parents[1] / "attacks.py")
@@ -37,7 +38,7 @@ def served() -> Iterator[tuple[str, Service]]:
         return forward(*args)
 
     llama.model.hidden_states = as_slow_as_a_large_model  # type: ignore[method-assign]
-    with serve(llama) as found:
+    with serve(llama, mount=mount_page) as found:
         yield found
 
 

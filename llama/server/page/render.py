@@ -22,6 +22,7 @@ from llama.server.errors import log_failure
 from llama.server.page.formulas import MAX_LENGTH, formula_html
 
 MAX_SECONDS = 2.0  # for a text
+PAUSE = 0.001  # seconds after each so many of work, in which the engine gets on
 MAX_CODE = 20_000  # characters of a block of code that is coloured
 MAX_LINE = 1000  # characters of a line in one
 # Languages whose lexers take no more than a moment to begin, and for a line, whatever it has.
@@ -42,7 +43,7 @@ _MARKS = (("$$", "$$", True), ("\\[", "\\]", True), ("\\(", "\\)", False), ("$",
 
 def render_markdown(text: str) -> str:
     """Return Markdown as HTML; a text that would take too long is shown as it was typed."""
-    env = {"deadline": time.monotonic() + MAX_SECONDS}
+    env = {"clock": _Clock()}
     try:
         tokens = _MARKDOWN.parse(text, env)
         _adapt(tokens)
@@ -52,6 +53,23 @@ def render_markdown(text: str) -> str:
     except Exception as error:  # a defect of one of the libraries must not hide the text
         log_failure(error)
     return _as_typed(text)
+
+
+class _Clock:
+    """The time that a text may take; threads that wait for Python's lock don't wait for long."""
+
+    def __init__(self) -> None:
+        now = time.monotonic()
+        self._deadline, self._next_pause = now + MAX_SECONDS, now + PAUSE
+
+    def check(self) -> None:
+        """Raise ``TimeoutError`` after the deadline; pause now and then."""
+        now = time.monotonic()
+        if now > self._deadline:
+            raise TimeoutError
+        if now > self._next_pause:
+            time.sleep(PAUSE)
+            self._next_pause = time.monotonic() + PAUSE
 
 
 def _as_typed(text: str) -> str:
@@ -78,8 +96,7 @@ def _adapt(tokens: Sequence[Token]) -> None:
 
 def _in_time(state: StateInline | StateBlock, *_: Any) -> bool:
     """Raise ``TimeoutError`` after the deadline; match nothing."""
-    if time.monotonic() > state.env["deadline"]:
-        raise TimeoutError
+    state.env["clock"].check()
     return False
 
 
@@ -172,11 +189,11 @@ def _code(
     language = token.info.split(maxsplit=1)[0].lower() if token.info.strip() else ""
     if language not in LANGUAGES:
         return f"<pre><code>{escape(token.content)}</code></pre>\n"
-    code = "".join(_coloured(token.content, language, env["deadline"]))
+    code = "".join(_coloured(token.content, language, env["clock"]))
     return f'<pre><code class="language-{language}">{code}</code></pre>\n'
 
 
-def _coloured(code: str, language: str, deadline: float) -> Iterator[str]:
+def _coloured(code: str, language: str, clock: _Clock) -> Iterator[str]:
     """Yield code as HTML, in spans with Pygments' classes; as far as there is time for it."""
     n_done = 0
     if len(code) <= MAX_CODE and all(len(line) <= MAX_LINE for line in code.splitlines()):
@@ -184,7 +201,9 @@ def _coloured(code: str, language: str, deadline: float) -> Iterator[str]:
             text = "".join(piece for _, piece in pieces)
             n_done += len(text)
             yield f'<span class="{kind}">{escape(text)}</span>' if kind else escape(text)
-            if time.monotonic() > deadline:
+            try:
+                clock.check()
+            except TimeoutError:
                 break
     yield escape(code[n_done:])
 
