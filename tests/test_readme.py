@@ -20,6 +20,7 @@ from servers import serve
 
 from llama import Llama
 from llama.cli import COMMANDS
+from llama.server.page import mount_page
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "MODEL_CARD.md", "SECURITY.md")
@@ -151,9 +152,9 @@ def helps() -> dict[tuple[str, str], tuple[Any, str]]:
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    """A server of the embedded model, with tools."""
+    """A server of the embedded model, with tools and the page."""
     llama = Llama.build(dtype=torch.float32, device="cpu", max_seq_len=1024, tool_format="hermes")
-    with serve(llama) as (url, _):
+    with serve(llama, mount=mount_page) as (url, _):
         yield url
 
 
