@@ -39,14 +39,11 @@ export function probabilities(message) {
   });
   const show = (span) => {
     const { token, logprob, top } = message.logprobs[spans.indexOf(span)];
-    const rows = (top?.length ? top : [{ token, logprob }]).map((each) =>
-      el(
-        "li",
-        { class: each.token === token ? "chosen" : "" },
-        el("code", {}, JSON.stringify(each.token)),
-        ` ${percent(each.logprob)}`,
-      ),
-    );
+    const rows = (top?.length ? top : [{ token, logprob }]).map((each) => {
+      const text = el("code", {}, JSON.stringify(each.token));
+      const props = { class: each.token === token && "chosen" };
+      return el("li", props, text, ` ${percent(each.logprob)}`);
+    });
     tip.replaceChildren(el("ul", {}, ...rows));
     tip.togglePopover(true); // above all else, as messages clip what leaves them
     const box = span.getBoundingClientRect();

@@ -17,11 +17,8 @@ export function select(id, options, value, onChange) {
 
 /** Return a text box, of one line or of several. */
 export function textBox(id, value, rows = 1, props = {}) {
-  const tag = rows > 1 ? "textarea" : "input";
-  const box = el(tag, { id, autocomplete: "off", dir: "auto", ...props });
-  if (rows > 1) box.rows = rows;
-  box.value = value ?? "";
-  return box;
+  const all = { id, autocomplete: "off", dir: "auto", value: value ?? "", ...props };
+  return rows > 1 ? el("textarea", { ...all, rows }) : el("input", all);
 }
 
 /**
@@ -43,10 +40,7 @@ export function checked(label, box, hint, read, onInput) {
     box.setAttribute("aria-invalid", String(error.textContent !== ""));
   };
   box.setAttribute("aria-describedby", `${errorId} ${hintId}`);
-  box.addEventListener("input", () => {
-    onInput(box.value);
-    check();
-  });
+  box.addEventListener("input", () => (onInput(box.value), check()));
   box.addEventListener("change", () => error.textContent && announce(error.textContent));
   check();
   return { element: labelled(label, box, error, el("small", { id: hintId }, hint)), check };

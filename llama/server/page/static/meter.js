@@ -10,34 +10,21 @@ const SHARE = 8; // the part of the context, an eighth, that is free for an answ
 /** Return the turns that are still sent, oldest first: each a question and what answers it. */
 function turns(conversation) {
   const found = [];
-  for (const message of path(conversation)) {
-    if (conversation.dropped.includes(message.id)) continue;
+  for (const message of path(conversation).filter(({ id }) => !conversation.dropped.includes(id))) {
     if (message.role === "user" || !found.length) found.push([]);
     found.at(-1).push(message);
   }
   return found;
 }
 
-/** Return the least n for which fits(n) is true, or most; once true, it stays true. */
-async function least(most, fits) {
-  let low = 0;
-  while (low < most) {
-    const middle = (low + most) >> 1;
-    if (await fits(middle)) most = middle;
-    else low = middle + 1;
-  }
-  return most;
-}
-
 export class Meter {
   constructor(api, model) {
-    this.api = api;
-    this.limit = model.max_model_len;
+    Object.assign(this, { api, limit: model.max_model_len });
     this.bar = el("span", { class: "meter-bar" });
     this.text = el("span", { class: "meter-text" });
-    const props = { class: "meter", role: "meter", "aria-label": "Context used" };
-    this.element = el("div", { ...props, "aria-valuemin": 0 }, this.bar, this.text);
-    this.element.setAttribute("aria-valuemax", this.limit);
+    const range = { "aria-valuemin": 0, "aria-valuemax": this.limit };
+    const props = { class: "meter", role: "meter", "aria-label": "Context used", ...range };
+    this.element = el("div", props, this.bar, this.text);
     this.#show(0);
   }
 
@@ -68,9 +55,13 @@ export class Meter {
     const without = (n) => ({ ...conversation, dropped: [...conversation.dropped, ...ids(n)] });
     const used = (n) => this.#count(without(n));
     if ((await used(0)) < this.limit) return true;
-    const most = Math.max(0, all.length - 1); // the last one is what is asked
     const room = this.limit - Math.floor(this.limit / SHARE);
-    const n = await least(most, async (some) => (await used(some)) <= room);
+    let [n, most] = [0, Math.max(0, all.length - 1)]; // the last one is what is asked
+    while (n < most) {
+      const middle = (n + most) >> 1;
+      if ((await used(middle)) <= room) most = middle;
+      else n = middle + 1;
+    }
     const agreed = await this.#ask(all.slice(0, n), await used(n));
     if (agreed) onDrop(ids(n));
     return agreed;

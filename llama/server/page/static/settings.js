@@ -10,11 +10,6 @@ export { requestFields } from "./sampling.js";
 const ROWS = { stop: 3, response_format: 5 };
 const THEMES = [["auto", "Auto"], ["light", "Light"], ["dark", "Dark"]];
 
-function applyTheme(theme) {
-  if (theme === "auto") delete document.documentElement.dataset.theme;
-  else document.documentElement.dataset.theme = theme;
-}
-
 /** The sheet "Settings" of a conversation. Each change is in the conversation at once. */
 export class Settings {
   /** Returns the settings of the conversation that is shown; set by the page. */
@@ -22,11 +17,10 @@ export class Settings {
 
   constructor(model, store) {
     Object.assign(this, { model, store });
-    this.element = el("dialog", { class: "sheet", "aria-labelledby": "settings-title" });
-    this.element.addEventListener("click", (event) => {
-      if (event.target === this.element) this.element.close(); // the backdrop
-    });
-    const take = (record) => applyTheme((this.theme = record?.theme ?? "auto"));
+    const onclick = ({ target }) => target === this.element && this.element.close(); // beside it
+    this.element = el("dialog", { class: "sheet", "aria-labelledby": "settings-title", onclick });
+    const { dataset } = document.documentElement;
+    const take = (record) => (dataset.theme = this.theme = record?.theme ?? "auto");
     store.draft("theme").then(take);
     store.onChange(({ id, record }) => id === "theme" && take(record)); // also another tab's choice
   }

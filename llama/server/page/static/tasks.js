@@ -9,8 +9,8 @@ const SAVE_INTERVAL = 500; // milliseconds
 const CODE = { class: "code", spellcheck: "false" };
 
 /** Return the body of a request to /v1/completions. */
-function completionBody(texts, { model, settings }) {
-  const fields = requestFields(settings.current(), model.meta?.sampling);
+function completionBody(texts, model, settings) {
+  const fields = requestFields(settings, model.meta?.sampling);
   const { logprobs, top_logprobs, max_tokens = null, ...sampling } = fields;
   return { model: model.id, ...texts, ...sampling, max_tokens }; // null: as many as fit
 }
@@ -28,8 +28,7 @@ function swap(shown, hidden) {
  * @param labels of the texts, by their names in a request.
  * @param action the button's label.
  */
-function taskTab(name, labels, action, context) {
-  const { api, settings } = context;
+function taskTab(name, labels, action, api, model, settings) {
   const make = (field) => [field, textBox(`${name}-${field}`, "", 6, CODE)];
   const inputs = Object.keys(labels).map(make);
   const result = el("pre", { tabindex: 0, dir: "auto", role: "region", "aria-label": "Result" });
@@ -48,7 +47,8 @@ function taskTab(name, labels, action, context) {
     const timer = setInterval(keep, SAVE_INTERVAL);
     const [answer, start] = [{}, performance.now()];
     try {
-      for await (const chunk of api.complete(completionBody(texts(), context), signal)) {
+      const body = completionBody(texts(), model, settings.current());
+      for await (const chunk of api.complete(body, signal)) {
         const [choice] = chunk.choices ?? [];
         result.append(choice?.text ?? "");
         answer.finish_reason = choice?.finish_reason ?? answer.finish_reason;
@@ -63,21 +63,19 @@ function taskTab(name, labels, action, context) {
     clearInterval(timer);
     keep();
   };
+  const runByKey = ({ key, ctrlKey, metaKey }) =>
+    key === "Enter" && (ctrlKey || metaKey) && !go.hidden && run();
   const go = button(action, run, { class: "primary" });
   const stop = button("Stop", () => running.abort(), { hidden: true, class: "primary" });
   const element = el(
     "div",
-    { class: "task" },
+    { class: "task", oninput: keep, onkeydown: runByKey },
     ...inputs.map(([field, input]) => labelled(labels[field], input)),
     el("div", { class: "task-buttons" }, go, stop),
     problem,
     result,
     status,
   );
-  element.addEventListener("input", keep);
-  element.addEventListener("keydown", (event) => {
-    if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !go.hidden) run();
-  });
   settings.store.draft(name).then((draft) => {
     for (const [field, input] of inputs) input.value ||= draft?.[field] ?? "";
     result.textContent ||= draft?.result ?? "";
@@ -87,10 +85,10 @@ function taskTab(name, labels, action, context) {
 
 export function completionTab(api, model, settings) {
   const labels = { prompt: "Text to continue" };
-  return taskTab("completion", labels, "Continue", { api, model, settings });
+  return taskTab("completion", labels, "Continue", api, model, settings);
 }
 
 export function infillTab(api, model, settings) {
   const labels = { prompt: "Before", suffix: "After" };
-  return taskTab("infilling", labels, "Fill in", { api, model, settings });
+  return taskTab("infilling", labels, "Fill in", api, model, settings);
 }

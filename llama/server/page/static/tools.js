@@ -49,13 +49,8 @@ export function toolsEditor(conversation, onChange, model) {
   const hint = "functions that an answer may call: a JSON list, as the API takes it";
   const { element } = checked("Tools", box, hint, read, onChange);
   const example = () => {
-    let tools = [];
-    try {
-      tools = read(box.value);
-    } catch {
-      return box.focus(); // what was typed stays, and what is wrong with it is beside it
-    }
-    box.value = JSON.stringify([...tools, EXAMPLE], null, 2);
+    if (box.ariaInvalid === "true") return box.focus(); // what was typed stays
+    box.value = JSON.stringify([...read(box.value), EXAMPLE], null, 2);
     box.dispatchEvent(new Event("input"));
   };
   element.append(button("Insert an example", example));
@@ -73,7 +68,7 @@ function pretty(text) {
 /**
  * Return the card of a call.
  *
- * @param result its text, or the message that has it; none if the call has no result yet.
+ * @param result its text; null if the call has no result yet.
  * @param onResult called with the result that the person gives.
  */
 export function callCard(call, result, onResult) {
@@ -84,12 +79,11 @@ export function callCard(call, result, onResult) {
   const card = el(
     "div",
     { class: "call", role: "group", "aria-label": `Call of ${call.name}` },
-    el("p", { class: "call-name" }, "Call of ", el("code", {}, call.name)),
+    el("p", {}, "Call of ", el("code", {}, call.name)),
     code(pretty(call.arguments), "Arguments"),
   );
-  const given = typeof result === "string" ? result : result?.content;
-  if (given !== undefined) {
-    card.append(el("p", {}, "Result"), code(given, "Result"));
+  if (typeof result === "string") {
+    card.append(el("p", {}, "Result"), code(result, "Result"));
   } else if (onResult) {
     const text = el("textarea", { rows: 3, "aria-label": `Result of ${call.name}`, class: "code" });
     card.append(text, button("Send result", () => onResult(text.value)));
