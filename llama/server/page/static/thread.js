@@ -49,6 +49,9 @@ class MessageView {
 
   /** Show the message; `context` has what other messages make of it. */
   update(message, context) {
+    const { length } = this.message.content;
+    // What has been saved is older than what is shown of an answer that grows here.
+    if (message.state === "writing" && length > message.content.length) message = this.message;
     const { state, content, error, tool_calls, usage } = message;
     const mark = JSON.stringify([state, content.length, error, tool_calls, usage, context]);
     if (mark === this.mark) return;
@@ -149,8 +152,8 @@ export class Thread {
     element.addEventListener("scroll", () => {
       this.isAtEnd = element.scrollHeight - element.scrollTop - element.clientHeight < 60;
     });
-    const toEnd = () => this.isAtEnd && element.scrollTo(0, element.scrollHeight);
-    this.resized = new ResizeObserver(toEnd);
+    this.toEnd = () => this.isAtEnd && element.scrollTo(0, element.scrollHeight);
+    this.resized = new ResizeObserver(this.toEnd);
     for (const part of [element, this.list]) this.resized.observe(part);
     const options = { root: element, rootMargin: "600px" };
     this.nearby = new IntersectionObserver((entries) => this.approach(entries), options);
@@ -169,6 +172,7 @@ export class Thread {
   /** Have the server render blocks, one after another; one that fails stays as it was written. */
   render(block) {
     const text = block.textContent;
+    if (!text.trim()) return block.remove();
     this.rendering = this.rendering.then(async () => {
       const html = this.html.get(text) ?? (await this.api.render(text).catch(() => null));
       if (html === null) return;
@@ -207,6 +211,7 @@ export class Thread {
         call: message.role === "tool" ? callOf(shown, i) : null,
       });
     });
+    this.toEnd(); // at once, so that what stands there is rendered first
   }
 
   /** Show what has been added to an answer, at most once a frame. */
