@@ -134,13 +134,12 @@ def test_a_server_that_dies_and_returns(page: Any, site: Site) -> None:
     assert body.get("continue_final_message") is not False
     site.stop()
     say(page, "And the bee?")
-    expect(page.get_by_text("And the bee?").or_(message_box(page)).first).to_be_visible()
-    expect(alert(page).filter(has_text="can't be reached")).to_be_visible()
+    expect(alert(page).filter(has_text="can't be reached").first).to_be_visible()
+    expect(message_box(page)).to_have_value("And the bee?")
     site.start()
     page.reload()
     expect(answers(page).first).to_contain_text("The cow says moo.")
-    kept = message_box(page).input_value() or questions(page).last.inner_text()
-    assert "And the bee?" in kept, "what was sent to a dead server is lost"
+    expect(message_box(page)).to_have_value("And the bee?")
 
 
 def test_a_reload_in_mid_answer_loses_nothing(page: Any, site: Site) -> None:
@@ -174,12 +173,13 @@ def test_an_error_in_mid_answer_is_told(page: Any, site: Site) -> None:
     expect(alert(page)).to_be_visible()
 
 
-def test_500_messages_stay_fluid(page: Any, site: Site, tmp_path: Path) -> None:
+def test_500_messages_stay_fluid(window: Window, site: Site, tmp_path: Path) -> None:
     """A long conversation takes seconds to open, has the server render what nobody sees, or each
     new piece of an answer costs as much as the whole."""
     rendered: list[str] = []
-    page.on("request", lambda found: rendered.extend([found.url] * found.url.endswith("/render")))
     site.api.max_model_len = 100_000
+    page = window()
+    page.on("request", lambda found: rendered.extend([found.url] * found.url.endswith("/render")))
     load(page, exported(500), tmp_path)
     expect(messages(page)).to_have_count(500)
     expect(messages(page).last).to_be_in_viewport()
@@ -257,7 +257,7 @@ def test_dark_and_light(window: Window) -> None:
     assert page.evaluate(LUMINANCE) < 0.2
     page.reload()
     expect(message_box(page)).to_be_visible()
-    assert page.evaluate(LUMINANCE) < 0.2, "the choice is forgotten"
+    page.wait_for_function(f"({LUMINANCE})() < 0.2")  # otherwise the choice is forgotten
     scheme = page.evaluate("getComputedStyle(document.documentElement).colorScheme")
     assert "dark" in scheme, "the browser's own controls and scrollbars stay bright"
 
@@ -370,6 +370,7 @@ def test_the_keyboard_is_enough(page: Any, site: Site) -> None:
     page.keyboard.type("Again")
     page.keyboard.press("Enter")
     expect(answers(page)).to_have_count(2)
+    ready(page)
     assert site.api.bodies()[-1]["temperature"] == 0
 
 
@@ -416,11 +417,13 @@ def test_axe_finds_nothing(window: Window, site: Site, axe: str, scheme: str) ->
         ready(page)
     expect(answers(page).locator("math").first).to_be_visible()
     button(answers(page).first, "Probabilities").click()
+    page.mouse.move(0, 0)  # off the tokens, whose alternatives would lie above
     check_accessible(page, axe, "a conversation")
     site.stop()
     say(page, "Are you there?")
     expect(alert(page).first).to_be_visible()
     check_accessible(page, axe, "an error")
+    button(page, "Dismiss").click()
     site.start()
     for tab in ("Completion", "Infilling"):
         page.get_by_role("tab", name=tab).click()
@@ -457,7 +460,7 @@ def test_nothing_leaves_the_host(page: Any, site: Site, monkeypatch: pytest.Monk
     ready(page)
     for within in (questions(page), answers(page)):
         expect(within).to_contain_text("<script>fetch")
-        expect(within.locator("img, script, style, iframe, object, form")).to_have_count(0)
+        expect(within.locator("img, script, style, iframe, object")).to_have_count(0)
     for link in answers(page).get_by_role("link").all():
         assert link.get_attribute("href").startswith("https://example.com/")
         assert {"noopener", "noreferrer"} <= set(link.get_attribute("rel").split())
@@ -503,7 +506,7 @@ def test_the_embedded_model_talks(window: Window, llama: Any, slow: threading.Ev
         asks = page.get_by_role("dialog")
         asks.get_by_role("textbox").fill("wrong")
         asks.get_by_role("textbox").press("Enter")
-        expect(asks).to_contain_text(re.compile("wrong|refused|isn't"))
+        expect(asks).to_contain_text("wrong")
         asks.get_by_role("textbox").fill("secret")
         asks.get_by_role("textbox").press("Enter")
         expect(asks).to_have_count(0)
@@ -525,8 +528,8 @@ def test_the_embedded_model_talks(window: Window, llama: Any, slow: threading.Ev
         assert service.loop.counts.reused_tokens > len(expected) // 2, "the cache wasn't reused"
         expect(page.get_by_role("meter", name="Context used")).to_contain_text("of 2,048 tokens")
         page.get_by_role("tab", name="Infilling").click()
-        page.get_by_label("Before").fill("def add(a, b):\n    return ")
-        page.get_by_label("After").fill("\n")
+        page.get_by_label("Before", exact=True).fill("def add(a, b):\n    return ")
+        page.get_by_label("After", exact=True).fill("\n")
         button(page, "Fill in").click()
         expect(page.get_by_role("region", name="Result").locator("visible=true")).to_have_text(
             "a + b"
@@ -543,3 +546,55 @@ def test_the_embedded_model_talks(window: Window, llama: Any, slow: threading.Ev
         expect(answers(page)).to_have_count(2)
         kept = page.evaluate("JSON.stringify([localStorage, document.cookie])")
         assert "secret" not in kept, "the key outlives its tab"
+
+
+TITLES = ("What is the sum of 1 to n?", "Rhymes of llama", "A letter to the landlord")
+SUM = """It is $\\frac{n(n+1)}{2}$: add the first and the last number, the second and the last but
+one, and so on. Each of these $\\frac{n}{2}$ pairs makes $n + 1$.
+
+```python
+def total(n: int) -> int:
+    return n * (n + 1) // 2  # one of the two is even
+```
+
+For $n = 100$ that is **5,050**.
+"""
+
+
+def pictured() -> str:
+    """The conversations of the pictures, with figures that are the same each time."""
+    one, two, three = (json.loads(exported(2, title)) for title in TITLES)
+    turn = one["conversations"][0]["messages"]
+    turn["m0"]["content"] = TITLES[0]
+    usage = {"prompt_tokens": 24, "completion_tokens": 121}
+    turn["m1"] |= {"content": SUM, "usage": usage, "seconds": 4.7, "finish_reason": "stop"}
+    for i, each in enumerate((three, two, one)):
+        each["conversations"][0] |= {"id": f"c{i}", "created": i}
+    one["conversations"] = [each["conversations"][0] for each in (three, two, one)]
+    return json.dumps(one)
+
+
+PICTURES = {
+    "desktop": {"viewport": {"width": 1120, "height": 700}},
+    "dark": {"viewport": {"width": 1120, "height": 700}, "color_scheme": "dark"},
+    "phone": {"viewport": {"width": 390, "height": 760}, "is_mobile": True, "has_touch": True},
+}
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_pictures(window: Window, site: Site, tmp_path: Path, name: str) -> None:
+    """An answer isn't shown as README shows it. With LLAMA_PICTURES, a folder, the pictures are
+    written there: ``LLAMA_PICTURES=docs/images python -m pytest tests/server -k pictures``."""
+    page = window(**PICTURES[name])
+    if name == "phone":
+        button(page, "Conversations").click()
+    load(page, pictured(), tmp_path)
+    answer = answers(page).last
+    expect(answer.locator("pre .k").first).to_have_text("def")
+    expect(answer.locator("math")).to_have_count(4)
+    expect(answer).to_contain_text("121 tokens · 25.7 tokens/s")
+    expect(answer.locator("pre")).to_be_in_viewport()
+    expect(page.get_by_role("meter")).not_to_contain_text(re.compile(r"\b0 of"))
+    page.evaluate("document.activeElement.blur()")
+    if folder := os.environ.get("LLAMA_PICTURES"):
+        page.screenshot(path=Path(folder, f"{name}.png"), animations="disabled")
