@@ -41,7 +41,7 @@ export function parseTools(text) {
 
 /** Return the field "Tools" of a conversation; onChange gets its text after each change. */
 export function toolsEditor(conversation, onChange, model) {
-  if (model?.meta?.tools === false) {
+  if (model?.meta?.tools === false && !conversation.tools) {
     const says = "The model's chat format has no place for tools. A server that is started with ";
     return el("p", { class: "no-tools" }, `${says}--tool_format hermes describes them to it.`);
   }
