@@ -5,6 +5,7 @@ import time
 from html import unescape
 from html.parser import HTMLParser
 from importlib.util import find_spec
+from xml.etree.ElementTree import Element, SubElement
 
 import pytest
 from hypothesis import example, given, settings
@@ -182,6 +183,23 @@ def test_formulas(text: str, shown: str, is_block: bool) -> None:
     assert shown in html
     assert f'<math display="{"block" if is_block else "inline"}">' in html
     read(text)
+
+
+@pytest.mark.parametrize(
+    ("tag", "attributes"), [("script", {}), ("mi", {"onclick": "x"}), ("mi", {"mathcolor": "a;b"})]
+)
+def test_what_a_library_may_make_one_day(
+    monkeypatch: pytest.MonkeyPatch, tag: str, attributes: dict[str, str]
+) -> None:
+    """Only what is known is shown, whatever a later version makes of a formula."""
+
+    def convert(latex: str, display: str) -> Element:
+        math = Element("math", {"xmlns": "", "display": display})
+        SubElement(math, tag, attributes).text = latex
+        return math
+
+    monkeypatch.setattr(formulas, "convert_to_element", convert)
+    assert render_markdown("$x$") == "<p>$x$</p>\n"
 
 
 def test_dollars_and_code() -> None:
