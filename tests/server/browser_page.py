@@ -102,17 +102,18 @@ def window(browser: Any, request: pytest.FixtureRequest) -> Iterator[Window]:
 
     The test fails if a page asks another host for anything, writes an error to the console (as a
     breach of the content policy does), raises one, or lacks one of its files. ``url`` is another
-    page's than the scripted server's.
+    page's than the scripted server's, and ``script`` runs before its own.
     """
     faults: list[str] = []
     contexts: list[Any] = []
 
-    def open_window(url: str = "", **options: Any) -> Any:
+    def open_window(url: str = "", script: str = "", **options: Any) -> Any:
         address = url or request.getfixturevalue("site").url
         options = {"viewport": {"width": 1200, "height": 800}, "locale": "en-US", **options}
         context = browser.new_context(service_workers="block", **options)
         contexts.append(context)
         watch(context, urlsplit(address).netloc, faults)
+        context.add_init_script(script or ";")
         page = context.new_page()
         page.goto(address)
         return page

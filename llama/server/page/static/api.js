@@ -53,14 +53,24 @@ async function* events(response, signal) {
   throw new ApiError(LOST, 0, "connection_lost");
 }
 
+/** Return where the key is kept until the tab is closed, null where the browser forbids it. */
+function session() {
+  try {
+    return sessionStorage;
+  } catch {
+    return null;
+  }
+}
+
 export class Api {
   /** `askKey(isWrong)` resolves to the key that a person gives, null if there is none. */
   constructor(askKey = async () => null) {
     this.askKey = askKey;
+    this.key = session()?.getItem("llama-key") ?? null;
   }
 
   async request(path, body, signal) {
-    const key = sessionStorage.getItem("llama-key");
+    const { key } = this;
     const headers = body ? { "Content-Type": "application/json" } : {};
     if (key) headers.Authorization = `Bearer ${key}`;
     const sent = { method: body ? "POST" : "GET", body: body && JSON.stringify(body) };
@@ -81,12 +91,14 @@ export class Api {
   }
 
   async hasNewKey(refused) {
-    if (sessionStorage.getItem("llama-key") !== refused) return true;
+    if (this.key !== refused) return true;
     this.asking ??= this.askKey(refused !== null); // once for all requests that were refused
     const key = await this.asking;
     this.asking = null;
-    if (key) sessionStorage.setItem("llama-key", key);
-    return Boolean(key);
+    if (!key) return false;
+    this.key = key;
+    session()?.setItem("llama-key", key);
+    return true;
   }
 
   async *stream(path, body, signal) {

@@ -81,9 +81,17 @@ function atEnd(name, id, fields) {
   }
 }
 
+function keysAtEnd() {
+  try {
+    return Object.keys(localStorage).filter((key) => key.startsWith("llama-end "));
+  } catch {
+    return []; // the browser forbids it
+  }
+}
+
 /** Keep what was left `atEnd`: drafts, and messages that are longer than they are in the store. */
 async function makeUp(tables) {
-  for (const key of Object.keys(localStorage).filter((each) => each.startsWith("llama-end "))) {
+  for (const key of keysAtEnd()) {
     const [, name, id] = key.split(" ");
     const fields = JSON.parse(localStorage.getItem(key));
     localStorage.removeItem(key);
