@@ -254,7 +254,7 @@ def test_dark_and_light(window: Window) -> None:
     page.emulate_media(color_scheme="light")
     assert page.evaluate(LUMINANCE) > 0.8
     open_settings(page).get_by_label("Theme").select_option("Dark")
-    assert page.evaluate(LUMINANCE) < 0.2
+    page.wait_for_function(f"({LUMINANCE})() < 0.2")  # as soon as the choice is kept
     page.reload()
     expect(message_box(page)).to_be_visible()
     page.wait_for_function(f"({LUMINANCE})() < 0.2")  # otherwise the choice is forgotten
