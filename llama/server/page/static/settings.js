@@ -28,13 +28,14 @@ export class Settings {
   /**
    * Show the sheet.
    *
-   * @param onChange called with what has changed: {system}, {settings} or {tools}.
+   * @param onChange called with what has changed: {system}, {settings} or {tools}; it resolves when
+   *   `current` has it.
    */
   open(conversation, onChange) {
     this.settings = { ...conversation.settings };
     this.change = (changes) => {
       Object.assign(conversation, changes);
-      onChange(changes);
+      this.saved = onChange(changes);
     };
     const chooseTheme = (theme) => this.store.putDraft("theme", { theme });
     const title = el("h2", { id: "settings-title" }, "Settings");

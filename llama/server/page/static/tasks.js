@@ -47,6 +47,7 @@ function taskTab(name, labels, action, api, model, settings) {
     const timer = setInterval(keep, SAVE_INTERVAL);
     const [answer, start] = [{}, performance.now()];
     try {
+      await settings.saved; // what was set just now
       const body = completionBody(texts(), model, settings.current());
       for await (const chunk of api.complete(body, signal)) {
         const [choice] = chunk.choices ?? [];
