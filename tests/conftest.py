@@ -21,6 +21,8 @@ from llama.convert import convert
 from llama.engine import runner
 from llama.generation import TINY
 
+pytest_plugins = ["browser_page"]  # the fixtures of the page's tests
+
 # Begun first, so that no core waits for one of them at the end.
 LONGEST = (
     *("test_parallel.py", "test_process.py", "test_examples.py", "test_api.py"),

@@ -1,6 +1,6 @@
 """The web page in a headless Chromium, for the tests of the page.
 
-``conftest.py`` has pytest find the fixtures:
+``tests/conftest.py`` has pytest find the fixtures:
 
     def test_an_answer_is_shown(page, site):
         site.api.answers.append(Answer(["Moo", "."]))
