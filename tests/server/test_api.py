@@ -591,7 +591,7 @@ def test_draining(fresh: Llama) -> None:
 def test_the_key(tiny: Llama) -> None:
     """Whoever lacks it gets nothing but /health; a browser may give it as a password."""
     with serve(tiny, api_key="secret-é") as (url, _):
-        for path in ("/v1/models", "/metrics", "/openapi.json", "/", "/nothing"):
+        for path in ("/v1/models", "/metrics", "/openapi.json", "/docs", "/nothing"):
             assert httpx.get(url + path).status_code == 401, path
         assert httpx.get(f"{url}/health").status_code == 200
         key = "secret-é".encode()
