@@ -488,20 +488,6 @@ def test_a_full_context_drops_old_turns_by_consent(page: Any, site: Site) -> Non
     expect(questions(page).last).not_to_contain_text("isn't sent this any more")
 
 
-def test_a_browser_that_keeps_nothing(window: Window, site: Site) -> None:
-    """In a browser without a database the page doesn't work, or doesn't say what will be lost."""
-    page = window("about:blank")
-    page.add_init_script("indexedDB.open = () => { throw new Error('forbidden'); };")
-    page.unroute_all()
-    page.context.unroute_all()
-    page.goto(site.url)
-    expect(alert(page)).to_contain_text("This browser keeps nothing")
-    talk(page, "One?", "Two?")
-    expect(titles(page)).to_have_text(["One?"])
-    button(questions(page).first, "Delete").click()
-    expect(answers(page)).to_contain_text(["Answer 2"])
-
-
 # The model
 
 

@@ -97,24 +97,6 @@ def test_settings_are_fields_of_the_request(page: Any, site: Site) -> None:
     assert asked(site) == expected
 
 
-def test_a_schema_may_be_of_another_kind(page: Any, site: Site) -> None:
-    """An answer's form other than JSON could not be asked for."""
-    for kind, text, form in (
-        ("Regular expression", "[0-9]+", {"type": "regex", "regex": "[0-9]+"}),
-        ("One of these lines", "cow\nbee", {"type": "choice", "choice": ["cow", "bee"]}),
-        ("Grammar (Lark or GBNF)", 'start: "a"', {"type": "grammar", "grammar": 'start: "a"'}),
-    ):
-        box = settings(page).get_by_label("Response schema")
-        settings(page).get_by_label("The schema is a").select_option("JSON Schema")
-        box.fill(text)
-        expect(box).to_have_attribute("aria-invalid", "true")
-        settings(page).get_by_label("The schema is a").select_option(kind)
-        expect(box).to_have_attribute("aria-invalid", "false")
-        close(page)
-        answer(page, site, "Say it.")
-        assert asked(site) == {"response_format": form}
-
-
 def test_a_wrong_setting_is_told_beside_it_and_stays(page: Any, site: Site) -> None:
     """A typing error would be lost, or be sent, or be ignored."""
     wrong = {
@@ -329,7 +311,7 @@ def test_a_model_without_a_place_for_tools_says_so(page: Any, site: Site) -> Non
     close(page)
     sheet = settings(page)
     expect(sheet).to_contain_text("--tool_format hermes")
-    expect(sheet.get_by_label("Tools")).to_have_count(0)
+    expect(sheet.get_by_label("Tools")).not_to_be_visible()
 
 
 def tab(page: Any, name: str) -> Any:

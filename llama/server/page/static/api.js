@@ -1,8 +1,10 @@
 // The server's API, as any client uses it.
 
 const REMEDIES = {
+  401: "The server wants its key: try again, and give it.",
   403: "The server doesn't answer under this address:",
   413: "Send less:",
+  429: "The server is busy: try again",
   503: "Try again when the server has been restarted:",
   504: "Ask for a shorter answer:",
 };
@@ -14,21 +16,17 @@ const LOST =
 
 /** An answer other than the one asked for; its message says what to do. */
 export class ApiError extends Error {
-  constructor(message, status = 0, code = null) {
+  constructor(message, status = 0) {
     super(message);
-    Object.assign(this, { status, code });
+    this.status = status;
   }
 }
 
 function errorOf(status, body, wait = null) {
-  const { message = `The server answered with status ${status}.`, code } = body?.error ?? {};
-  const when = wait ? `in ${wait} seconds` : "in a while";
-  const says = {
-    401: "The server wants its key: try again, and give it.",
-    429: `The server is busy: try again ${when}.`,
-  };
-  const text = says[status] ?? `${REMEDIES[status] ?? ""} ${message}`.trim();
-  return new ApiError(text, status, code);
+  const message = body?.error?.message ?? `The server answered with status ${status}.`;
+  const when = wait ? `in ${wait} seconds.` : "in a while.";
+  const details = { 401: "", 429: when }[status] ?? message;
+  return new ApiError(`${REMEDIES[status] ?? ""} ${details}`.trim(), status);
 }
 
 /** Yield the objects of a response's server-sent events. */
@@ -46,41 +44,33 @@ async function* events(response, signal) {
       }
     }
   } catch (error) {
-    if (signal?.aborted || error instanceof ApiError) throw error;
+    if (signal.aborted || error instanceof ApiError) throw error;
   } finally {
     reader.cancel().catch(() => {});
   }
-  throw new ApiError(LOST, 0, "connection_lost");
-}
-
-/** Return where the key is kept until the tab is closed, null where the browser forbids it. */
-function session() {
-  try {
-    return sessionStorage;
-  } catch {
-    return null;
-  }
+  throw new ApiError(LOST);
 }
 
 export class Api {
-  /** `askKey(isWrong)` resolves to the key that a person gives, null if there is none. */
-  constructor(askKey = async () => null) {
+  key = sessionStorage.getItem("llama-key");
+
+  /** `askKey(isWrong)` resolves to the key that a person gives, empty if there is none. */
+  constructor(askKey) {
     this.askKey = askKey;
-    this.key = session()?.getItem("llama-key") ?? null;
   }
 
   async request(path, body, signal) {
     const { key } = this;
-    const headers = body ? { "Content-Type": "application/json" } : {};
+    const headers = { "Content-Type": "application/json" };
     if (key) headers.Authorization = `Bearer ${key}`;
-    const sent = { method: body ? "POST" : "GET", body: body && JSON.stringify(body) };
-    // Without "omit" the browser asks for the key too, in a window of its own.
-    const options = { credentials: "omit", headers, signal };
+    const sent = { method: body ? "POST" : "GET", body: body && JSON.stringify(body), headers };
     let response;
     try {
-      response = await fetch(new URL(path, document.baseURI), { ...options, ...sent });
+      // Without "omit" the browser asks for the key too, in a window of its own.
+      const options = { credentials: "omit", signal, ...sent };
+      response = await fetch(new URL(path, document.baseURI), options);
     } catch (error) {
-      throw signal?.aborted ? error : new ApiError(GONE, 0, "unreachable");
+      throw signal?.aborted ? error : new ApiError(GONE);
     }
     if (response.ok) return response;
     if (response.status === 401 && (await this.hasNewKey(key))) {
@@ -97,7 +87,7 @@ export class Api {
     this.asking = null;
     if (!key) return false;
     this.key = key;
-    session()?.setItem("llama-key", key);
+    sessionStorage.setItem("llama-key", key);
     return true;
   }
 
@@ -106,16 +96,10 @@ export class Api {
     yield* events(await this.request(path, streamed, signal), signal);
   }
 
-  chat = (body, signal) => this.stream("v1/chat/completions", body, signal);
+  json = async (path, body) => (await this.request(path, body)).json();
 
-  complete = (body, signal) => this.stream("v1/completions", body, signal);
-
-  json = async (path, body, signal) => (await this.request(path, body, signal)).json();
-
-  models = async () => (await this.json("v1/models")).data;
-
-  /** Return the number of tokens of a dialog (messages, tools) or of a prompt. */
-  count = async (body, signal) => (await this.json("tokenize", body, signal)).count;
+  /** Return the number of tokens of a dialog (messages, tools). */
+  count = async (body) => (await this.json("tokenize", body)).count;
 
   /** Return the safe HTML of a Markdown text. */
   render = async (text) => (await this.json("render", { text, kind: "markdown" })).html;

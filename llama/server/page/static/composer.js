@@ -1,6 +1,7 @@
 // The box in which a message is written, with the files that go along.
 
-import { actOn, button, count, el, find } from "./dom.js";
+import { actOn, button, chooseFiles, count, el, find, tell } from "./dom.js";
+import { keep, recall } from "./store.js";
 
 const MAX_BYTES = 200_000; // of a file
 
@@ -10,21 +11,27 @@ async function readText(file) {
     throw new Error(`${file.name} has ${size} kB, and ${MAX_BYTES / 1000} kB are taken.`);
   }
   try {
-    const text = new TextDecoder("utf-8", { fatal: true }).decode(await file.arrayBuffer());
-    if (!text.includes("\0")) return { name: file.name, text };
+    const decoder = new TextDecoder("utf-8", { fatal: true });
+    return { name: file.name, text: decoder.decode(await file.arrayBuffer()) };
   } catch {
-    // It is refused as one with zero bytes is.
+    throw new Error(`${file.name} is no text in UTF-8: only texts are taken.`);
   }
-  throw new Error(`${file.name} is no text in UTF-8: only texts are taken.`);
+}
+
+function keepDraft(id, text, attachments) {
+  try {
+    keep(`draft ${id}`, text || attachments.length ? { text, attachments } : null);
+  } catch {
+    tell("The draft is too long to be kept: send it, or remove files, before you leave the page.");
+  }
 }
 
 export class Composer {
   /** `onSend(text, attachments)` resolves to false if they stay to be sent. */
-  constructor(element, store, { onSend, onStop, onError }) {
-    Object.assign(this, { element, store, onSend, onError, files: [], id: null });
-    this.box = find("textarea", element);
-    this.input = find("input", element);
-    actOn(element, { choose: () => this.input.click(), stop: onStop });
+  constructor(element, { onSend, onStop }) {
+    Object.assign(this, { element, onSend, files: [], id: null, box: find("textarea", element) });
+    chooseFiles(element, (files) => this.attach(files));
+    actOn(element, { stop: onStop });
     element.addEventListener("submit", (event) => {
       event.preventDefault();
       this.submit();
@@ -36,39 +43,25 @@ export class Composer {
       event.preventDefault();
       this.submit();
     });
-    this.box.addEventListener("input", () => this.changed());
-    this.input.addEventListener("change", async () => {
-      await this.attach(this.input.files);
-      this.input.value = "";
-    });
-    addEventListener("pagehide", () => {
-      if (this.id === null) return;
-      store.atEnd("drafts", this.id, { text: this.box.value, attachments: this.files });
-    });
-  }
-
-  /** Take files that are dropped on an element. */
-  takeDropsOn(element) {
-    const on = (type, isTarget) =>
-      element.addEventListener(type, (event) => {
-        if (!event.dataTransfer.types.includes("Files")) return;
+    this.box.addEventListener("input", () => this.keep());
+    for (const type of ["dragover", "drop"]) {
+      find("#chat").addEventListener(type, (event) => {
+        const { types, files } = event.dataTransfer;
+        if (!types.includes("Files")) return;
         event.preventDefault();
-        this.element.classList.toggle("target", isTarget);
-        if (type === "drop") this.attach(event.dataTransfer.files);
+        if (type === "drop") this.attach([...files]);
       });
-    on("dragover", true);
-    on("dragleave", false);
-    on("drop", false);
+    }
   }
 
   async attach(files) {
-    for (const file of [...files]) {
+    for (const file of files) {
       await readText(file).then(
         (read) => this.set(this.box.value, [...this.files, read]),
-        (error) => this.onError(error.message),
+        (error) => tell(error.message),
       );
     }
-    this.changed();
+    this.keep();
     this.box.focus();
   }
 
@@ -76,46 +69,32 @@ export class Composer {
     const chip = (file) => {
       const remove = () => {
         this.set(this.box.value, this.files.filter((other) => other !== file));
-        this.changed();
+        this.keep();
         this.box.focus();
       };
       return el("li", {}, file.name, button("×", remove, { "aria-label": `Remove ${file.name}` }));
     };
     this.files = files;
-    const chips = find(".chips", this.element);
-    chips.replaceChildren(...files.map(chip));
-    chips.hidden = !files.length;
     this.box.value = text;
-    this.fit();
+    find(".chips", this.element).replaceChildren(...files.map(chip));
+    find(".chips", this.element).hidden = !files.length;
   }
 
-  // Grow with the text, up to a third of the window.
-  fit() {
-    this.box.style.height = "auto";
-    this.box.style.height = `${Math.min(this.box.scrollHeight, innerHeight / 3)}px`;
-  }
-
-  changed() {
-    this.fit();
-    clearTimeout(this.timer);
-    this.timer = setTimeout(() => this.keep(), 200);
-  }
-
-  /** Show the draft of a conversation, and keep that of the one before. */
-  async open(id) {
-    this.keep();
+  /** Show the draft of a conversation. */
+  open(id) {
     this.id = id;
-    this.set("", []);
-    const draft = await this.store.draft(id);
-    const isUntouched = this.id === id && !this.box.value; // a person may have begun to write
-    if (isUntouched && draft) this.set(draft.text, draft.attachments);
+    const { text = "", attachments = [] } = recall(`draft ${id}`) ?? {};
+    this.set(text, attachments);
   }
 
-  keep(id = this.id, text = this.box.value, attachments = this.files) {
-    if (id === null) return null;
-    if (!text && !attachments.length) return this.store.removeDraft(id);
-    return this.store.putDraft(id, { text, attachments });
+  /** Have the draft be another conversation's. */
+  move(id) {
+    keepDraft(this.id, "", []);
+    this.id = id;
+    this.keep();
   }
+
+  keep = () => keepDraft(this.id, this.box.value, this.files);
 
   async submit() {
     const [id, text, files] = [this.id, this.box.value, this.files];
@@ -123,8 +102,9 @@ export class Composer {
     this.set("", []);
     this.box.focus();
     const isSent = await this.onSend(text, files);
-    if (!isSent && this.id === id) this.set(text, files);
-    await (isSent || this.id === id ? this.keep() : this.keep(id, text, files));
+    keepDraft(id, isSent ? "" : text, isSent ? [] : files);
+    if (isSent) this.keep();
+    else if (this.id === id) this.set(text, files);
   }
 
   setRunning(isRunning) {

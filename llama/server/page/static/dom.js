@@ -1,32 +1,50 @@
 // Elements, and what people are told.
 
-const PROPERTIES = new Set(["value", "textContent", "className"]);
-
-/** Return a new element. Functions named on* listen, strings become attributes. */
-export function el(tag, props = {}, ...children) {
-  const element = document.createElement(tag);
-  for (const [name, value] of Object.entries(props ?? {})) {
-    if (value === null || value === undefined || value === false) continue;
-    if (typeof value === "function") element.addEventListener(name.slice(2), value);
-    else if (PROPERTIES.has(name)) element[name] = value;
-    else element.setAttribute(name, value === true ? "" : value);
-  }
-  element.append(...children.flat().filter((child) => child !== null && child !== undefined));
-  return element;
-}
-
-export const button = (label, onclick, props = {}) =>
-  el("button", { type: "button", onclick, ...props }, label);
-
 export const find = (selector, root = document) => root.querySelector(selector);
 
 export const copyOf = (id) => find(`template#${id}`).content.firstElementChild.cloneNode(true);
 
-/** Call, at each click, the action that the button's data-do names; it gets the button. */
+export function el(tag, attributes = {}, ...children) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
+  element.append(...children);
+  return element;
+}
+
+export function button(label, onclick, attributes = {}) {
+  const made = el("button", { type: "button", ...attributes }, label);
+  made.addEventListener("click", onclick);
+  return made;
+}
+
+/** Call, at each click, the action that the button's data-do names; it gets the data-id around. */
 export function actOn(root, actions) {
   root.addEventListener("click", ({ target }) => {
-    const chosen = target.closest("[data-do]");
-    if (chosen) actions[chosen.dataset.do]?.(chosen);
+    const name = target.closest("[data-do]")?.dataset.do;
+    actions[name]?.(target.closest("[data-id]")?.dataset.id);
+  });
+}
+
+/** Take the files that are chosen by the button "choose" of an element. */
+export function chooseFiles(root, take) {
+  const input = find("input[type=file]", root);
+  actOn(root, { choose: () => input.click() });
+  input.addEventListener("change", async () => {
+    await take([...input.files]);
+    input.value = ""; // so that the same file can be chosen again
+  });
+}
+
+/** Have the arrow keys move the focus between an element's children. */
+export function moveByArrows(list) {
+  list.addEventListener("keydown", (event) => {
+    const { key, target } = event;
+    const beside = { ArrowRight: "nextElementSibling", ArrowLeft: "previousElementSibling" };
+    const next = target[beside[key]];
+    if (!next) return;
+    event.preventDefault();
+    [target.tabIndex, next.tabIndex] = [-1, 0];
+    next.focus();
   });
 }
 
@@ -34,38 +52,38 @@ export function actOn(root, actions) {
 export const count = (number) => number.toLocaleString("en");
 
 /** Have a screen reader say a text, after what it is saying now. */
-export function announce(text) {
-  const region = find("#announcements");
-  region.textContent = "";
-  setTimeout(() => (region.textContent = text), 50); // the same text again is read again
-  setTimeout(() => (region.textContent = ""), 2000);
-}
+export const announce = (text) => find("#announcements").replaceChildren(el("p", {}, text));
 
 /** Tell something until it is dismissed, with a button that does something about it. */
-export function tell(text, { label = "", run = null, role = "alert" } = {}) {
+export function tell(text, label = "", run = null, role = "alert") {
   const told = copyOf("told");
-  told.className = role;
   told.setAttribute("role", role);
   find("p", told).textContent = text;
   const act = find("[data-do=act]", told);
   [act.textContent, act.hidden] = [label, !run];
   const dismiss = () => told.remove();
   actOn(told, { dismiss, act: () => (dismiss(), run()) });
-  const isOver = (old) => find("p", old).textContent === text || old.className === "status";
+  const isOver = (old) => find("p", old).textContent === text || old.role === "status";
   [...find("#errors").children].filter(isOver).forEach((old) => old.remove());
   find("#errors").append(told);
 }
 
-export async function copy(text) {
-  try {
-    await navigator.clipboard.writeText(text);
-  } catch {
-    const box = el("textarea", { className: "unseen", value: text });
-    document.body.append(box);
-    box.select();
-    document.execCommand("copy"); // the clipboard needs HTTPS or localhost
-    box.remove();
-  }
+/** Show a dialog; return the value of the button that closed it, "" if none did. */
+export function ask(dialog) {
+  dialog.returnValue = "";
+  dialog.showModal();
+  const closed = (resolve) => dialog.addEventListener("close", resolve, { once: true });
+  return new Promise(closed).then(() => dialog.returnValue);
+}
+
+export function copy(text) {
+  const [box, focused] = [el("textarea", { class: "unseen" }), document.activeElement];
+  box.value = text;
+  document.body.append(box);
+  box.select();
+  document.execCommand("copy"); // what replaces it needs HTTPS or localhost
+  box.remove();
+  focused.focus();
   announce("Copied.");
 }
 

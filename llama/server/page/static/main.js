@@ -2,14 +2,15 @@
 
 import { Api } from "./api.js";
 import { Composer } from "./composer.js";
-import { actOn, announce, count, download, find, tell } from "./dom.js";
+import { actOn, announce, ask, count, download, find, tell } from "./dom.js";
 import { fromJson } from "./imports.js";
 import { Meter } from "./meter.js";
 import { Runner } from "./runner.js";
+import { requestFields } from "./sampling.js";
 import { Settings } from "./settings.js";
 import { Sidebar } from "./sidebar.js";
-import { openStore } from "./store.js";
-import { showTabs } from "./tabs.js";
+import { Store } from "./store.js";
+import { runTask, showTabs } from "./tasks.js";
 import { Thread } from "./thread.js";
 import * as tree from "./tree.js";
 
@@ -19,19 +20,27 @@ const exportJson = (conversations, title) =>
 const exportMarkdown = (conversation) =>
   download(`${conversation.title}.md`, "text/markdown", tree.toMarkdown(conversation));
 
-const undoable = (text, run) => tell(text, { label: "Undo", run, role: "status" });
-
 class Page {
+  all = new Map();
+
+  shown = tree.newConversation();
+
   constructor(store, api, model) {
-    Object.assign(this, { store, model, all: new Map(), shown: tree.newConversation() });
-    this.settings = new Settings(model, store);
-    this.settings.current = () => this.shown.settings; // for the tabs without a dialog
+    Object.assign(this, { store, model });
+    this.settings = new Settings(model);
     this.meter = new Meter(api, model);
-    this.thread = new Thread(find(".thread"), api, (...what) => this.act(...what));
-    this.composer = new Composer(find(".composer"), store, {
+    this.thread = new Thread(find(".thread"), api, {
+      previous: (id) => this.walk(id, -1, "previous"),
+      next: (id) => this.walk(id, 1, "next"),
+      continue: (id) => this.answer(() => {}, id),
+      retry: (id) => this.retry(id),
+      change: (id, text) => this.edit(id, text),
+      result: (id, call, text) => this.giveResult(call, text),
+      remove: (id) => this.removeTurn(id),
+    });
+    this.composer = new Composer(find(".composer"), {
       onSend: (text, attachments) => this.send(text, attachments),
       onStop: () => this.runner.stop(this.shown.id),
-      onError: tell,
     });
     this.runner = new Runner(api, model, store, {
       onStart: (id) => id === this.shown.id && this.composer.setRunning(true),
@@ -39,8 +48,8 @@ class Page {
       onEnd: (id, message, error) => this.end(id, message, error),
     });
     this.sidebar = new Sidebar(find(".sidebar"), {
-      create: () => this.choose(tree.newConversation()),
-      open: (id) => this.choose(this.all.get(id)),
+      create: () => this.choose(""),
+      open: (id) => this.choose(id),
       rename: (id, title) => this.change(id, (conversation) => (conversation.title = title)),
       remove: (id) => this.remove(id),
       exportAll: () => exportJson([...this.all.values()], "conversations"),
@@ -48,56 +57,44 @@ class Page {
       exportMarkdown: (id) => exportMarkdown(this.all.get(id)),
       importFiles: (files) => this.importFiles(files),
     });
-    this.build(api);
+    this.tell(model);
+    showTabs(model.meta);
+    const fields = () => requestFields(this.shown.settings, model.meta.sampling);
+    for (const panel of document.querySelectorAll(".task")) runTask(panel, api, model, fields);
+    actOn(find(".top"), { settings: () => this.openSettings() });
   }
 
-  build(api) {
-    const { meta, max_model_len, id } = this.model;
+  tell({ id, max_model_len, meta }) {
     find("h1").textContent = id;
-    const format = meta?.chat_format && `chat format “${meta.chat_format}”`;
+    const format = meta.chat_format && `chat format “${meta.chat_format}”`;
+    const about = [meta.description, meta.precision, format];
     const context = `${count(max_model_len)} tokens of context`;
-    const about = [meta?.description, meta?.precision, format, context].filter(Boolean);
-    find(".names p").textContent = about.join(" · ");
-    find(".inner").append(this.meter.element);
-    this.composer.takeDropsOn(find("#chat"));
-    showTabs(api, this.model, this.settings);
-    const [page, drawer] = [find("#page"), find("[data-do=drawer]")];
-    page.append(this.settings.element);
-    this.drawer = (isOpen) => {
-      page.classList.toggle("open", isOpen);
-      drawer.setAttribute("aria-expanded", String(isOpen));
-    };
-    const flip = () => this.drawer(!page.classList.contains("open"));
-    actOn(page, { drawer: flip, settings: () => this.openSettings() });
-    page.addEventListener("keydown", (event) => event.key === "Escape" && this.drawer(false));
+    find(".names p").textContent = [...about.filter(Boolean), context].join(" · ");
   }
 
   async start() {
     for (const found of await this.store.all()) this.all.set(found.id, found);
-    this.store.onChange((change) => this.changed(change));
-    addEventListener("hashchange", this.openNamed);
-    this.openNamed();
+    this.store.onChange = (id, record) => this.changed(id, record);
+    addEventListener("hashchange", () => this.open());
     for (const conversation of this.all.values()) this.runner.watch(conversation);
     [find("#loading").hidden, find("#page").hidden] = [true, false];
-    this.composer.fit();
-    if (!this.store.isLasting) tell("This browser keeps nothing: export what you want to keep.");
+    this.open();
   }
 
-  openNamed = () => this.open(this.all.get(location.hash.slice(1)) ?? tree.newConversation());
-
-  /** Open a conversation that a person asked for. */
-  choose(conversation) {
-    const hash = this.all.has(conversation.id) ? `#${conversation.id}` : "";
-    history.pushState(null, "", location.pathname + location.search + hash);
-    this.open(conversation);
+  /** Open a conversation that a person asked for, without an id a new one. */
+  choose(id) {
+    history.pushState(null, "", `${location.pathname}${location.search}${id && `#${id}`}`);
+    this.open();
     find("#tab-chat").click();
-    this.drawer(false);
+    find("#conversations").hidePopover();
     this.composer.box.focus();
   }
 
-  open(conversation) {
-    this.composer.open(this.all.has(conversation.id) ? conversation.id : "new");
-    this.show(conversation);
+  /** Open the conversation that the address names. */
+  open() {
+    const found = this.all.get(location.hash.slice(1));
+    this.composer.open(found?.id ?? "new");
+    this.show(found ?? tree.newConversation());
   }
 
   show(conversation) {
@@ -105,19 +102,18 @@ class Page {
     const { id, leaf, title } = conversation;
     document.title = leaf ? `${title} · ${this.model.id}` : this.model.id;
     this.thread.show(conversation);
-    this.composer.setRunning(this.runner.isRunning(id));
+    this.composer.setRunning(this.runner.running.has(id));
     this.sidebar.update(this.all.values(), id);
     if (conversation.messages[leaf]?.state !== "writing") this.meter.update(conversation);
   }
 
   /** Show what this tab or another one has changed. */
-  changed({ name, id, record }) {
-    if (name !== "conversations") return;
+  changed(id, record) {
     if (!record) this.all.delete(id);
     else this.runner.watch(this.all.set(id, record).get(id));
     if (id !== this.shown.id) this.sidebar.update(this.all.values(), this.shown.id);
     else if (record) this.show(record);
-    else this.choose(tree.newConversation());
+    else this.choose("");
   }
 
   async change(id, change) {
@@ -133,87 +129,101 @@ class Page {
   // A conversation is kept from its first message or setting on.
   async keep() {
     await this.store.put(this.shown);
-    history.replaceState(null, "", `${location.pathname}${location.search}#${this.shown.id}`);
-    this.composer.id = this.shown.id;
-    await this.store.removeDraft("new");
+    history.replaceState(null, "", `#${this.shown.id}`);
+    this.composer.move(this.shown.id);
   }
 
-  /** Return the ids of messages to drop so that the rest fits, null if it isn't to be sent. */
-  async idsToDrop(conversation) {
-    let ids = [];
+  /**
+   * Change the conversation and have its end answered, or the answer `cutId` continued, if that
+   * fits; return false if nothing is done as it doesn't.
+   */
+  async answer(change, cutId = null) {
+    const { id } = this.shown;
+    await this.runner.stop(id);
+    const planned = structuredClone(this.shown);
+    change(planned);
+    let dropped = [];
     try {
-      return (await this.meter.offerToDrop(conversation, (some) => (ids = some))) ? ids : null;
+      dropped = await this.meter.idsToDrop(planned);
     } catch (error) {
-      if (error.code !== "unreachable" && error.status !== 401) return []; // the answer will tell
       tell(error.message);
-      return null;
+      return false;
     }
-  }
-
-  async send(text, attachments) {
-    const [{ id }, planned] = [this.shown, structuredClone(this.shown)];
-    const message = tree.newMessage("user", text, { attachments });
-    tree.addMessage(planned, message);
-    const ids = await this.idsToDrop(planned);
     const add = (conversation) => {
-      conversation.dropped.push(...ids);
-      tree.addMessage(conversation, message);
+      conversation.dropped.push(...dropped);
+      change(conversation);
     };
-    if (!ids || !(await this.change(id, add))) return false;
-    this.thread.isAtEnd = true;
-    this.runner.answer(id, message.id);
+    if (!dropped || !(await this.change(id, add))) return false;
+    if (id === this.shown.id) this.thread.toEnd();
+    this.runner.run(id, cutId);
     return true;
   }
 
-  /** Do what a person asks for at a message. */
-  async act(name, { id, parent, role }, value) {
-    const at = this.shown.id;
-    const changed = (change) => this.change(at, change);
-    if (name === "walk") {
-      let other;
-      await changed((conversation) => (other = tree.walk(conversation, id, value)));
-      return this.thread.focusVersion(other, value > 0 ? "next" : "previous");
-    }
+  send(text, attachments) {
+    const message = tree.newMessage("user", text, { attachments });
+    return this.answer((conversation) => tree.addMessage(conversation, message));
+  }
+
+  retry(id) {
+    const { role, parent } = this.shown.messages[id];
+    return this.answer((conversation) => (conversation.leaf = role === "assistant" ? parent : id));
+  }
+
+  edit(id, text) {
+    const change = (conversation) => tree.edit(conversation, id, text);
+    const isAnswer = this.shown.messages[id].role === "assistant";
+    return isAnswer ? this.change(this.shown.id, change) : this.answer(change);
+  }
+
+  giveResult(call, text) {
+    const message = tree.newMessage("tool", text, { tool_call_id: call.id, call });
+    const change = (conversation) => tree.addMessage(conversation, message);
+    const isLast = tree.openCalls(this.shown).calls.length === 1;
+    return isLast ? this.answer(change) : this.change(this.shown.id, change);
+  }
+
+  async walk(id, step, name) {
+    let other;
+    await this.change(this.shown.id, (conversation) => {
+      other = tree.walk(conversation, id, step);
+    });
+    this.thread.focusVersion(other, name);
+  }
+
+  async removeTurn(id) {
+    const { id: at, messages, leaf } = this.shown;
     await this.runner.stop(at);
-    if (name === "continue") this.runner.continue(at, id);
-    if (name === "retry") this.runner.answer(at, role === "assistant" ? parent : id);
-    if (name === "change") {
-      const now = await changed((conversation) => tree.edit(conversation, id, value));
-      if (now && role !== "assistant") this.runner.answer(at, now.leaf);
-    }
-    if (name === "result") {
-      const message = tree.newMessage("tool", value[1], { tool_call_id: value[0] });
-      const now = await changed((conversation) => tree.addMessage(conversation, message));
-      if (now && !tree.openCalls(now).calls.length) this.runner.answer(at, now.leaf);
-    }
-    if (name === "remove") {
-      const before = structuredClone(this.shown);
-      await changed((conversation) => tree.removeTurn(conversation, id));
-      undoable("The turn is deleted.", () => this.store.put(before));
-      this.thread.element.focus();
-    }
+    await this.change(at, (conversation) => tree.removeTurn(conversation, id));
+    this.undoable("The turn is deleted.", () =>
+      this.change(at, (conversation) => {
+        Object.assign(conversation.messages, messages);
+        conversation.leaf = leaf;
+      }),
+    );
+    this.thread.element.focus();
   }
 
   async remove(id) {
     await this.runner.stop(id);
     const conversation = this.all.get(id);
     await this.store.remove(id);
-    undoable(`“${conversation.title}” is deleted.`, async () => {
+    this.undoable(`“${conversation.title}” is deleted.`, async () => {
       await this.store.put(conversation);
-      this.choose(conversation);
+      this.choose(id);
     });
   }
+
+  undoable = (text, undo) => tell(text, "Undo", undo, "status");
 
   async importFiles(files) {
     for (const file of files) {
       try {
-        const found = fromJson(await file.text());
-        for (const one of found) {
+        for (const one of fromJson(await file.text())) {
           if (this.all.has(one.id)) one.id = tree.newId();
           await this.store.put(one);
+          this.choose(one.id);
         }
-        announce(`${found.length} conversations are imported.`);
-        if (found.length) this.choose(this.all.get(found.at(-1).id));
+        announce(`${file.name} is imported.`);
       } catch (error) {
         tell(`${file.name} can't be imported. ${error.message}`);
       }
@@ -222,47 +232,35 @@ class Page {
 
   openSettings() {
     const { id } = this.shown;
-    this.settings.open(structuredClone(this.shown), (changes) =>
-      this.change(id, (conversation) => Object.assign(conversation, changes)),
-    );
+    this.settings.open(this.shown.settings, (settings) => {
+      this.shown.settings = settings; // at once, for a task that is begun before they are kept
+      this.change(id, (conversation) => (conversation.settings = settings));
+    });
   }
 
-  /** Show that an answer has ended; one that doesn't fit is offered with fewer turns. */
-  async end(id, message, error) {
+  end(id, message, error) {
     if (id === this.shown.id) this.show(this.all.get(id) ?? this.shown);
-    if (!error) return announce(message?.content ? `Answer: ${message.content}` : "It has ended.");
-    const isFull = error.code === "context_length_exceeded";
-    const ids = isFull ? await this.idsToDrop(this.all.get(id)) : [];
-    if (!ids?.length) return tell(error.message);
-    await this.change(id, (conversation) => conversation.dropped.push(...ids));
-    return this.runner.continue(id, message.id);
+    if (error) tell(error.message);
+    else announce(message.content ? `Answer: ${message.content}` : "The answer has ended.");
   }
 }
 
-function askKey(isWrong) {
+async function askKey(isWrong) {
   const [dialog, box] = [find("#key"), find("#key-box")];
   const says = isWrong ? "The server refused that wrong key." : "This server asks for a key.";
   find("#key-text").textContent = `${says} It is kept until this tab is closed.`;
   box.value = "";
-  dialog.returnValue = "";
-  dialog.showModal();
-  return new Promise((resolve) => {
-    dialog.onclose = () => resolve(dialog.returnValue || null);
-    find("form", dialog).onsubmit = (event) => {
-      event.preventDefault();
-      dialog.close(box.value.trim());
-    };
-    find("[data-do=cancel]", dialog).onclick = () => dialog.close("");
-  });
+  return (await ask(dialog)) && box.value.trim();
 }
 
 async function start() {
   try {
+    const store = await Store.open();
     const api = new Api(askKey);
-    const [model] = await api.models();
-    await new Page(await openStore(), api, model).start();
+    const [model] = (await api.json("v1/models")).data;
+    await new Page(store, api, model).start();
   } catch (error) {
-    tell(error.message, { label: "Try again", run: start });
+    tell(error.message, "Try again", start);
   }
 }
 

@@ -1,22 +1,20 @@
 // Answers being written: asked for, kept as they grow, stopped, continued.
 
-import { requestFields } from "./settings.js";
-import { parseTools } from "./tools.js";
-import { addMessage, newMessage, toMessages } from "./tree.js";
+import { requestFields } from "./sampling.js";
+import { keep, recall } from "./store.js";
+import { addMessage, newId, newMessage, toMessages } from "./tree.js";
 
 const SAVE_INTERVAL = 500; // milliseconds
 
-function requestBody(conversation, { id, parent, content }, model) {
-  const tools = parseTools(conversation.tools);
-  const fields = requestFields(conversation.settings, model.meta?.sampling);
-  const messages = toMessages(conversation, content ? id : parent);
+function requestBody(conversation, { content }, model) {
+  const fields = requestFields(conversation.settings, model.meta.sampling);
   const continued = content ? { continue_final_message: true } : {};
-  return { model: model.id, messages, ...fields, ...(tools.length && { tools }), ...continued };
+  return { model: model.id, messages: toMessages(conversation), ...fields, ...continued };
 }
 
 /** Add a stream's event to the message. */
-function take(message, { choices, usage }) {
-  const [{ delta, logprobs, finish_reason } = {}] = choices ?? [];
+function take(message, { choices, usage }, before, n) {
+  const [{ delta, logprobs, finish_reason } = {}] = choices;
   message.content += delta?.content ?? "";
   message.finish_reason = finish_reason ?? message.finish_reason;
   for (const { index, id, function: called } of delta?.tool_calls ?? []) {
@@ -30,11 +28,11 @@ function take(message, { choices, usage }) {
     const top = top_logprobs.map((other) => ({ token: other.token, logprob: other.logprob }));
     (message.logprobs ??= []).push({ token, logprob, top });
   }
-  if (usage) {
-    const before = message.usage; // it was continued
-    const n = (before?.completion_tokens ?? 0) + usage.completion_tokens;
-    message.usage = { prompt_tokens: (before ?? usage).prompt_tokens, completion_tokens: n };
-  }
+  // The server counts at the end alone: a stopped answer has the number of its events.
+  message.usage = {
+    prompt_tokens: before?.prompt_tokens || (usage?.prompt_tokens ?? 0),
+    completion_tokens: (before?.completion_tokens ?? 0) + (usage?.completion_tokens ?? n),
+  };
 }
 
 // While a tab has the lock, others know that it writes the answer. Locks need HTTPS or localhost.
@@ -42,24 +40,22 @@ const withLock = (messageId, work) =>
   navigator.locks ? navigator.locks.request(`llama-answer-${messageId}`, work) : work();
 
 export class Runner {
+  running = new Map(); // by the conversation's id
+
+  watched = new Set();
+
   /**
-   * `onStart(id)` and `onEnd(id, message, error)` are called around an answer in a conversation,
-   * and `onPiece(id, message)` as it grows. The error is null if it ended by itself or was stopped.
+   * `onStart(id)`, `onPiece(id, message)` and `onEnd(id, message, error)` are called with the
+   * conversation's id.
    */
-  constructor(api, model, store, callbacks) {
-    Object.assign(this, { api, model, store, ...callbacks });
-    this.running = new Map(); // what is being written, by the conversation's id
-    this.ending = new Map(); // what isn't written any more, and isn't saved yet
-    this.watched = new Set();
+  constructor(api, model, store, { onStart, onPiece, onEnd }) {
+    Object.assign(this, { api, model, store, onStart, onPiece, onEnd });
     addEventListener("pagehide", () => {
-      // A browser may have ended the request before.
-      for (const [id, { message }] of [...this.running, ...this.ending]) {
-        if (message) store.atEnd("conversations", id, message);
+      for (const { messageId, message } of this.running.values()) {
+        if (message) keep(`end ${messageId}`, message); // the database is too slow for it
       }
     });
   }
-
-  isRunning = (id) => this.running.has(id);
 
   async stop(id) {
     const run = this.running.get(id);
@@ -67,20 +63,16 @@ export class Runner {
     await run?.ended;
   }
 
-  /** Answer a message. */
-  answer(id, parent) {
-    const message = newMessage("assistant", "", { state: "writing" });
-    return this.run(id, message.id, (conversation) => addMessage(conversation, message, parent));
-  }
-
-  /** Go on with an answer that was cut, from where it ends. */
-  continue(id, messageId) {
-    const again = { state: "writing", error: "", finish_reason: null };
-    return this.run(id, messageId, ({ messages }) => Object.assign(messages[messageId], again));
-  }
-
-  run(id, messageId, begin) {
+  /** Answer the shown end of a conversation, or go on with an answer that was cut. */
+  run(id, cutId = null) {
     if (this.running.has(id)) return;
+    const messageId = cutId ?? newId();
+    const begin = (conversation) => {
+      const found = conversation.messages[messageId];
+      if (!found) addMessage(conversation, newMessage("assistant", "", { id: messageId }));
+      const again = { state: "writing", error: "", finish_reason: null };
+      Object.assign(conversation.messages[messageId], again);
+    };
     const run = { messageId, controller: new AbortController() };
     this.running.set(id, run);
     this.onStart(id);
@@ -88,46 +80,48 @@ export class Runner {
   }
 
   async write(id, run, begin) {
-    const { signal } = run.controller;
-    let [message, failure] = [null, null];
+    let error = null;
     try {
       const conversation = await this.store.update(id, begin);
-      message = run.message = conversation.messages[run.messageId];
-      await this.receive(conversation, message, run);
-      message.state = message.finish_reason === "length" ? "cut" : "complete";
-    } catch (error) {
-      failure = signal.aborted ? null : error;
-      if (message) Object.assign(message, { state: "cut", error: failure?.message ?? "" });
+      run.message = conversation.messages[run.messageId];
+      await this.receive(conversation, run);
+      run.message.state = run.message.finish_reason === "length" ? "cut" : "complete";
+    } catch (failure) {
+      error = run.controller.signal.aborted ? null : failure;
+      const cut = { state: "cut", error: error?.message ?? "" };
+      if (run.message) Object.assign(run.message, cut);
     }
+    await this.save(id, run).catch((failure) => (error ??= failure));
     this.running.delete(id);
-    this.ending.set(id, run);
-    await run.save?.().catch((error) => (failure ??= error));
-    this.ending.delete(id);
-    this.onEnd(id, message, failure);
+    this.onEnd(id, run.message, error);
   }
 
-  async receive(conversation, message, run) {
-    const [{ id }, start] = [conversation, performance.now()];
-    const before = message.usage ? message.seconds : 0; // of a stopped answer no usage is known
-    let isSaved = true;
-    run.save = () => {
+  save(id, { message, controller }) {
+    return this.store.update(id, ({ messages }) => {
+      if (!messages[message?.id]) return controller.abort(); // it was deleted
+      messages[message.id] = { ...message, parent: messages[message.id].parent };
+    });
+  }
+
+  async receive(conversation, run) {
+    const { message, controller } = run;
+    const [{ usage, seconds }, start] = [message, performance.now()];
+    let [n, isSaved] = [0, true];
+    const timer = setInterval(() => {
+      if (!isSaved) this.save(conversation.id, run).catch(() => {}); // the end will tell
       isSaved = true;
-      return this.store.update(id, ({ messages }) => {
-        if (!messages[message.id]) return run.controller.abort(); // it was deleted
-        messages[message.id] = { ...message, parent: messages[message.id].parent };
-      });
-    };
-    const timer = setInterval(() => isSaved || run.save().catch(() => {}), SAVE_INTERVAL);
+    }, SAVE_INTERVAL);
     try {
       const body = requestBody(conversation, message, this.model);
-      for await (const event of this.api.chat(body, run.controller.signal)) {
-        take(message, event);
+      for await (const event of this.api.stream("v1/chat/completions", body, controller.signal)) {
+        if (event.choices[0]?.delta.content) n += 1;
+        take(message, event, usage, n);
         isSaved = false;
-        this.onPiece(id, message);
+        this.onPiece(conversation.id, message);
       }
     } finally {
       clearInterval(timer);
-      message.seconds = before + (performance.now() - start) / 1000;
+      message.seconds = seconds + (performance.now() - start) / 1000;
     }
   }
 
@@ -140,7 +134,11 @@ export class Runner {
       withLock(messageId, () => {
         this.watched.delete(messageId);
         return this.store.update(id, ({ messages: { [messageId]: found } }) => {
-          if (found?.state === "writing") found.state = "cut";
+          if (found?.state !== "writing") return;
+          const end = recall(`end ${messageId}`);
+          if (end?.content.length > found.content.length) Object.assign(found, end);
+          found.state = "cut";
+          keep(`end ${messageId}`, null);
         });
       });
     }

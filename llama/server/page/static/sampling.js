@@ -1,6 +1,8 @@
 // The settings of a conversation as fields of a request. Settings are the texts as they were
 // typed, so that one that is wrong stays to be mended.
 
+import { find } from "./dom.js";
+
 const number = (least, most) => (text) => {
   const value = Number(text.replace(",", "."));
   if (value >= least && value <= most) return value;
@@ -13,16 +15,13 @@ const whole = (least) => (text) => {
   throw new Error(`expected a whole number${least > -Infinity ? `, ${least} or more` : ""}`);
 };
 
-const lines = (text) => text.split("\n").filter((line) => line !== "");
-
 function stops(text) {
-  const found = lines(text).map((line) => line.replaceAll("\\n", "\n"));
-  if (found.length <= 16 && found.every((each) => each.length <= 1000)) return found;
-  throw new Error("expected up to 16 lines of up to 1,000 characters each");
+  const found = text.split("\n").filter(Boolean).map((line) => line.replaceAll("\\n", "\n"));
+  if (found.length <= 16) return found;
+  throw new Error("expected up to 16 lines");
 }
 
-/** Return what a text of JSON says; raise an Error for people if it is none. */
-export function parseJson(text) {
+function parseJson(text) {
   try {
     return JSON.parse(text);
   } catch (error) {
@@ -30,66 +29,62 @@ export function parseJson(text) {
   }
 }
 
-function named(text) {
-  const schema = parseJson(text);
-  if (schema instanceof Object && !Array.isArray(schema)) return { name: "answer", schema };
-  throw new Error('expected a JSON object, such as {"type": "object"}');
+const schema = (text) => ({
+  type: "json_schema",
+  json_schema: { name: "answer", schema: parseJson(text) },
+});
+
+function tools(text) {
+  const found = parseJson(text);
+  if (!Array.isArray(found)) throw new Error("expected a list: [ … ]");
+  for (const [i, tool] of found.entries()) {
+    const name = tool?.function?.name;
+    if (tool?.type !== "function" || !name) {
+      throw new Error(`number ${i + 1} isn't {"type": "function", "function": {"name": …}}`);
+    }
+    if (!/^[\w-]{1,64}$/.test(name)) {
+      throw new Error(`the name "${name}" has more than 64 letters, digits, _ and -, or others`);
+    }
+  }
+  return found;
 }
 
-/** Kinds of response schemas: their names, and what a request has of them. */
-export const FORMS = {
-  json_schema: ["JSON Schema", (text) => ({ json_schema: named(text) })],
-  regex: ["Regular expression", (regex) => ({ regex })],
-  choice: ["One of these lines", (text) => ({ choice: lines(text) })],
-  grammar: ["Grammar (Lark or GBNF)", (grammar) => ({ grammar })],
+/** How the texts are read, by their names in a request. */
+const FIELDS = {
+  temperature: number(0, 100),
+  top_p: number(0, 1),
+  top_k: whole(-1),
+  min_p: number(0, 1),
+  repetition_penalty: number(0.001, 1000),
+  presence_penalty: number(-2, 2),
+  frequency_penalty: number(-2, 2),
+  seed: whole(-Infinity),
+  max_tokens: whole(1),
+  min_tokens: whole(0),
+  stop: stops,
+  response_format: schema,
+  tools,
 };
 
-function form(text, settings) {
-  const type = Object.hasOwn(FORMS, settings.form ?? "") ? settings.form : "json_schema";
-  return { type, ...FORMS[type][1](text) };
-}
-
-/** The fields that are typed: name in a request, label, how its text is read, hint. */
-export const FIELDS = [
-  ["temperature", "Temperature", number(0, 100), "0 takes the most probable token"],
-  ["top_p", "Top-p", number(0, 1), "the probability to draw from; 1 for all tokens"],
-  ["top_k", "Top-k", whole(-1), "how many tokens to draw from; 0 for all"],
-  ["min_p", "Min-p", number(0, 1), "the least probability, as a share of the highest"],
-  ["repetition_penalty", "Repetition penalty", number(0.001, 1000), "1 changes nothing"],
-  ["presence_penalty", "Presence penalty", number(-2, 2), "for tokens that the answer has"],
-  ["frequency_penalty", "Frequency penalty", number(-2, 2), "for each time that it has them"],
-  ["seed", "Seed", whole(-Infinity), "the same one gives the same answer again"],
-  ["max_tokens", "Longest answer", whole(1), "in tokens; empty for as long as fits"],
-  ["min_tokens", "Shortest answer", whole(0), "in tokens"],
-  ["stop", "Stop strings", stops, "that end an answer, one a line; \\n is a line's end"],
-  ["response_format", "Response schema", form, "answers are held to it"],
-];
-
-/** Return a field's value, undefined if it is empty; raise an Error that says what is wrong. */
-export function read([name, , parse], settings) {
+/** Return the value of a setting, undefined if it is empty; raise an Error that says its fault. */
+export function read(settings, name, remedy = "") {
   const text = String(settings[name] ?? "");
-  return text.trim() === "" ? undefined : parse(text, settings);
+  try {
+    return text.trim() === "" ? undefined : FIELDS[name]?.(text);
+  } catch (error) {
+    const label = find(`label[for=set-${name}]`).textContent;
+    throw new Error(`${label}: ${error.message}.${remedy}`);
+  }
 }
 
-/**
- * Return the fields of a request for chat that the settings ask for.
- *
- * @param settings a conversation's.
- * @param defaults the server's, which need not be sent.
- * @throws Error a field can't be read; its message says which, and what was expected.
- */
-export function requestFields(settings, defaults = {}) {
+/** Return the fields of a request for chat, without those that are the server's defaults. */
+export function requestFields(settings, defaults) {
   const found = {};
-  for (const field of FIELDS) {
-    const [name, label] = field;
-    try {
-      const value = read(field, settings);
-      if (value !== undefined && value !== defaults[name]) found[name] = value;
-    } catch (error) {
-      throw new Error(`${label}: ${error.message}. Change it in the settings.`);
-    }
+  for (const name of Object.keys(FIELDS)) {
+    const value = read(settings, name, " Change it in the settings.");
+    if (value !== undefined && value !== defaults[name]) found[name] = value;
   }
   if (settings.ignore_eos) found.ignore_eos = true;
   if (!settings.logprobs) return found;
-  return { ...found, logprobs: true, top_logprobs: Number(settings.logprobs) || 0 };
+  return { ...found, logprobs: true, top_logprobs: Number(settings.logprobs) };
 }

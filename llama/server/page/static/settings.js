@@ -1,125 +1,100 @@
-// The sheet of settings.
+// The sheet of settings. Each change is in the conversation at once.
 
-import { announce, button, el } from "./dom.js";
-import { checked, labelled, select, textBox } from "./fields.js";
-import { FIELDS, FORMS, read } from "./sampling.js";
-import { toolsEditor } from "./tools.js";
+import { actOn, announce, el, find } from "./dom.js";
+import { read } from "./sampling.js";
+import { keep, recall } from "./store.js";
 
-export { requestFields } from "./sampling.js";
+const showTheme = () => (document.documentElement.dataset.theme = recall("theme") ?? "auto");
 
-const ROWS = { stop: 3, response_format: 5 };
-const THEMES = [["auto", "Auto"], ["light", "Light"], ["dark", "Dark"]];
-
-/** The sheet "Settings" of a conversation. Each change is in the conversation at once. */
 export class Settings {
-  /** Returns the settings of the conversation that is shown; set by the page. */
-  current = () => ({});
+  dialog = find("#settings");
 
-  constructor(model, store) {
-    Object.assign(this, { model, store });
-    const onclick = ({ target }) => target === this.element && this.element.close(); // beside it
-    this.element = el("dialog", { class: "sheet", "aria-labelledby": "settings-title", onclick });
-    const { dataset } = document.documentElement;
-    const take = (record) => (dataset.theme = this.theme = record?.theme ?? "auto");
-    store.draft("theme").then(take);
-    store.onChange(({ id, record }) => id === "theme" && take(record)); // also another tab's choice
-  }
+  boxes = this.dialog.querySelectorAll("[name]");
 
-  /**
-   * Show the sheet.
-   *
-   * @param onChange called with what has changed: {system}, {settings} or {tools}; it resolves when
-   *   `current` has it.
-   */
-  open(conversation, onChange) {
-    this.settings = { ...conversation.settings };
-    this.change = (changes) => {
-      Object.assign(conversation, changes);
-      this.saved = onChange(changes);
-    };
-    const chooseTheme = (theme) => this.store.putDraft("theme", { theme });
-    const title = el("h2", { id: "settings-title" }, "Settings");
-    this.element.replaceChildren(
-      el("header", {}, title, button("Close", () => this.element.close())),
-      this.#system(conversation),
-      el("div", { class: "fields" }, ...this.#fields(), ...this.#switches()),
-      toolsEditor(conversation, (tools) => this.change({ tools }), this.model),
-      labelled("Theme", select("setting-theme", THEMES, this.theme, chooseTheme)),
-    );
-    this.element.showModal();
-    this.element.scrollTo(0, 0);
-  }
-
-  #set(name, value) {
-    this.settings = { ...this.settings, [name]: value };
-    if (value === "" || value === false) delete this.settings[name];
-    this.change({ settings: this.settings });
-  }
-
-  #fields() {
-    const made = FIELDS.map((field) => {
-      const [name, label, , hint] = field;
-      const placeholder = this.model.meta?.sampling?.[name];
-      const props = ROWS[name] ? {} : { inputmode: "decimal", placeholder };
-      const box = textBox(`setting-${name}`, this.settings[name], ROWS[name], props);
-      const check = () => read(field, this.settings);
-      return checked(label, box, hint, check, (text) => this.#set(name, text));
+  constructor({ meta }) {
+    for (const [name, value] of Object.entries(meta.sampling)) {
+      find(`#set-${name}`)?.setAttribute("placeholder", value);
+    }
+    const most = Math.min(5, meta.top_logprobs);
+    find("#set-logprobs").value = most;
+    find("#set-logprobs").closest(".switch").hidden = most === 0;
+    this.hasTools = meta.tools;
+    this.dialog.addEventListener("input", ({ target }) => this.#take(target));
+    actOn(this.dialog, {
+      example: () => this.#fill("tools", find("#set-tools").value || find("#example").content.textContent),
+      savePreset: () => this.#savePreset(),
+      removePreset: () => this.#removePreset(),
     });
-    const kinds = Object.entries(FORMS).map(([kind, [label]]) => [kind, label]);
-    const kind = select("setting-form", kinds, this.settings.form ?? "json_schema", (form) => {
-      this.#set("form", form);
-      made.at(-1).check();
-    });
-    return [...made.map(({ element }) => element), labelled("The schema is a", kind)];
+    addEventListener("storage", showTheme); // another tab's choice
+    showTheme();
   }
 
-  #switches() {
-    const most = Math.min(5, this.model.meta?.top_logprobs ?? 5);
-    const make = (name, label, value) => {
-      const box = el("input", { type: "checkbox", id: `setting-${name}` });
-      box.checked = Boolean(this.settings[name]);
-      box.addEventListener("change", () => this.#set(name, box.checked && value));
-      return el("div", { class: "switch" }, box, el("label", { for: box.id }, label));
-    };
-    const ends = make("ignore_eos", "Go on after the model's own end", true);
-    return most > 0 ? [make("logprobs", "Show probabilities", most), ends] : [ends];
+  /** Show the sheet; `onChange` is called with all settings after each change. */
+  open(settings, onChange) {
+    Object.assign(this, { settings, onChange });
+    const values = { ...settings, theme: recall("theme") ?? "auto" };
+    for (const box of this.boxes) {
+      const value = values[box.name] ?? "";
+      if (box.type === "checkbox") box.checked = value !== "";
+      else box.value = value;
+      this.#check(box);
+    }
+    const isOffered = this.hasTools || Boolean(settings.tools);
+    [find("#tools").hidden, find("#no-tools").hidden] = [!isOffered, isOffered];
+    this.#listPresets("");
+    this.dialog.showModal();
+    this.dialog.scrollTo(0, 0);
   }
 
-  #system(conversation) {
-    const text = textBox("setting-system", conversation.system, 4);
-    const name = textBox("preset-name");
-    const write = () => this.change({ system: text.value });
-    text.addEventListener("input", write);
-    let presets = [];
-    const preset = select("preset", [], "", (chosen) => {
-      const found = presets.find((each) => each.name === chosen);
-      if (!found) return;
-      [text.value, name.value] = [found.text, found.name];
-      write();
-    });
-    const fill = async (chosen) => {
-      presets = await this.store.presets();
-      const options = ["", ...presets.map((each) => each.name)];
-      preset.replaceChildren(...options.map((value) => el("option", { value }, value || "none")));
-      preset.value = chosen;
-    };
-    const save = async () => {
-      const chosen = name.value.trim();
-      if (!chosen) return name.focus();
-      await this.store.putPreset({ name: chosen, text: text.value });
-      await fill(chosen);
-      announce(`The preset ${chosen} is saved.`);
-    };
-    const remove = async () => {
-      if (!preset.value) return;
-      announce(`The preset ${preset.value} is deleted.`);
-      await this.store.removePreset(preset.value);
-      await fill("");
-    };
-    fill("");
-    const choice = [labelled("Preset", preset), button("Delete preset", remove)];
-    const saving = [labelled("Name of the preset", name), button("Save as preset", save)];
-    const rows = [choice, saving].map((row) => el("div", { class: "preset" }, ...row));
-    return el("div", {}, labelled("System prompt", text), ...rows);
+  #take(box) {
+    if (box.id === "preset" && box.value) this.#fill("system", recall("presets")[box.value]);
+    if (!box.name) return;
+    const value = box.type === "checkbox" && !box.checked ? "" : box.value;
+    if (box.name === "theme") {
+      keep("theme", value);
+      return showTheme();
+    }
+    this.settings = { ...this.settings, [box.name]: value };
+    this.#check(box);
+    this.onChange(this.settings);
+  }
+
+  #fill(name, value) {
+    const box = find(`#set-${name}`);
+    box.value = value;
+    this.#take(box);
+  }
+
+  #check(box) {
+    const error = find(`#${box.id}-error`);
+    if (!error) return;
+    error.textContent = "";
+    try {
+      read(this.settings, box.name);
+    } catch ({ message }) {
+      error.textContent = message;
+    }
+    box.setAttribute("aria-invalid", String(error.textContent !== ""));
+  }
+
+  #listPresets(chosen) {
+    const options = ["", ...Object.keys(recall("presets") ?? {})];
+    const shown = options.map((name) => el("option", { value: name }, name || "none"));
+    find("#preset").replaceChildren(...shown);
+    [find("#preset").value, find("#preset-name").value] = [chosen, chosen];
+  }
+
+  #savePreset() {
+    const name = find("#preset-name").value.trim();
+    if (!name) return find("#preset-name").focus();
+    keep("presets", { ...recall("presets"), [name]: find("#set-system").value });
+    this.#listPresets(name);
+    announce(`The preset ${name} is saved.`);
+  }
+
+  #removePreset() {
+    const { [find("#preset").value]: removed, ...others } = recall("presets") ?? {};
+    keep("presets", others);
+    this.#listPresets("");
   }
 }

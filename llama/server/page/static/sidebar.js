@@ -1,9 +1,9 @@
 // The list of conversations: search, rename, delete, export and import.
 
-import { actOn, copyOf, el, find } from "./dom.js";
+import { actOn, ask, chooseFiles, copyOf, find } from "./dom.js";
 
-const textOf = ({ title, system, messages }) =>
-  [title, system, ...Object.values(messages).map(({ content }) => content)].join("\n");
+const textOf = ({ title, settings, messages }) =>
+  [title, settings.system, ...Object.values(messages).map(({ content }) => content)].join("\n");
 
 export class Sidebar {
   /**
@@ -12,14 +12,9 @@ export class Sidebar {
    */
   constructor(element, actions) {
     Object.assign(this, { element, actions, conversations: [] });
-    const files = find("input[type=file]", element);
-    files.addEventListener("change", async () => {
-      await actions.importFiles([...files.files]);
-      files.value = "";
-    });
+    chooseFiles(element, actions.importFiles);
     find("input[type=search]", element).addEventListener("input", () => this.list());
-    const { create, exportAll } = actions;
-    actOn(element, { create, exportAll, choose: () => files.click() });
+    actOn(element, { ...actions, rename: (id) => this.rename(id) });
   }
 
   update(conversations, shownId) {
@@ -33,8 +28,7 @@ export class Sidebar {
     const has = (one) => !words || textOf(one).toLowerCase().includes(words);
     const found = this.conversations.filter(has);
     // An answer that grows changes a conversation twice a second, and its item never.
-    const named = found.map(({ id, title }) => [id, title]);
-    const mark = JSON.stringify([this.shownId, words, named]);
+    const mark = JSON.stringify([this.shownId, words, found.map(({ id, title }) => [id, title])]);
     if (mark === this.mark) return;
     this.mark = mark;
     find(".items", this.element).replaceChildren(...found.map((one) => this.item(one)));
@@ -46,32 +40,17 @@ export class Sidebar {
 
   item({ id, title }) {
     const item = copyOf("item");
-    const open = find(".title", item);
-    open.textContent = title;
+    item.dataset.id = id;
+    find(".title", item).textContent = title;
     item.classList.toggle("shown", id === this.shownId);
-    if (id === this.shownId) open.setAttribute("aria-current", "page");
-    const named = ["open", "remove", "exportJson", "exportMarkdown"];
-    const actions = named.map((name) => [name, () => this.actions[name](id)]);
-    const rename = () => open.replaceWith(this.renaming(id, title));
-    actOn(item, { ...Object.fromEntries(actions), rename });
+    if (id === this.shownId) find(".title", item).setAttribute("aria-current", "page");
     return item;
   }
 
-  renaming(id, title) {
-    const box = el("input", { "aria-label": "Title", value: title, dir: "auto" });
-    const end = () => {
-      const text = box.value.trim() || title;
-      box.value = title; // for the blur that follows an Enter
-      this.mark = null;
-      if (text === title) this.list();
-      else this.actions.rename(id, text);
-    };
-    box.addEventListener("keydown", (event) => {
-      if (event.key === "Escape") box.value = title;
-      if (["Enter", "Escape"].includes(event.key) && !event.isComposing) end();
-    });
-    box.addEventListener("blur", end);
-    setTimeout(() => box.select());
-    return box;
+  async rename(id) {
+    const [dialog, box] = [find("#rename"), find("#rename-box")];
+    box.value = this.conversations.find((one) => one.id === id).title;
+    const isMeant = (await ask(dialog)) && box.value.trim();
+    if (isMeant) this.actions.rename(id, box.value.trim());
   }
 }

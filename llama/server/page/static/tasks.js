@@ -1,95 +1,74 @@
-// The tabs for texts without a dialog: "Completion" and "Infilling".
+// The tabs, of what the model can do, and those for texts without a dialog.
 
 import { answerInfo } from "./answer_info.js";
-import { button, el } from "./dom.js";
-import { labelled, textBox } from "./fields.js";
-import { requestFields } from "./sampling.js";
+import { actOn, find, moveByArrows } from "./dom.js";
+import { keep, recall } from "./store.js";
 
-const SAVE_INTERVAL = 500; // milliseconds
-const CODE = { class: "code", spellcheck: "false" };
-
-/** Return the body of a request to /v1/completions. */
-function completionBody(texts, model, settings) {
-  const fields = requestFields(settings, model.meta?.sampling);
-  const { logprobs, top_logprobs, max_tokens = null, ...sampling } = fields;
-  return { model: model.id, ...texts, ...sampling, max_tokens }; // null: as many as fit
+/** Show the tabs of what the model can do, and the first one's panel. */
+export function showTabs({ chats, infills }) {
+  const can = { "tab-chat": chats, "tab-completion": true, "tab-infilling": infills };
+  const tabs = [...find(".tabs").children].filter(({ id }) => can[id]);
+  find(".tabs").replaceChildren(...tabs);
+  document.body.classList.toggle("no-chat", !chats);
+  const show = (shown) => {
+    for (const panel of document.querySelectorAll("[role=tabpanel]")) {
+      panel.hidden = panel.id !== shown.getAttribute("aria-controls");
+    }
+    for (const tab of tabs) {
+      tab.setAttribute("aria-selected", String(tab === shown));
+      tab.tabIndex = tab === shown ? 0 : -1;
+    }
+  };
+  for (const tab of tabs) {
+    for (const type of ["click", "focus"]) tab.addEventListener(type, () => show(tab));
+  }
+  moveByArrows(find(".tabs"));
+  show(tabs[0]);
 }
 
-/** Show one of two buttons; it has the focus if the other had it. */
-function swap(shown, hidden) {
-  const hadFocus = document.activeElement === hidden;
-  [shown.hidden, hidden.hidden] = [false, true];
-  if (hadFocus) shown.focus();
-}
-
-/**
- * Return a tab whose texts are continued by /v1/completions, and kept as the draft `name`.
- *
- * @param labels of the texts, by their names in a request.
- * @param action the button's label.
- */
-function taskTab(name, labels, action, api, model, settings) {
-  const make = (field) => [field, textBox(`${name}-${field}`, "", 6, CODE)];
-  const inputs = Object.keys(labels).map(make);
-  const result = el("pre", { tabindex: 0, dir: "auto", role: "region", "aria-label": "Result" });
-  const status = el("div", { role: "status" });
-  const problem = el("p", { role: "alert", class: "field-error" });
+/** Have a tab's texts continued by /v1/completions; `fields()` returns those of the settings. */
+export function runTask(panel, api, model, fields) {
+  const inputs = [...panel.querySelectorAll("textarea")];
+  const [go, stop] = ["go", "stop"].map((name) => find(`[data-do=${name}]`, panel));
+  const parts = ["result", "status", "problem"].map((name) => find(`.${name}`, panel));
+  const [result, status, problem] = parts;
   let running = null;
+  const texts = () => Object.fromEntries(inputs.map(({ name, value }) => [name, value]));
+  const save = () => keep(panel.id, { ...texts(), result: result.textContent });
+  const showRunning = (isRunning) => {
+    const hadFocus = [go, stop].includes(document.activeElement);
+    [go.hidden, stop.hidden] = [isRunning, !isRunning];
+    if (hadFocus) (isRunning ? stop : go).focus();
+  };
 
-  const texts = () => Object.fromEntries(inputs.map(([field, input]) => [field, input.value]));
-  const fail = (error) => (problem.textContent = error.message);
-  const keep = () =>
-    settings.store.putDraft(name, { ...texts(), result: result.textContent }).catch(fail);
   const run = async () => {
-    const { signal } = (running = new AbortController());
-    for (const each of [result, status, problem]) each.replaceChildren();
-    swap(stop, go);
-    const timer = setInterval(keep, SAVE_INTERVAL);
+    running = new AbortController();
+    for (const part of parts) part.replaceChildren();
+    showRunning(true);
     const [answer, start] = [{}, performance.now()];
     try {
-      await settings.saved; // what was set just now
-      const body = completionBody(texts(), model, settings.current());
-      for await (const chunk of api.complete(body, signal)) {
-        const [choice] = chunk.choices ?? [];
-        result.append(choice?.text ?? "");
-        answer.finish_reason = choice?.finish_reason ?? answer.finish_reason;
-        answer.usage = chunk.usage ?? answer.usage;
+      const { logprobs, top_logprobs, tools, max_tokens = null, ...sampling } = fields();
+      const body = { model: model.id, ...texts(), ...sampling, max_tokens }; // null: as fit
+      for await (const { choices, usage } of api.stream("v1/completions", body, running.signal)) {
+        result.append(choices[0]?.text ?? "");
+        answer.finish_reason = choices[0]?.finish_reason ?? answer.finish_reason;
+        answer.usage = usage;
+        save();
       }
     } catch (error) {
-      if (!signal.aborted) fail(error);
+      if (!running.signal.aborted) problem.textContent = error.message;
     }
     answer.seconds = (performance.now() - start) / 1000;
     status.replaceChildren(answerInfo(answer));
-    swap(go, stop);
-    clearInterval(timer);
-    keep();
+    showRunning(false);
   };
-  const runByKey = ({ key, ctrlKey, metaKey }) =>
-    key === "Enter" && (ctrlKey || metaKey) && !go.hidden && run();
-  const go = button(action, run, { class: "primary" });
-  const stop = button("Stop", () => running.abort(), { hidden: true, class: "primary" });
-  const element = el(
-    "div",
-    { class: "task", oninput: keep, onkeydown: runByKey },
-    ...inputs.map(([field, input]) => labelled(labels[field], input)),
-    el("div", { class: "task-buttons" }, go, stop),
-    problem,
-    result,
-    status,
-  );
-  settings.store.draft(name).then((draft) => {
-    for (const [field, input] of inputs) input.value ||= draft?.[field] ?? "";
-    result.textContent ||= draft?.result ?? "";
+
+  actOn(panel, { go: run, stop: () => running.abort() });
+  panel.addEventListener("input", save);
+  panel.addEventListener("keydown", ({ key, ctrlKey, metaKey }) => {
+    if (key === "Enter" && (ctrlKey || metaKey) && !go.hidden) run();
   });
-  return element;
-}
-
-export function completionTab(api, model, settings) {
-  const labels = { prompt: "Text to continue" };
-  return taskTab("completion", labels, "Continue", api, model, settings);
-}
-
-export function infillTab(api, model, settings) {
-  const labels = { prompt: "Before", suffix: "After" };
-  return taskTab("infilling", labels, "Fill in", api, model, settings);
+  const kept = recall(panel.id) ?? {};
+  for (const input of inputs) input.value = kept[input.name] ?? "";
+  result.textContent = kept.result ?? "";
 }

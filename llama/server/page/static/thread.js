@@ -14,15 +14,15 @@ function furnish(block) {
     const scroller = el("div", { class: "wide", tabindex: "0" });
     wide.replaceWith(scroller);
     scroller.append(wide);
-    const text = wide.textContent;
     if (wide.localName !== "pre") continue;
+    const text = wide.textContent;
     scroller.before(button("Copy code", () => copy(text), { class: "copy-code" }));
   }
 }
 
 class MessageView {
   constructor(thread, message) {
-    Object.assign(this, { thread, message, done: 0, isNear: false, cards: new Map() });
+    Object.assign(this, { thread, message, done: 0, isNear: false, cards: {} });
     this.element = copyOf("message");
     this.element.classList.add(message.role);
     this.element.setAttribute("aria-label", NAMES[message.role]);
@@ -32,40 +32,25 @@ class MessageView {
     }
     this.tail = el("div", { class: "plain", dir: "auto" });
     this.text.append(this.tail);
-    const asked = ["continue", "retry", "remove"].map((name) => [name, () => this.act(name)]);
-    actOn(this.element, {
-      ...Object.fromEntries(asked),
-      copy: () => copy(contentOf(this.message)),
-      edit: () => this.edit(),
-      leave: () => this.leave(),
-      save: () => (this.leave(), this.act("change", find("textarea", this.editor).value)),
-      probabilities: () => this.showProbabilities(!this.isOpen),
-      previous: () => this.act("walk", -1),
-      next: () => this.act("walk", 1),
-    });
   }
-
-  act = (name, value) => this.thread.act(name, this.message, value);
 
   /** Show the message; `context` has what other messages make of it. */
   update(message, context) {
     const { length } = this.message.content;
     // What has been saved is older than what is shown of an answer that grows here.
     if (message.state === "writing" && length > message.content.length) message = this.message;
-    const { state, content, error, tool_calls, usage } = message;
-    const mark = JSON.stringify([state, content.length, error, tool_calls, usage, context]);
+    const { state, content, error, usage } = message;
+    const mark = JSON.stringify([state, content.length, error, usage, context]);
     if (mark === this.mark) return;
-    const isContinued = this.mark && this.message.state === "cut" && state === "writing";
-    Object.assign(this, { message, mark });
-    if (isContinued) {
+    if (this.message.state === "cut" && state === "writing") {
       this.done = 0; // the last block goes on
       this.text.replaceChildren(this.tail);
     }
+    Object.assign(this, { message, mark });
     this.write();
     this.element.classList.toggle("writing", state === "writing");
     this.element.classList.toggle("dropped", context.isDropped);
     this.more.replaceChildren(...this.details(context));
-    this.showProbabilities(this.isOpen);
     this.offer(context);
   }
 
@@ -85,17 +70,16 @@ class MessageView {
     this.tail.textContent = role === "tool" ? "" : content.slice(this.done);
   }
 
-  *details({ isDropped, pending, call }) {
-    const { role, state, content, error, attachments } = this.message;
+  *details({ isDropped, pending }) {
+    const { id, role, state, content, call, error, attachments } = this.message;
     if (call) yield callCard(call, content);
     for (const { name, text } of attachments) {
       const shown = el("pre", { tabindex: "0" }, text);
       yield el("details", { class: "file" }, el("summary", {}, name), shown);
     }
     for (const open of pending) {
-      const give = (result) => this.act("result", [open.id, result]);
-      if (!this.cards.has(open.id)) this.cards.set(open.id, callCard(open, undefined, give));
-      yield this.cards.get(open.id); // with what was typed there
+      const give = (result) => this.thread.actions.result(id, open, result);
+      yield (this.cards[open.id] ??= callCard(open, null, give)); // with what was typed there
     }
     if (isDropped) yield el("p", { class: "note" }, "The model isn't sent this any more.");
     if (state === "cut") yield el("p", { class: "note cut" }, `This answer was cut. ${error}`);
@@ -122,39 +106,44 @@ class MessageView {
     find(".versions", this.actions).textContent = versions > 1 ? `${place} of ${versions}` : "";
   }
 
-  showProbabilities(isOpen) {
-    this.isOpen = Boolean(isOpen && this.message.logprobs);
-    this.tokens?.remove();
-    this.tokens = this.isOpen ? probabilities(this.message) : null;
-    this.more.append(this.tokens ?? "");
+  toggleProbabilities() {
+    const shown = find(".probabilities", this.more);
+    if (shown) shown.remove();
+    else this.more.append(probabilities(this.message));
   }
 
-  edit() {
+  toggleEditor() {
     const box = find("textarea", this.editor);
     box.value = this.message.content;
-    [this.editor.hidden, this.text.hidden] = [false, true];
-    box.style.height = `${Math.min(400, box.scrollHeight + 4)}px`;
-    box.focus();
+    [this.editor.hidden, this.text.hidden] = [this.text.hidden, this.editor.hidden];
+    (this.editor.hidden ? find("[data-do=edit]", this.actions) : box).focus();
   }
 
-  leave() {
-    [this.editor.hidden, this.text.hidden] = [true, false];
-    find("[data-do=edit]", this.actions).focus();
+  save() {
+    const { value } = find("textarea", this.editor);
+    this.toggleEditor();
+    this.thread.actions.change(this.message.id, value);
   }
 }
 
 export class Thread {
-  /** `act(name, message, value)` is called for what a person does to a message. */
-  constructor(element, api, act) {
-    Object.assign(this, { element, api, act, views: new Map(), html: new Map(), isAtEnd: true });
-    this.list = find(".list", element);
-    this.rendering = Promise.resolve();
-    element.addEventListener("scroll", () => {
-      this.isAtEnd = element.scrollHeight - element.scrollTop - element.clientHeight < 60;
+  views = new Map();
+
+  html = new Map();
+
+  rendering = Promise.resolve();
+
+  /** `actions` are what the page does to a message, of which they get the id. */
+  constructor(element, api, actions) {
+    Object.assign(this, { element, api, actions, list: find(".list", element) });
+    const view = (act) => (id) => act(this.views.get(id));
+    actOn(this.list, {
+      ...actions,
+      copy: view(({ message }) => copy(contentOf(message))),
+      edit: view((one) => one.toggleEditor()),
+      save: view((one) => one.save()),
+      probabilities: view((one) => one.toggleProbabilities()),
     });
-    this.toEnd = () => this.isAtEnd && element.scrollTo(0, element.scrollHeight);
-    this.resized = new ResizeObserver(this.toEnd);
-    for (const part of [element, this.list]) this.resized.observe(part);
     const options = { root: element, rootMargin: "600px" };
     this.nearby = new IntersectionObserver((entries) => this.approach(entries), options);
   }
@@ -185,18 +174,17 @@ export class Thread {
 
   show(conversation) {
     if (conversation.id !== this.id) {
-      Object.assign(this, { id: conversation.id, isAtEnd: true, views: new Map() });
+      Object.assign(this, { id: conversation.id, views: new Map() });
       this.nearby.disconnect();
       this.list.replaceChildren();
+      this.toEnd();
     }
     const [shown, children] = [path(conversation), childrenOf(conversation)];
-    const { calls, caller } = openCalls(conversation);
-    const before = this.views;
-    this.views = new Map(shown.map((message) => {
-      return [message.id, before.get(message.id) ?? new MessageView(this, message)];
-    }));
+    const [{ calls, caller }, before] = [openCalls(conversation), this.views];
+    const viewOf = (message) => before.get(message.id) ?? new MessageView(this, message);
+    this.views = new Map(shown.map((message) => [message.id, viewOf(message)]));
     for (const [id, { element }] of before) if (!this.views.has(id)) element.remove();
-    shown.forEach((message, i) => {
+    for (const [i, message] of shown.entries()) {
       const [view, versions] = [this.views.get(message.id), children.get(message.parent)];
       if (view.element !== this.list.children[i]) {
         this.list.insertBefore(view.element, this.list.children[i] ?? null);
@@ -208,11 +196,12 @@ export class Thread {
         isDropped: conversation.dropped.includes(message.id),
         isLast: message.id === conversation.leaf,
         pending: message.id === caller && message.state !== "writing" ? calls : [],
-        call: message.role === "tool" ? callOf(shown, i) : null,
       });
-    });
-    this.toEnd(); // at once, so that what stands there is rendered first
+    }
   }
+
+  // It counts from its end, so that it stays there as it grows.
+  toEnd = () => this.element.scrollTo(0, 0);
 
   /** Show what has been added to an answer, at most once a frame. */
   grow(message) {
@@ -227,16 +216,8 @@ export class Thread {
 
   /** Focus the button "next" or "previous" of a message, or else the other one of them. */
   focusVersion(id, name) {
-    const within = this.views.get(id)?.actions ?? this.element;
-    const offered = [...within.querySelectorAll("[data-do=previous], [data-do=next]")].filter(
-      (one) => !one.hidden,
-    );
-    (offered.find((one) => one.dataset.do === name) ?? offered[0] ?? this.element).focus();
+    const { actions } = this.views.get(id);
+    const offered = (one) => find(`[data-do=${one}]:not([hidden])`, actions);
+    (offered(name) ?? offered("previous") ?? offered("next")).focus();
   }
-}
-
-/** Return the call whose result a message is. */
-function callOf(shown, i) {
-  const caller = shown.slice(0, i).findLast(({ role }) => role !== "tool");
-  return caller?.tool_calls?.find(({ id }) => id === shown[i].tool_call_id) ?? null;
 }

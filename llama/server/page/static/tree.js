@@ -9,15 +9,15 @@ export function newId() {
   return `m${bytes.map((byte) => byte.toString(16).padStart(2, "0")).join("")}`;
 }
 
-export function newConversation(fields = {}) {
-  const [created, empty] = [Date.now(), { system: "", settings: {}, tools: "", messages: {} }];
-  const base = { id: newId(), title: UNNAMED, created, updated: created, ...empty };
-  return { ...base, leaf: null, dropped: [], ...fields };
+export function newConversation() {
+  const [id, now] = [newId(), Date.now()];
+  const empty = { settings: { system: "", tools: "" }, messages: {}, leaf: null, dropped: [] };
+  return { id, title: UNNAMED, created: now, updated: now, ...empty };
 }
 
 export function newMessage(role, content, fields = {}) {
   const answer = { finish_reason: null, usage: null, seconds: null, logprobs: null, error: "" };
-  const calls = { tool_calls: null, tool_call_id: null, attachments: [] };
+  const calls = { tool_calls: null, tool_call_id: null, call: null, attachments: [] };
   const base = { id: newId(), parent: null, role, content, state: "complete" };
   return { ...base, ...answer, ...calls, ...fields };
 }
@@ -26,7 +26,7 @@ export function newMessage(role, content, fields = {}) {
 export function addMessage(conversation, message, parent = conversation.leaf) {
   if (conversation.title === UNNAMED && !Object.keys(conversation.messages).length) {
     const line = message.content.trim().split("\n", 1)[0] || message.attachments[0]?.name;
-    conversation.title = line.length > 60 ? `${line.slice(0, 57)}…` : line;
+    conversation.title = line.slice(0, 60);
   }
   conversation.messages[message.id] = { ...message, parent };
   conversation.leaf = message.id;
@@ -34,10 +34,10 @@ export function addMessage(conversation, message, parent = conversation.leaf) {
   return message.id;
 }
 
-/** Return the messages from the first one to a message, by default the shown end. */
-export function path({ messages, leaf }, end = leaf) {
+/** Return the messages from the first one to the shown end. */
+export function path({ messages, leaf }) {
   const found = [];
-  for (let id = end; id !== null; id = messages[id].parent) found.unshift(messages[id]);
+  for (let id = leaf; id !== null; id = messages[id].parent) found.unshift(messages[id]);
   return found;
 }
 
@@ -51,10 +51,6 @@ export function childrenOf({ messages }) {
   return children;
 }
 
-/** Return the ids of a message's versions. */
-export const siblings = (conversation, id) =>
-  childrenOf(conversation).get(conversation.messages[id].parent);
-
 /** Show the newest branch behind a message, or of all (null). */
 function showNewest(conversation, id) {
   const children = childrenOf(conversation);
@@ -64,7 +60,7 @@ function showNewest(conversation, id) {
 
 /** Show the previous (-1) or next (1) version of a message with what followed; return its id. */
 export function walk(conversation, id, step) {
-  const versions = siblings(conversation, id);
+  const versions = childrenOf(conversation).get(conversation.messages[id].parent);
   const other = versions[versions.indexOf(id) + step] ?? id;
   showNewest(conversation, other);
   return other;
@@ -72,8 +68,8 @@ export function walk(conversation, id, step) {
 
 /** Add another version of a message beside it, as a branch of its own. */
 export function edit(conversation, id, content) {
-  const { role, parent, attachments, tool_call_id } = conversation.messages[id];
-  addMessage(conversation, newMessage(role, content, { attachments, tool_call_id }), parent);
+  const { role, parent, attachments, tool_call_id, call } = conversation.messages[id];
+  addMessage(conversation, newMessage(role, content, { attachments, tool_call_id, call }), parent);
 }
 
 /**
@@ -102,10 +98,10 @@ export function removeTurn(conversation, id) {
 /** Return the calls at the shown end that have no result yet, and the id of their message. */
 export function openCalls(conversation) {
   const shown = path(conversation);
-  const at = shown.findLastIndex(({ role }) => role !== "tool");
-  const results = shown.slice(at + 1).map(({ tool_call_id }) => tool_call_id);
-  const calls = (shown[at]?.tool_calls ?? []).filter(({ id }) => !results.includes(id));
-  return { calls, caller: shown[at]?.id };
+  const caller = shown.findLast(({ role }) => role !== "tool");
+  const results = shown.slice(shown.indexOf(caller)).map(({ tool_call_id }) => tool_call_id);
+  const calls = (caller?.tool_calls ?? []).filter(({ id }) => !results.includes(id));
+  return { calls, caller: caller?.id };
 }
 
 // The fence is longer than any in the text, so that the text can't end it.
@@ -122,23 +118,23 @@ export const contentOf = ({ content, attachments }) =>
 function toMessage(message) {
   const { role, tool_calls, tool_call_id } = message;
   const sent = { role, content: contentOf(message), ...(tool_call_id && { tool_call_id }) };
-  if (!tool_calls?.length) return sent;
+  if (!tool_calls) return sent;
   const called = tool_calls.map(({ id, ...call }) => ({ id, type: "function", function: call }));
   return { ...sent, content: sent.content || null, tool_calls: called };
 }
 
-/** Return the messages that the API gets, up to one, by default the shown end. */
-export function toMessages(conversation, end = conversation.leaf) {
-  const { system, dropped } = conversation;
+/** Return the messages that the API gets. */
+export function toMessages(conversation) {
+  const { settings, dropped } = conversation;
   const isSent = ({ id, role, content, tool_calls }) =>
-    !dropped.includes(id) && (role !== "assistant" || content || tool_calls?.length);
-  const sent = path(conversation, end).filter(isSent).map(toMessage);
-  return system.trim() ? [{ role: "system", content: system }, ...sent] : sent;
+    !dropped.includes(id) && (role !== "assistant" || content || tool_calls);
+  const sent = path(conversation).filter(isSent).map(toMessage);
+  return settings.system.trim() ? [{ role: "system", content: settings.system }, ...sent] : sent;
 }
 
 export function toMarkdown(conversation) {
-  const { title, system } = conversation;
-  const parts = [`# ${title}`, ...(system.trim() ? ["## System prompt", system] : [])];
+  const { title, settings } = conversation;
+  const parts = [`# ${title}`, ...(settings.system ? ["## System prompt", settings.system] : [])];
   for (const message of path(conversation)) {
     parts.push(`## ${NAMES[message.role]}`, contentOf(message));
     for (const { name, arguments: text } of message.tool_calls ?? []) {
