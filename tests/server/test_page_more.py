@@ -104,7 +104,6 @@ def test_a_wrong_setting_is_told_beside_it_and_stays(page: Any, site: Site) -> N
         "Top-p": ("1.5", "expected a number from 0 to 1"),
         "Seed": ("seven", "expected a whole number"),
         "Longest answer": ("0", "expected a whole number, 1 or more"),
-        "Stop strings": ("x\n" * 17, "expected up to 16 lines"),
         "Response schema": ("{", "this is no JSON"),
     }
     for label, (text, told) in wrong.items():
@@ -287,8 +286,6 @@ def test_tools_that_cannot_be_read_are_told(page: Any, site: Site) -> None:
     for text, told in (
         ("{", "this is no JSON"),
         ("{}", "expected a list"),
-        ('[{"type": "function"}]', "number 1 isn't"),
-        ('[{"type": "function", "function": {"name": "a b"}}]', 'the name "a b"'),
     ):
         box = settings(page).get_by_label("Tools")
         box.fill(text)
@@ -297,7 +294,7 @@ def test_tools_that_cannot_be_read_are_told(page: Any, site: Site) -> None:
     expect(box).to_have_value(text)
     close(page)
     say(page, "Do you answer?")
-    expect(page.get_by_role("alert").filter(has_text="Tools: the name")).to_be_visible()
+    expect(page.get_by_role("alert").filter(has_text="Tools: expected a list")).to_be_visible()
     assert not site.api.bodies()
 
 

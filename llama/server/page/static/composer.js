@@ -1,6 +1,6 @@
 // The box in which a message is written, with the files that go along.
 
-import { actOn, button, chooseFiles, count, el, find, tell } from "./dom.js";
+import { button, chooseFiles, count, el, find, showRunning, tell } from "./dom.js";
 import { keep, recall } from "./store.js";
 
 const MAX_BYTES = 200_000; // of a file
@@ -27,11 +27,10 @@ function keepDraft(id, text, attachments) {
 }
 
 export class Composer {
-  /** `onSend(text, attachments)` resolves to false if they stay to be sent. */
-  constructor(element, { onSend, onStop }) {
-    Object.assign(this, { element, onSend, files: [], id: null, box: find("textarea", element) });
+  /** `send(text, attachments)` resolves to false if they stay to be sent. */
+  constructor(element, send) {
+    Object.assign(this, { element, send, files: [], id: null, box: find("textarea", element) });
     chooseFiles(element, (files) => this.attach(files));
-    actOn(element, { stop: onStop });
     element.addEventListener("submit", (event) => {
       event.preventDefault();
       this.submit();
@@ -98,20 +97,14 @@ export class Composer {
 
   async submit() {
     const [id, text, files] = [this.id, this.box.value, this.files];
-    if (this.isRunning || (!text.trim() && !files.length)) return;
+    if (!find(".stop", this.element).hidden || (!text.trim() && !files.length)) return;
     this.set("", []);
     this.box.focus();
-    const isSent = await this.onSend(text, files);
+    const isSent = await this.send(text, files);
     keepDraft(id, isSent ? "" : text, isSent ? [] : files);
     if (isSent) this.keep();
     else if (this.id === id) this.set(text, files);
   }
 
-  setRunning(isRunning) {
-    const send = find("[type=submit]", this.element);
-    const stop = find("[data-do=stop]", this.element);
-    const hadFocus = [send, stop].includes(document.activeElement);
-    [this.isRunning, send.hidden, stop.hidden] = [isRunning, isRunning, !isRunning];
-    if (hadFocus) this.box.focus();
-  }
+  setRunning = (isRunning) => showRunning(this.element, isRunning);
 }

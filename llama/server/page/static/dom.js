@@ -25,14 +25,22 @@ export function actOn(root, actions) {
   });
 }
 
-/** Take the files that are chosen by the button "choose" of an element. */
+/** Take the files that are chosen by the button "files" of an element. */
 export function chooseFiles(root, take) {
   const input = find("input[type=file]", root);
-  actOn(root, { choose: () => input.click() });
+  actOn(root, { files: () => input.click() });
   input.addEventListener("change", async () => {
     await take([...input.files]);
     input.value = ""; // so that the same file can be chosen again
   });
+}
+
+/** Show the button that stops what an element's other one starts, or else that one. */
+export function showRunning(root, isRunning) {
+  const [start, stop] = [find(".start", root), find(".stop", root)];
+  const hadFocus = [start, stop].includes(document.activeElement);
+  [start.hidden, stop.hidden] = [isRunning, !isRunning];
+  if (hadFocus) (isRunning ? stop : start).focus();
 }
 
 /** Have the arrow keys move the focus between an element's children. */

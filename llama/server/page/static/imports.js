@@ -1,6 +1,6 @@
 // Conversations of a file that anybody may have written.
 
-import { newConversation, newId, newMessage } from "./tree.js";
+import { NAMES, newConversation, newId, newMessage } from "./tree.js";
 
 // Examples of what is taken: texts, numbers, lists of what their first item is like.
 const TOKEN = { token: "", logprob: 0 };
@@ -30,15 +30,12 @@ function refuse(text) {
   throw new Error(`This is no file of exported conversations: ${text}.`);
 }
 
-/** Return the fields that an example has, checked; those that are missing are the defaults. */
+/** Return the defaults with what is given, if that is like the example's fields. */
 function checked(given, defaults, example, where) {
-  const found = { ...defaults };
-  for (const name of Object.keys(example)) {
-    if (isObject(given) && Object.hasOwn(given, name)) found[name] = given[name];
-    const isDefault = found[name] === defaults[name];
-    if (!isDefault && !isLike(found[name], example[name])) {
-      refuse(`${where} has ${name} ${JSON.stringify(found[name]).slice(0, 80)}`);
-    }
+  const found = { ...defaults, ...given };
+  for (const [name, like] of Object.entries(example)) {
+    if (found[name] === defaults[name] || isLike(found[name], like)) continue;
+    refuse(`${where} has ${name} ${JSON.stringify(found[name]).slice(0, 80)}`);
   }
   return found;
 }
@@ -47,9 +44,7 @@ function messageOf([id, given]) {
   const where = `message ${id}`;
   const message = checked({ ...given, id }, newMessage("", ""), MESSAGE, where);
   if (!/^[A-Za-z][\w-]{0,63}$/.test(id)) refuse(`${where} has id ${id}`);
-  if (!["user", "assistant", "tool"].includes(message.role)) {
-    refuse(`${where} has role ${message.role}`);
-  }
+  if (!Object.hasOwn(NAMES, message.role)) refuse(`${where} has role ${message.role}`);
   return [id, { ...message, state: message.state === "complete" ? "complete" : "cut" }];
 }
 

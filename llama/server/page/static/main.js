@@ -17,9 +17,16 @@ import * as tree from "./tree.js";
 const exportJson = (conversations, title) =>
   download(`${title}.json`, "application/json", tree.toJson(conversations));
 
-const exportMarkdown = (conversation) =>
-  download(`${conversation.title}.md`, "text/markdown", tree.toMarkdown(conversation));
+/** Show the model's name, and in plain words what it is. */
+function describe({ id, max_model_len, meta }) {
+  find("h1").textContent = id;
+  const format = meta.chat_format && `chat format “${meta.chat_format}”`;
+  const context = `${count(max_model_len)} tokens of context`;
+  const about = [meta.description, meta.precision, format, context].filter(Boolean);
+  find(".names p").textContent = about.join(" · ");
+}
 
+/** The page. Buttons name its methods, which get the id of their conversation or message. */
 class Page {
   all = new Map();
 
@@ -29,48 +36,35 @@ class Page {
     Object.assign(this, { store, model });
     this.settings = new Settings(model);
     this.meter = new Meter(api, model);
-    this.thread = new Thread(find(".thread"), api, {
-      previous: (id) => this.walk(id, -1, "previous"),
-      next: (id) => this.walk(id, 1, "next"),
-      continue: (id) => this.answer(() => {}, id),
-      retry: (id) => this.retry(id),
-      change: (id, text) => this.edit(id, text),
-      result: (id, call, text) => this.giveResult(call, text),
-      remove: (id) => this.removeTurn(id),
-    });
-    this.composer = new Composer(find(".composer"), {
-      onSend: (text, attachments) => this.send(text, attachments),
-      onStop: () => this.runner.stop(this.shown.id),
-    });
-    this.runner = new Runner(api, model, store, {
-      onStart: (id) => id === this.shown.id && this.composer.setRunning(true),
-      onPiece: (id, message) => id === this.shown.id && this.thread.grow(message),
-      onEnd: (id, message, error) => this.end(id, message, error),
-    });
-    this.sidebar = new Sidebar(find(".sidebar"), {
-      create: () => this.choose(""),
-      open: (id) => this.choose(id),
-      rename: (id, title) => this.change(id, (conversation) => (conversation.title = title)),
-      remove: (id) => this.remove(id),
-      exportAll: () => exportJson([...this.all.values()], "conversations"),
-      exportJson: (id) => exportJson([this.all.get(id)], this.all.get(id).title),
-      exportMarkdown: (id) => exportMarkdown(this.all.get(id)),
-      importFiles: (files) => this.importFiles(files),
-    });
-    this.tell(model);
+    this.thread = new Thread(find(".thread"), api, this);
+    this.composer = new Composer(find(".composer"), (...what) => this.send(...what));
+    this.runner = new Runner(api, model, store, this);
+    this.sidebar = new Sidebar(find(".sidebar"), this);
+    describe(model);
     showTabs(model.meta);
     const fields = () => requestFields(this.shown.settings, model.meta.sampling);
     for (const panel of document.querySelectorAll(".task")) runTask(panel, api, model, fields);
-    actOn(find(".top"), { settings: () => this.openSettings() });
+    actOn(find("#page"), this);
   }
 
-  tell({ id, max_model_len, meta }) {
-    find("h1").textContent = id;
-    const format = meta.chat_format && `chat format “${meta.chat_format}”`;
-    const about = [meta.description, meta.precision, format];
-    const context = `${count(max_model_len)} tokens of context`;
-    find(".names p").textContent = [...about.filter(Boolean), context].join(" · ");
-  }
+  create = () => this.choose("");
+
+  exportAll = () => exportJson([...this.all.values()], "conversations");
+
+  exportJson = (id) => exportJson([this.all.get(id)], this.all.get(id).title);
+
+  exportMarkdown = (id) =>
+    download(`${this.all.get(id).title}.md`, "text/markdown", tree.toMarkdown(this.all.get(id)));
+
+  retitle = (id, title) => this.change(id, (conversation) => (conversation.title = title));
+
+  stopAnswer = () => this.runner.stop(this.shown.id);
+
+  continue = (id) => this.answer(() => {}, id);
+
+  previous = (id) => this.walk(id, -1, "previous");
+
+  next = (id) => this.walk(id, 1, "next");
 
   async start() {
     for (const found of await this.store.all()) this.all.set(found.id, found);
@@ -169,7 +163,7 @@ class Page {
     return this.answer((conversation) => (conversation.leaf = role === "assistant" ? parent : id));
   }
 
-  edit(id, text) {
+  revise(id, text) {
     const change = (conversation) => tree.edit(conversation, id, text);
     const isAnswer = this.shown.messages[id].role === "assistant";
     return isAnswer ? this.change(this.shown.id, change) : this.answer(change);
@@ -237,6 +231,8 @@ class Page {
       this.change(id, (conversation) => (conversation.settings = settings));
     });
   }
+
+  grow = (id, message) => id === this.shown.id && this.thread.grow(message);
 
   end(id, message, error) {
     if (id === this.shown.id) this.show(this.all.get(id) ?? this.shown);

@@ -44,12 +44,9 @@ export class Runner {
 
   watched = new Set();
 
-  /**
-   * `onStart(id)`, `onPiece(id, message)` and `onEnd(id, message, error)` are called with the
-   * conversation's id.
-   */
-  constructor(api, model, store, { onStart, onPiece, onEnd }) {
-    Object.assign(this, { api, model, store, onStart, onPiece, onEnd });
+  /** `page` has `grow(id, message)` and `end(id, message, error)` of a conversation's answer. */
+  constructor(api, model, store, page) {
+    Object.assign(this, { api, model, store, page });
     addEventListener("pagehide", () => {
       for (const { messageId, message } of this.running.values()) {
         if (message) keep(`end ${messageId}`, message); // the database is too slow for it
@@ -75,7 +72,6 @@ export class Runner {
     };
     const run = { messageId, controller: new AbortController() };
     this.running.set(id, run);
-    this.onStart(id);
     run.ended = withLock(messageId, () => this.write(id, run, begin));
   }
 
@@ -93,7 +89,7 @@ export class Runner {
     }
     await this.save(id, run).catch((failure) => (error ??= failure));
     this.running.delete(id);
-    this.onEnd(id, run.message, error);
+    this.page.end(id, run.message, error);
   }
 
   save(id, { message, controller }) {
@@ -117,7 +113,7 @@ export class Runner {
         if (event.choices[0]?.delta.content) n += 1;
         take(message, event, usage, n);
         isSaved = false;
-        this.onPiece(conversation.id, message);
+        this.page.grow(conversation.id, message);
       }
     } finally {
       clearInterval(timer);

@@ -6,15 +6,12 @@ const textOf = ({ title, settings, messages }) =>
   [title, settings.system, ...Object.values(messages).map(({ content }) => content)].join("\n");
 
 export class Sidebar {
-  /**
-   * `actions` has `create()`, `exportAll()` and `importFiles(files)`, and `open(id)`, `remove(id)`,
-   * `exportJson(id)`, `exportMarkdown(id)` and `rename(id, title)`.
-   */
-  constructor(element, actions) {
-    Object.assign(this, { element, actions, conversations: [] });
-    chooseFiles(element, actions.importFiles);
+  /** `page` has `retitle(id, title)` and `importFiles(files)`. */
+  constructor(element, page) {
+    Object.assign(this, { element, page, conversations: [] });
+    chooseFiles(element, (files) => page.importFiles(files));
     find("input[type=search]", element).addEventListener("input", () => this.list());
-    actOn(element, { ...actions, rename: (id) => this.rename(id) });
+    actOn(element, { rename: (id) => this.rename(id) });
   }
 
   update(conversations, shownId) {
@@ -51,6 +48,6 @@ export class Sidebar {
     const [dialog, box] = [find("#rename"), find("#rename-box")];
     box.value = this.conversations.find((one) => one.id === id).title;
     const isMeant = (await ask(dialog)) && box.value.trim();
-    if (isMeant) this.actions.rename(id, box.value.trim());
+    if (isMeant) this.page.retitle(id, box.value.trim());
   }
 }

@@ -1,7 +1,7 @@
 // The tabs, of what the model can do, and those for texts without a dialog.
 
 import { answerInfo } from "./answer_info.js";
-import { actOn, find, moveByArrows } from "./dom.js";
+import { actOn, find, moveByArrows, showRunning } from "./dom.js";
 import { keep, recall } from "./store.js";
 
 /** Show the tabs of what the model can do, and the first one's panel. */
@@ -29,30 +29,25 @@ export function showTabs({ chats, infills }) {
 /** Have a tab's texts continued by /v1/completions; `fields()` returns those of the settings. */
 export function runTask(panel, api, model, fields) {
   const inputs = [...panel.querySelectorAll("textarea")];
-  const [go, stop] = ["go", "stop"].map((name) => find(`[data-do=${name}]`, panel));
   const parts = ["result", "status", "problem"].map((name) => find(`.${name}`, panel));
   const [result, status, problem] = parts;
   let running = null;
   const texts = () => Object.fromEntries(inputs.map(({ name, value }) => [name, value]));
   const save = () => keep(panel.id, { ...texts(), result: result.textContent });
-  const showRunning = (isRunning) => {
-    const hadFocus = [go, stop].includes(document.activeElement);
-    [go.hidden, stop.hidden] = [isRunning, !isRunning];
-    if (hadFocus) (isRunning ? stop : go).focus();
-  };
 
   const run = async () => {
     running = new AbortController();
     for (const part of parts) part.replaceChildren();
-    showRunning(true);
+    showRunning(panel, true);
     const [answer, start] = [{}, performance.now()];
+    let n = 0; // the server counts at the end alone
     try {
       const { logprobs, top_logprobs, tools, max_tokens = null, ...sampling } = fields();
       const body = { model: model.id, ...texts(), ...sampling, max_tokens }; // null: as fit
       for await (const { choices, usage } of api.stream("v1/completions", body, running.signal)) {
         result.append(choices[0]?.text ?? "");
         answer.finish_reason = choices[0]?.finish_reason ?? answer.finish_reason;
-        answer.usage = usage;
+        answer.usage = usage ?? { completion_tokens: ++n };
         save();
       }
     } catch (error) {
@@ -60,13 +55,14 @@ export function runTask(panel, api, model, fields) {
     }
     answer.seconds = (performance.now() - start) / 1000;
     status.replaceChildren(answerInfo(answer));
-    showRunning(false);
+    showRunning(panel, false);
   };
 
-  actOn(panel, { go: run, stop: () => running.abort() });
+  actOn(panel, { run, halt: () => running.abort() });
   panel.addEventListener("input", save);
   panel.addEventListener("keydown", ({ key, ctrlKey, metaKey }) => {
-    if (key === "Enter" && (ctrlKey || metaKey) && !go.hidden) run();
+    const isMeant = key === "Enter" && (ctrlKey || metaKey);
+    if (isMeant && !find(".start", panel).hidden) run();
   });
   const kept = recall(panel.id) ?? {};
   for (const input of inputs) input.value = kept[input.name] ?? "";

@@ -30,6 +30,10 @@ class MessageView {
     for (const name of ["text", "editor", "more", "actions"]) {
       this[name] = find(`.${name}`, this.element);
     }
+    this.element.addEventListener("contentvisibilityautostatechange", ({ skipped }) => {
+      this.isNear ||= !skipped;
+      this.write();
+    });
     this.tail = el("div", { class: "plain", dir: "auto" });
     this.text.append(this.tail);
   }
@@ -71,14 +75,14 @@ class MessageView {
   }
 
   *details({ isDropped, pending }) {
-    const { id, role, state, content, call, error, attachments } = this.message;
+    const { role, state, content, call, error, attachments } = this.message;
     if (call) yield callCard(call, content);
     for (const { name, text } of attachments) {
       const shown = el("pre", { tabindex: "0" }, text);
       yield el("details", { class: "file" }, el("summary", {}, name), shown);
     }
     for (const open of pending) {
-      const give = (result) => this.thread.actions.result(id, open, result);
+      const give = (result) => this.thread.page.giveResult(open, result);
       yield (this.cards[open.id] ??= callCard(open, null, give)); // with what was typed there
     }
     if (isDropped) yield el("p", { class: "note" }, "The model isn't sent this any more.");
@@ -98,7 +102,7 @@ class MessageView {
       copy: isDone,
       edit: isDone && !tool_calls,
       probabilities: isDone && logprobs,
-      remove: isDone,
+      removeTurn: isDone,
     };
     for (const [name, isOffered] of Object.entries(offered)) {
       find(`[data-do=${name}]`, this.actions).hidden = !isOffered;
@@ -122,60 +126,44 @@ class MessageView {
   save() {
     const { value } = find("textarea", this.editor);
     this.toggleEditor();
-    this.thread.actions.change(this.message.id, value);
+    this.thread.page.revise(this.message.id, value);
   }
 }
 
 export class Thread {
   views = new Map();
 
-  html = new Map();
-
   rendering = Promise.resolve();
 
-  /** `actions` are what the page does to a message, of which they get the id. */
-  constructor(element, api, actions) {
-    Object.assign(this, { element, api, actions, list: find(".list", element) });
+  /** `page` has `revise(id, text)` and `giveResult(call, text)`. */
+  constructor(element, api, page) {
+    Object.assign(this, { element, api, page, list: find(".list", element) });
     const view = (act) => (id) => act(this.views.get(id));
     actOn(this.list, {
-      ...actions,
       copy: view(({ message }) => copy(contentOf(message))),
       edit: view((one) => one.toggleEditor()),
       save: view((one) => one.save()),
       probabilities: view((one) => one.toggleProbabilities()),
     });
-    const options = { root: element, rootMargin: "600px" };
-    this.nearby = new IntersectionObserver((entries) => this.approach(entries), options);
-  }
-
-  approach(entries) {
-    for (const { target } of entries.filter((entry) => entry.isIntersecting)) {
-      const view = this.views.get(target.dataset.id);
-      this.nearby.unobserve(target);
-      if (!view) continue;
-      view.isNear = true;
-      view.write();
-    }
   }
 
   /** Have the server render blocks, one after another; one that fails stays as it was written. */
   render(block) {
     const text = block.textContent;
     if (!text.trim()) return block.remove();
-    this.rendering = this.rendering.then(async () => {
-      const html = this.html.get(text) ?? (await this.api.render(text).catch(() => null));
-      if (html === null) return;
-      this.html.set(text, html);
-      block.className = "block";
-      block.innerHTML = html;
-      furnish(block);
-    });
+    this.rendering = this.rendering
+      .then(() => this.api.render(text))
+      .then((html) => {
+        block.className = "block";
+        block.innerHTML = html;
+        furnish(block);
+      })
+      .catch(() => {});
   }
 
   show(conversation) {
     if (conversation.id !== this.id) {
       Object.assign(this, { id: conversation.id, views: new Map() });
-      this.nearby.disconnect();
       this.list.replaceChildren();
       this.toEnd();
     }
@@ -186,12 +174,10 @@ export class Thread {
     for (const [id, { element }] of before) if (!this.views.has(id)) element.remove();
     for (const [i, message] of shown.entries()) {
       const [view, versions] = [this.views.get(message.id), children.get(message.parent)];
-      if (view.element !== this.list.children[i]) {
-        this.list.insertBefore(view.element, this.list.children[i] ?? null);
-        this.nearby.observe(view.element);
-      }
+      const there = this.list.children[i] ?? null;
+      if (view.element !== there) this.list.insertBefore(view.element, there);
       view.update(message, {
-        place: versions.indexOf(message.id) + 1,
+        place: versions.indexOf(message) + 1,
         versions: versions.length,
         isDropped: conversation.dropped.includes(message.id),
         isLast: message.id === conversation.leaf,
@@ -203,15 +189,12 @@ export class Thread {
   // It counts from its end, so that it stays there as it grows.
   toEnd = () => this.element.scrollTo(0, 0);
 
-  /** Show what has been added to an answer, at most once a frame. */
+  /** Show what has been added to an answer. */
   grow(message) {
     const view = this.views.get(message.id);
     if (!view) return;
     view.message = message;
-    this.frame ??= requestAnimationFrame(() => {
-      this.frame = null;
-      view.write();
-    });
+    view.write();
   }
 
   /** Focus the button "next" or "previous" of a message, or else the other one of them. */

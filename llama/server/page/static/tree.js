@@ -41,29 +41,24 @@ export function path({ messages, leaf }) {
   return found;
 }
 
-/** Return the ids of the messages behind each one, from the oldest; behind null are the first. */
-export function childrenOf({ messages }) {
-  const children = new Map();
-  for (const { id, parent } of Object.values(messages)) {
-    if (!children.has(parent)) children.set(parent, []);
-    children.get(parent).push(id);
-  }
-  return children;
-}
+/** Return the messages behind each one's id, from the oldest; behind null are the first. */
+export const childrenOf = ({ messages }) =>
+  Map.groupBy(Object.values(messages), ({ parent }) => parent);
 
 /** Show the newest branch behind a message, or of all (null). */
 function showNewest(conversation, id) {
   const children = childrenOf(conversation);
-  while (children.has(id)) id = children.get(id).at(-1);
+  while (children.has(id)) id = children.get(id).at(-1).id;
   conversation.leaf = id;
 }
 
 /** Show the previous (-1) or next (1) version of a message with what followed; return its id. */
 export function walk(conversation, id, step) {
-  const versions = childrenOf(conversation).get(conversation.messages[id].parent);
-  const other = versions[versions.indexOf(id) + step] ?? id;
-  showNewest(conversation, other);
-  return other;
+  const message = conversation.messages[id];
+  const versions = childrenOf(conversation).get(message.parent);
+  const other = versions[versions.indexOf(message) + step] ?? message;
+  showNewest(conversation, other.id);
+  return other.id;
 }
 
 /** Add another version of a message beside it, as a branch of its own. */
@@ -72,23 +67,16 @@ export function edit(conversation, id, content) {
   addMessage(conversation, newMessage(role, content, { attachments, tool_call_id, call }), parent);
 }
 
-/**
- * Remove a message, with the answers to it if it is the user's and the tools' results if it is the
- * assistant's. What came after it follows what was before it.
- */
+/** Remove a message with all that answers it; the next question follows what was before it. */
 export function removeTurn(conversation, id) {
-  const [{ messages }, children, removed] = [conversation, childrenOf(conversation), new Set()];
-  const { role, parent } = messages[id];
-  const parts = role === "user" ? ["assistant", "tool"] : ["tool"];
-  const take = (one) => {
-    removed.add(one);
-    const isPart = (child) => parts.includes(messages[child].role);
-    (children.get(one) ?? []).filter(isPart).forEach(take);
-  };
-  take(id);
-  removed.forEach((one) => delete messages[one]);
-  for (const message of Object.values(messages)) {
-    if (removed.has(message.parent)) message.parent = parent;
+  const [{ messages }, children, removed] = [conversation, childrenOf(conversation), new Set([id])];
+  const { parent } = messages[id];
+  for (const one of removed) {
+    for (const child of children.get(one) ?? []) {
+      if (child.role === "user") child.parent = parent;
+      else removed.add(child.id);
+    }
+    delete messages[one];
   }
   conversation.dropped = conversation.dropped.filter((one) => !removed.has(one));
   if (removed.has(conversation.leaf)) showNewest(conversation, parent);
