@@ -199,7 +199,7 @@ def test_either_side_is_edited_and_the_branches_walked(page: Any, site: Site) ->
     talk(page, "One?", "Two?")
     button(questions(page).first, "Edit").click()
     page.get_by_role("textbox", name="New text").fill("Three?")
-    button(questions(page).first, "Save").click()
+    button(page, "Save").click()
     expect(answers(page)).to_contain_text(["Answer 3"])
     ready(page)
     assert site.api.dialogs()[-1] == [("user", "Three?")]
@@ -212,7 +212,7 @@ def test_either_side_is_edited_and_the_branches_walked(page: Any, site: Site) ->
     expect(answers(page)).to_contain_text(["Answer 3"])
     button(answers(page), "Edit").click()
     page.get_by_role("textbox", name="New text").fill("As I **say**.")
-    button(answers(page), "Save").click()
+    button(page, "Save").click()
     expect(answers(page).locator("strong")).to_have_text("say")
     expect(answers(page)).to_contain_text("2 of 2")
     assert len(site.api.bodies()) == 3, "an edited answer is answered"
@@ -224,7 +224,7 @@ def test_either_side_is_edited_and_the_branches_walked(page: Any, site: Site) ->
     ]
     button(questions(page).first, "Edit").click()
     page.get_by_role("textbox", name="New text").fill("Never")
-    button(questions(page).first, "Cancel").click()
+    button(page, "Cancel").click()
     expect(questions(page).first).to_contain_text("Three?")
 
 

@@ -1,6 +1,6 @@
 // The box in which a message is written, with the files that go along.
 
-import { button, chooseFiles, count, el, find, showRunning, tell } from "./dom.js";
+import { button, chooseFiles, count, el, find, showRunning, tell, tellError } from "./dom.js";
 import { keep, recall } from "./store.js";
 
 const MAX_BYTES = 200_000; // of a file
@@ -55,22 +55,19 @@ export class Composer {
 
   async attach(files) {
     for (const file of files) {
-      await readText(file).then(
-        (read) => this.set(this.box.value, [...this.files, read]),
-        (error) => tell(error.message),
-      );
+      await readText(file).then((read) => this.setFiles([...this.files, read]), tellError);
     }
+  }
+
+  setFiles(files) {
+    this.set(this.box.value, files);
     this.keep();
     this.box.focus();
   }
 
   set(text, files) {
     const chip = (file) => {
-      const remove = () => {
-        this.set(this.box.value, this.files.filter((other) => other !== file));
-        this.keep();
-        this.box.focus();
-      };
+      const remove = () => this.setFiles(this.files.filter((other) => other !== file));
       return el("li", {}, file.name, button("×", remove, { "aria-label": `Remove ${file.name}` }));
     };
     this.files = files;

@@ -71,10 +71,12 @@ export function tell(text, label = "", run = null, role = "alert") {
   [act.textContent, act.hidden] = [label, !run];
   const dismiss = () => told.remove();
   actOn(told, { dismiss, act: () => (dismiss(), run()) });
-  const isOver = (old) => find("p", old).textContent === text || old.role === "status";
+  const isOver = (old) => find("p", old).textContent === text;
   [...find("#errors").children].filter(isOver).forEach((old) => old.remove());
   find("#errors").append(told);
 }
+
+export const tellError = ({ message }) => tell(message);
 
 /** Show a dialog; return the value of the button that closed it, "" if none did. */
 export function ask(dialog) {
@@ -82,6 +84,13 @@ export function ask(dialog) {
   dialog.showModal();
   const closed = (resolve) => dialog.addEventListener("close", resolve, { once: true });
   return new Promise(closed).then(() => dialog.returnValue);
+}
+
+/** Ask for a text in a dialog's box; return "" if it is cancelled. */
+export async function askText(dialog, text) {
+  const box = find("input, textarea", dialog);
+  box.value = text;
+  return (await ask(dialog)) && box.value;
 }
 
 export function copy(text) {

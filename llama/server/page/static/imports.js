@@ -12,7 +12,7 @@ const MESSAGE = {
   ...{ tool_call_id: "", attachments: [{ name: "", text: "" }] },
 };
 const CONVERSATION = {
-  ...{ id: "", title: "", created: 0, updated: 0, settings: { system: "", tools: "" } },
+  ...{ id: "", title: "", created: 0, settings: { system: "", tools: "" } },
   ...{ messages: {}, leaf: "", dropped: [""] },
 };
 

@@ -2,7 +2,7 @@
 
 import { Api } from "./api.js";
 import { Composer } from "./composer.js";
-import { actOn, announce, ask, count, download, find, tell } from "./dom.js";
+import { actOn, announce, askText, copy, count, download, find, tell, tellError } from "./dom.js";
 import { fromJson } from "./imports.js";
 import { Meter } from "./meter.js";
 import { Runner } from "./runner.js";
@@ -36,10 +36,13 @@ class Page {
     Object.assign(this, { store, model });
     this.settings = new Settings(model);
     this.meter = new Meter(api, model);
-    this.thread = new Thread(find(".thread"), api, this);
+    this.thread = new Thread(find(".thread"), api, (...what) => this.giveResult(...what));
     this.composer = new Composer(find(".composer"), (...what) => this.send(...what));
-    this.runner = new Runner(api, model, store, this);
-    this.sidebar = new Sidebar(find(".sidebar"), this);
+    this.runner = new Runner(api, model, store, {
+      onPiece: (message) => this.thread.grow(message),
+      onEnd: (...what) => this.end(...what),
+    });
+    this.sidebar = new Sidebar(find(".sidebar"), (files) => this.importFiles(files));
     describe(model);
     showTabs(model.meta);
     const fields = () => requestFields(this.shown.settings, model.meta.sampling);
@@ -56,7 +59,10 @@ class Page {
   exportMarkdown = (id) =>
     download(`${this.all.get(id).title}.md`, "text/markdown", tree.toMarkdown(this.all.get(id)));
 
-  retitle = (id, title) => this.change(id, (conversation) => (conversation.title = title));
+  async rename(id) {
+    const title = await askText(find("#rename"), this.all.get(id).title);
+    if (title.trim()) await this.change(id, (conversation) => (conversation.title = title));
+  }
 
   stopAnswer = () => this.runner.stop(this.shown.id);
 
@@ -65,6 +71,10 @@ class Page {
   previous = (id) => this.walk(id, -1, "previous");
 
   next = (id) => this.walk(id, 1, "next");
+
+  copy = (id) => copy(tree.contentOf(this.shown.messages[id]));
+
+  probabilities = (id) => this.thread.views.get(id).toggleProbabilities();
 
   async start() {
     for (const found of await this.store.all()) this.all.set(found.id, found);
@@ -111,6 +121,7 @@ class Page {
   }
 
   async change(id, change) {
+    find("#errors [role=status]")?.remove(); // an undo would take this back, too
     try {
       if (id === this.shown.id && !this.all.has(id)) await this.keep();
       return await this.store.update(id, change);
@@ -136,13 +147,7 @@ class Page {
     await this.runner.stop(id);
     const planned = structuredClone(this.shown);
     change(planned);
-    let dropped = [];
-    try {
-      dropped = await this.meter.idsToDrop(planned);
-    } catch (error) {
-      tell(error.message);
-      return false;
-    }
+    const dropped = await this.meter.idsToDrop(planned).catch(tellError);
     const add = (conversation) => {
       conversation.dropped.push(...dropped);
       change(conversation);
@@ -163,10 +168,12 @@ class Page {
     return this.answer((conversation) => (conversation.leaf = role === "assistant" ? parent : id));
   }
 
-  revise(id, text) {
+  async edit(id) {
+    const { content, role } = this.shown.messages[id];
+    const text = await askText(find("#edit"), content);
+    if (!text) return;
     const change = (conversation) => tree.edit(conversation, id, text);
-    const isAnswer = this.shown.messages[id].role === "assistant";
-    return isAnswer ? this.change(this.shown.id, change) : this.answer(change);
+    await (role === "assistant" ? this.change(this.shown.id, change) : this.answer(change));
   }
 
   giveResult(call, text) {
@@ -177,23 +184,16 @@ class Page {
   }
 
   async walk(id, step, name) {
-    let other;
-    await this.change(this.shown.id, (conversation) => {
-      other = tree.walk(conversation, id, step);
-    });
+    const other = tree.versionOf(this.shown, id, step);
+    await this.change(this.shown.id, (conversation) => tree.showNewest(conversation, other));
     this.thread.focusVersion(other, name);
   }
 
   async removeTurn(id) {
-    const { id: at, messages, leaf } = this.shown;
-    await this.runner.stop(at);
-    await this.change(at, (conversation) => tree.removeTurn(conversation, id));
-    this.undoable("The turn is deleted.", () =>
-      this.change(at, (conversation) => {
-        Object.assign(conversation.messages, messages);
-        conversation.leaf = leaf;
-      }),
-    );
+    await this.runner.stop(this.shown.id);
+    const before = this.shown;
+    await this.change(before.id, (conversation) => tree.removeTurn(conversation, id));
+    tell("The turn is deleted.", "Undo", () => this.store.put(before), "status");
     this.thread.element.focus();
   }
 
@@ -201,13 +201,9 @@ class Page {
     await this.runner.stop(id);
     const conversation = this.all.get(id);
     await this.store.remove(id);
-    this.undoable(`“${conversation.title}” is deleted.`, async () => {
-      await this.store.put(conversation);
-      this.choose(id);
-    });
+    const undo = () => this.store.put(conversation).then(() => this.choose(id));
+    tell(`“${conversation.title}” is deleted.`, "Undo", undo, "status");
   }
-
-  undoable = (text, undo) => tell(text, "Undo", undo, "status");
 
   async importFiles(files) {
     for (const file of files) {
@@ -232,26 +228,23 @@ class Page {
     });
   }
 
-  grow = (id, message) => id === this.shown.id && this.thread.grow(message);
-
   end(id, message, error) {
     if (id === this.shown.id) this.show(this.all.get(id) ?? this.shown);
     if (error) tell(error.message);
-    else announce(message.content ? `Answer: ${message.content}` : "The answer has ended.");
+    else announce(message?.content ? `Answer: ${message.content}` : "The answer has ended.");
   }
 }
 
 async function askKey(isWrong) {
-  const [dialog, box] = [find("#key"), find("#key-box")];
   const says = isWrong ? "The server refused that wrong key." : "This server asks for a key.";
   find("#key-text").textContent = `${says} It is kept until this tab is closed.`;
-  box.value = "";
-  return (await ask(dialog)) && box.value.trim();
+  return (await askText(find("#key"), "")).trim();
 }
 
 async function start() {
   try {
-    const store = await Store.open();
+    const store = new Store();
+    await store.open();
     const api = new Api(askKey);
     const [model] = (await api.json("v1/models")).data;
     await new Page(store, api, model).start();

@@ -44,9 +44,9 @@ export class Runner {
 
   watched = new Set();
 
-  /** `page` has `grow(id, message)` and `end(id, message, error)` of a conversation's answer. */
-  constructor(api, model, store, page) {
-    Object.assign(this, { api, model, store, page });
+  /** `onPiece(message)` and `onEnd(id, message, error)` are called with the conversation's id. */
+  constructor(api, model, store, { onPiece, onEnd }) {
+    Object.assign(this, { api, model, store, onPiece, onEnd });
     addEventListener("pagehide", () => {
       for (const { messageId, message } of this.running.values()) {
         if (message) keep(`end ${messageId}`, message); // the database is too slow for it
@@ -65,8 +65,7 @@ export class Runner {
     if (this.running.has(id)) return;
     const messageId = cutId ?? newId();
     const begin = (conversation) => {
-      const found = conversation.messages[messageId];
-      if (!found) addMessage(conversation, newMessage("assistant", "", { id: messageId }));
+      if (!cutId) addMessage(conversation, newMessage("assistant", "", { id: messageId }));
       const again = { state: "writing", error: "", finish_reason: null };
       Object.assign(conversation.messages[messageId], again);
     };
@@ -84,12 +83,11 @@ export class Runner {
       run.message.state = run.message.finish_reason === "length" ? "cut" : "complete";
     } catch (failure) {
       error = run.controller.signal.aborted ? null : failure;
-      const cut = { state: "cut", error: error?.message ?? "" };
-      if (run.message) Object.assign(run.message, cut);
+      Object.assign(run.message ?? {}, { state: "cut", error: error?.message ?? "" });
     }
     await this.save(id, run).catch((failure) => (error ??= failure));
     this.running.delete(id);
-    this.page.end(id, run.message, error);
+    this.onEnd(id, run.message, error);
   }
 
   save(id, { message, controller }) {
@@ -113,7 +111,7 @@ export class Runner {
         if (event.choices[0]?.delta.content) n += 1;
         take(message, event, usage, n);
         isSaved = false;
-        this.page.grow(conversation.id, message);
+        this.onPiece(message);
       }
     } finally {
       clearInterval(timer);

@@ -1,10 +1,10 @@
 // The sheet of settings. Each change is in the conversation at once.
 
-import { actOn, announce, el, find } from "./dom.js";
+import { actOn, el, find } from "./dom.js";
 import { read } from "./sampling.js";
 import { keep, recall } from "./store.js";
 
-const showTheme = () => (document.documentElement.dataset.theme = recall("theme") ?? "auto");
+const showTheme = () => (document.documentElement.dataset.theme = recall("theme"));
 
 export class Settings {
   dialog = find("#settings");
@@ -19,11 +19,12 @@ export class Settings {
     find("#set-logprobs").value = most;
     find("#set-logprobs").closest(".switch").hidden = most === 0;
     this.hasTools = meta.tools;
+    const example = find("#example").content.textContent;
     this.dialog.addEventListener("input", ({ target }) => this.#take(target));
     actOn(this.dialog, {
-      example: () => this.#fill("tools", find("#set-tools").value || find("#example").content.textContent),
-      savePreset: () => this.#savePreset(),
-      removePreset: () => this.#removePreset(),
+      example: () => this.#fill("tools", find("#set-tools").value || example),
+      savePreset: () => this.#keepPreset(find("#preset-name").value, find("#set-system").value),
+      removePreset: () => this.#keepPreset(find("#preset").value, undefined),
     });
     addEventListener("storage", showTheme); // another tab's choice
     showTheme();
@@ -39,8 +40,7 @@ export class Settings {
       else box.value = value;
       this.#check(box);
     }
-    const isOffered = this.hasTools || Boolean(settings.tools);
-    [find("#tools").hidden, find("#no-tools").hidden] = [!isOffered, isOffered];
+    find("#tools").hidden = !this.hasTools && !settings.tools;
     this.#listPresets("");
     this.dialog.showModal();
     this.dialog.scrollTo(0, 0);
@@ -84,17 +84,9 @@ export class Settings {
     [find("#preset").value, find("#preset-name").value] = [chosen, chosen];
   }
 
-  #savePreset() {
-    const name = find("#preset-name").value.trim();
-    if (!name) return find("#preset-name").focus();
-    keep("presets", { ...recall("presets"), [name]: find("#set-system").value });
-    this.#listPresets(name);
-    announce(`The preset ${name} is saved.`);
-  }
-
-  #removePreset() {
-    const { [find("#preset").value]: removed, ...others } = recall("presets") ?? {};
-    keep("presets", others);
-    this.#listPresets("");
+  /** Keep a preset; without a text it is removed. */
+  #keepPreset(name, text) {
+    keep("presets", { ...recall("presets"), [name]: text });
+    this.#listPresets(text === undefined ? "" : name);
   }
 }

@@ -1,17 +1,15 @@
 // The list of conversations: search, rename, delete, export and import.
 
-import { actOn, ask, chooseFiles, copyOf, find } from "./dom.js";
+import { chooseFiles, copyOf, find } from "./dom.js";
 
 const textOf = ({ title, settings, messages }) =>
   [title, settings.system, ...Object.values(messages).map(({ content }) => content)].join("\n");
 
 export class Sidebar {
-  /** `page` has `retitle(id, title)` and `importFiles(files)`. */
-  constructor(element, page) {
-    Object.assign(this, { element, page, conversations: [] });
-    chooseFiles(element, (files) => page.importFiles(files));
+  constructor(element, importFiles) {
+    Object.assign(this, { element, conversations: [] });
+    chooseFiles(element, importFiles);
     find("input[type=search]", element).addEventListener("input", () => this.list());
-    actOn(element, { rename: (id) => this.rename(id) });
   }
 
   update(conversations, shownId) {
@@ -42,12 +40,5 @@ export class Sidebar {
     item.classList.toggle("shown", id === this.shownId);
     if (id === this.shownId) find(".title", item).setAttribute("aria-current", "page");
     return item;
-  }
-
-  async rename(id) {
-    const [dialog, box] = [find("#rename"), find("#rename-box")];
-    box.value = this.conversations.find((one) => one.id === id).title;
-    const isMeant = (await ask(dialog)) && box.value.trim();
-    if (isMeant) this.page.retitle(id, box.value.trim());
   }
 }

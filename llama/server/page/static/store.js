@@ -25,17 +25,16 @@ function openDatabase() {
 
 /** The conversations by their id. */
 export class Store {
-  /** Called with the id and the record, if it is still there, after this or another tab's change. */
+  /** Called with the id and the record, if it is still there, after a change of any tab. */
   onChange = () => {};
 
-  static async open() {
-    const store = new Store();
-    store.database = await openDatabase().catch(() => {
+  channel = new BroadcastChannel("llama");
+
+  async open() {
+    this.database = await openDatabase().catch(() => {
       throw new Error(FORBIDDEN);
     });
-    store.channel = new BroadcastChannel("llama");
-    store.channel.onmessage = async ({ data: id }) => store.onChange(id, await store.get(id));
-    return store;
+    this.channel.onmessage = async ({ data: id }) => this.onChange(id, await this.get(id));
   }
 
   // Resolves when the transaction is complete: what was written is then kept.

@@ -11,12 +11,10 @@ export function showTabs({ chats, infills }) {
   find(".tabs").replaceChildren(...tabs);
   document.body.classList.toggle("no-chat", !chats);
   const show = (shown) => {
-    for (const panel of document.querySelectorAll("[role=tabpanel]")) {
-      panel.hidden = panel.id !== shown.getAttribute("aria-controls");
-    }
     for (const tab of tabs) {
       tab.setAttribute("aria-selected", String(tab === shown));
       tab.tabIndex = tab === shown ? 0 : -1;
+      find(`#${tab.getAttribute("aria-controls")}`).hidden = tab !== shown;
     }
   };
   for (const tab of tabs) {
@@ -60,10 +58,6 @@ export function runTask(panel, api, model, fields) {
 
   actOn(panel, { run, halt: () => running.abort() });
   panel.addEventListener("input", save);
-  panel.addEventListener("keydown", ({ key, ctrlKey, metaKey }) => {
-    const isMeant = key === "Enter" && (ctrlKey || metaKey);
-    if (isMeant && !find(".start", panel).hidden) run();
-  });
   const kept = recall(panel.id) ?? {};
   for (const input of inputs) input.value = kept[input.name] ?? "";
   result.textContent = kept.result ?? "";

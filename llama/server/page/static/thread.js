@@ -2,9 +2,9 @@
 
 import { answerInfo, probabilities } from "./answer_info.js";
 import { blockEnd } from "./blocks.js";
-import { actOn, button, copy, copyOf, el, find } from "./dom.js";
+import { button, copy, copyOf, el, find } from "./dom.js";
 import { callCard } from "./tools.js";
-import { childrenOf, contentOf, NAMES, openCalls, path } from "./tree.js";
+import { childrenOf, NAMES, openCalls, path } from "./tree.js";
 
 /** Add to rendered HTML what it needs to be used. */
 function furnish(block) {
@@ -27,9 +27,7 @@ class MessageView {
     this.element.classList.add(message.role);
     this.element.setAttribute("aria-label", NAMES[message.role]);
     this.element.dataset.id = message.id;
-    for (const name of ["text", "editor", "more", "actions"]) {
-      this[name] = find(`.${name}`, this.element);
-    }
+    for (const name of ["text", "more", "actions"]) this[name] = find(`.${name}`, this.element);
     this.element.addEventListener("contentvisibilityautostatechange", ({ skipped }) => {
       this.isNear ||= !skipped;
       this.write();
@@ -52,7 +50,7 @@ class MessageView {
     }
     Object.assign(this, { message, mark });
     this.write();
-    this.element.classList.toggle("writing", state === "writing");
+    this.element.dataset.state = state;
     this.element.classList.toggle("dropped", context.isDropped);
     this.more.replaceChildren(...this.details(context));
     this.offer(context);
@@ -82,7 +80,7 @@ class MessageView {
       yield el("details", { class: "file" }, el("summary", {}, name), shown);
     }
     for (const open of pending) {
-      const give = (result) => this.thread.page.giveResult(open, result);
+      const give = (result) => this.thread.giveResult(open, result);
       yield (this.cards[open.id] ??= callCard(open, null, give)); // with what was typed there
     }
     if (isDropped) yield el("p", { class: "note" }, "The model isn't sent this any more.");
@@ -91,22 +89,14 @@ class MessageView {
     else if (role === "assistant") yield answerInfo(this.message);
   }
 
-  offer({ place, versions, isLast }) {
-    const { role, parent, state, content, logprobs, tool_calls } = this.message;
-    const isDone = state !== "writing";
-    const offered = {
-      previous: place > 1,
-      next: place < versions,
-      continue: state === "cut" && content && isLast,
-      retry: isDone && (role === "assistant" ? parent : isLast),
-      copy: isDone,
-      edit: isDone && !tool_calls,
-      probabilities: isDone && logprobs,
-      removeTurn: isDone,
-    };
-    for (const [name, isOffered] of Object.entries(offered)) {
-      find(`[data-do=${name}]`, this.actions).hidden = !isOffered;
-    }
+  // What is offered by its role, state and place the style sheet knows.
+  offer({ place, versions }) {
+    const { logprobs, tool_calls } = this.message;
+    const hide = (name, isHidden) => (find(`[data-do=${name}]`, this.actions).hidden = isHidden);
+    hide("previous", place === 1);
+    hide("next", place === versions);
+    hide("edit", tool_calls !== null);
+    hide("probabilities", logprobs === null);
     find(".versions", this.actions).textContent = versions > 1 ? `${place} of ${versions}` : "";
   }
 
@@ -115,19 +105,6 @@ class MessageView {
     if (shown) shown.remove();
     else this.more.append(probabilities(this.message));
   }
-
-  toggleEditor() {
-    const box = find("textarea", this.editor);
-    box.value = this.message.content;
-    [this.editor.hidden, this.text.hidden] = [this.text.hidden, this.editor.hidden];
-    (this.editor.hidden ? find("[data-do=edit]", this.actions) : box).focus();
-  }
-
-  save() {
-    const { value } = find("textarea", this.editor);
-    this.toggleEditor();
-    this.thread.page.revise(this.message.id, value);
-  }
 }
 
 export class Thread {
@@ -135,16 +112,9 @@ export class Thread {
 
   rendering = Promise.resolve();
 
-  /** `page` has `revise(id, text)` and `giveResult(call, text)`. */
-  constructor(element, api, page) {
-    Object.assign(this, { element, api, page, list: find(".list", element) });
-    const view = (act) => (id) => act(this.views.get(id));
-    actOn(this.list, {
-      copy: view(({ message }) => copy(contentOf(message))),
-      edit: view((one) => one.toggleEditor()),
-      save: view((one) => one.save()),
-      probabilities: view((one) => one.toggleProbabilities()),
-    });
+  /** `giveResult(call, text)` is called when a person gives a call's result. */
+  constructor(element, api, giveResult) {
+    Object.assign(this, { element, api, giveResult, list: find(".list", element) });
   }
 
   /** Have the server render blocks, one after another; one that fails stays as it was written. */
@@ -180,7 +150,6 @@ export class Thread {
         place: versions.indexOf(message) + 1,
         versions: versions.length,
         isDropped: conversation.dropped.includes(message.id),
-        isLast: message.id === conversation.leaf,
         pending: message.id === caller && message.state !== "writing" ? calls : [],
       });
     }

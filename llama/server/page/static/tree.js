@@ -10,9 +10,8 @@ export function newId() {
 }
 
 export function newConversation() {
-  const [id, now] = [newId(), Date.now()];
   const empty = { settings: { system: "", tools: "" }, messages: {}, leaf: null, dropped: [] };
-  return { id, title: UNNAMED, created: now, updated: now, ...empty };
+  return { id: newId(), title: UNNAMED, created: Date.now(), ...empty };
 }
 
 export function newMessage(role, content, fields = {}) {
@@ -30,8 +29,6 @@ export function addMessage(conversation, message, parent = conversation.leaf) {
   }
   conversation.messages[message.id] = { ...message, parent };
   conversation.leaf = message.id;
-  conversation.updated = Date.now();
-  return message.id;
 }
 
 /** Return the messages from the first one to the shown end. */
@@ -46,19 +43,17 @@ export const childrenOf = ({ messages }) =>
   Map.groupBy(Object.values(messages), ({ parent }) => parent);
 
 /** Show the newest branch behind a message, or of all (null). */
-function showNewest(conversation, id) {
+export function showNewest(conversation, id) {
   const children = childrenOf(conversation);
   while (children.has(id)) id = children.get(id).at(-1).id;
   conversation.leaf = id;
 }
 
-/** Show the previous (-1) or next (1) version of a message with what followed; return its id. */
-export function walk(conversation, id, step) {
+/** Return the id of the version of a message that is a step away. */
+export function versionOf(conversation, id, step) {
   const message = conversation.messages[id];
   const versions = childrenOf(conversation).get(message.parent);
-  const other = versions[versions.indexOf(message) + step] ?? message;
-  showNewest(conversation, other.id);
-  return other.id;
+  return versions[versions.indexOf(message) + step].id;
 }
 
 /** Add another version of a message beside it, as a branch of its own. */
@@ -80,7 +75,6 @@ export function removeTurn(conversation, id) {
   }
   conversation.dropped = conversation.dropped.filter((one) => !removed.has(one));
   if (removed.has(conversation.leaf)) showNewest(conversation, parent);
-  conversation.updated = Date.now();
 }
 
 /** Return the calls at the shown end that have no result yet, and the id of their message. */
