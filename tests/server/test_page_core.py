@@ -259,6 +259,7 @@ def test_an_answer_is_stopped_and_continued(page: Any, site: Site) -> None:
     button(page, "Stop").click()
     assert site.api.closed.wait(10), "the server goes on"
     expect(answers(page)).to_contain_text(CUT)
+    expect(answers(page)).to_contain_text("2 tokens ·")
     expect(alert(page)).to_have_count(0)
     button(answers(page), "Continue").click()
     ready(page)
