@@ -82,8 +82,9 @@ def site(server: Site) -> Site:
     return server
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
+    """A browser; while it runs, this thread has an event loop, and no test can run another."""
     sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     names = (os.environ.get("CHROMIUM"), "chromium", "chromium-browser", "google-chrome")
     program = next(filter(None, (shutil.which(name) for name in names if name)), None)
