@@ -2,9 +2,12 @@
 
 import contextlib
 import threading
+import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import httpx
+import torch
 import uvicorn
 from fastapi import FastAPI
 from processes import wait_until
@@ -51,3 +54,15 @@ def idle(service: Service) -> bool:
 
 def post(url: str, body: object, **more: object) -> httpx.Response:
     return httpx.post(url, json=body, timeout=60, **more)  # type: ignore[arg-type]
+
+
+def slow(llama: Llama, seconds: float = 0.03) -> None:
+    """Make passes take their time, and texts as long as they may get."""
+    llama.tokenizer.stop_ids = frozenset()
+    forward = llama.model.hidden_states
+
+    def slowly(*args: Any) -> torch.Tensor:
+        time.sleep(seconds)
+        return forward(*args)
+
+    llama.model.hidden_states = slowly  # type: ignore[method-assign]

@@ -23,7 +23,7 @@ import pytest
 import torch
 from conftest import follow_script
 from processes import wait_until
-from servers import idle, post, serve
+from servers import idle, post, serve, slow
 
 from llama import Dialog, Llama
 from llama.chat.prompts import UNSAFE_ERROR
@@ -501,18 +501,6 @@ def test_a_client_that_hangs_up_frees_its_row(fresh: Llama) -> None:
             httpx.post(f"{url}/v1/completions", json=body, timeout=httpx.Timeout(60, read=0.3))
         wait_until(lambda: idle(service))
         assert service.loop.counts.generated_tokens < 100
-
-
-def slow(llama: Llama, seconds: float = 0.03) -> None:
-    """Make passes take their time, and texts as long as they may get."""
-    llama.tokenizer.stop_ids = frozenset()
-    forward = llama.model.hidden_states
-
-    def slowly(*args: Any) -> torch.Tensor:
-        time.sleep(seconds)
-        return forward(*args)
-
-    llama.model.hidden_states = slowly  # type: ignore[method-assign]
 
 
 def test_a_full_queue(fresh: Llama) -> None:

@@ -9,14 +9,13 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from subprocess import PIPE
-from typing import Any
 
 import httpx
 import pytest
 import torch
 from attacks import ATTACKS, HEAD, Attack, connect
 from processes import wait_until
-from servers import idle, serve
+from servers import idle, serve, slow
 
 from llama import Llama
 from llama.server import connections
@@ -30,14 +29,7 @@ LEAST = 1 / 3  # of its speed is left to the neighbour
 @pytest.fixture(scope="module")
 def served() -> Iterator[tuple[str, Service]]:
     llama = Llama.build(dtype=torch.float32, device="cpu", max_seq_len=256, max_batch_size=4)
-    llama.tokenizer.stop_ids = frozenset()
-    forward = llama.model.hidden_states
-
-    def as_slow_as_a_large_model(*args: Any) -> torch.Tensor:
-        time.sleep(0.02)
-        return forward(*args)
-
-    llama.model.hidden_states = as_slow_as_a_large_model  # type: ignore[method-assign]
+    slow(llama, 0.02)
     with serve(llama, mount=mount_page) as found:
         yield found
 

@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import math
 import threading
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +12,7 @@ import openai
 import pytest
 import torch
 from processes import wait_until
-from servers import idle, post, serve
+from servers import idle, post, serve, slow
 
 from llama import Llama
 from llama.engine.sequence import Sequence
@@ -39,18 +38,6 @@ def build(max_batch_size: int = 4) -> Llama:
 @pytest.fixture
 def llama() -> Llama:
     return build()
-
-
-def slow(llama: Llama, seconds: float) -> None:
-    """Make passes take their time, and texts as long as they may get."""
-    llama.tokenizer.stop_ids = frozenset()
-    forward = llama.model.hidden_states
-
-    def slowly(*args: Any) -> torch.Tensor:
-        time.sleep(seconds)
-        return forward(*args)
-
-    llama.model.hidden_states = slowly  # type: ignore[method-assign]
 
 
 def test_two_thousand_inputs(tiny: Llama) -> None:

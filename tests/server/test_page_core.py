@@ -252,7 +252,7 @@ def test_a_turn_is_deleted(page: Any, site: Site) -> None:
 
 def test_an_answer_is_stopped_and_continued(page: Any, site: Site) -> None:
     """Stop doesn't reach the server or loses what was written; or a continued answer begins
-    anew, or stays marked."""
+    from its start, or stays marked."""
     site.api.answers += [Answer(["The **cow ", "says** "], waits_at=2), Answer(["moo."])]
     say(page, "Well?")
     expect(answers(page)).to_contain_text("says")

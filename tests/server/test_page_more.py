@@ -165,7 +165,7 @@ def test_the_theme_is_chosen_and_kept(page: Any) -> None:
 
 
 def test_the_meter_counts_what_is_sent(page: Any, site: Site) -> None:
-    """A person would not see how much room is left, or each key would have all counted anew."""
+    """A person would not see how much room is left, or each key would have all counted again."""
     meter = page.get_by_role("meter", name="Context used")
     expect(meter).to_have_text("0 of 2,048 tokens used, 2,048 left")
     answer(page, site, "One two three?", Answer(["Four ", "five."]))
