@@ -391,6 +391,7 @@ def test_plain_weights_are_read_in_bfloat16(shape: tuple[int, int], plain_bf16: 
 def test_a_shared_weight_lies_in_memory_once(plain_bf16: None) -> None:
     """A failure means that a tied embedding is copied, or gives other vectors than the weight's."""
     model = make_model(tie_word_embeddings=True).to(BF16).requires_grad_(False)
+    model.output.weight = model.tok_embeddings.weight
     model.allocate_buffers(torch.device("cpu"), BF16)
     tokens, place = torch.tensor([[3, 1, 2]]), model.output.weight.data_ptr()
     expected, vectors = model.forward(tokens), model.tok_embeddings(tokens)
