@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 # Seconds after which a thread that reads requests hands the interpreter over, at most. The engine
 # asks for it after each of a step's operators: with Python's 0.005 it is up to six times as slow
 # beside one that parses without a pause.
-SWITCH_INTERVAL = 0.0005
+SWITCH_INTERVAL = 0.0001
 
 
 class Update(NamedTuple):

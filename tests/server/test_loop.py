@@ -173,7 +173,7 @@ def test_the_interpreter_is_handed_over_soon(client: Client) -> None:
     client.loop.submit([job])
     client.loop.drain()
     client.loop.run()
-    assert found == {0.0005} and sys.getswitchinterval() == usual
+    assert found == {0.0001} and sys.getswitchinterval() == usual
 
 
 def test_an_unexpected_error_ends_the_engine(
