@@ -105,7 +105,7 @@ class Load(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """What a server did under a load."""
+    """The speed and memory of a server under a load."""
 
     tokens_per_s: float
     first: float  # seconds to a stream's first token, the median over the streams

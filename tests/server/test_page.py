@@ -121,7 +121,7 @@ def test_two_tabs_write_at_once(page: Any, site: Site) -> None:
 
 
 def test_a_server_that_dies_and_returns(page: Any, site: Site) -> None:
-    """What was written before the server died is lost, isn't marked, can't be continued when it has
+    """Text written before the server died is lost, isn't marked, can't be continued when it has
     returned; or what was sent meanwhile is lost."""
     site.api.answers.append(Answer(["The cow ", "says "], waits_at=2))
     say(page, "What does the cow say?")
@@ -152,8 +152,8 @@ def test_a_server_that_dies_and_returns(page: Any, site: Site) -> None:
 
 
 def test_a_reload_in_mid_answer_loses_nothing(page: Any, site: Site) -> None:
-    """What an answer had when the page was reloaded is lost, or not marked as cut; the server goes
-    on writing for nobody; or the answer can't be continued."""
+    """Text that was there before a reload is lost, or not marked as cut; the server goes on writing
+    for nobody; or the answer can't be continued."""
     site.api.answers.append(Answer(["The cow ", "says "], waits_at=2))
     say(page, "What does the cow say?")
     expect(answers(page)).to_contain_text("The cow says")

@@ -394,7 +394,7 @@ def test_files_go_along(page: Any, site: Site, tmp_path: Path) -> None:
 
 
 def test_each_conversation_keeps_its_draft(page: Any, site: Site) -> None:
-    """What was being written is lost or sent elsewhere when another conversation is opened."""
+    """A draft is lost or sent elsewhere when another conversation is opened."""
     talk(page, "One")
     message_box(page).fill("for one")
     button(page, "New conversation").click()

@@ -235,7 +235,7 @@ def test_figures_are_under_an_answer(page: Any, site: Site) -> None:
 
 
 def test_probabilities_on_hover_and_focus(page: Any, site: Site) -> None:
-    """What the model would have said instead would be hidden, or hidden from the keyboard."""
+    """The model's alternatives would be hidden, or hidden from the keyboard."""
     settings(page).get_by_label("Show probabilities").check()
     close(page)
     found = answer(page, site, "Why?", Answer(["<b>", " that's", "\nwhy"]))

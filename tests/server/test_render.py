@@ -133,7 +133,7 @@ def test_code_keeps_its_text(language: str) -> None:
     ],
 )
 def test_shown_as_typed(text: str) -> None:
-    """What can't be shown safely is text, every character of it."""
+    """Markup that isn't safe stays text, every character of it."""
     assert "<a " not in render_markdown(text), "there is a link"
     assert read(text).strip() == text
 
