@@ -144,7 +144,7 @@ def test_stop_strings_are_found_as_by_comparing_all(tiny_tokenizer: Tokenizer) -
     """Strings of two characters, and tokens of several, have many matches that almost succeed."""
     tokens = st.text("ab", min_size=1, max_size=5)
 
-    @settings(max_examples=2000, deadline=None)
+    @settings(max_examples=500, deadline=None)
     @given(
         st.lists(tokens, max_size=30), st.lists(st.text("ab", min_size=1, max_size=12), max_size=4)
     )
