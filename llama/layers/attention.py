@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
 
 from llama.layers.batch import RaggedBatch, Segment, to_device, token_places
-from llama.layers.capability import fast_dtype
 from llama.layers.kv_cache import KVCache
 from llama.layers.varlen import Varlen
 
@@ -57,12 +56,7 @@ class Span(NamedTuple):
         if self.kind == "mps":  # where strides gave wrong sums (pytorch issues 163597, 181133)
             q, keys, values = q.contiguous(), keys.contiguous(), values.contiguous()
         attend = _attend_one_each if len(q) == len(keys) else _attend_many
-        dtype = fast_dtype(q.dtype) if self.kind == "cpu" else q.dtype
-        if dtype == q.dtype:
-            return attend(q, keys, values, self)
-        # Without instructions for bfloat16 SDPA takes eight times as long for a lone query.
-        span = self._replace(mask=None if self.mask is None else self.mask.to(dtype))
-        return attend(q.to(dtype), keys.to(dtype), values.to(dtype), span).to(q.dtype)
+        return attend(q, keys, values, self)
 
 
 class Sdpa:

@@ -8,7 +8,6 @@ from conftest import make_model
 
 from llama import Llama
 from llama.checkpoint import load
-from llama.layers import attention
 from llama.layers.capability import Capability, fast_dtype
 from llama.layers.kernels import compiled, cpu, digits, make_kernel, plain, plain_kernel
 from llama.layers.kernels.base import Kernel
@@ -328,36 +327,6 @@ def test_a_slow_dtype_is_multiplied_and_attended_in_float32(
     assert out.dtype == BF16
     torch.testing.assert_close(out.float(), x.float() @ weight.float().T, atol=0.1, rtol=0.01)
     assert fast_dtype(F16) == F32  # which no processor here multiplies
-
-
-@pytest.mark.parametrize("n_tokens", [1, 3])
-def test_attention_in_a_slow_dtype_is_that_of_float32(
-    n_tokens: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A failure means that a lone query takes eight times as long without bfloat16."""
-    monkeypatch.setattr(attention, "fast_dtype", lambda dtype: F32)
-    generator = torch.Generator().manual_seed(0)
-    q, keys, values = (
-        torch.randn(n, 2, 16, generator=generator).bfloat16() for n in (n_tokens, 6, 6)
-    )
-
-    class Cache:
-        def read(self, slots: slice, kv_len: int) -> tuple[torch.Tensor, torch.Tensor]:
-            return keys.transpose(0, 1)[None], values.transpose(0, 1)[None]
-
-    seen = []
-    sdpa = torch.nn.functional.scaled_dot_product_attention
-
-    def recorded(q: torch.Tensor, *args: torch.Tensor, **kwargs: object) -> torch.Tensor:
-        seen.append(q.dtype)
-        return sdpa(q, *args, **kwargs)
-
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", recorded)
-    mask = torch.zeros(n_tokens, 6, dtype=BF16)
-    out = attention.Span(slice(0, n_tokens), slice(0, 1), 6, mask).attend(q, Cache())
-    assert set(seen) == {F32}
-    assert out.dtype == BF16
-    assert out.shape == q.shape
 
 
 @pytest.fixture
