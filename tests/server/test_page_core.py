@@ -187,7 +187,7 @@ def test_a_wrong_file_is_refused(page: Any, tmp_path: Path) -> None:
     path = tmp_path / "wrong.json"
     path.write_text("[]")
     import_file(page, path)
-    expect(alert(page)).to_contain_text("wrong.json can't be imported.")
+    expect(alert(page)).to_contain_text("wrong.json can't be added. This is no file")
     expect(titles(page)).to_have_count(0)
 
 
@@ -370,8 +370,10 @@ def test_files_go_along(page: Any, site: Site, tmp_path: Path) -> None:
     chips = page.get_by_role("list", name="Attached files").get_by_role("listitem")
     expect(chips).to_have_count(2)
     expect(alert(page)).to_have_count(2)
-    expect(alert(page).first).to_contain_text("no.bin is no text")
-    expect(alert(page).last).to_contain_text("long.txt has 201 kB, and 200 kB are taken.")
+    expect(alert(page).first).to_contain_text("no.bin can't be added. It is no text")
+    expect(alert(page).last).to_contain_text(
+        "long.txt can't be added. It has 201 kB, and 200 are taken."
+    )
     button(page, "Remove b.txt").click()
     page.evaluate(
         """() => {

@@ -159,7 +159,7 @@ def test_the_theme_is_chosen_and_kept(page: Any) -> None:
     settings(page).get_by_label("Theme").select_option("Dark")
     expect(root).not_to_have_css(paper, light)
     page.reload()
-    expect(root).to_have_attribute("data-theme", "dark")
+    expect(root).to_have_css("color-scheme", "dark")
     settings(page).get_by_label("Theme").select_option("Auto")
     expect(root).to_have_css(paper, light)
 

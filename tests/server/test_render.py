@@ -23,6 +23,7 @@ from llama.server.page.render import LANGUAGES, render_markdown
 TAGS = {
     *("p", "strong", "em", "s", "code", "pre", "span", "a", "br", "hr", "blockquote"),
     *("ul", "ol", "li", "h3", "h4", "h5", "h6", "table", "thead", "tbody", "tr", "th", "td"),
+    "div",
 }
 VALUES = {
     ("a", "href"): r"(https?://[^/]|mailto:[^/])[^\s\"<>]*",
@@ -33,8 +34,12 @@ VALUES = {
     ("th", "align"): "left|right|center",
     ("td", "align"): "left|right|center",
     ("code", "class"): r"language-[a-z0-9+#-]+",
-    ("span", "class"): r"[a-z]{1,3}[0-9]?",
+    ("span", "class"): r"[a-z]{1,3}[0-9]?|wide",
     ("p", "class"): "plain",
+    **{(tag, "dir"): "auto" for tag in ("p", "li", "h3", "h4", "h5", "h6", "th", "td")},
+    ("div", "class"): "wide",
+    ("div", "tabindex"): "0",
+    ("span", "tabindex"): "0",
 }
 
 
@@ -82,12 +87,13 @@ def test_what_people_write() -> None:
     html = render_markdown(
         "# Two\n\nIt is **strong**, *weak*, ~~wrong~~ and `code`:\n\n1. a\n2. b\n"
     )
-    assert "<h3>Two</h3>" in html, "the page's own headings come first"
+    assert '<h3 dir="auto">Two</h3>' in html, "the page's own headings come first"
     for part in ("<strong>strong</strong>", "<em>weak</em>", "<s>wrong</s>", "<code>code</code>"):
         assert part in html
-    assert "<ol>\n<li>a</li>\n<li>b</li>\n</ol>" in html
+    assert '<ol>\n<li dir="auto">a</li>\n<li dir="auto">b</li>\n</ol>' in html
     table = render_markdown("|a|b|\n|:-|-:|\n|1|2|\n")
-    assert '<th align="left">a</th>' in table and '<td align="right">2</td>' in table
+    for part in ('<th dir="auto" align="left">a</th>', '<td dir="auto" align="right">2</td>'):
+        assert part in table
     assert "style" not in table, "the page's policy forbids styles"
 
 
@@ -97,8 +103,25 @@ def test_code_is_coloured() -> None:
     assert '<pre><code class="language-python"><span class="k">def</span> ' in html
     assert "a&lt;b" in html and '<span class="c1"># sum</span>' in html
     for info in ("", "unknown", "python<script>", '"><script>', "text"):
-        assert render_markdown(f"```{info}\nx < y\n```") == "<pre><code>x &lt; y\n</code></pre>\n"
-    assert render_markdown("    x < y\n") == "<pre><code>x &lt; y\n</code></pre>\n"
+        assert "<pre><code>x &lt; y\n</code></pre>" in render_markdown(f"```{info}\nx < y\n```")
+    assert "<pre><code>x &lt; y\n</code></pre>" in render_markdown("    x < y\n")
+
+
+def test_what_is_wide_scrolls_alone() -> None:
+    """A long line of code, a table or a formula makes the page wider than a phone, or is cut."""
+    for text, shown in (
+        ("```\nx\n```", '<div class="wide" tabindex="0"><pre><code>x\n</code></pre></div>\n'),
+        ("|a|\n|-|\n", '<div class="wide" tabindex="0"><table>\n<thead>'),
+        ("$$\nx\n$$", '<div class="wide" tabindex="0"><math display="block">'),
+        (
+            "It is $$x$$.",
+            '<p dir="auto">It is <span class="wide" tabindex="0"><math display="block">',
+        ),
+    ):
+        html = render_markdown(text)
+        assert html.startswith(shown)
+        assert read(text)
+    assert "wide" not in render_markdown("`x` and $x$")
 
 
 @pytest.mark.parametrize("language", sorted(LANGUAGES))
@@ -199,7 +222,7 @@ def test_what_a_library_may_make_one_day(
         return math
 
     monkeypatch.setattr(formulas, "convert_to_element", convert)
-    assert render_markdown("$x$") == "<p>$x$</p>\n"
+    assert render_markdown("$x$") == '<p dir="auto">$x$</p>\n'
 
 
 def test_dollars_and_code() -> None:
@@ -215,7 +238,7 @@ def test_dollars_and_code() -> None:
         "$$ $$",
     ):
         assert "<math" not in render_markdown(text), text
-    assert render_markdown(r"It is \$5.") == "<p>It is $5.</p>\n"
+    assert render_markdown(r"It is \$5.") == '<p dir="auto">It is $5.</p>\n'
 
 
 # Built of what the parsers react to.
@@ -298,5 +321,6 @@ def test_an_error_of_a_library_hides_no_text(
         raise IndexError(tokens[1].content)
 
     monkeypatch.setattr(render, "_adapt", fail)
-    assert render_markdown("*secret* <b>") == '<p class="plain">*secret* &lt;b&gt;</p>\n'
+    shown = '<p class="plain" dir="auto">*secret* &lt;b&gt;</p>\n'
+    assert render_markdown("*secret* <b>") == shown
     assert "IndexError" in caplog.text and "secret" not in caplog.text

@@ -263,7 +263,7 @@ def test_below_a_path_of_a_proxy() -> None:
             assert client.get("/llama").headers["location"] == "/llama/"
             assert client.get("/llamas/v1/models").status_code == 404
             told = client.post("/llama/render", json={"text": "*a*"})
-            assert told.json() == {"html": "<p><em>a</em></p>\n"}
+            assert told.json() == {"html": '<p dir="auto"><em>a</em></p>\n'}
         assert httpx.get(f"{url}/llama/health").status_code == 200
         assert httpx.get(f"{url}/health").status_code == 200
         for path in ("/llama/v1/models", "/v1/models", "/llama/llama/health", "/llama/x"):

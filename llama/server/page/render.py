@@ -35,6 +35,7 @@ toml ts typescript vim xml yaml yml zig
 """
 LANGUAGES = frozenset(_NAMES.split())
 _CLASSES = {**STANDARD_TYPES, Text.Whitespace: ""}
+_TEXTS = {f"{name}_open" for name in ("paragraph", "heading", "list_item", "th", "td")}
 _LINK = re.compile(r"https?://[^/]|mailto:[^/]", re.IGNORECASE)
 _ALIGNMENT = re.compile(r"text-align:(left|right|center)")
 # How a formula begins and ends, and whether it stands in a line of its own.
@@ -73,12 +74,22 @@ class _Clock:
 
 
 def _as_typed(text: str) -> str:
-    return f'<p class="plain">{escape(text)}</p>\n'
+    return f'<p class="plain" dir="auto">{escape(text)}</p>\n'
+
+
+def _wide(html: str, tag: str = "div") -> str:
+    """Return HTML in an element that scrolls, by the keyboard too, where there is no room."""
+    return f'<{tag} class="wide" tabindex="0">{html}</{tag}>'
 
 
 def _adapt(tokens: Sequence[Token]) -> None:
-    """Fit tokens into the page: its own headings come first, and it takes no inline styles."""
+    """Fit tokens into the page.
+
+    Its own headings come first, it takes no inline styles, and texts run in their own direction.
+    """
     for token in tokens:
+        if token.type in _TEXTS:
+            token.attrSet("dir", "auto")
         if token.type in ("heading_open", "heading_close"):
             token.tag = f"h{min(int(token.tag[1]) + 2, 6)}"
         elif token.type in ("th_open", "td_open") and "style" in token.attrs:
@@ -126,7 +137,8 @@ def _formula(state: StateInline, silent: bool) -> bool:
         if html is None:
             state.pending += src[start : state.pos]
         else:
-            state.push("html_inline", "", 0).content = html
+            shown = _wide(html, "span") if mark[2] else html
+            state.push("html_inline", "", 0).content = shown
     return True
 
 
@@ -173,7 +185,7 @@ def _formula_block(state: StateBlock, first: int, end: int, silent: bool) -> boo
     if not silent:
         html = formula_html(latex, True)
         token = state.push("html_block", "", 0)
-        token.content = _as_typed(source) if html is None else f"<p>{html}</p>\n"
+        token.content = _as_typed(source) if html is None else f"{_wide(html)}\n"
         token.map = [first, number + 1]
         state.line = number + 1
     return True
@@ -188,9 +200,17 @@ def _code(
     token = tokens[index]
     language = token.info.split(maxsplit=1)[0].lower() if token.info.strip() else ""
     if language not in LANGUAGES:
-        return f"<pre><code>{escape(token.content)}</code></pre>\n"
+        return _wide(f"<pre><code>{escape(token.content)}</code></pre>") + "\n"
     code = "".join(_coloured(token.content, language, env["clock"]))
-    return f'<pre><code class="language-{language}">{code}</code></pre>\n'
+    return _wide(f'<pre><code class="language-{language}">{code}</code></pre>') + "\n"
+
+
+def _table_open(*_: Any) -> str:
+    return '<div class="wide" tabindex="0"><table>\n'
+
+
+def _table_close(*_: Any) -> str:
+    return "</table></div>\n"
 
 
 def _coloured(code: str, language: str, clock: _Clock) -> Iterator[str]:
@@ -232,6 +252,8 @@ def _make_parser() -> MarkdownIt:
     found.block.ruler.before("table", "in_time", _in_time, chains)
     found.add_render_rule("fence", _code)
     found.add_render_rule("code_block", _code)
+    found.add_render_rule("table_open", _table_open)
+    found.add_render_rule("table_close", _table_close)
     return found
 
 

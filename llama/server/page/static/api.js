@@ -15,18 +15,13 @@ const LOST =
   "The connection broke before the answer's end. What was written is kept: continue it or retry.";
 
 /** An answer other than the one asked for; its message says what to do. */
-export class ApiError extends Error {
-  constructor(message, status = 0) {
-    super(message);
-    this.status = status;
-  }
-}
+export class ApiError extends Error {}
 
 function errorOf(status, body, wait = null) {
   const message = body?.error?.message ?? `The server answered with status ${status}.`;
   const when = wait ? `in ${wait} seconds.` : "in a while.";
   const details = { 401: "", 429: when }[status] ?? message;
-  return new ApiError(`${REMEDIES[status] ?? ""} ${details}`.trim(), status);
+  return new ApiError(`${REMEDIES[status] ?? ""} ${details}`.trim());
 }
 
 /** Yield the objects of a response's server-sent events. */
@@ -63,21 +58,17 @@ export class Api {
     const { key } = this;
     const headers = { "Content-Type": "application/json" };
     if (key) headers.Authorization = `Bearer ${key}`;
-    const sent = { method: body ? "POST" : "GET", body: body && JSON.stringify(body), headers };
-    let response;
-    try {
-      // Without "omit" the browser asks for the key too, in a window of its own.
-      const options = { credentials: "omit", signal, ...sent };
-      response = await fetch(new URL(path, document.baseURI), options);
-    } catch (error) {
+    const sent = body && { method: "POST", body: JSON.stringify(body) };
+    // Without "omit" the browser asks for the key too, in a window of its own.
+    const options = { ...sent, headers, signal, credentials: "omit" };
+    const response = await fetch(path, options).catch((error) => {
       throw signal?.aborted ? error : new ApiError(GONE);
-    }
-    if (response.ok) return response;
-    if (response.status === 401 && (await this.hasNewKey(key))) {
-      return this.request(path, body, signal);
-    }
+    });
+    const { ok, status } = response;
+    if (ok) return response;
+    if (status === 401 && (await this.hasNewKey(key))) return this.request(path, body, signal);
     const found = await response.json().catch(() => null);
-    throw errorOf(response.status, found, response.headers.get("Retry-After"));
+    throw errorOf(status, found, response.headers.get("Retry-After"));
   }
 
   async hasNewKey(refused) {

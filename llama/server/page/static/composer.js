@@ -1,20 +1,18 @@
 // The box in which a message is written, with the files that go along.
 
-import { button, chooseFiles, count, el, find, showRunning, tell, tellError } from "./dom.js";
+import { actOn, copyOf, count, find, showRunning, takeFiles, tell } from "./dom.js";
 import { keep, recall } from "./store.js";
 
-const MAX_BYTES = 200_000; // of a file
+const MAX_KB = 200; // of a file
 
-async function readText(file) {
-  if (file.size > MAX_BYTES) {
-    const size = count(Math.ceil(file.size / 1000));
-    throw new Error(`${file.name} has ${size} kB, and ${MAX_BYTES / 1000} kB are taken.`);
-  }
+async function readFile(file) {
+  const [name, kB] = [file.name, Math.ceil(file.size / 1000)];
+  if (kB > MAX_KB) throw new Error(`It has ${count(kB)} kB, and ${MAX_KB} are taken.`);
   try {
     const decoder = new TextDecoder("utf-8", { fatal: true });
-    return { name: file.name, text: decoder.decode(await file.arrayBuffer()) };
+    return { name, text: decoder.decode(await file.arrayBuffer()) };
   } catch {
-    throw new Error(`${file.name} is no text in UTF-8: only texts are taken.`);
+    throw new Error("It is no text in UTF-8: only texts are taken.");
   }
 }
 
@@ -30,11 +28,9 @@ export class Composer {
   /** `send(text, attachments)` resolves to false if they stay to be sent. */
   constructor(element, send) {
     Object.assign(this, { element, send, files: [], id: null, box: find("textarea", element) });
-    chooseFiles(element, (files) => this.attach(files));
-    element.addEventListener("submit", (event) => {
-      event.preventDefault();
-      this.submit();
-    });
+    takeFiles(find("#chat"), this.attach);
+    actOn(element, { removeFile: (i) => this.setFiles(this.files.toSpliced(i, 1)) });
+    element.addEventListener("submit", () => this.submit());
     this.box.addEventListener("keydown", (event) => {
       // Safari ends a composition before its Enter, which only the old key code tells.
       const isComposing = event.isComposing || event.keyCode === 229;
@@ -43,21 +39,9 @@ export class Composer {
       this.submit();
     });
     this.box.addEventListener("input", () => this.keep());
-    for (const type of ["dragover", "drop"]) {
-      find("#chat").addEventListener(type, (event) => {
-        const { types, files } = event.dataTransfer;
-        if (!types.includes("Files")) return;
-        event.preventDefault();
-        if (type === "drop") this.attach([...files]);
-      });
-    }
   }
 
-  async attach(files) {
-    for (const file of files) {
-      await readText(file).then((read) => this.setFiles([...this.files, read]), tellError);
-    }
-  }
+  attach = (file) => readFile(file).then((read) => this.setFiles([...this.files, read]));
 
   setFiles(files) {
     this.set(this.box.value, files);
@@ -66,14 +50,10 @@ export class Composer {
   }
 
   set(text, files) {
-    const chip = (file) => {
-      const remove = () => this.setFiles(this.files.filter((other) => other !== file));
-      return el("li", {}, file.name, button("×", remove, { "aria-label": `Remove ${file.name}` }));
-    };
-    this.files = files;
+    const chips = files.map(({ name }, id) => copyOf("chip", { id, name }));
+    find(".chips", this.element).replaceChildren(...chips);
     this.box.value = text;
-    find(".chips", this.element).replaceChildren(...files.map(chip));
-    find(".chips", this.element).hidden = !files.length;
+    this.files = files;
   }
 
   /** Show the draft of a conversation. */

@@ -1,38 +1,48 @@
-// Elements, and what people are told.
+// Elements, texts as people read and write them, and what people are told.
 
 export const find = (selector, root = document) => root.querySelector(selector);
 
-export const copyOf = (id) => find(`template#${id}`).content.firstElementChild.cloneNode(true);
-
-export function el(tag, attributes = {}, ...children) {
-  const element = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
-  element.append(...children);
-  return element;
+/** Return a copy of a template, with values in the place of the {names} in its texts. */
+export function copyOf(id, values = {}) {
+  const copy = find(`template#${id}`).content.firstElementChild.cloneNode(true);
+  const fill = (text) => text.replace(/\{(\w+)\}/g, (_, name) => values[name]);
+  for (const element of [copy, ...copy.querySelectorAll("*")]) {
+    for (const attribute of element.attributes) attribute.value = fill(attribute.value);
+    if (!element.children.length) element.textContent = fill(element.textContent);
+  }
+  return copy;
 }
 
-export function button(label, onclick, attributes = {}) {
-  const made = el("button", { type: "button", ...attributes }, label);
-  made.addEventListener("click", onclick);
-  return made;
-}
-
-/** Call, at each click, the action that the button's data-do names; it gets the data-id around. */
+/** Call, at each click, the action that a button's data-do names: with the data-id around it. */
 export function actOn(root, actions) {
   root.addEventListener("click", ({ target }) => {
-    const name = target.closest("[data-do]")?.dataset.do;
-    actions[name]?.(target.closest("[data-id]")?.dataset.id);
+    const button = target.closest("[data-do]");
+    actions[button?.dataset.do]?.(button.closest("[data-id]")?.dataset.id, button);
   });
 }
 
-/** Take the files that are chosen by the button "files" of an element. */
-export function chooseFiles(root, take) {
+/**
+ * Take each of the files that are dropped on an element, or chosen by its button "files"; tell of
+ * one that is refused by an error.
+ */
+export function takeFiles(root, take) {
   const input = find("input[type=file]", root);
-  actOn(root, { files: () => input.click() });
-  input.addEventListener("change", async () => {
-    await take([...input.files]);
+  const takeEach = async (files) => {
     input.value = ""; // so that the same file can be chosen again
-  });
+    for (const file of files) {
+      await take(file).catch(({ message }) => tell(`${file.name} can't be added. ${message}`));
+    }
+  };
+  actOn(root, { files: () => input.click() });
+  input.addEventListener("change", () => takeEach([...input.files]));
+  for (const type of ["dragover", "drop"]) {
+    root.addEventListener(type, (event) => {
+      const { types, files } = event.dataTransfer;
+      if (!types.includes("Files")) return;
+      event.preventDefault();
+      if (type === "drop") takeEach([...files]);
+    });
+  }
 }
 
 /** Show the button that stops what an element's other one starts, or else that one. */
@@ -59,20 +69,25 @@ export function moveByArrows(list) {
 /** Return a number as people write it: 2,048. */
 export const count = (number) => number.toLocaleString("en");
 
+/** Return the value of a JSON text; of any other text what `otherwise` makes of its fault. */
+export function parseJson(text, otherwise) {
+  try {
+    return JSON.parse(text);
+  } catch ({ message }) {
+    return otherwise(message);
+  }
+}
+
 /** Have a screen reader say a text, after what it is saying now. */
-export const announce = (text) => find("#announcements").replaceChildren(el("p", {}, text));
+export const announce = (text) => find("#announcements").replaceChildren(copyOf("say", { text }));
 
 /** Tell something until it is dismissed, with a button that does something about it. */
 export function tell(text, label = "", run = null, role = "alert") {
-  const told = copyOf("told");
-  told.setAttribute("role", role);
-  find("p", told).textContent = text;
-  const act = find("[data-do=act]", told);
-  [act.textContent, act.hidden] = [label, !run];
+  const told = copyOf("told", { text, label, role });
   const dismiss = () => told.remove();
   actOn(told, { dismiss, act: () => (dismiss(), run()) });
-  const isOver = (old) => find("p", old).textContent === text;
-  [...find("#errors").children].filter(isOver).forEach((old) => old.remove());
+  const all = [...find("#errors").children];
+  all.find((old) => find("p", old).textContent === text)?.remove();
   find("#errors").append(told);
 }
 
@@ -94,18 +109,17 @@ export async function askText(dialog, text) {
 }
 
 export function copy(text) {
-  const [box, focused] = [el("textarea", { class: "unseen" }), document.activeElement];
+  const [box, focused] = [find("#copied"), document.activeElement];
   box.value = text;
-  document.body.append(box);
   box.select();
   document.execCommand("copy"); // what replaces it needs HTTPS or localhost
-  box.remove();
   focused.focus();
   announce("Copied.");
 }
 
 export function download(name, type, text) {
-  const url = URL.createObjectURL(new Blob([text], { type }));
-  el("a", { href: url, download: name.replace(/[^\p{L}\p{N}.]+/gu, "-").slice(-80) }).click();
-  setTimeout(() => URL.revokeObjectURL(url), 10_000);
+  const href = URL.createObjectURL(new Blob([text], { type }));
+  const file = name.replace(/[^\p{L}\p{N}.]+/gu, "-").slice(-80);
+  Object.assign(document.createElement("a"), { href, download: file }).click();
+  setTimeout(() => URL.revokeObjectURL(href), 10_000);
 }

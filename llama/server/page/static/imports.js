@@ -1,5 +1,6 @@
 // Conversations of a file that anybody may have written.
 
+import { parseJson } from "./dom.js";
 import { NAMES, newConversation, newId, newMessage } from "./tree.js";
 
 // Examples of what is taken: texts, numbers, lists of what their first item is like.
@@ -66,12 +67,7 @@ function conversationOf(given, number) {
 
 /** Return the conversations in the text of an exported file; raise an Error if it is another. */
 export function fromJson(text) {
-  let file;
-  try {
-    file = JSON.parse(text);
-  } catch (error) {
-    refuse(`it isn't JSON, ${error.message}`);
-  }
+  const file = parseJson(text, (fault) => refuse(`it isn't JSON, ${fault}`));
   if (file?.format !== "llama-conversations") refuse("its format isn't llama-conversations");
   if (!Array.isArray(file.conversations)) refuse("it has no list of conversations");
   return file.conversations.map(conversationOf);

@@ -17,13 +17,11 @@ import * as tree from "./tree.js";
 const exportJson = (conversations, title) =>
   download(`${title}.json`, "application/json", tree.toJson(conversations));
 
-/** Show the model's name, and in plain words what it is. */
-function describe({ id, max_model_len, meta }) {
-  find("h1").textContent = id;
+/** Return in plain words what a model is. */
+function describe({ max_model_len, meta }) {
   const format = meta.chat_format && `chat format “${meta.chat_format}”`;
   const context = `${count(max_model_len)} tokens of context`;
-  const about = [meta.description, meta.precision, format, context].filter(Boolean);
-  find(".names p").textContent = about.join(" · ");
+  return [meta.description, meta.precision, format, context].filter(Boolean).join(" · ");
 }
 
 /** The page. Buttons name its methods, which get the id of their conversation or message. */
@@ -36,14 +34,11 @@ class Page {
     Object.assign(this, { store, model });
     this.settings = new Settings(model);
     this.meter = new Meter(api, model);
-    this.thread = new Thread(find(".thread"), api, (...what) => this.giveResult(...what));
+    this.thread = new Thread(find(".thread"), api);
     this.composer = new Composer(find(".composer"), (...what) => this.send(...what));
-    this.runner = new Runner(api, model, store, {
-      onPiece: (message) => this.thread.grow(message),
-      onEnd: (...what) => this.end(...what),
-    });
-    this.sidebar = new Sidebar(find(".sidebar"), (files) => this.importFiles(files));
-    describe(model);
+    this.runner = new Runner(api, model, store, this);
+    this.sidebar = new Sidebar(find(".sidebar"), (file) => this.importFile(file));
+    [find("h1").textContent, find(".names p").textContent] = [model.id, describe(model)];
     showTabs(model.meta);
     const fields = () => requestFields(this.shown.settings, model.meta.sampling);
     for (const panel of document.querySelectorAll(".task")) runTask(panel, api, model, fields);
@@ -68,11 +63,9 @@ class Page {
 
   continue = (id) => this.answer(() => {}, id);
 
-  previous = (id) => this.walk(id, -1, "previous");
-
-  next = (id) => this.walk(id, 1, "next");
-
   copy = (id) => copy(tree.contentOf(this.shown.messages[id]));
+
+  copyCode = (_, button) => copy(button.nextElementSibling.textContent);
 
   probabilities = (id) => this.thread.views.get(id).toggleProbabilities();
 
@@ -176,17 +169,19 @@ class Page {
     await (role === "assistant" ? this.change(this.shown.id, change) : this.answer(change));
   }
 
-  giveResult(call, text) {
-    const message = tree.newMessage("tool", text, { tool_call_id: call.id, call });
+  giveResult(callId, button) {
+    const { calls } = tree.openCalls(this.shown);
+    const call = calls.find(({ id }) => id === callId);
+    const { value } = button.previousElementSibling;
+    const message = tree.newMessage("tool", value, { tool_call_id: callId, call });
     const change = (conversation) => tree.addMessage(conversation, message);
-    const isLast = tree.openCalls(this.shown).calls.length === 1;
-    return isLast ? this.answer(change) : this.change(this.shown.id, change);
+    return calls.length === 1 ? this.answer(change) : this.change(this.shown.id, change);
   }
 
-  async walk(id, step, name) {
-    const other = tree.versionOf(this.shown, id, step);
+  async walk(id, { dataset: { step } }) {
+    const other = tree.versionOf(this.shown, id, Number(step));
     await this.change(this.shown.id, (conversation) => tree.showNewest(conversation, other));
-    this.thread.focusVersion(other, name);
+    this.thread.focusStep(other, step);
   }
 
   async removeTurn(id) {
@@ -205,19 +200,13 @@ class Page {
     tell(`“${conversation.title}” is deleted.`, "Undo", undo, "status");
   }
 
-  async importFiles(files) {
-    for (const file of files) {
-      try {
-        for (const one of fromJson(await file.text())) {
-          if (this.all.has(one.id)) one.id = tree.newId();
-          await this.store.put(one);
-          this.choose(one.id);
-        }
-        announce(`${file.name} is imported.`);
-      } catch (error) {
-        tell(`${file.name} can't be imported. ${error.message}`);
-      }
+  async importFile(file) {
+    for (const one of fromJson(await file.text())) {
+      if (this.all.has(one.id)) one.id = tree.newId();
+      await this.store.put(one);
+      this.choose(one.id);
     }
+    announce(`${file.name} is imported.`);
   }
 
   openSettings() {
@@ -228,7 +217,9 @@ class Page {
     });
   }
 
-  end(id, message, error) {
+  onPiece = (message) => this.thread.grow(message);
+
+  onEnd(id, message, error) {
     if (id === this.shown.id) this.show(this.all.get(id) ?? this.shown);
     if (error) tell(error.message);
     else announce(message?.content ? `Answer: ${message.content}` : "The answer has ended.");

@@ -1,7 +1,7 @@
 // How much of the context a conversation uses, and the offer to drop its oldest turns when it is
 // full. Tokens are counted by the server, as it will count them.
 
-import { ask, count, el, find } from "./dom.js";
+import { ask, copyOf, count, find } from "./dom.js";
 import { read } from "./sampling.js";
 import { path, toMessages } from "./tree.js";
 
@@ -9,12 +9,15 @@ const SHARE = 8; // the part of the context, an eighth, that is free for an answ
 
 /** Return the turns that are still sent, oldest first: each a question and what answers it. */
 function turns(conversation) {
-  const found = [];
-  for (const message of path(conversation).filter(({ id }) => !conversation.dropped.includes(id))) {
-    if (message.role === "user" || !found.length) found.push([]);
-    found.at(-1).push(message);
-  }
-  return found;
+  let n = 0;
+  const sent = path(conversation).filter(({ id }) => !conversation.dropped.includes(id));
+  return [...Map.groupBy(sent, ({ role }) => (role === "user" ? ++n : n)).values()];
+}
+
+function describe([{ content }, ...more]) {
+  const text = content.length > 80 ? `${content.slice(0, 80)}…` : content;
+  const followed = more.length ? `, and ${more.length} that followed` : "";
+  return copyOf("turn", { text, followed });
 }
 
 export class Meter {
@@ -44,15 +47,15 @@ export class Meter {
   async idsToDrop(conversation) {
     let used = await this.#count(conversation);
     if (used < this.limit) return [];
-    const [all, ids] = [turns(conversation), []];
+    const [all, taken, ids] = [turns(conversation), [], []];
     const room = this.limit - Math.floor(this.limit / SHARE);
-    let n = 0;
-    while (used > room && n < all.length - 1) { // the last one is what is asked
-      ids.push(...all[n].map(({ id }) => id));
-      n += 1;
+    // The last turn is what is asked.
+    while (used > room && all.length > 1) {
+      taken.push(all.shift());
+      ids.push(...taken.at(-1).map(({ id }) => id));
       used = await this.#count({ ...conversation, dropped: [...conversation.dropped, ...ids] });
     }
-    return (await this.#agrees(all.slice(0, n), used)) ? ids : null;
+    return (await this.#agrees(taken, used)) ? ids : null;
   }
 
   #show(n) {
@@ -66,26 +69,18 @@ export class Meter {
   }
 
   async #count(conversation) {
-    const [messages, tools] = [toMessages(conversation), read(conversation.settings, "tools")];
+    const messages = toMessages(conversation);
+    const tools = read(find("#set-tools"), conversation.settings).value;
     return messages.length ? this.api.count({ messages, ...(tools && { tools }) }) : 0;
   }
 
   async #agrees(dropped, left) {
-    const [dialog, used, limit] = [find("#full"), count(left), count(this.limit)];
-    const fits = left < this.limit;
-    find("#full-text").textContent = fits
-      ? `No answer fits any more. Without these turns ${used} of ${limit} tokens are used. ` +
-        "They stay here to be read, but aren't sent any more:"
-      : `The last message, with the system prompt and tools, has ${used} tokens. With an answer ` +
-        `${limit} fit: shorten it, or have the server started with a larger --max_seq_len.`;
+    const [dialog, fits] = [find("#full"), left < this.limit];
+    const figures = { used: count(left), limit: count(this.limit) };
+    const text = copyOf(fits ? "full-fits" : "full-too-long", figures);
+    find("#full-text").replaceChildren(text);
     find("ul", dialog).replaceChildren(...(fits ? dropped.map(describe) : []));
     find(".primary", dialog).hidden = !fits;
     return (await ask(dialog)) === "drop";
   }
-}
-
-function describe([{ content }, ...more]) {
-  const text = content.length > 80 ? `${content.slice(0, 80)}…` : content;
-  const followed = more.length ? `, and ${more.length} that followed` : "";
-  return el("li", {}, el("q", {}, text), followed);
 }

@@ -6,33 +6,51 @@ import { addMessage, newId, newMessage, toMessages } from "./tree.js";
 
 const SAVE_INTERVAL = 500; // milliseconds
 
-function requestBody(conversation, { content }, model) {
-  const fields = requestFields(conversation.settings, model.meta.sampling);
-  const continued = content ? { continue_final_message: true } : {};
-  return { model: model.id, messages: toMessages(conversation), ...fields, ...continued };
+function requestBody(conversation, { content }, { id, meta }) {
+  const fields = requestFields(conversation.settings, meta.sampling);
+  const continued = content && { continue_final_message: true };
+  return { model: id, messages: toMessages(conversation), ...fields, ...continued };
 }
 
-/** Add a stream's event to the message. */
-function take(message, { choices, usage }, before, n) {
-  const [{ delta, logprobs, finish_reason } = {}] = choices;
-  message.content += delta?.content ?? "";
-  message.finish_reason = finish_reason ?? message.finish_reason;
-  for (const { index, id, function: called } of delta?.tool_calls ?? []) {
+function addCalls(message, deltas) {
+  for (const { index, id, function: called } of deltas) {
     message.tool_calls ??= [];
     const call = (message.tool_calls[index] ??= { id: "", name: "", arguments: "" });
     call.id ||= id ?? "";
     call.name ||= called?.name ?? "";
     call.arguments += called?.arguments ?? "";
   }
-  for (const { token, logprob, top_logprobs } of logprobs?.content ?? []) {
+}
+
+function addLogprobs(message, tokens) {
+  for (const { token, logprob, top_logprobs } of tokens) {
     const top = top_logprobs.map((other) => ({ token: other.token, logprob: other.logprob }));
     (message.logprobs ??= []).push({ token, logprob, top });
   }
-  // The server counts at the end alone: a stopped answer has the number of its events.
-  message.usage = {
-    prompt_tokens: before?.prompt_tokens || (usage?.prompt_tokens ?? 0),
-    completion_tokens: (before?.completion_tokens ?? 0) + (usage?.completion_tokens ?? n),
-  };
+}
+
+/** Add the events of a stream to a message; `onPiece` is called after each. */
+export async function receive(message, stream, onPiece) {
+  const [{ usage: before, seconds }, start] = [message, performance.now()];
+  let n = 0;
+  try {
+    for await (const { choices, usage } of stream) {
+      const [{ text, delta = { content: text }, logprobs, finish_reason } = {}] = choices;
+      if (delta.content) n += 1;
+      message.content += delta.content ?? "";
+      message.finish_reason = finish_reason ?? message.finish_reason;
+      addCalls(message, delta.tool_calls ?? []);
+      addLogprobs(message, logprobs?.content ?? []);
+      // The server counts at the end alone: a stopped answer has the number of its events.
+      message.usage = {
+        prompt_tokens: before?.prompt_tokens || (usage?.prompt_tokens ?? 0),
+        completion_tokens: (before?.completion_tokens ?? 0) + (usage?.completion_tokens ?? n),
+      };
+      onPiece(message);
+    }
+  } finally {
+    message.seconds = seconds + (performance.now() - start) / 1000;
+  }
 }
 
 // While a tab has the lock, others know that it writes the answer. Locks need HTTPS or localhost.
@@ -44,9 +62,9 @@ export class Runner {
 
   watched = new Set();
 
-  /** `onPiece(message)` and `onEnd(id, message, error)` are called with the conversation's id. */
-  constructor(api, model, store, { onPiece, onEnd }) {
-    Object.assign(this, { api, model, store, onPiece, onEnd });
+  /** `page.onPiece(message)` and `page.onEnd(id, message, error)` are called, with the dialog's id. */
+  constructor(api, model, store, page) {
+    Object.assign(this, { api, model, store, page });
     addEventListener("pagehide", () => {
       for (const { messageId, message } of this.running.values()) {
         if (message) keep(`end ${messageId}`, message); // the database is too slow for it
@@ -75,19 +93,30 @@ export class Runner {
   }
 
   async write(id, run, begin) {
-    let error = null;
+    const { signal } = run.controller;
+    let [error, timer] = [null, null];
+    const save = () => {
+      timer = null;
+      this.save(id, run).catch(() => {}); // the end will tell
+    };
     try {
       const conversation = await this.store.update(id, begin);
       run.message = conversation.messages[run.messageId];
-      await this.receive(conversation, run);
+      const body = requestBody(conversation, run.message, this.model);
+      const stream = this.api.stream("v1/chat/completions", body, signal);
+      await receive(run.message, stream, (message) => {
+        timer ??= setTimeout(save, SAVE_INTERVAL);
+        this.page.onPiece(message);
+      });
       run.message.state = run.message.finish_reason === "length" ? "cut" : "complete";
     } catch (failure) {
-      error = run.controller.signal.aborted ? null : failure;
+      error = signal.aborted ? null : failure;
       Object.assign(run.message ?? {}, { state: "cut", error: error?.message ?? "" });
     }
+    clearTimeout(timer);
     await this.save(id, run).catch((failure) => (error ??= failure));
     this.running.delete(id);
-    this.onEnd(id, run.message, error);
+    this.page.onEnd(id, run.message, error);
   }
 
   save(id, { message, controller }) {
@@ -95,28 +124,6 @@ export class Runner {
       if (!messages[message?.id]) return controller.abort(); // it was deleted
       messages[message.id] = { ...message, parent: messages[message.id].parent };
     });
-  }
-
-  async receive(conversation, run) {
-    const { message, controller } = run;
-    const [{ usage, seconds }, start] = [message, performance.now()];
-    let [n, isSaved] = [0, true];
-    const timer = setInterval(() => {
-      if (!isSaved) this.save(conversation.id, run).catch(() => {}); // the end will tell
-      isSaved = true;
-    }, SAVE_INTERVAL);
-    try {
-      const body = requestBody(conversation, message, this.model);
-      for await (const event of this.api.stream("v1/chat/completions", body, controller.signal)) {
-        if (event.choices[0]?.delta.content) n += 1;
-        take(message, event, usage, n);
-        isSaved = false;
-        this.onPiece(message);
-      }
-    } finally {
-      clearInterval(timer);
-      message.seconds = seconds + (performance.now() - start) / 1000;
-    }
   }
 
   /** Mark answers that nobody writes any more as cut: their tab was closed or reloaded. */

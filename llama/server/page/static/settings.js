@@ -1,41 +1,36 @@
 // The sheet of settings. Each change is in the conversation at once.
 
-import { actOn, el, find } from "./dom.js";
+import { actOn, find } from "./dom.js";
 import { read } from "./sampling.js";
 import { keep, recall } from "./store.js";
-
-const showTheme = () => (document.documentElement.dataset.theme = recall("theme"));
 
 export class Settings {
   dialog = find("#settings");
 
-  boxes = this.dialog.querySelectorAll("[name]");
+  form = find("#settings-form");
 
   constructor({ meta }) {
     for (const [name, value] of Object.entries(meta.sampling)) {
       find(`#set-${name}`)?.setAttribute("placeholder", value);
     }
     const most = Math.min(5, meta.top_logprobs);
-    find("#set-logprobs").value = most;
-    find("#set-logprobs").closest(".switch").hidden = most === 0;
+    Object.assign(find("#set-logprobs"), { value: most, disabled: most === 0 });
     this.hasTools = meta.tools;
     const example = find("#example").content.textContent;
-    this.dialog.addEventListener("input", ({ target }) => this.#take(target));
-    actOn(this.dialog, {
+    this.form.addEventListener("input", ({ target }) => this.#take(target));
+    actOn(this.form, {
       example: () => this.#fill("tools", find("#set-tools").value || example),
       savePreset: () => this.#keepPreset(find("#preset-name").value, find("#set-system").value),
       removePreset: () => this.#keepPreset(find("#preset").value, undefined),
     });
-    addEventListener("storage", showTheme); // another tab's choice
-    showTheme();
+    this.#followTheme(find("#theme"));
   }
 
   /** Show the sheet; `onChange` is called with all settings after each change. */
   open(settings, onChange) {
     Object.assign(this, { settings, onChange });
-    const values = { ...settings, theme: recall("theme") ?? "auto" };
-    for (const box of this.boxes) {
-      const value = values[box.name] ?? "";
+    for (const box of this.form.elements) {
+      const value = settings[box.name] ?? "";
       if (box.type === "checkbox") box.checked = value !== "";
       else box.value = value;
       this.#check(box);
@@ -49,12 +44,7 @@ export class Settings {
   #take(box) {
     if (box.id === "preset" && box.value) this.#fill("system", recall("presets")[box.value]);
     if (!box.name) return;
-    const value = box.type === "checkbox" && !box.checked ? "" : box.value;
-    if (box.name === "theme") {
-      keep("theme", value);
-      return showTheme();
-    }
-    this.settings = { ...this.settings, [box.name]: value };
+    this.settings = Object.fromEntries(new FormData(this.form));
     this.#check(box);
     this.onChange(this.settings);
   }
@@ -66,21 +56,15 @@ export class Settings {
   }
 
   #check(box) {
-    const error = find(`#${box.id}-error`);
-    if (!error) return;
-    error.textContent = "";
-    try {
-      read(this.settings, box.name);
-    } catch ({ message }) {
-      error.textContent = message;
-    }
-    box.setAttribute("aria-invalid", String(error.textContent !== ""));
+    if (!box.dataset.kind) return;
+    const { fault = "" } = read(box, this.settings);
+    find(`#${box.id}-error`).textContent = fault;
+    box.setAttribute("aria-invalid", fault !== "");
   }
 
   #listPresets(chosen) {
     const options = ["", ...Object.keys(recall("presets") ?? {})];
-    const shown = options.map((name) => el("option", { value: name }, name || "none"));
-    find("#preset").replaceChildren(...shown);
+    find("#preset").replaceChildren(...options.map((name) => new Option(name || "none", name)));
     [find("#preset").value, find("#preset-name").value] = [chosen, chosen];
   }
 
@@ -88,5 +72,13 @@ export class Settings {
   #keepPreset(name, text) {
     keep("presets", { ...recall("presets"), [name]: text });
     this.#listPresets(text === undefined ? "" : name);
+  }
+
+  // The style sheet knows the colours of the chosen one.
+  #followTheme(box) {
+    const show = () => (box.value = recall("theme") ?? "auto");
+    box.addEventListener("input", () => keep("theme", box.value));
+    addEventListener("storage", show); // another tab's choice
+    show();
   }
 }

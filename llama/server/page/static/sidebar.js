@@ -1,14 +1,14 @@
 // The list of conversations: search, rename, delete, export and import.
 
-import { chooseFiles, copyOf, find } from "./dom.js";
+import { copyOf, find, takeFiles } from "./dom.js";
 
 const textOf = ({ title, settings, messages }) =>
   [title, settings.system, ...Object.values(messages).map(({ content }) => content)].join("\n");
 
 export class Sidebar {
-  constructor(element, importFiles) {
+  constructor(element, importFile) {
     Object.assign(this, { element, conversations: [] });
-    chooseFiles(element, importFiles);
+    takeFiles(element, importFile);
     find("input[type=search]", element).addEventListener("input", () => this.list());
   }
 
@@ -21,24 +21,18 @@ export class Sidebar {
   list() {
     const words = find("input[type=search]", this.element).value.trim().toLowerCase();
     const has = (one) => !words || textOf(one).toLowerCase().includes(words);
-    const found = this.conversations.filter(has);
+    const current = (id) => (id === this.shownId ? "page" : "false");
+    const found = this.conversations
+      .filter(has)
+      .map(({ id, title }) => ({ id, title, current: current(id) }));
     // An answer that grows changes a conversation twice a second, and its item never.
-    const mark = JSON.stringify([this.shownId, words, found.map(({ id, title }) => [id, title])]);
+    const mark = JSON.stringify([words, found]);
     if (mark === this.mark) return;
     this.mark = mark;
-    find(".items", this.element).replaceChildren(...found.map((one) => this.item(one)));
+    find(".items", this.element).replaceChildren(...found.map((one) => copyOf("item", one)));
     const isEmpty = !this.conversations.length;
     const says = isEmpty ? "Conversations stay in this browser." : `Nothing has “${words}”.`;
     find(".note", this.element).textContent = found.length ? "" : says;
     find("[data-do=exportAll]", this.element).disabled = isEmpty;
-  }
-
-  item({ id, title }) {
-    const item = copyOf("item");
-    item.dataset.id = id;
-    find(".title", item).textContent = title;
-    item.classList.toggle("shown", id === this.shownId);
-    if (id === this.shownId) find(".title", item).setAttribute("aria-current", "page");
-    return item;
   }
 }

@@ -1,18 +1,19 @@
 // The tabs, of what the model can do, and those for texts without a dialog.
 
-import { answerInfo } from "./answer_info.js";
+import { answerInfo } from "./details.js";
 import { actOn, find, moveByArrows, showRunning } from "./dom.js";
+import { receive } from "./runner.js";
 import { keep, recall } from "./store.js";
+import { newMessage } from "./tree.js";
 
 /** Show the tabs of what the model can do, and the first one's panel. */
 export function showTabs({ chats, infills }) {
-  const can = { "tab-chat": chats, "tab-completion": true, "tab-infilling": infills };
-  const tabs = [...find(".tabs").children].filter(({ id }) => can[id]);
-  find(".tabs").replaceChildren(...tabs);
-  document.body.classList.toggle("no-chat", !chats);
+  if (!chats) find("#tab-chat").remove();
+  if (!infills) find("#tab-infilling").remove();
+  const tabs = [...find(".tabs").children];
   const show = (shown) => {
     for (const tab of tabs) {
-      tab.setAttribute("aria-selected", String(tab === shown));
+      tab.setAttribute("aria-selected", tab === shown);
       tab.tabIndex = tab === shown ? 0 : -1;
       find(`#${tab.getAttribute("aria-controls")}`).hidden = tab !== shown;
     }
@@ -37,21 +38,18 @@ export function runTask(panel, api, model, fields) {
     running = new AbortController();
     for (const part of parts) part.replaceChildren();
     showRunning(panel, true);
-    const [answer, start] = [{}, performance.now()];
-    let n = 0; // the server counts at the end alone
+    const answer = newMessage("assistant", "");
     try {
       const { logprobs, top_logprobs, tools, max_tokens = null, ...sampling } = fields();
       const body = { model: model.id, ...texts(), ...sampling, max_tokens }; // null: as fit
-      for await (const { choices, usage } of api.stream("v1/completions", body, running.signal)) {
-        result.append(choices[0]?.text ?? "");
-        answer.finish_reason = choices[0]?.finish_reason ?? answer.finish_reason;
-        answer.usage = usage ?? { completion_tokens: ++n };
+      const stream = api.stream("v1/completions", body, running.signal);
+      await receive(answer, stream, ({ content }) => {
+        result.textContent = content;
         save();
-      }
+      });
     } catch (error) {
       if (!running.signal.aborted) problem.textContent = error.message;
     }
-    answer.seconds = (performance.now() - start) / 1000;
     status.replaceChildren(answerInfo(answer));
     showRunning(panel, false);
   };

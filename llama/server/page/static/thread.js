@@ -1,39 +1,20 @@
 // The messages of a conversation, as far as its shown branch goes.
 
-import { answerInfo, probabilities } from "./answer_info.js";
 import { blockEnd } from "./blocks.js";
-import { button, copy, copyOf, el, find } from "./dom.js";
-import { callCard } from "./tools.js";
+import { answerInfo, callCard, probabilities } from "./details.js";
+import { copyOf, find } from "./dom.js";
 import { childrenOf, NAMES, openCalls, path } from "./tree.js";
-
-/** Add to rendered HTML what it needs to be used. */
-function furnish(block) {
-  const parts = block.querySelectorAll("p, li, h1, h2, h3, h4, h5, h6, th, td");
-  for (const part of parts) part.dir = "auto";
-  for (const wide of block.querySelectorAll("pre, table, math[display=block]")) {
-    const scroller = el("div", { class: "wide", tabindex: "0" });
-    wide.replaceWith(scroller);
-    scroller.append(wide);
-    if (wide.localName !== "pre") continue;
-    const text = wide.textContent;
-    scroller.before(button("Copy code", () => copy(text), { class: "copy-code" }));
-  }
-}
 
 class MessageView {
   constructor(thread, message) {
     Object.assign(this, { thread, message, done: 0, isNear: false, cards: {} });
-    this.element = copyOf("message");
-    this.element.classList.add(message.role);
-    this.element.setAttribute("aria-label", NAMES[message.role]);
-    this.element.dataset.id = message.id;
-    for (const name of ["text", "more", "actions"]) this[name] = find(`.${name}`, this.element);
+    this.element = copyOf("message", { ...message, name: NAMES[message.role] });
+    const parts = ["text", "tail", "more", "actions", "versions"];
+    for (const name of parts) this[name] = find(`.${name}`, this.element);
     this.element.addEventListener("contentvisibilityautostatechange", ({ skipped }) => {
       this.isNear ||= !skipped;
       this.write();
     });
-    this.tail = el("div", { class: "plain", dir: "auto" });
-    this.text.append(this.tail);
   }
 
   /** Show the message; `context` has what other messages make of it. */
@@ -64,7 +45,7 @@ class MessageView {
       const rest = content.slice(this.done);
       const end = isWriting ? blockEnd(rest) : rest.length;
       if (end <= 0) break;
-      const block = el("div", { class: "plain", dir: "auto" }, rest.slice(0, end));
+      const block = copyOf("block", { text: rest.slice(0, end) });
       this.tail.before(block);
       this.thread.render(block);
       this.done += end;
@@ -74,30 +55,26 @@ class MessageView {
 
   *details({ isDropped, pending }) {
     const { role, state, content, call, error, attachments } = this.message;
+    const note = (text) => copyOf("note", { text });
     if (call) yield callCard(call, content);
-    for (const { name, text } of attachments) {
-      const shown = el("pre", { tabindex: "0" }, text);
-      yield el("details", { class: "file" }, el("summary", {}, name), shown);
-    }
-    for (const open of pending) {
-      const give = (result) => this.thread.giveResult(open, result);
-      yield (this.cards[open.id] ??= callCard(open, null, give)); // with what was typed there
-    }
-    if (isDropped) yield el("p", { class: "note" }, "The model isn't sent this any more.");
-    if (state === "cut") yield el("p", { class: "note cut" }, `This answer was cut. ${error}`);
-    if (state === "writing") yield el("p", { class: "note" }, "Writing…");
+    for (const file of attachments) yield copyOf("attachment", file);
+    // A card that is there already has what was typed into it.
+    for (const open of pending) yield (this.cards[open.id] ??= callCard(open, null));
+    if (isDropped) yield note("The model isn't sent this any more.");
+    if (state === "cut") yield copyOf("cut", { error });
+    if (state === "writing") yield note("Writing…");
     else if (role === "assistant") yield answerInfo(this.message);
   }
 
   // What is offered by its role, state and place the style sheet knows.
   offer({ place, versions }) {
     const { logprobs, tool_calls } = this.message;
-    const hide = (name, isHidden) => (find(`[data-do=${name}]`, this.actions).hidden = isHidden);
-    hide("previous", place === 1);
-    hide("next", place === versions);
-    hide("edit", tool_calls !== null);
-    hide("probabilities", logprobs === null);
-    find(".versions", this.actions).textContent = versions > 1 ? `${place} of ${versions}` : "";
+    const hide = (button, isHidden) => (find(`[data-${button}]`, this.actions).hidden = isHidden);
+    hide("step='-1'", place === 1);
+    hide("step='1'", place === versions);
+    hide("do=edit", tool_calls !== null);
+    hide("do=probabilities", logprobs === null);
+    this.versions.textContent = versions > 1 ? `${place} of ${versions}` : "";
   }
 
   toggleProbabilities() {
@@ -112,9 +89,8 @@ export class Thread {
 
   rendering = Promise.resolve();
 
-  /** `giveResult(call, text)` is called when a person gives a call's result. */
-  constructor(element, api, giveResult) {
-    Object.assign(this, { element, api, giveResult, list: find(".list", element) });
+  constructor(element, api) {
+    Object.assign(this, { element, api, list: find(".list", element) });
   }
 
   /** Have the server render blocks, one after another; one that fails stays as it was written. */
@@ -126,7 +102,9 @@ export class Thread {
       .then((html) => {
         block.className = "block";
         block.innerHTML = html;
-        furnish(block);
+        for (const code of block.querySelectorAll(".wide:has(pre)")) {
+          code.before(copyOf("copy-code"));
+        }
       })
       .catch(() => {});
   }
@@ -166,10 +144,10 @@ export class Thread {
     view.write();
   }
 
-  /** Focus the button "next" or "previous" of a message, or else the other one of them. */
-  focusVersion(id, name) {
+  /** Focus the button of a message that takes the same step to a version, or else the other one. */
+  focusStep(id, step) {
     const { actions } = this.views.get(id);
-    const offered = (one) => find(`[data-do=${one}]:not([hidden])`, actions);
-    (offered(name) ?? offered("previous") ?? offered("next")).focus();
+    const offered = "[data-step]:not([hidden])";
+    (find(`[data-step="${step}"]${offered}`, actions) ?? find(offered, actions)).focus();
   }
 }
