@@ -209,7 +209,7 @@ def test_500_messages_stay_fluid(window: Window, site: Site, tmp_path: Path) -> 
     say(page, "And then?")
     message_box(page).press_sequentially("typed while it answers")
     eventually(page, f"{last}.textContent.includes('word199')")
-    eventually(page, "!document.querySelector('.composer [type=submit]').hidden")
+    eventually(page, "!document.querySelector('.composer.running')")
     expect(message_box(page)).to_have_value("typed while it answers")
     expect(page.locator("article").last).to_be_in_viewport()
     assert len(rendered) < 10, f"{len(rendered)} texts were rendered for one answer"

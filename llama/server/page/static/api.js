@@ -24,28 +24,6 @@ function errorOf(status, body, wait = null) {
   return new ApiError(`${REMEDIES[status] ?? ""} ${details}`.trim());
 }
 
-/** Yield the objects of a response's server-sent events. */
-async function* events(response, signal) {
-  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-  try {
-    for (let rest = "", part = await reader.read(); !part.done; part = await reader.read()) {
-      const lines = (rest + part.value).split("\n");
-      rest = lines.pop();
-      for (const line of lines.filter((each) => each.startsWith("data:"))) {
-        if (line.slice(5).trim() === "[DONE]") return;
-        const event = JSON.parse(line.slice(5));
-        if (event.error) throw errorOf(0, event);
-        yield event;
-      }
-    }
-  } catch (error) {
-    if (signal.aborted || error instanceof ApiError) throw error;
-  } finally {
-    reader.cancel().catch(() => {});
-  }
-  throw new ApiError(LOST);
-}
-
 export class Api {
   key = sessionStorage.getItem("llama-key");
 
@@ -82,16 +60,29 @@ export class Api {
     return true;
   }
 
-  async *stream(path, body, signal) {
-    const streamed = { ...body, stream: true, stream_options: { include_usage: true } };
-    yield* events(await this.request(path, streamed, signal), signal);
-  }
-
   json = async (path, body) => (await this.request(path, body)).json();
 
-  /** Return the number of tokens of a dialog (messages, tools). */
-  count = async (body) => (await this.json("tokenize", body)).count;
-
-  /** Return the safe HTML of a Markdown text. */
-  render = async (text) => (await this.json("render", { text, kind: "markdown" })).html;
+  /** Yield the objects of a response's server-sent events. */
+  async *stream(path, body, signal) {
+    const streamed = { ...body, stream: true, stream_options: { include_usage: true } };
+    const response = await this.request(path, streamed, signal);
+    const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+    try {
+      for (let rest = "", part = await reader.read(); !part.done; part = await reader.read()) {
+        const lines = (rest + part.value).split("\n");
+        rest = lines.pop();
+        for (const line of lines.filter((each) => each.startsWith("data:"))) {
+          if (line.slice(5).trim() === "[DONE]") return;
+          const event = JSON.parse(line.slice(5));
+          if (event.error) throw errorOf(0, event);
+          yield event;
+        }
+      }
+    } catch (error) {
+      if (signal.aborted || error instanceof ApiError) throw error;
+    } finally {
+      reader.cancel().catch(() => {});
+    }
+    throw new ApiError(LOST);
+  }
 }

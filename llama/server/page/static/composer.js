@@ -1,6 +1,6 @@
 // The box in which a message is written, with the files that go along.
 
-import { actOn, copyOf, count, find, showRunning, takeFiles, tell } from "./dom.js";
+import { actOn, copyOf, count, find, takeFiles, tell } from "./dom.js";
 import { keep, recall } from "./store.js";
 
 const MAX_KB = 200; // of a file
@@ -74,7 +74,7 @@ export class Composer {
 
   async submit() {
     const [id, text, files] = [this.id, this.box.value, this.files];
-    if (!find(".stop", this.element).hidden || (!text.trim() && !files.length)) return;
+    if (this.element.matches(".running") || (!text.trim() && !files.length)) return;
     this.set("", []);
     this.box.focus();
     const isSent = await this.send(text, files);
@@ -82,6 +82,4 @@ export class Composer {
     if (isSent) this.keep();
     else if (this.id === id) this.set(text, files);
   }
-
-  setRunning = (isRunning) => showRunning(this.element, isRunning);
 }

@@ -47,10 +47,9 @@ export function takeFiles(root, take) {
 
 /** Show the button that stops what an element's other one starts, or else that one. */
 export function showRunning(root, isRunning) {
-  const [start, stop] = [find(".start", root), find(".stop", root)];
-  const hadFocus = [start, stop].includes(document.activeElement);
-  [start.hidden, stop.hidden] = [isRunning, !isRunning];
-  if (hadFocus) (isRunning ? stop : start).focus();
+  const hadFocus = find(":is(.start, .stop):focus", root);
+  root.classList.toggle("running", isRunning);
+  if (hadFocus) find(isRunning ? ".stop" : ".start", root).focus();
 }
 
 /** Have the arrow keys move the focus between an element's children. */
@@ -91,21 +90,13 @@ export function tell(text, label = "", run = null, role = "alert") {
   find("#errors").append(told);
 }
 
-export const tellError = ({ message }) => tell(message);
-
-/** Show a dialog; return the value of the button that closed it, "" if none did. */
-export function ask(dialog) {
-  dialog.returnValue = "";
+/** Show a dialog with a text in its box; return the text that the box has then, "" if cancelled. */
+export function ask(id, text) {
+  const [dialog, box] = [find(`dialog#${id}`), find(`dialog#${id} :is(input, textarea)`)];
+  [box.value, dialog.returnValue] = [text, ""];
   dialog.showModal();
   const closed = (resolve) => dialog.addEventListener("close", resolve, { once: true });
-  return new Promise(closed).then(() => dialog.returnValue);
-}
-
-/** Ask for a text in a dialog's box; return "" if it is cancelled. */
-export async function askText(dialog, text) {
-  const box = find("input, textarea", dialog);
-  box.value = text;
-  return (await ask(dialog)) && box.value;
+  return new Promise(closed).then(() => dialog.returnValue && box.value);
 }
 
 export function copy(text) {
@@ -117,9 +108,11 @@ export function copy(text) {
   announce("Copied.");
 }
 
-export function download(name, type, text) {
-  const href = URL.createObjectURL(new Blob([text], { type }));
-  const file = name.replace(/[^\p{L}\p{N}.]+/gu, "-").slice(-80);
-  Object.assign(document.createElement("a"), { href, download: file }).click();
+const TYPES = { json: "application/json", md: "text/markdown" };
+
+export function download(title, kind, text) {
+  const href = URL.createObjectURL(new Blob([text], { type: TYPES[kind] }));
+  const name = `${title}.${kind}`.replace(/[^\p{L}\p{N}.]+/gu, "-").slice(-80);
+  Object.assign(document.createElement("a"), { href, download: name }).click();
   setTimeout(() => URL.revokeObjectURL(href), 10_000);
 }

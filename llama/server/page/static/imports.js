@@ -7,15 +7,12 @@ import { NAMES, newConversation, newId, newMessage } from "./tree.js";
 const TOKEN = { token: "", logprob: 0 };
 const CALL = { name: "", arguments: "" };
 const MESSAGE = {
-  ...{ id: "", parent: "", role: "", content: "", state: "", error: "", finish_reason: "" },
-  ...{ usage: { prompt_tokens: 0, completion_tokens: 0 }, seconds: 0, call: CALL },
-  ...{ logprobs: [{ ...TOKEN, top: [TOKEN] }], tool_calls: [{ id: "", ...CALL }] },
-  ...{ tool_call_id: "", attachments: [{ name: "", text: "" }] },
+  ...newMessage("user", ""),
+  ...{ parent: "", finish_reason: "", usage: { prompt_tokens: 0, completion_tokens: 0 } },
+  ...{ seconds: 0, logprobs: [{ ...TOKEN, top: [TOKEN] }], tool_calls: [{ id: "", ...CALL }] },
+  ...{ call: CALL, tool_call_id: "", attachments: [{ name: "", text: "" }] },
 };
-const CONVERSATION = {
-  ...{ id: "", title: "", created: 0, settings: { system: "", tools: "" } },
-  ...{ messages: {}, leaf: "", dropped: [""] },
-};
+const CONVERSATION = { ...newConversation(), leaf: "", dropped: [""] };
 
 const isObject = (value) => value instanceof Object && !Array.isArray(value);
 

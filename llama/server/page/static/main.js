@@ -2,20 +2,20 @@
 
 import { Api } from "./api.js";
 import { Composer } from "./composer.js";
-import { actOn, announce, askText, copy, count, download, find, tell, tellError } from "./dom.js";
+import { actOn, announce, ask, copy, count, download, find, showRunning, tell } from "./dom.js";
 import { fromJson } from "./imports.js";
 import { Meter } from "./meter.js";
 import { Runner } from "./runner.js";
-import { requestFields } from "./sampling.js";
-import { Settings } from "./settings.js";
+import { requestFields, Settings } from "./settings.js";
 import { Sidebar } from "./sidebar.js";
 import { Store } from "./store.js";
 import { runTask, showTabs } from "./tasks.js";
 import { Thread } from "./thread.js";
 import * as tree from "./tree.js";
 
-const exportJson = (conversations, title) =>
-  download(`${title}.json`, "application/json", tree.toJson(conversations));
+const adding = (message) => (conversation) => tree.addMessage(conversation, message);
+
+const exportJson = (title, ...all) => download(title, "json", tree.toJson(all));
 
 /** Return in plain words what a model is. */
 function describe({ max_model_len, meta }) {
@@ -24,7 +24,7 @@ function describe({ max_model_len, meta }) {
   return [meta.description, meta.precision, format, context].filter(Boolean).join(" · ");
 }
 
-/** The page. Buttons name its methods, which get the id of their conversation or message. */
+/** The page. Buttons name its methods, which get the id of what they stand in, and the button. */
 class Page {
   all = new Map();
 
@@ -35,7 +35,7 @@ class Page {
     this.settings = new Settings(model);
     this.meter = new Meter(api, model);
     this.thread = new Thread(find(".thread"), api);
-    this.composer = new Composer(find(".composer"), (...what) => this.send(...what));
+    this.composer = new Composer(find(".composer"), this.send);
     this.runner = new Runner(api, model, store, this);
     this.sidebar = new Sidebar(find(".sidebar"), (file) => this.importFile(file));
     [find("h1").textContent, find(".names p").textContent] = [model.id, describe(model)];
@@ -45,17 +45,15 @@ class Page {
     actOn(find("#page"), this);
   }
 
-  create = () => this.choose("");
+  exportAll = () => exportJson("conversations", ...this.all.values());
 
-  exportAll = () => exportJson([...this.all.values()], "conversations");
-
-  exportJson = (id) => exportJson([this.all.get(id)], this.all.get(id).title);
+  exportJson = (id) => exportJson(this.all.get(id).title, this.all.get(id));
 
   exportMarkdown = (id) =>
-    download(`${this.all.get(id).title}.md`, "text/markdown", tree.toMarkdown(this.all.get(id)));
+    download(this.all.get(id).title, "md", tree.toMarkdown(this.all.get(id)));
 
   async rename(id) {
-    const title = await askText(find("#rename"), this.all.get(id).title);
+    const title = await ask("rename", this.all.get(id).title);
     if (title.trim()) await this.change(id, (conversation) => (conversation.title = title));
   }
 
@@ -79,7 +77,7 @@ class Page {
   }
 
   /** Open a conversation that a person asked for, without an id a new one. */
-  choose(id) {
+  choose(id = "") {
     history.pushState(null, "", `${location.pathname}${location.search}${id && `#${id}`}`);
     this.open();
     find("#tab-chat").click();
@@ -99,7 +97,7 @@ class Page {
     const { id, leaf, title } = conversation;
     document.title = leaf ? `${title} · ${this.model.id}` : this.model.id;
     this.thread.show(conversation);
-    this.composer.setRunning(this.runner.running.has(id));
+    showRunning(this.composer.element, this.runner.running.has(id));
     this.sidebar.update(this.all.values(), id);
     if (conversation.messages[leaf]?.state !== "writing") this.meter.update(conversation);
   }
@@ -110,7 +108,7 @@ class Page {
     else this.runner.watch(this.all.set(id, record).get(id));
     if (id !== this.shown.id) this.sidebar.update(this.all.values(), this.shown.id);
     else if (record) this.show(record);
-    else this.choose("");
+    else this.choose();
   }
 
   async change(id, change) {
@@ -140,7 +138,7 @@ class Page {
     await this.runner.stop(id);
     const planned = structuredClone(this.shown);
     change(planned);
-    const dropped = await this.meter.idsToDrop(planned).catch(tellError);
+    const dropped = await this.meter.idsToDrop(planned).catch(({ message }) => tell(message));
     const add = (conversation) => {
       conversation.dropped.push(...dropped);
       change(conversation);
@@ -151,10 +149,7 @@ class Page {
     return true;
   }
 
-  send(text, attachments) {
-    const message = tree.newMessage("user", text, { attachments });
-    return this.answer((conversation) => tree.addMessage(conversation, message));
-  }
+  send = (text, attachments) => this.answer(adding(tree.newMessage("user", text, { attachments })));
 
   retry(id) {
     const { role, parent } = this.shown.messages[id];
@@ -163,7 +158,7 @@ class Page {
 
   async edit(id) {
     const { content, role } = this.shown.messages[id];
-    const text = await askText(find("#edit"), content);
+    const text = await ask("edit", content);
     if (!text) return;
     const change = (conversation) => tree.edit(conversation, id, text);
     await (role === "assistant" ? this.change(this.shown.id, change) : this.answer(change));
@@ -173,15 +168,13 @@ class Page {
     const { calls } = tree.openCalls(this.shown);
     const call = calls.find(({ id }) => id === callId);
     const { value } = button.previousElementSibling;
-    const message = tree.newMessage("tool", value, { tool_call_id: callId, call });
-    const change = (conversation) => tree.addMessage(conversation, message);
+    const change = adding(tree.newMessage("tool", value, { tool_call_id: callId, call }));
     return calls.length === 1 ? this.answer(change) : this.change(this.shown.id, change);
   }
 
-  async walk(id, { dataset: { step } }) {
-    const other = tree.versionOf(this.shown, id, Number(step));
-    await this.change(this.shown.id, (conversation) => tree.showNewest(conversation, other));
-    this.thread.focusStep(other, step);
+  async walk(versionId, { dataset: { step } }) {
+    await this.change(this.shown.id, (conversation) => tree.showNewest(conversation, versionId));
+    this.thread.focusStep(versionId, step);
   }
 
   async removeTurn(id) {
@@ -229,7 +222,7 @@ class Page {
 async function askKey(isWrong) {
   const says = isWrong ? "The server refused that wrong key." : "This server asks for a key.";
   find("#key-text").textContent = `${says} It is kept until this tab is closed.`;
-  return (await askText(find("#key"), "")).trim();
+  return (await ask("key", "")).trim();
 }
 
 async function start() {

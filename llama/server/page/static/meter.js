@@ -2,7 +2,7 @@
 // full. Tokens are counted by the server, as it will count them.
 
 import { ask, copyOf, count, find } from "./dom.js";
-import { read } from "./sampling.js";
+import { read } from "./settings.js";
 import { path, toMessages } from "./tree.js";
 
 const SHARE = 8; // the part of the context, an eighth, that is free for an answer after dropping
@@ -25,7 +25,6 @@ export class Meter {
 
   constructor(api, model) {
     Object.assign(this, { api, limit: model.max_model_len, element: find(".meter") });
-    this.element.setAttribute("aria-valuemax", this.limit);
     this.#show(0);
   }
 
@@ -59,28 +58,28 @@ export class Meter {
   }
 
   #show(n) {
-    const left = Math.max(0, this.limit - n);
-    const text = `${count(n)} of ${count(this.limit)} tokens used, ${count(left)} left`;
-    find(".meter-text", this.element).textContent = text;
-    find(".meter-bar", this.element).style.width = `${Math.min(100, (100 * n) / this.limit)}%`;
-    this.element.setAttribute("aria-valuenow", Math.min(n, this.limit));
-    this.element.setAttribute("aria-valuetext", text);
-    this.element.classList.toggle("meter-full", left < this.limit / SHARE);
+    const { element, limit } = this;
+    const used = Math.min(n, limit);
+    const text = `${count(n)} of ${count(limit)} tokens used, ${count(limit - used)} left`;
+    find(".meter-text", element).textContent = text;
+    find(".meter-bar", element).style.width = `${(100 * used) / limit}%`;
+    Object.assign(element, { ariaValueNow: used, ariaValueMax: limit, ariaValueText: text });
+    element.classList.toggle("meter-full", limit - used < limit / SHARE);
   }
 
   async #count(conversation) {
     const messages = toMessages(conversation);
-    const tools = read(find("#set-tools"), conversation.settings).value;
-    return messages.length ? this.api.count({ messages, ...(tools && { tools }) }) : 0;
+    const { value: tools } = read(find("#set-tools"), conversation.settings);
+    return messages.length ? (await this.api.json("tokenize", { messages, tools })).count : 0;
   }
 
-  async #agrees(dropped, left) {
+  #agrees(dropped, left) {
     const [dialog, fits] = [find("#full"), left < this.limit];
     const figures = { used: count(left), limit: count(this.limit) };
     const text = copyOf(fits ? "full-fits" : "full-too-long", figures);
     find("#full-text").replaceChildren(text);
     find("ul", dialog).replaceChildren(...(fits ? dropped.map(describe) : []));
     find(".primary", dialog).hidden = !fits;
-    return (await ask(dialog)) === "drop";
+    return ask("full", "yes");
   }
 }

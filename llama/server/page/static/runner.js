@@ -1,6 +1,6 @@
 // Answers being written: asked for, kept as they grow, stopped, continued.
 
-import { requestFields } from "./sampling.js";
+import { requestFields } from "./settings.js";
 import { keep, recall } from "./store.js";
 import { addMessage, newId, newMessage, toMessages } from "./tree.js";
 
@@ -22,12 +22,7 @@ function addCalls(message, deltas) {
   }
 }
 
-function addLogprobs(message, tokens) {
-  for (const { token, logprob, top_logprobs } of tokens) {
-    const top = top_logprobs.map((other) => ({ token: other.token, logprob: other.logprob }));
-    (message.logprobs ??= []).push({ token, logprob, top });
-  }
-}
+const brief = ({ token, logprob }) => ({ token, logprob });
 
 /** Add the events of a stream to a message; `onPiece` is called after each. */
 export async function receive(message, stream, onPiece) {
@@ -40,7 +35,9 @@ export async function receive(message, stream, onPiece) {
       message.content += delta.content ?? "";
       message.finish_reason = finish_reason ?? message.finish_reason;
       addCalls(message, delta.tool_calls ?? []);
-      addLogprobs(message, logprobs?.content ?? []);
+      for (const each of logprobs?.content ?? []) {
+        (message.logprobs ??= []).push({ ...brief(each), top: each.top_logprobs.map(brief) });
+      }
       // The server counts at the end alone: a stopped answer has the number of its events.
       message.usage = {
         prompt_tokens: before?.prompt_tokens || (usage?.prompt_tokens ?? 0),
@@ -62,7 +59,7 @@ export class Runner {
 
   watched = new Set();
 
-  /** `page.onPiece(message)` and `page.onEnd(id, message, error)` are called, with the dialog's id. */
+  /** `page.onPiece(message)` and `page.onEnd(id, message, error)` are called; id: the dialog's. */
   constructor(api, model, store, page) {
     Object.assign(this, { api, model, store, page });
     addEventListener("pagehide", () => {
@@ -94,18 +91,15 @@ export class Runner {
 
   async write(id, run, begin) {
     const { signal } = run.controller;
-    let [error, timer] = [null, null];
-    const save = () => {
-      timer = null;
-      this.save(id, run).catch(() => {}); // the end will tell
-    };
+    let error = null;
+    const save = () => this.save(id, run).catch(() => {}); // the end will tell
     try {
       const conversation = await this.store.update(id, begin);
       run.message = conversation.messages[run.messageId];
       const body = requestBody(conversation, run.message, this.model);
       const stream = this.api.stream("v1/chat/completions", body, signal);
       await receive(run.message, stream, (message) => {
-        timer ??= setTimeout(save, SAVE_INTERVAL);
+        run.timer ??= setTimeout(save, SAVE_INTERVAL);
         this.page.onPiece(message);
       });
       run.message.state = run.message.finish_reason === "length" ? "cut" : "complete";
@@ -113,13 +107,15 @@ export class Runner {
       error = signal.aborted ? null : failure;
       Object.assign(run.message ?? {}, { state: "cut", error: error?.message ?? "" });
     }
-    clearTimeout(timer);
     await this.save(id, run).catch((failure) => (error ??= failure));
     this.running.delete(id);
     this.page.onEnd(id, run.message, error);
   }
 
-  save(id, { message, controller }) {
+  save(id, run) {
+    const { message, controller, timer } = run;
+    clearTimeout(timer);
+    run.timer = null;
     return this.store.update(id, ({ messages }) => {
       if (!messages[message?.id]) return controller.abort(); // it was deleted
       messages[message.id] = { ...message, parent: messages[message.id].parent };

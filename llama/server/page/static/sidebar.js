@@ -22,9 +22,8 @@ export class Sidebar {
     const words = find("input[type=search]", this.element).value.trim().toLowerCase();
     const has = (one) => !words || textOf(one).toLowerCase().includes(words);
     const current = (id) => (id === this.shownId ? "page" : "false");
-    const found = this.conversations
-      .filter(has)
-      .map(({ id, title }) => ({ id, title, current: current(id) }));
+    const itemOf = ({ id, title }) => ({ id, title, current: current(id) });
+    const found = this.conversations.filter(has).map(itemOf);
     // An answer that grows changes a conversation twice a second, and its item never.
     const mark = JSON.stringify([words, found]);
     if (mark === this.mark) return;

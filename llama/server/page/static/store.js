@@ -13,15 +13,13 @@ export function keep(name, value) {
 /** Return a small thing that was kept, null if there is none. */
 export const recall = (name) => JSON.parse(localStorage.getItem(`llama ${name}`));
 
-function openDatabase() {
-  return new Promise((resolve, reject) => {
+const openDatabase = () =>
+  new Promise((resolve, reject) => {
     const request = indexedDB.open("llama", 1);
-    request.onupgradeneeded = () =>
-      request.result.createObjectStore("conversations", { keyPath: "id" });
-    request.onerror = () => reject(request.error);
-    request.onsuccess = () => resolve(request.result);
+    const make = () => request.result.createObjectStore("conversations", { keyPath: "id" });
+    const done = () => resolve(request.result);
+    Object.assign(request, { onupgradeneeded: make, onsuccess: done, onerror: reject });
   });
-}
 
 /** The conversations by their id. */
 export class Store {
@@ -38,14 +36,13 @@ export class Store {
   }
 
   // Resolves when the transaction is complete: what was written is then kept.
-  work(mode, job) {
-    return new Promise((resolve, reject) => {
+  work = (mode, job) =>
+    new Promise((resolve, reject) => {
       const transaction = this.database.transaction("conversations", mode);
       const request = job(transaction.objectStore("conversations"));
       transaction.oncomplete = () => resolve(request.result);
       transaction.onabort = () => reject(transaction.error ?? new Error("the browser refused"));
     });
-  }
 
   all = () => this.work("readonly", (store) => store.getAll());
 

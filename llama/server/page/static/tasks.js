@@ -10,7 +10,7 @@ import { newMessage } from "./tree.js";
 export function showTabs({ chats, infills }) {
   if (!chats) find("#tab-chat").remove();
   if (!infills) find("#tab-infilling").remove();
-  const tabs = [...find(".tabs").children];
+  const [list, tabs] = [find(".tabs"), [...find(".tabs").children]];
   const show = (shown) => {
     for (const tab of tabs) {
       tab.setAttribute("aria-selected", tab === shown);
@@ -18,10 +18,9 @@ export function showTabs({ chats, infills }) {
       find(`#${tab.getAttribute("aria-controls")}`).hidden = tab !== shown;
     }
   };
-  for (const tab of tabs) {
-    for (const type of ["click", "focus"]) tab.addEventListener(type, () => show(tab));
-  }
-  moveByArrows(find(".tabs"));
+  const take = ({ target }) => tabs.includes(target) && show(target);
+  for (const type of ["click", "focusin"]) list.addEventListener(type, take);
+  moveByArrows(list);
   show(tabs[0]);
 }
 

@@ -29,17 +29,16 @@ class MessageView {
       this.done = 0; // the last block goes on
       this.text.replaceChildren(this.tail);
     }
-    Object.assign(this, { message, mark });
-    this.write();
-    this.element.dataset.state = state;
-    this.element.classList.toggle("dropped", context.isDropped);
+    this.mark = mark;
+    this.write(message);
     this.more.replaceChildren(...this.details(context));
     this.offer(context);
   }
 
   // What is finished is rendered, once and in one piece; what is being written stays as it is.
-  write() {
-    const { role, content, state } = this.message;
+  write(message = this.message) {
+    this.message = message;
+    const { role, content, state } = message;
     const isWriting = state === "writing";
     while (role === "assistant" && (this.isNear || isWriting)) {
       const rest = content.slice(this.done);
@@ -66,15 +65,17 @@ class MessageView {
     else if (role === "assistant") yield answerInfo(this.message);
   }
 
-  // What is offered by its role, state and place the style sheet knows.
-  offer({ place, versions }) {
-    const { logprobs, tool_calls } = this.message;
-    const hide = (button, isHidden) => (find(`[data-${button}]`, this.actions).hidden = isHidden);
-    hide("step='-1'", place === 1);
-    hide("step='1'", place === versions);
-    hide("do=edit", tool_calls !== null);
-    hide("do=probabilities", logprobs === null);
-    this.versions.textContent = versions > 1 ? `${place} of ${versions}` : "";
+  // The rest of what is offered is told by the style sheet.
+  offer({ versions, isDropped }) {
+    const { id, state, logprobs, tool_calls } = this.message;
+    const kind = { state, isDropped, calls: Boolean(tool_calls), counts: Boolean(logprobs) };
+    Object.assign(this.element.dataset, kind);
+    const place = versions.indexOf(id);
+    for (const button of this.actions.querySelectorAll("[data-step]")) {
+      const other = versions[place + Number(button.dataset.step)];
+      [button.dataset.id, button.hidden] = [other, !other];
+    }
+    this.versions.textContent = versions.length > 1 ? `${place + 1} of ${versions.length}` : "";
   }
 
   toggleProbabilities() {
@@ -98,8 +99,8 @@ export class Thread {
     const text = block.textContent;
     if (!text.trim()) return block.remove();
     this.rendering = this.rendering
-      .then(() => this.api.render(text))
-      .then((html) => {
+      .then(async () => {
+        const { html } = await this.api.json("render", { text, kind: "markdown" });
         block.className = "block";
         block.innerHTML = html;
         for (const code of block.querySelectorAll(".wide:has(pre)")) {
@@ -125,8 +126,7 @@ export class Thread {
       const there = this.list.children[i] ?? null;
       if (view.element !== there) this.list.insertBefore(view.element, there);
       view.update(message, {
-        place: versions.indexOf(message) + 1,
-        versions: versions.length,
+        versions: versions.map(({ id }) => id),
         isDropped: conversation.dropped.includes(message.id),
         pending: message.id === caller && message.state !== "writing" ? calls : [],
       });
@@ -137,17 +137,12 @@ export class Thread {
   toEnd = () => this.element.scrollTo(0, 0);
 
   /** Show what has been added to an answer. */
-  grow(message) {
-    const view = this.views.get(message.id);
-    if (!view) return;
-    view.message = message;
-    view.write();
-  }
+  grow = (message) => this.views.get(message.id)?.write(message);
 
   /** Focus the button of a message that takes the same step to a version, or else the other one. */
   focusStep(id, step) {
     const { actions } = this.views.get(id);
-    const offered = "[data-step]:not([hidden])";
-    (find(`[data-step="${step}"]${offered}`, actions) ?? find(offered, actions)).focus();
+    // A button that isn't shown takes no focus.
+    for (const one of [-step, step]) find(`[data-step="${one}"]`, actions).focus();
   }
 }

@@ -4,22 +4,18 @@ export const NAMES = { user: "You", assistant: "Assistant", tool: "Tool" };
 const UNNAMED = "New conversation";
 
 // crypto.randomUUID needs HTTPS or localhost.
-export function newId() {
-  const bytes = [...crypto.getRandomValues(new Uint8Array(10))];
-  return `m${bytes.map((byte) => byte.toString(16).padStart(2, "0")).join("")}`;
-}
+export const newId = () => `m${crypto.getRandomValues(new Uint32Array(3)).join("-")}`;
 
-export function newConversation() {
-  const empty = { settings: { system: "", tools: "" }, messages: {}, leaf: null, dropped: [] };
-  return { id: newId(), title: UNNAMED, created: Date.now(), ...empty };
-}
+export const newConversation = () => ({
+  ...{ id: newId(), title: UNNAMED, created: Date.now(), settings: { system: "", tools: "" } },
+  ...{ messages: {}, leaf: null, dropped: [] },
+});
 
-export function newMessage(role, content, fields = {}) {
-  const answer = { finish_reason: null, usage: null, seconds: null, logprobs: null, error: "" };
-  const calls = { tool_calls: null, tool_call_id: null, call: null, attachments: [] };
-  const base = { id: newId(), parent: null, role, content, state: "complete" };
-  return { ...base, ...answer, ...calls, ...fields };
-}
+export const newMessage = (role, content, fields = {}) => ({
+  ...{ id: newId(), parent: null, role, content, state: "complete", error: "", attachments: [] },
+  ...{ finish_reason: null, usage: null, seconds: null, logprobs: null },
+  ...{ tool_calls: null, tool_call_id: null, call: null, ...fields },
+});
 
 /** Add a message behind its parent, by default the shown end, and show it. */
 export function addMessage(conversation, message, parent = conversation.leaf) {
@@ -47,13 +43,6 @@ export function showNewest(conversation, id) {
   const children = childrenOf(conversation);
   while (children.has(id)) id = children.get(id).at(-1).id;
   conversation.leaf = id;
-}
-
-/** Return the id of the version of a message that is a step away. */
-export function versionOf(conversation, id, step) {
-  const message = conversation.messages[id];
-  const versions = childrenOf(conversation).get(message.parent);
-  return versions[versions.indexOf(message) + step].id;
 }
 
 /** Add another version of a message beside it, as a branch of its own. */
@@ -99,10 +88,9 @@ export const contentOf = ({ content, attachments }) =>
 
 function toMessage(message) {
   const { role, tool_calls, tool_call_id } = message;
-  const sent = { role, content: contentOf(message), ...(tool_call_id && { tool_call_id }) };
-  if (!tool_calls) return sent;
-  const called = tool_calls.map(({ id, ...call }) => ({ id, type: "function", function: call }));
-  return { ...sent, content: sent.content || null, tool_calls: called };
+  const called = tool_calls?.map(({ id, ...call }) => ({ id, type: "function", function: call }));
+  const content = contentOf(message) || (called ? null : "");
+  return { role, content, tool_calls: called, tool_call_id: tool_call_id ?? undefined };
 }
 
 /** Return the messages that the API gets. */
@@ -118,10 +106,9 @@ export function toMarkdown(conversation) {
   const { title, settings } = conversation;
   const parts = [`# ${title}`, ...(settings.system ? ["## System prompt", settings.system] : [])];
   for (const message of path(conversation)) {
-    parts.push(`## ${NAMES[message.role]}`, contentOf(message));
-    for (const { name, arguments: text } of message.tool_calls ?? []) {
-      parts.push(fenced({ name: `Call of ${name}`, text }));
-    }
+    const called = (call) => fenced({ name: `Call of ${call.name}`, text: call.arguments });
+    const calls = (message.tool_calls ?? []).map(called);
+    parts.push(`## ${NAMES[message.role]}`, contentOf(message), ...calls);
   }
   return `${parts.filter(Boolean).join("\n\n")}\n`;
 }
