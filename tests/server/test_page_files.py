@@ -21,7 +21,7 @@ from llama.server.page import STATIC, mount_page
 
 NAMES = sorted(path.name for path in STATIC.iterdir())
 KINDS = {"js": "text/javascript", "css": "text/css", "html": "text/html", "svg": "image/svg+xml"}
-MAX_LINES = 1200  # of code, without blank lines and comments
+MAX_LINES = 1197  # of code, without blank lines and comments
 POLICY = {
     "default-src 'none'",
     "script-src 'self'",
