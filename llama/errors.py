@@ -37,6 +37,10 @@ class NotFinite(RuntimeError):
         )
 
 
+class RankLost(RuntimeError):
+    """Another rank of the job has failed, has ended, or can't be reached."""
+
+
 def short(value: object, length: int = 40) -> str:
     """Return the ``repr`` of a value, cut to a length."""
     if isinstance(value, int) and abs(value) > LARGEST:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from llama import parallel
 from llama.adapters.changes import write_prefix
 from llama.engine.prefix_cache import PrefixCache, common_prefix
 from llama.engine.results import FinishReason
@@ -113,6 +114,7 @@ class Engine:
         Raises:
             NotFinite: the network's output isn't. All running sequences have ended with "error",
                 and the cache is empty.
+            RankLost: another rank has failed or can't be reached.
         """
         if self.model.n_passes != self._n_passes:
             self._prefixes.clear()
@@ -134,6 +136,8 @@ class Engine:
                 self.model.clear_cache()  # where a NaN would spread to later sequences
                 for sequence in list(self._running):
                     self._finish(sequence, "error")
+            else:
+                parallel.explain(error)
             raise
 
     def _admit(self) -> None:
