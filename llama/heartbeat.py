@@ -38,18 +38,12 @@ class Heart:
         rank: of this process.
         n_ranks: how many there are.
         end: called with the error when a rank is lost.
-        interval: seconds between two signs of life.
     """
 
     def __init__(
-        self,
-        store: "dist.Store",
-        rank: int,
-        n_ranks: int,
-        end: Callable[[RankLost], None],
-        interval: float = INTERVAL,
+        self, store: "dist.Store", rank: int, n_ranks: int, end: Callable[[RankLost], None]
     ):
-        self._store, self._rank, self._end, self._interval = store, rank, end, interval
+        self._store, self._rank, self._end = store, rank, end
         self._signs = [Sign()] * n_ranks
         self._is_broken = False  # the connection to the store
         self._last_words = ""
@@ -70,18 +64,18 @@ class Heart:
         self._last_words = f"failed: {type(error).__name__}: {error}" if error else _LEFT
         self._lingers = lingers
         self._leaving.set()
-        self._writer.join(4 * self._interval)
+        self._writer.join(4 * INTERVAL)
 
     def cause(self) -> RankLost | None:
         """Return the loss that made a collective fail, which takes some intervals to find out."""
         before = self._signs
-        end = time.monotonic() + 4 * self._interval
+        end = time.monotonic() + 4 * INTERVAL
         while time.monotonic() < end:
             if self._is_broken or self._ended():
                 return self._loss([])
             if not self._silent(before):
                 return None
-            time.sleep(self._interval / 10)
+            time.sleep(INTERVAL / 10)
         return self._loss(self._silent(before))
 
     def _write(self) -> None:
@@ -97,14 +91,14 @@ class Heart:
                 self._signs = [Sign(*json.loads(text)) for text in self._store.multi_get(keys)]
                 if sign.last_words and before is None:
                     before = self._signs
-                self._leaving.wait(self._interval) if before is None else time.sleep(0.1)
+                self._leaving.wait(INTERVAL) if before is None else time.sleep(0.1)
         except RuntimeError:  # as PyTorch's errors of stores are
             self._is_broken = True
 
     def _watch(self) -> None:
         """Call ``end`` when a rank is lost, after intervals that this process itself has seen."""
         missed, last = [0] * len(self._signs), self._signs
-        while not self._leaving.wait(self._interval):
+        while not self._leaving.wait(INTERVAL):
             signs = self._signs
             if any(sign.last_words == _LEFT for sign in signs):
                 return  # no collective is possible any more: the job comes to its end

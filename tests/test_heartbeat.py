@@ -42,7 +42,7 @@ class Ranks:
             store._values = self.stores[0]._values
         self.losses: list[list[RankLost]] = [[] for _ in range(3)]
         self.hearts = [
-            Heart(store, rank, 3, loss.append, INTERVAL)
+            Heart(store, rank, 3, loss.append)
             for rank, (store, loss) in enumerate(zip(self.stores, self.losses, strict=True))
         ]
 
@@ -53,6 +53,7 @@ class Ranks:
 
 @pytest.fixture
 def ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Ranks]:
+    monkeypatch.setattr(heartbeat, "INTERVAL", INTERVAL)
     monkeypatch.setattr(heartbeat, "LIMIT", 10)
     monkeypatch.setattr(heartbeat.socket, "gethostname", lambda: "node-a")
     found = Ranks()

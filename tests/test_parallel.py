@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from contextlib import AbstractContextManager
@@ -21,7 +22,7 @@ from llama.generation import TINY
 
 # What each rank does: build, generate, and write what it got.
 GENERATE = """
-import atexit, json, os, sys, threading, torch
+import atexit, json, logging, os, sys, threading, torch
 # The first to register is the last to run: by then a rank has parted from the others.
 atexit.register(lambda: os.write(1, b"left" if not torch.distributed.is_initialized() else b"in"))
 from datetime import timedelta
@@ -215,15 +216,39 @@ def launcher(*arguments: str) -> AbstractContextManager[Started]:
     return started("-m", "torch.distributed.run", *arguments)
 
 
+# Says that it has generated, by a file with its launcher's and its own process id.
+UNTIL_KILLED = """
+if torch.distributed.get_rank() > 0:
+    logging.getLogger("llama.checkpoint").warning("rank 0 has said this")
+with open(sys.argv[1] + os.environ["RANK"] + "pids", "w") as file:
+    print(os.getppid(), os.getpid(), file=file, flush=True)
+while True:
+    llama.generate([[1, 20, 300]], 100, temperature=0)
+"""
+
+
 @pytest.mark.slow
-def test_two_nodes(checkpoints, alone, tmp_path: Path) -> None:
-    out, port = str(tmp_path / "rank"), str(free_port())
-    job = ("--nnodes", "2", "--master_addr", "127.0.0.1", "--master_port", port)
-    job += ("--nproc_per_node", "1", "--node_rank")
-    generate = (script(tmp_path, GENERATE), out, str(TINY))
-    with launcher(*job, "0", *generate) as first, launcher(*job, "1", *generate) as second:
-        for node in (first, second):
-            assert node.wait(120) == 0, node.output[-3000:]
+def test_two_machines_of_which_one_is_lost(
+    alone: dict[str, list[list[int]]], tmp_path: Path
+) -> None:
+    """Two launchers, as on two machines: their ranks generate what one does, and where one of them
+    is gone with its launcher, the other ends within 30 seconds and says which one."""
+    out = str(tmp_path / "rank")
+    job = ("--nnodes", "2", "--nproc_per_node", "1", "--rdzv_backend", "c10d", "--rdzv_id", "1")
+    job += ("--rdzv_endpoint", f"127.0.0.1:{free_port()}")
+    job += (script(tmp_path, GENERATE + UNTIL_KILLED), out, str(TINY))
+    files = [Path(f"{out}{rank}pids") for rank in range(2)]
+    with launcher(*job) as first, launcher(*job) as second:
+        wait_until(lambda: all(file.exists() and file.read_text() for file in files), 60)
+        pids = [[int(pid) for pid in file.read_text().split()] for file in files]
+        victim = [launcher for launcher, _ in pids].index(second.pid)
+        for pid in pids[victim]:
+            os.kill(pid, signal.SIGKILL)
+        assert first.wait(30) != 0
+        assert f"RankLost: rank {victim} on {socket.gethostname()} has died" in first.output
+        assert "rank 0 has said this" not in first.output + second.output
+        with pytest.raises(ProcessLookupError):
+            os.kill(pids[1 - victim][1], 0)
     for rank in range(2):
         found = json.loads(Path(f"{out}{rank}").read_text())
         assert found[str(TINY)]["greedy"] == alone["tiny1"]

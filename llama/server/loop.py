@@ -133,10 +133,17 @@ class EngineLoop:
             raise
         finally:
             sys.setswitchinterval(usual)
-            with self._wake:
-                self._draining = True
-            for job in list(self._jobs.values()):
-                job.update(finish_reason="error")
+            self._end_jobs()
+
+    def fail(self, error: BaseException) -> None:
+        """End all jobs with an error, from any thread: the engine's may wait for a lost rank."""
+        self.failure = error
+        self._end_jobs()
+
+    def _end_jobs(self) -> None:
+        self.drain()
+        for job in list(self._jobs.values()):
+            job.update(finish_reason="error")
 
     def _wait(self) -> bool:
         """Wait for jobs; return False once the loop is drained."""

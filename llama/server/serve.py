@@ -18,7 +18,7 @@ import uvicorn
 from llama.errors import need
 from llama.generation import Llama
 from llama.llama_guard import LlamaGuard
-from llama.parallel import rank, world_size
+from llama.parallel import at_loss, rank, world_size
 from llama.server.api import make_app
 from llama.server.config import ServerConfig
 from llama.server.connections import Connection
@@ -48,6 +48,11 @@ class Server(uvicorn.Server):
     def _drain(self) -> None:
         logger.info("shutting down: %d sequences are running", self._loop.n_active)
         self._loop.drain()
+
+    def fail(self, error: BaseException) -> None:
+        """End all answers and stop, from any thread."""
+        self._loop.fail(error)
+        self.should_exit = True
 
     def run_engine(self) -> None:
         """Run until the engine is drained or fails, then stop the web server."""
@@ -88,6 +93,7 @@ def main(config: ServerConfig) -> None:
         timeout_graceful_shutdown=60,
     )
     server = Server(uvicorn_config, service.loop)
+    at_loss.append(server.fail)
     engine = threading.Thread(target=server.run_engine, name="engine", daemon=True)
     engine.start()
     # Otherwise the garbage collector visits all loaded objects whenever a large body is parsed.
@@ -96,7 +102,7 @@ def main(config: ServerConfig) -> None:
         server.run()
     finally:
         service.loop.drain()
-        engine.join(timeout=20)
+        engine.join(timeout=0 if service.loop.failure else 20)
     if engine.is_alive() or service.loop.failure is not None:
         # The other ranks, or the threads that communicate with them, may hang: don't wait for them.
         logging.shutdown()

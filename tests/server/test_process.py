@@ -146,6 +146,39 @@ def test_two_ranks(tiny: Llama, victim: int) -> None:
         wait_for(left, "the engine failed" if victim == 1 else "rank 0 has ended")
 
 
+# A short patience, for a server that is run by ``-c``.
+IMPATIENT = """
+import sys
+from llama import heartbeat, parallel
+from llama.cli import run
+heartbeat.INTERVAL, heartbeat.LIMIT, parallel._GRACE = 0.2, 10, 1
+run("llama.server.serve:main")
+"""
+
+
+def test_a_machine_that_hangs_ends_the_server() -> None:
+    """A stopped process is as a machine without power: its connections stay open. A failure means
+    that clients wait forever for the rest of an answer."""
+    together = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    command = ("-c", IMPATIENT, "--page=False", "--port", "0")
+    with (
+        started(*command, module="llama.server.page", RANK="1", **together) as other,
+        started(*command, module="llama.server.page", RANK="0", **together) as server,
+        httpx.stream("POST", f"{url_of(server)}/v1/completions", json=LONG, timeout=60) as stream,
+    ):
+        lines = stream.iter_lines()
+        next(lines)
+        try:
+            other.send_signal(signal.SIGSTOP)
+            events = [line for line in lines if line]
+            assert json.loads(events[-2].removeprefix("data: "))["error"]["type"] == "server_error"
+            assert events[-1] == "data: [DONE]"
+            assert server.wait(30) == 1
+            wait_for(server, f"rank 1 on {socket.gethostname()} has died, or can't be reached")
+        finally:
+            other.send_signal(signal.SIGKILL)
+
+
 def _check_answers(url: str, tiny: Llama) -> None:
     """Streams side by side, and vectors."""
     answers: list[str] = []
