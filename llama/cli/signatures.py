@@ -30,14 +30,14 @@ def _fields(parameter: inspect.Parameter) -> list[inspect.Parameter]:
     ]
 
 
-def call(function: Callable[..., object], values: Mapping[str, Any]) -> None:
-    """Call a function with the values of its flat signature's parameters."""
+def call(function: Callable[..., object], values: Mapping[str, Any]) -> Any:
+    """Return what a function returns for the values of its flat signature's parameters."""
     signature = inspect.signature(function, eval_str=True)
     bound = signature.bind_partial()
     for name, parameter in signature.parameters.items():
         fields = {field.name: values[field.name] for field in _fields(parameter)}
         bound.arguments[name] = parameter.annotation(**fields) if fields else values[name]
-    function(*bound.args, **bound.kwargs)
+    return function(*bound.args, **bound.kwargs)
 
 
 def argument_descriptions(function: Callable[..., object]) -> dict[str, str | None]:

@@ -14,14 +14,15 @@ import threading
 from types import FrameType
 
 import uvicorn
+from fastapi import FastAPI
 
 from llama.errors import need
 from llama.generation import Llama
-from llama.llama_guard import LlamaGuard
-from llama.parallel import at_loss, rank, world_size
+from llama.parallel import at_loss, rank
 from llama.server.api import make_app
 from llama.server.config import ServerConfig
 from llama.server.connections import Connection
+from llama.server.loading import load
 from llama.server.loop import EngineLoop
 from llama.server.service import Service
 from llama.server.workers import worker_loop
@@ -67,25 +68,13 @@ class Server(uvicorn.Server):
 def main(config: ServerConfig) -> None:
     """Serve a model until SIGTERM or Ctrl-C, which let running requests finish."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
-    llama = Llama.build(**config.build_arguments())
-    for name, directory in config.lora_directories().items():
-        llama.load_adapter(name, directory)
-    if config.guard_dir is not None:
-        if world_size() > 1:
-            raise ValueError(
-                "--guard_dir works with one process only: the guard runs on rank 0 alone"
-            )
-        guard = LlamaGuard.build(config.guard_dir, device=config.device)
-        llama.input_guard, llama.output_guard = guard.input_guard, guard.output_guard
+    llama = load(config)
     if rank() > 0:
         _run_worker(llama)
         return
     service = Service(llama, config)
-    app = make_app(service)
-    if config.page:
-        app = need("llama.server.page", "server", "the page").mount_page(app, service)
     uvicorn_config = uvicorn.Config(
-        app,
+        application(service),
         config.host,
         config.port,
         http=Connection,
@@ -107,6 +96,14 @@ def main(config: ServerConfig) -> None:
         # The other ranks, or the threads that communicate with them, may hang: don't wait for them.
         logging.shutdown()
         os._exit(1)
+
+
+def application(service: Service) -> FastAPI:
+    """Return the app that serves a model, with the page if its flags say so."""
+    app = make_app(service)
+    if service.config.page:
+        need("llama.server.page", "server", "the page").mount_page(app, service)
+    return app
 
 
 def _run_worker(llama: Llama) -> None:
