@@ -40,7 +40,9 @@ _TRIES = 3  # to find a replica that lives, for a request of which nothing has b
 _GRACE = 2.0  # seconds for the last words of streams, before a replica ends that has failed
 _SCOPE = {"type", "http_version", "method", "scheme", "path", "raw_path", "query_string"}
 _SCOPE |= {"root_path", "headers", "client", "server"}  # what can be sent to another process
-_LOST = ApiError(503, "the replica that answered has ended: send the request again", code="lost")
+_LOST = ApiError(
+    503, "the replica that answered has ended: send the request again", code="replica_lost"
+)
 
 
 def app(arguments: Mapping[str, Any]) -> serve.Application:
