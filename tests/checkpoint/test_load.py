@@ -109,6 +109,17 @@ class TestMemory:
         with pytest.raises(MemoryError):
             Llama.build(device="cpu", dtype=torch.bfloat16, max_seq_len=most + 9, max_batch_size=1)
 
+    def test_ranks_on_other_machines_need_none_of_this_ones(self, monkeypatch) -> None:
+        """A failure means that a model on two machines doesn't fit, or that one's memory ends."""
+        monkeypatch.setattr(load_module, "device_memory", lambda _: 8_000_000_000)
+        args = ModelArgs(**LLAMA_7B, max_seq_len=512, max_batch_size=1)
+        cpu = torch.device("cpu")
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+        load_module.plan_memory(args, torch.bfloat16, cpu, ranks=4)  # half of 13.5 GB
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+        with pytest.raises(MemoryError, match=r"weights of 13\.5 GB"):
+            load_module.plan_memory(args, torch.bfloat16, cpu, ranks=4)
+
     def test_the_machine_has_memory(self) -> None:
         assert memory.device_memory(torch.device("cpu")) > 1e9
 
