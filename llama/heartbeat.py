@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from llama.errors import RankLost
 
 if TYPE_CHECKING:
-    import torch.distributed as dist
+    from torch.distributed.distributed_c10d import Store
 
 INTERVAL = 1.0  # seconds between two signs of life
 LIMIT = 20  # intervals without one, after which a rank is lost
@@ -40,9 +40,7 @@ class Heart:
         end: called with the error when a rank is lost.
     """
 
-    def __init__(
-        self, store: "dist.Store", rank: int, n_ranks: int, end: Callable[[RankLost], None]
-    ):
+    def __init__(self, store: "Store", rank: int, n_ranks: int, end: Callable[[RankLost], None]):
         self._store, self._rank, self._end = store, rank, end
         self._signs = [Sign()] * n_ranks
         self._is_broken = False  # the connection to the store

@@ -21,6 +21,8 @@ from fairscale.nn.model_parallel.initialize import (
     initialize_model_parallel,
     model_parallel_is_initialized,
 )
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed.distributed_c10d import PrefixStore
 
 from llama.errors import RankLost
 from llama.heartbeat import Heart
@@ -151,13 +153,13 @@ def _watch_ranks() -> None:
     """Start the heartbeat, by a connection of its own to the store where the ranks met."""
     global _heart
     store = dist.distributed_c10d._get_default_store()
-    while isinstance(store, dist.PrefixStore):
+    while isinstance(store, PrefixStore):
         store = store.underlying_store
     job = torch.randint(2**62, (1,), device="cpu")  # a launcher's store outlives a job
     dist.broadcast(job, src=0, group=_cpu_group)
-    if isinstance(store, dist.TCPStore):
-        own = dist.TCPStore(store.host, store.port, is_master=False, timeout=timedelta(days=365))
-        prefixed = dist.PrefixStore(f"llama/{int(job)}", own)
+    if isinstance(store, TCPStore):
+        own = TCPStore(store.host, store.port, is_master=False, timeout=timedelta(days=365))
+        prefixed = PrefixStore(f"llama/{int(job)}", own)
         _heart = Heart(prefixed, dist.get_rank(), dist.get_world_size(), _end)
 
 
