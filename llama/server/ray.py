@@ -87,7 +87,9 @@ def deploy(
         bundle = {name: n for name, n in bundle.items() if n}
         options["placement_group_bundles"] = [bundle] * model_parallel_size
         options["placement_group_strategy"] = "PACK"
-    replicas = Replica.options(
+    replicas = serve.deployment(
+        Replica,
+        name="replica",
         num_replicas=num_replicas,
         # As many as keep an engine full: the others wait for the first replica that has room.
         max_ongoing_requests=2 * config.max_batch_size,
@@ -97,7 +99,7 @@ def deploy(
 
     def make_front() -> Front:
         name = serve.get_replica_context().app_name
-        handle = serve.get_deployment_handle(Replica.name, name)
+        handle = serve.get_deployment_handle("replica", name)
         return Front(config.max_body, handle.options(stream=True))
 
     front = serve.deployment(
@@ -109,7 +111,6 @@ def deploy(
     return front.bind(replicas)
 
 
-@serve.deployment(name="replica")
 class Replica:
     """A copy of the model, with all of its ranks."""
 

@@ -9,7 +9,6 @@ from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 
-@ray.remote
 class Rank:
     """A rank other than 0, in an actor of its own."""
 
@@ -39,7 +38,7 @@ def start_ranks(n_ranks: int, num_cpus: float, num_gpus: float, work: Callable[[
     for number in range(1, n_ranks):
         strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=number)
         options = {"num_cpus": num_cpus, "num_gpus": num_gpus, "scheduling_strategy": strategy}
-        actors.append(Rank.options(**options).remote())
+        actors.append(ray.remote(Rank).options(**options).remote())
     nodes = [ray.get_runtime_context().get_node_id()]
     nodes += ray.get([actor.node.remote() for actor in actors])
     address = ray.util.get_node_ip_address()

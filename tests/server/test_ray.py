@@ -90,7 +90,7 @@ def ask(handle: Handle, body: object = None, path: str = "/v1/completions") -> h
 @pytest.fixture(scope="module")
 def replica() -> Iterator[Any]:
     config = ServerConfig(dtype="float32", device="cpu", model_name="tiny", max_body=1000)
-    made = Replica.func_or_class(config, 1, 1, 0)
+    made = Replica(config, 1, 1, 0)
     yield made
     parallel.at_loss.clear()
     made._service.loop.drain()
