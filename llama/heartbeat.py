@@ -5,20 +5,30 @@ machine without power or network closes nothing: its partners would wait in a co
 So each rank writes a number to the store where the ranks met, once a second, and reads the others'.
 """
 
+import contextlib
 import json
+import logging
+import os
 import socket
+import sys
 import threading
 import time
-from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from llama.errors import RankLost
 
-if TYPE_CHECKING:
-    from torch.distributed.distributed_c10d import Store
+logger = logging.getLogger(__name__)
 
 INTERVAL = 1.0  # seconds between two signs of life
 LIMIT = 20  # intervals without one, after which a rank is lost
+_GRACE = 4  # seconds for last words to clients, before a process ends because of a lost rank
 _LEFT = "has ended: see what it printed"
 
 
@@ -40,7 +50,7 @@ class Heart:
         end: called with the error when a rank is lost.
     """
 
-    def __init__(self, store: "Store", rank: int, n_ranks: int, end: Callable[[RankLost], None]):
+    def __init__(self, store: Store, rank: int, n_ranks: int, end: Callable[[RankLost], None]):
         self._store, self._rank, self._end = store, rank, end
         self._signs = [Sign()] * n_ranks
         self._is_broken = False  # the connection to the store
@@ -133,3 +143,63 @@ class Heart:
 
     def _name(self, rank: int) -> str:
         return f"rank {rank} on {self._signs[rank].machine} "
+
+
+at_loss: list[Callable[[RankLost], None]] = []  # called before a process ends
+_heart: Heart | None = None  # of this process, where there are other ranks
+
+
+def start(group: dist.ProcessGroup) -> None:
+    """Start the heartbeat of this process, by a connection of its own to the ranks' store.
+
+    Args:
+        group: of all ranks, for tensors on CPUs.
+    """
+    global _heart
+    store = dist.distributed_c10d._get_default_store()
+    while isinstance(store, PrefixStore):
+        store = store.underlying_store
+    job = torch.randint(2**62, (1,), device="cpu")  # a launcher's store outlives a job
+    dist.broadcast(job, src=0, group=group)
+    if isinstance(store, TCPStore):
+        own = TCPStore(store.host, store.port, is_master=False, timeout=timedelta(days=365))
+        prefixed = PrefixStore(f"llama/{int(job)}", own)
+        _heart = Heart(prefixed, dist.get_rank(), dist.get_world_size(), _end)
+
+
+def stop() -> None:
+    """Tell the other ranks that this one ends."""
+    if _heart is not None:
+        has_store = dist.is_initialized() and dist.get_rank() == 0
+        by_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        _heart.leave(getattr(sys, "last_value", None), has_store and not by_launcher)
+
+
+def _end(error: RankLost) -> None:
+    """End the process, whose main thread may wait for a lost rank for ever."""
+    logger.critical("this rank ends: %s", error)
+    for call in at_loss:
+        call(error)
+    time.sleep(_GRACE if at_loss else 0)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(1)
+
+
+def explain(error: BaseException) -> None:
+    """Raise ``RankLost`` if another rank is the reason for an error, else return."""
+    if _heart is not None and isinstance(error, RuntimeError) and not isinstance(error, RankLost):
+        cause = _heart.cause()
+        if cause is not None:
+            raise cause from error
+
+
+@contextlib.contextmanager
+def explained() -> Iterator[None]:
+    """Raise ``RankLost`` in place of a collective's error, if another rank is its reason."""
+    try:
+        yield
+    except RuntimeError as error:
+        explain(error)
+        raise

@@ -5,10 +5,7 @@ import contextlib
 import io
 import logging
 import os
-import sys
-import time
 import weakref
-from collections.abc import Callable, Iterator
 from datetime import timedelta
 
 import torch
@@ -21,13 +18,8 @@ from fairscale.nn.model_parallel.initialize import (
     initialize_model_parallel,
     model_parallel_is_initialized,
 )
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
-from torch.distributed.distributed_c10d import PrefixStore
 
-from llama.errors import RankLost
-from llama.heartbeat import Heart
-
-logger = logging.getLogger(__name__)
+from llama import heartbeat
 
 
 def choose_device(
@@ -76,11 +68,7 @@ def detect_device(wanted: str | torch.device | None = None) -> torch.device:
     return device
 
 
-_GRACE = 4  # seconds for the last words to clients, before a process ends whose rank is lost
-
 _cpu_group: dist.ProcessGroup | None = None  # of all ranks, for messages between CPUs
-_heart: Heart | None = None  # beats where there are other ranks
-at_loss: list[Callable[[RankLost], None]] = []  # called before the process ends
 graphs: "weakref.WeakSet[torch.cuda.CUDAGraph]" = weakref.WeakSet()  # that have been recorded
 
 
@@ -124,7 +112,7 @@ def initialize(device: torch.device | None = None) -> int:
         dist.distributed_c10d._set_pg_timeout(timedelta(days=365), get_model_parallel_group())
     if _cpu_group is None and dist.get_world_size() > 1:
         _cpu_group = dist.new_group(backend="gloo", timeout=timedelta(days=365))
-        _watch_ranks()
+        heartbeat.start(_cpu_group)
     if world_size() > 1 and dist.get_backend() == "nccl" and device.type != "cuda":
         raise ValueError(
             f"the processes are connected by nccl, which is for GPUs, but the device is {device}: "
@@ -149,59 +137,13 @@ def _connect(device: torch.device) -> None:
     dist.init_process_group(backend)
 
 
-def _watch_ranks() -> None:
-    """Start the heartbeat, by a connection of its own to the store where the ranks met."""
-    global _heart
-    store = dist.distributed_c10d._get_default_store()
-    while isinstance(store, PrefixStore):
-        store = store.underlying_store
-    job = torch.randint(2**62, (1,), device="cpu")  # a launcher's store outlives a job
-    dist.broadcast(job, src=0, group=_cpu_group)
-    if isinstance(store, TCPStore):
-        own = TCPStore(store.host, store.port, is_master=False, timeout=timedelta(days=365))
-        prefixed = PrefixStore(f"llama/{int(job)}", own)
-        _heart = Heart(prefixed, dist.get_rank(), dist.get_world_size(), _end)
-
-
-def _end(error: RankLost) -> None:
-    """End the process, whose main thread may wait for a lost rank for ever."""
-    logger.critical("this rank ends: %s", error)
-    for call in at_loss:
-        call(error)
-    time.sleep(_GRACE if at_loss else 0)
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
-            stream.flush()
-    os._exit(1)
-
-
-def explain(error: BaseException) -> None:
-    """Raise ``RankLost`` if another rank is the reason for an error, else return."""
-    if _heart is not None and isinstance(error, RuntimeError) and not isinstance(error, RankLost):
-        cause = _heart.cause()
-        if cause is not None:
-            raise cause from error
-
-
-@contextlib.contextmanager
-def _explained() -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        explain(error)
-        raise
-
-
 def _leave() -> None:
     """Leave the process groups while Python is still running.
 
     gloo's threads take Python's lock to release a last tensor. Where the interpreter is already
     shutting down, that ends the process with SIGABRT. NCCL waits for graphs that hold its calls.
     """
-    if _heart is not None:
-        has_store = dist.is_initialized() and dist.get_rank() == 0
-        by_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        _heart.leave(getattr(sys, "last_value", None), has_store and not by_launcher)
+    heartbeat.stop()
     for graph in graphs:
         graph.reset()
     if dist.is_initialized():  # a script may have left on its own
@@ -270,7 +212,7 @@ def broadcast(tensor: torch.Tensor) -> torch.Tensor:
     """Copy rank 0's values of ``tensor`` to every rank, in place."""
     if world_size() > 1:
         group = _cpu_group if tensor.is_cpu else get_model_parallel_group()
-        with _explained():
+        with heartbeat.explained():
             dist.broadcast(tensor, src=0, group=group)
     return tensor
 
@@ -278,6 +220,6 @@ def broadcast(tensor: torch.Tensor) -> torch.Tensor:
 def max_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     """Replace each element by the largest of all ranks, in place."""
     if world_size() > 1:
-        with _explained():
+        with heartbeat.explained():
             dist.all_reduce(tensor, dist.ReduceOp.MAX, group=get_model_parallel_group())
     return tensor

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from llama import parallel
+from llama import heartbeat
 from llama.adapters.changes import write_prefix
 from llama.engine.prefix_cache import PrefixCache, common_prefix
 from llama.engine.results import FinishReason
@@ -137,7 +137,7 @@ class Engine:
                 for sequence in list(self._running):
                     self._finish(sequence, "error")
             else:
-                parallel.explain(error)
+                heartbeat.explain(error)
             raise
 
     def _admit(self) -> None:

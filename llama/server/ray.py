@@ -25,7 +25,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from llama.cli import parse
 from llama.cli.signatures import call, flat_signature
-from llama.parallel import at_loss
+from llama.heartbeat import at_loss
 from llama.server.config import ServerConfig
 from llama.server.errors import ApiError
 from llama.server.loading import load

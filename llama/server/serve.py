@@ -18,7 +18,8 @@ from fastapi import FastAPI
 
 from llama.errors import need
 from llama.generation import Llama
-from llama.parallel import at_loss, rank
+from llama.heartbeat import at_loss
+from llama.parallel import rank
 from llama.server.api import make_app
 from llama.server.config import ServerConfig
 from llama.server.connections import Connection

@@ -149,9 +149,9 @@ def test_two_ranks(tiny: Llama, victim: int) -> None:
 # A short patience, for a server that is run by ``-c``.
 IMPATIENT = """
 import sys
-from llama import heartbeat, parallel
+from llama import heartbeat
 from llama.cli import run
-heartbeat.INTERVAL, heartbeat.LIMIT, parallel._GRACE = 0.2, 10, 1
+heartbeat.INTERVAL, heartbeat.LIMIT, heartbeat._GRACE = 0.2, 10, 1
 run("llama.server.serve:main")
 """
 

@@ -23,7 +23,7 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError
 from starlette.types import Message, Scope
 
-from llama import parallel
+from llama import heartbeat
 from llama.cli import UsageError
 from llama.server import ray as serving
 from llama.server.config import ServerConfig
@@ -92,7 +92,7 @@ def replica() -> Iterator[Any]:
     config = ServerConfig(dtype="float32", device="cpu", model_name="tiny", max_body=1000)
     made = Replica(config, 1, 1, 0)
     yield made
-    parallel.at_loss.clear()
+    heartbeat.at_loss.clear()
     made._service.loop.drain()
 
 
