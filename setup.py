@@ -77,6 +77,7 @@ setup(
         "llama.layers",
         "llama.layers.kernels",
         "llama.logits",
+        "llama.plan",
         "llama.server",
         "llama.server.page",
         "llama.structure",

@@ -10,18 +10,17 @@ from llama.args import ModelArgs
 from llama.checkpoint.backend import choose_backend
 from llama.checkpoint.base import Checkpoint
 from llama.checkpoint.memory import (
+    Network,
     device_memory,
     keep_freed,
-    prefill_tokens,
+    memory_needs,
     release,
     shares_memory,
     trim,
-    workspace_bytes,
 )
 from llama.checkpoint.rounding import make_scheme
 from llama.checkpoint.sharding import (
     Forms,
-    cache_bytes,
     check_model_parallel_size,
     weight_bytes,
 )
@@ -199,15 +198,11 @@ def plan_memory(
     """
     available = device_memory(device)
     capability = Capability.of(device)
+    network = Network(args, dtype, forms or {}, int8_cache)
+    needs = memory_needs(network, ranks, capability, available)
+    workspace, tokens = needs.workspace, needs.prefill_tokens
     local_ranks = parallel.local_ranks() if device.type == "cpu" else 1  # which share this memory
-    weights = weight_bytes(args, dtype, ranks, forms or {}) * local_ranks
-    cache = cache_bytes(args, dtype, ranks, int8_cache) * local_ranks
-    tokens = prefill_tokens(args, dtype, ranks, capability, available, weights + cache)
-    on_cuda = capability.kind == "cuda"
-    workspace = workspace_bytes(args, dtype, ranks, tokens) if on_cuda else 0
-    is_varlen = dtype in capability.varlen_dtypes and not int8_cache
-    if on_cuda and not is_varlen:  # recorded steps gather a layer's cache, and widen it
-        workspace += 2 * cache_bytes(args, dtype, ranks) // args.n_layers
+    weights, cache = needs.weights * local_ranks, needs.cache * local_ranks
     if available is None or weights + cache + workspace <= available:
         return tokens
     room = available - workspace
@@ -225,7 +220,7 @@ def plan_memory(
         advice = "the weights alone are too much: share them among more GPUs or more machines"
     sizes = f"weights of {weights / 1e9:.1f} GB and a cache of {cache / 1e9:.1f} GB"
     memory = f"{available / 1e9:.1f} GB of this machine's {device.type}"
-    if on_cuda:
+    if capability.kind == "cuda":
         sizes += f", with a workspace of {workspace / 1e9:.1f} GB,"
         memory = f"{available / 1e9:.1f} GB that are free on {device} (nvidia-smi lists its uses)"
     raise MemoryError(f"{sizes} don't fit the {memory}: {advice}")

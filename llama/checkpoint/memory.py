@@ -10,11 +10,14 @@ import mmap
 import os
 import sys
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from llama.args import ModelArgs
+from llama.checkpoint.sharding import Forms, cache_bytes, weight_bytes
 from llama.layers.capability import Capability
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
@@ -152,3 +155,57 @@ def prefill_tokens(
     limit = min(available // 20 + _LIBRARIES, available - taken)
     fitting = (n for n in _PREFILL_TOKENS if workspace_bytes(args, dtype, ranks, n) <= limit)
     return next(fitting, _PREFILL_TOKENS[-1])
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network as it is computed.
+
+    Args:
+        args: the hyper-parameters, with the size of the cache.
+        dtype: of weights and cache.
+        forms: the forms of quantised weights by module.
+        int8_cache: whether the cache has eight bits.
+    """
+
+    args: ModelArgs
+    dtype: torch.dtype = torch.bfloat16
+    forms: Forms = field(default_factory=dict)
+    int8_cache: bool = False
+
+
+class Needs(NamedTuple):
+    """The bytes that a rank needs, and how many tokens of prompts a pass takes at most."""
+
+    weights: int
+    cache: int
+    workspace: int
+    prefill_tokens: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.cache + self.workspace
+
+
+def memory_needs(
+    network: Network, ranks: int, capability: Capability, available: int | None
+) -> Needs:
+    """Return the memory that each of some ranks needs on its device.
+
+    Args:
+        network: what they share.
+        ranks: their number.
+        capability: of the devices.
+        available: the bytes of a device's memory; None if unknown.
+    """
+    args, dtype = network.args, network.dtype
+    weights = weight_bytes(args, dtype, ranks, network.forms)
+    cache = cache_bytes(args, dtype, ranks, network.int8_cache)
+    tokens = prefill_tokens(args, dtype, ranks, capability, available, weights + cache)
+    if capability.kind != "cuda":
+        return Needs(weights, cache, 0, tokens)
+    workspace = workspace_bytes(args, dtype, ranks, tokens)
+    if dtype not in capability.varlen_dtypes or network.int8_cache:
+        # Recorded steps gather a layer's cache, and widen it.
+        workspace += 2 * cache_bytes(args, dtype, ranks) // args.n_layers
+    return Needs(weights, cache, workspace, tokens)

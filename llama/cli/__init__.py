@@ -37,6 +37,7 @@ COMMANDS: dict[str, Command] = {
     "inspect": "llama.checkpoint.inspection:inspect",
     "convert": "llama.convert:convert",
     "perplexity": "llama.perplexity:main",
+    "plan": "llama.plan:main",
 }
 DTYPES = ("float32", "bfloat16", "float16")
 HELP = ("-h", "--help")
