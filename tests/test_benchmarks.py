@@ -464,19 +464,8 @@ def test_an_engine_that_fails_is_named(short_runs: None, monkeypatch) -> None:
     )
 
 
-def test_expected_speeds() -> None:
-    """gpt-fast's README: 104.9 tokens/s of 7B on an A100, 62.5 of 70B on eight."""
-    one = expected.step_of("7B", "A100 80GB", 1, "bf16", 512)
-    eight = expected.step_of("70B", "A100 80GB", 8, "bf16", 512)
-    assert 1 / one.with_graphs == pytest.approx(104.9, rel=0.1)
-    assert 1 / eight.with_graphs == pytest.approx(62.5, rel=0.1)
-    # What is aimed at: 0.8 of a copy, 0.7 with 16,384 positions, int4 1.8 times as fast.
-    copy = expected.COPY * expected.BANDWIDTH["A100 80GB"]
-    long = expected.step_of("7B", "A100 80GB", 1, "bf16", 16384)
-    assert (long.weights + long.cache) / long.reading / copy == pytest.approx(0.7, abs=0.01)
-    int4 = expected.step_of("7B", "A100 80GB", 1, "int4", 512)
-    assert one.reading / int4.reading == pytest.approx(1.8, abs=0.05)
-    # The documentation shows what the command prints today.
+def test_the_documentation_shows_the_expected_speeds() -> None:
+    """A failure means that docs/gpu.md promises other speeds than the command."""
     page = Path(__file__).resolve().parent.parent / "docs" / "gpu.md"
     assert expected.table() in page.read_text(encoding="utf-8")
 

@@ -136,8 +136,7 @@ def _details(
     yield f"fastest: a copy on {best.ranks} of {machines.n_devices}"
     yield f"a step of {args.max_batch_size}: {_seconds(best.step)}"
     yield f"a prompt of {length:,}: {_seconds(prompt)}"
-    left = int(machines.device.memory) - needs.weights - needs.workspace
-    positions = left * args.max_seq_len * args.max_batch_size // needs.cache
+    positions = _room(best.network, needs, machines.device)
     yield (
         f"room for {positions // length * best.copies} sequences of {length:,} tokens, "
         f"or for {work.batch} of {positions // args.max_batch_size:,}"
@@ -155,27 +154,36 @@ def _details(
     )
 
 
+def _room(network: Network, needs: Needs, device: Device) -> int:
+    """Return how many positions a cache can have at most, beside weights and workspace."""
+    left = int(device.memory) - needs.weights - needs.workspace
+    return left * network.args.max_seq_len * network.args.max_batch_size // needs.cache
+
+
 def _seconds(cost: Cost) -> str:
     """Return the time of a pass and its causes."""
+    unit, scale = ("ms", 1e3) if cost.seconds < 1 else ("s", 1)
     causes = (
-        f"{_CAUSES[name]} {1e3 * seconds:.1f}"
+        f"{_CAUSES[name]} {scale * seconds:.1f}"
         for name, seconds in cost._asdict().items()
         if seconds > 0
     )
-    return f"{1e3 * cost.seconds:.1f} ms: {', '.join(causes)}"
+    return f"{scale * cost.seconds:.1f} {unit}: {', '.join(causes)}"
 
 
 def _advice(network: Network, device: Device) -> Iterator[str]:
-    """Yield what would fit, if one sequence is enough."""
+    """Yield on how many devices a copy fits, and for how many sequences it has room there."""
+    length = network.args.max_seq_len
     forms = {"as it is": network.forms}
-    forms |= {
-        f"--quantize {kind}": make_scheme(kind).forms(network.args) for kind in ("int8", "int4")
-    }
-    yield f"No copy fits. One sequence of {network.args.max_seq_len:,} tokens would fit"
+    for kind in ("int8", "int4"):
+        forms[f"with --quantize {kind}"] = make_scheme(kind).forms(network.args)
+    yield "nothing fits; what would"
     for how, some in forms.items():
-        fewest = _fewest(replace(network, forms=some), device)
+        copy = replace(network, forms=some)
+        fewest = _fewest(copy, device)
         if fewest is not None:
-            yield f"- {fewest} x {device.name} {how}"
+            n = _room(copy, needs_of(copy, device, fewest), device) // length
+            yield f"- {how}, on {fewest} x {device.name}: {n} sequences of {length:,} tokens"
 
 
 def _fewest(network: Network, device: Device) -> int | None:

@@ -92,6 +92,7 @@ class Events:
             may be many.
         first, last: make those before all pieces and after them.
         failed: makes those of an error, after which there are no others.
+        is_enough: returns after each piece whether it was the last one that is wanted.
         done: is sent at the end.
     """
 
@@ -99,6 +100,7 @@ class Events:
     first: Callable[[], Iterable[BaseModel]] = _nothing
     last: Callable[[], Iterable[BaseModel]] = _nothing
     failed: Callable[[ApiError], Iterable[BaseModel]] = _error
+    is_enough: Callable[[], bool] = lambda: False
     done: bytes = b"data: [DONE]\n\n"
     is_scored: bool = False
 
@@ -116,6 +118,8 @@ def stream(answers: Answers, events: Events) -> EventResponse:
                 async for piece in pieces:
                     scored = events.is_scored
                     yield await asyncio.to_thread(encode, piece) if scored else encode(piece)
+                    if events.is_enough():
+                        break
             yield _data(events.last())
         except ApiError as error:  # the status has been sent
             yield _data(events.failed(error))

@@ -45,7 +45,13 @@ async def infill(service: Service, body: schemas.InfillRequest, request: Request
     growing = GrowingInfill(body, adapter or service.name, answers.jobs[0], begin, is_cut)
     if body.stream:
         end = partial(growing.end, text="")
-        return stream(answers, Events(piece=growing.push, last=lambda: [end()], done=b""))
+        events = Events(
+            piece=growing.push,
+            last=lambda: [end()],
+            is_enough=lambda: growing.is_enough,
+            done=b"",
+        )
+        return stream(answers, events)
     await unless_disconnected(request, _gather(answers, growing))
     return await json_response(lambda: growing.end(growing.text))
 
@@ -84,7 +90,7 @@ async def _gather(answers: Answers, growing: "GrowingInfill") -> None:
         async with aclosing(answers.pieces()) as pieces:
             async for piece in pieces:
                 growing.push(piece)
-                if growing.is_enough():
+                if growing.is_enough:
                     break
     finally:
         answers.close()
@@ -98,12 +104,18 @@ class GrowingInfill:
         job: the middle's.
         begin: the time of the request, by ``time.monotonic()``.
         is_cut: whether its texts were cut.
+
+    Attributes:
+        text: the middle so far.
+        is_enough: whether it ends here, as the request says.
     """
 
     def __init__(
         self, body: schemas.InfillRequest, model: str, job: Job, begin: float, is_cut: bool
     ):
         self.text = ""
+        self.is_enough = False
+        self._n_sent = self._n_tokens_sent = 0
         self._body = body
         self._model = model
         self._job = job
@@ -113,18 +125,25 @@ class GrowingInfill:
         self._last: Piece | None = None
 
     def push(self, piece: Piece) -> list[schemas.InfillPiece]:
-        """Take more of the middle, and return what is new."""
+        """Take more of the middle, and return what is new and certain to stay."""
         self._last_time = time.monotonic()
         if self._first_time is None:
             self._first_time = self._last_time
-        n_before = self._last.n_tokens if self._last else 0
         self._last = piece
         self.text += piece.text
-        tokens = self._job.sequence.tokens[n_before : piece.n_tokens]
-        return [schemas.InfillPiece(content=piece.text, tokens=tokens)]
+        if piece.finish != "content_filter":  # whose reason is no line of the middle
+            self.is_enough = self._is_cut_short() or self._is_late()
+        is_end = self.is_enough or piece.finish is not None
+        n_certain = len(self.text) if is_end else self._n_certain()
+        if n_certain == self._n_sent and piece.finish is None:
+            return []
+        content = self.text[self._n_sent : n_certain]
+        tokens = self._job.sequence.tokens[self._n_tokens_sent : piece.n_tokens]
+        self._n_sent, self._n_tokens_sent = n_certain, piece.n_tokens
+        return [schemas.InfillPiece(content=content, tokens=tokens)]
 
-    def is_enough(self) -> bool:
-        """Return whether the middle ends here, as the request says, and cut it there."""
+    def _is_cut_short(self) -> bool:
+        """Cut the text before the first line that is indented less; return whether there is one."""
         if self._body.n_indent:
             first, *lines = self.text.split("\n")
             for i, line in enumerate(lines):
@@ -132,9 +151,18 @@ class GrowingInfill:
                 if content and len(line) - len(content) < self._body.n_indent:
                     self.text = "\n".join([first, *lines[:i]])
                     return True
+        return False
+
+    def _is_late(self) -> bool:
         limit = (self._body.t_max_predict_ms or 0) / 1e3
         is_late = self._last_time - (self._first_time or self._last_time) > limit
         return limit > 0 and is_late and "\n" in self.text
+
+    def _n_certain(self) -> int:
+        """Return how much of the text stays, however its last line goes on."""
+        before, newline, line = self.text.rpartition("\n")
+        is_open = newline and not line.strip(" \t") and len(line) < (self._body.n_indent or 0)
+        return len(before) if is_open else len(self.text)
 
     def end(self, text: str) -> BaseModel:
         """Return the answer, with the text that it hasn't had in pieces."""

@@ -48,12 +48,12 @@ class InfillRequest(SamplingFields):
     )
     stream: bool | None = Field(False, description="Send events as the text is generated.")
     n_indent: Annotated[Whole, Field(ge=0)] | None = Field(
-        0, description="End before a line that is indented less; not in streams."
+        0, description="End before a line that is indented less."
     )
     t_max_predict_ms: Milliseconds | None = Field(
         0,
         description="End after this time from the first token on, once there is a line; 0 and -1 "
-        "for none; not in streams.",
+        "for none.",
     )
     response_fields: Annotated[list[str], Field(fail_fast=True), Bounded] | None = Field(
         None, description="The only ones to return, such as content or timings/predicted_n."

@@ -1,5 +1,6 @@
 """Infilling as editors ask for it: llama.cpp's /infill, and Mistral's form."""
 
+import itertools
 import json
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -182,7 +183,7 @@ def test_a_line_that_is_indented_less_ends_a_middle(
     """A failure means that a middle goes on after its block, or ends within it."""
     growing = GrowingInfill(InfillRequest(n_indent=n_indent), "tiny", _Job(), 0.0, False)  # type: ignore[arg-type]
     growing.push(Piece(0, text, 1, None))
-    assert growing.is_enough() == (text != expected) and growing.text == expected
+    assert growing.is_enough == (text != expected) and growing.text == expected
 
 
 def test_time_ends_a_middle_after_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,23 +193,59 @@ def test_time_ends_a_middle_after_a_line(monkeypatch: pytest.MonkeyPatch) -> Non
     growing = GrowingInfill(InfillRequest(t_max_predict_ms=500), "tiny", _Job(), 0.0, False)  # type: ignore[arg-type]
     for text, is_enough in (("a", False), ("\n", False), ("", True)):
         growing.push(Piece(0, text, 1, None))
-        assert growing.is_enough() == is_enough
+        assert growing.is_enough == is_enough
     answer = growing.end(growing.text).model_dump()
     assert answer["stop_type"] == "limit" and answer["content"] == "a\n"
     assert answer["timings"]["prompt_ms"] == 9000
     assert answer["timings"]["predicted_ms"] == pytest.approx(600)
 
 
+@pytest.mark.parametrize(
+    ("pieces", "n_indent", "sent"),
+    [
+        # A newline and blanks are kept back until the line's first word says how it is indented.
+        (["a\n", "    b", "\n  ", "c\n"], 4, ["a", "\n    b"]),
+        (["a\n", "  ", "  ", "b"], 4, ["a", "\n    ", "b"]),
+        (["a\n\n", "\n", "    c"], 4, ["a\n", "\n", "\n    c"]),
+        (["a\n", "b"], 0, ["a\n", "b"]),
+    ],
+)
+def test_streams_send_no_line_that_is_cut(
+    pieces: list[str], n_indent: int, sent: list[str]
+) -> None:
+    """A failure means that an editor shows text and takes it back, or waits without need."""
+    growing = GrowingInfill(InfillRequest(n_indent=n_indent), "tiny", _Job(), 0.0, False)  # type: ignore[arg-type]
+    found = [
+        part for n, text in enumerate(pieces) for part in growing.push(Piece(0, text, n, None))
+    ]
+    assert [part.content for part in found] == sent
+    assert "".join(sent) == growing.text
+    blank = GrowingInfill(InfillRequest(n_indent=2), "tiny", _Job(), 0.0, False)  # type: ignore[arg-type]
+    ends = (Piece(0, "a\n", 1, None), Piece(0, "", 2, "stop"))
+    assert [part.content for end in ends for part in blank.push(end)] == ["a", "\n"]
+    assert not blank.is_enough
+    refused = Piece(0, "\n\nno", 2, "content_filter")
+    assert [part.content for part in blank.push(refused)] == ["\n\nno"]
+
+
 def test_a_middle_that_is_long_enough_frees_its_row(
     served: tuple[str, Service], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A failure means that the model goes on where nobody listens."""
+    """A failure means that the model goes on where nobody listens, in a stream or without one."""
     from processes import wait_until
 
     url, service = served
-    monkeypatch.setattr(GrowingInfill, "is_enough", lambda growing: len(growing.text) > 3)
-    found = ask(url, input_prefix="def f():\n", ignore_eos=True)
+    clock = SimpleNamespace(monotonic=itertools.count().__next__)  # a second between two looks
+    monkeypatch.setattr("llama.server.infill.time", clock)
+    body: dict[str, Any] = {"input_prefix": "def f():\n", "ignore_eos": True, "n_predict": 200}
+    body["t_max_predict_ms"] = 500
+    found = ask(url, **body)
     assert found["stop_type"] == "limit" and found["tokens_predicted"] < 120
+    wait_until(lambda: idle(service))
+    text = post(f"{url}/infill", {**GREEDY, **body, "stream": True}).text
+    parts = [json.loads(e[6:]) for e in text.split("\n\n") if e.startswith("data: ")]
+    assert "".join(part["content"] for part in parts) == found["content"]
+    assert parts[-1]["stop_type"] == "limit" and parts[-1]["tokens_predicted"] < 120
     wait_until(lambda: idle(service))
 
 
