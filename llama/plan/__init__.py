@@ -121,7 +121,7 @@ def _row(division: Division, batch: int) -> str:
     sizes = (f"{size / 1e9:.2f} GB" for size in needs[:3])
     cells = [division.ranks, division.copies, *sizes, "yes" if division.fits else "no"]
     if division.fits:
-        cells += [f"{batch / step.seconds:.0f}", f"{1 / step.seconds:.1f}", _CAUSES[step.limit]]
+        cells += [f"{batch / step.seconds:,.0f}", f"{1 / step.seconds:.1f}", _CAUSES[step.limit]]
     else:
         cells += ["", "", "memory"]
     return "| " + " | ".join(map(str, cells)) + " |"
@@ -162,13 +162,13 @@ def _room(network: Network, needs: Needs, device: Device) -> int:
 
 def _seconds(cost: Cost) -> str:
     """Return the time of a pass and its causes."""
-    unit, scale = ("ms", 1e3) if cost.seconds < 1 else ("s", 1)
+    unit, scale, digits = ("ms", 1e3, 1) if cost.seconds < 1 else ("s", 1, 2)
     causes = (
-        f"{_CAUSES[name]} {scale * seconds:.1f}"
+        f"{_CAUSES[name]} {scale * seconds:.{digits}f}"
         for name, seconds in cost._asdict().items()
         if seconds > 0
     )
-    return f"{scale * cost.seconds:.1f} {unit}: {', '.join(causes)}"
+    return f"{scale * cost.seconds:.{digits}f} {unit}: {', '.join(causes)}"
 
 
 def _advice(network: Network, device: Device) -> Iterator[str]:

@@ -15,14 +15,14 @@ never measured here.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import NamedTuple
 
 import torch
 
 from llama.checkpoint.memory import Network
-from llama.checkpoint.sharding import form_of, full_shapes, split_dim
+from llama.checkpoint.sharding import cache_bytes, form_of, full_shapes, split_dim
 from llama.layers.quantization import Form, Rotated
 
 
@@ -188,10 +188,9 @@ def read_bytes(network: Network, ranks: int = 1) -> float:
 
 
 def position_bytes(network: Network, ranks: int = 1) -> int:
-    """Return the bytes that one rank's cache, of the network's dtype, has for a position."""
-    args = network.args
-    heads = max(args.kv_heads, ranks) // ranks
-    return 2 * args.n_layers * heads * args.head_dim * network.dtype.itemsize
+    """Return the bytes of a position in one rank's cache of the network's dtype."""
+    args = replace(network.args, max_seq_len=1, max_batch_size=1)
+    return cache_bytes(args, network.dtype, ranks)
 
 
 class Pass(NamedTuple):
@@ -247,8 +246,8 @@ def cost(
     """Return the seconds of a pass on ranks that share a network."""
     args, device = network.args, machines.device
     on_cuda = device.kind == "cuda"
-    is_plain = network.dtype == torch.float32 or network.int8_cache  # FlashAttention reads halves
-    flops = device.flops * (_FLOAT32 if on_cuda and network.dtype == torch.float32 else 1)
+    in_float32 = on_cuda and network.dtype == torch.float32
+    flops = device.flops * (_FLOAT32 if in_float32 else 1)
     parts = list(_parts(network, ranks))
     in_layers = sum(part.n_weights for part in parts if not part.is_output)
     weights = arithmetic = kernels = 0.0
@@ -256,10 +255,8 @@ def cost(
         rates = _RATES[device.kind][part.kind]
         read, speed = rates.read * device.bandwidth, rates.arithmetic * flops
         if work.n_tokens <= FEW:
-            read, speed = (
-                min(read, rates.codes * device.cycles),
-                min(speed, rates.few * device.cycles),
-            )
+            read = min(read, rates.codes * device.cycles)
+            speed = min(speed, rates.few * device.cycles)
         else:
             weights += part.n_bytes / (rates.widened * device.bandwidth)
         weights += part.n_bytes / read
@@ -270,7 +267,8 @@ def cost(
             kernels += args.n_layers * seconds * part.n_weights / in_layers
     attention = 4 * args.n_layers * args.n_heads * args.head_dim * work.n_attended / ranks
     arithmetic += attention / (_ATTENTION[device.kind] * flops)
-    cached = _GATHERED if on_cuda and is_plain else _CACHED[device.kind]
+    gathers = in_float32 or (on_cuda and network.int8_cache)
+    cached = _GATHERED if gathers else _CACHED[device.kind]
     cache = work.n_filled * position_bytes(network, ranks) / (cached * device.bandwidth)
     n_bytes = work.n_tokens * args.dim * network.dtype.itemsize
     all_reduces = 2 * args.n_layers * machines.all_reduce(n_bytes, ranks)

@@ -49,13 +49,13 @@ class MachineFlags:
                 f"gpus is {self.gpus}, but the processes of one machine share its memory: "
                 "leave gpus out, and give the number of machines as nodes"
             )
-        given: dict[str, float | None] = {
-            "memory": self.memory and self.memory * GB,
-            "bandwidth": self.bandwidth and self.bandwidth * 1e9,
-            "flops": self.tflops and self.tflops * 1e12,
-        }
-        found = {name: value for name, value in given.items() if value is not None}
-        return Machines(replace(device, **found), self.gpus, self.nodes, self.network * 1e9)
+        device = replace(
+            device,
+            memory=device.memory if self.memory is None else self.memory * GB,
+            bandwidth=device.bandwidth if self.bandwidth is None else self.bandwidth * 1e9,
+            flops=device.flops if self.tflops is None else self.tflops * 1e12,
+        )
+        return Machines(device, self.gpus, self.nodes, self.network * 1e9)
 
 
 @dataclass(frozen=True)

@@ -70,5 +70,6 @@ def open_network(ckpt_dir: str, kind: str, work: WorkFlags) -> Network:
 
 def _published(name: str) -> Checkpoint:
     """Return a checkpoint of a published size, whose tensors have shapes only."""
-    weights = Weights(full_shapes(ModelArgs(**SIZES[name])), {}.__getitem__)
+    tensors: dict[str, torch.Tensor] = {}
+    weights = Weights(full_shapes(ModelArgs(**SIZES[name])), tensors.__getitem__)
     return Checkpoint(name, SIZES[name], [weights], [name], torch.bfloat16)
