@@ -30,10 +30,12 @@ ALL = {
     "llama.checkpoint reshard": "--model_parallel_size",
     "llama.convert": "--group_size",
     "llama.perplexity": "--stride",
+    "llama.plan": "--gpus",
     **{f"llama {name}": "--ckpt_dir" for name in ("chat", "complete", "infill", "serve")},
     "llama inspect": "--max_seq_len",
     "llama convert": "--group_size",
     "llama perplexity": "--stride",
+    "llama plan": "--gpus",
     **{f"tools/train_tiny.py {name}": "--steps" for name in ("train", "code")},
     "tools/train_tiny.py evaluate": "--samples",
 }
