@@ -33,6 +33,7 @@ SERVER = [
 ]
 CHAT = ["prompt_toolkit>=3.0.36", "rich>=13.7", *PROGRESS]
 FAST = ["numba>=0.61"]
+DOCS = ["zensical==0.0.73", "mkdocstrings[python]>=1"]
 TEST = [
     *FORMATS,
     *FAST,
@@ -101,6 +102,7 @@ setup(
             "matplotlib>=3.9",
             "httpx>=0.27",
         ],
+        "docs": DOCS,
         "test": TEST,
         "dev": [*TEST, "ruff>=0.14", "mypy>=1.15", "import-linter>=2.1", "pre-commit>=4"],
     },

@@ -32,7 +32,8 @@ FOLDERS = (".ci", "benchmarks", "docs", "examples", "llama", "tests", "tools")
 ADDRESS = "http://127.0.0.1:8000"  # at which the documentation's server listens
 
 # What a command line may begin with, other than Python.
-PROGRAMS = {".", "curl", "lint-imports", "mypy", "pip", "pre-commit", "printf", "ruff", "serve"}
+PROGRAMS = {".", "curl", "lint-imports", "mypy", "pip", "pre-commit", "printf", "ruff"}
+PROGRAMS |= {"serve", "zensical"}
 MODULES = {"pip", "pytest", "venv", "zipfile"}  # of other packages, as in python -m pytest
 
 

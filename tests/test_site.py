@@ -1,0 +1,72 @@
+"""The documentation's site has every page, in its place, and loads nothing from other hosts."""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from html import unescape
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs"
+
+
+def test_navigation_names_every_page_once() -> None:
+    """A page that readers of the site never find, or that stands in two places."""
+    config = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    named = re.findall(r"^ +- .*: (\S+\.md)$", config.partition("\nnav:\n")[2], re.M)
+    assert sorted(named) == sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The HTML of a strict build, by names of files."""
+    if importlib.util.find_spec("zensical") is None:
+        pytest.skip("zensical is not installed: pip install -e '.[docs]'")
+    root = tmp_path_factory.mktemp("site")
+    for path in (ROOT / "mkdocs.yml", *ROOT.glob("*.md")):
+        shutil.copy(path, root)
+    shutil.copytree(DOCS, root / "docs")
+    (root / "llama").symlink_to(ROOT / "llama")
+    done = subprocess.run(
+        [sys.executable, "-m", "zensical", "build", "--strict"],
+        cwd=root,
+        env={**os.environ, "NO_COLOR": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return {path.name: path.read_text(encoding="utf-8") for path in (root / "site").glob("*.html")}
+
+
+def test_site_loads_nothing_from_other_hosts(pages: dict[str, str]) -> None:
+    """A font, script, style or picture that would tell another host who reads the site."""
+    assert len(pages) > 10
+    for name, html in pages.items():
+        loaded = re.findall(r"<(?:script|img|iframe|source)\b[^>]*\bsrc=[\"']?([^\"'\s>]+)", html)
+        loaded += re.findall(r"<link\b[^>]*\bhref=[\"']?([^\"'\s>]+)", html)
+        assert loaded, name
+        assert not [url for url in loaded if re.match("(https?:)?//", url)], name
+
+
+def test_links_of_the_site_lead_somewhere(pages: dict[str, str]) -> None:
+    """A link to a page or heading that the site doesn't have, in what a strict build doesn't see:
+    included files and docstrings."""
+    anchors = {name: set(re.findall(r'\bid="([^"]+)"', html)) for name, html in pages.items()}
+    n_links = 0
+    for name, html in pages.items():
+        article = html.partition("<article")[2].partition("</article>")[0]
+        for url in re.findall(r'<a\b[^>]*\bhref="([^"]+)"', article):
+            if re.match("[a-z]+:", url):
+                continue
+            page, _, anchor = unescape(url).partition("#")
+            page = page or name
+            assert page in pages, f"{name}: {url}"
+            assert not anchor or anchor in anchors[page], f"{name}: {url}"
+            n_links += 1
+    assert n_links > 50
