@@ -33,7 +33,7 @@ SERVER = [
 ]
 CHAT = ["prompt_toolkit>=3.0.36", "rich>=13.7", *PROGRESS]
 FAST = ["numba>=0.61"]
-DOCS = ["zensical==0.0.73", "mkdocstrings[python]>=1"]
+DOCS = ["zensical==0.0.73", "mkdocstrings[python]>=1", "ruff>=0.14"]
 TEST = [
     *FORMATS,
     *FAST,

@@ -43,8 +43,9 @@ class Llama:
     Attributes:
         tasks: makes sequences of prompts, which ``engine`` runs.
         adapters: those that calls may choose, by name.
-        input_guard, output_guard: judge the dialogs that are to be answered, and the answers
-            (``llama.guards``); None lets all pass.
+        input_guard: judges the dialogs that are to be answered (``llama.guards``); None lets all
+            pass.
+        output_guard: judges the answers.
     """
 
     def __init__(

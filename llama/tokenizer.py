@@ -20,16 +20,22 @@ class BaseTokenizer:
 
     Attributes:
         n_words: the size of the vocabulary.
-        bos_id, eos_id, pad_id: begin and end of a sequence, padding; -1 for none.
+        bos_id: the beginning of a sequence; -1 for none.
+        eos_id: its end; -1 for none.
+        pad_id: padding; -1 for none.
         add_bos: whether a text on its own begins with ``bos_id``.
         stop_ids: the ids that end a generated text; ``eos_id`` is one.
         control_ids: the control pieces' ids by their spelling.
-        prefix_id, middle_id, suffix_id, eot_id: Code Llama's infilling pieces, or None.
+        prefix_id: Code Llama's infilling piece ``▁<PRE>``, or None.
+        middle_id: ``▁<MID>``.
+        suffix_id: ``▁<SUF>``.
+        eot_id: ``▁<EOT>``.
         step_id: the end of a turn of Code Llama 70B-Instruct, or None.
         spaced: whether each text after a control piece of a rendered prompt begins like a text on
             its own, with SentencePiece's space, as in Meta's prompts.
-        lstrip_ids, rstrip_ids, single_word_ids: the control pieces that take away the white space
-            before or after them in a prompt, and those that are one only as a word on its own.
+        lstrip_ids: the control pieces that take away the white space before them in a prompt.
+        rstrip_ids: those that take away the white space behind them.
+        single_word_ids: those that are one only as a word on its own.
     """
 
     n_words: int

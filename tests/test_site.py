@@ -1,5 +1,6 @@
 """The documentation's site has every page, in its place, and loads nothing from other hosts."""
 
+import importlib
 import importlib.util
 import os
 import re
@@ -11,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+import llama
+
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 
@@ -20,6 +23,16 @@ def test_navigation_names_every_page_once() -> None:
     config = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     named = re.findall(r"^ +- .*: (\S+\.md)$", config.partition("\nnav:\n")[2], re.M)
     assert sorted(named) == sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
+
+
+def test_reference_has_every_public_name() -> None:
+    """A public name that was left out of the reference, or one there that no longer exists."""
+    text = (DOCS / "reference.md").read_text(encoding="utf-8")
+    names = re.findall(r"^::: ([\w.]+)$", text, re.M)
+    assert {f"llama.{name}" for name in llama.__all__} <= set(names)
+    for name in names:
+        module, _, attribute = name.rpartition(".")
+        assert hasattr(importlib.import_module(module), attribute), name
 
 
 @pytest.fixture(scope="module")

@@ -85,7 +85,8 @@ class StreamPiece(str):
     """New text of a stream, with the tokens whose text is complete by now.
 
     Attributes:
-        token_ids, logprobs: of these tokens.
+        token_ids: these tokens' ids.
+        logprobs: their log-probabilities.
         finish_reason: why the stream ends here; None where it goes on.
         stop_reason: the caller's stop string or id that ended it; None for another end.
     """
