@@ -23,7 +23,10 @@ from llama.cli import COMMANDS
 from llama.server.page import mount_page
 
 ROOT = Path(__file__).resolve().parent.parent
-NAMES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "MODEL_CARD.md", "SECURITY.md")
+NAMES = (
+    *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "MODEL_CARD.md", "SECURITY.md"),
+    "CODE_OF_CONDUCT.md",
+)
 DOCS = [*(ROOT / name for name in NAMES), *sorted((ROOT / "docs").glob("*.md"))]
 TEXTS = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in DOCS}
 README = TEXTS["README.md"]

@@ -1,5 +1,6 @@
 """The documentation's site has every page, in its place, and loads nothing from other hosts."""
 
+import ast
 import importlib
 import importlib.util
 import os
@@ -33,6 +34,43 @@ def test_reference_has_every_public_name() -> None:
     for name in names:
         module, _, attribute = name.rpartition(".")
         assert hasattr(importlib.import_module(module), attribute), name
+
+
+def test_diagrams_are_what_the_script_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A diagram that was edited by hand, that the script wasn't run for, or that no page shows."""
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    diagrams = importlib.import_module("diagrams").DIAGRAMS
+    text = "".join(path.read_text(encoding="utf-8") for path in DOCS.glob("*.md"))
+    for name, draw in diagrams.items():
+        assert draw().svg() == (DOCS / "images" / name).read_text(encoding="utf-8"), name
+        assert f"](images/{name})" in text, name
+
+
+def test_troubleshooting_quotes_messages_that_exist() -> None:
+    """A message that was reworded, so that nobody who meets it finds it there."""
+    texts = [(ROOT / "download.sh").read_text(encoding="utf-8")]
+    for path in ROOT.glob("llama/**/*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                texts.append(node.value)
+    text = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
+    messages = re.findall("^> `(.*)`$", text, re.M)
+    assert len(messages) > 25
+    for message in messages:
+        for words in filter(None, map(str.strip, message.split("…"))):
+            assert any(words in each for each in texts), words
+
+
+def test_what_is_written_twice_agrees() -> None:
+    """A version or a requirement that was changed in setup.py alone."""
+    setup = (ROOT / "setup.py").read_text(encoding="utf-8")
+    [version] = re.findall('version="(.*)"', setup)
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    [docs] = re.findall(r"^DOCS = \[(.*)\]$", setup, re.M)
+    [installed] = re.findall(
+        "pip install (.*)", (ROOT / ".github/workflows/docs.yml").read_text(encoding="utf-8")
+    )
+    assert installed.replace("'", "").split() == docs.replace('"', "").split(", ")
 
 
 @pytest.fixture(scope="module")
