@@ -95,6 +95,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {path.name: path.read_text(encoding="utf-8") for path in (root / "site").glob("*.html")}
 
 
+@pytest.mark.slow
 def test_site_loads_nothing_from_other_hosts(pages: dict[str, str]) -> None:
     """A font, script, style or picture that would tell another host who reads the site."""
     assert len(pages) > 10
@@ -105,6 +106,7 @@ def test_site_loads_nothing_from_other_hosts(pages: dict[str, str]) -> None:
         assert not [url for url in loaded if re.match("(https?:)?//", url)], name
 
 
+@pytest.mark.slow
 def test_links_of_the_site_lead_somewhere(pages: dict[str, str]) -> None:
     """A link to a page or heading that the site doesn't have, in what a strict build doesn't see:
     included files and docstrings."""
