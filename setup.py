@@ -75,6 +75,7 @@ setup(
         "llama.cli",
         "llama.commands",
         "llama.engine",
+        "llama.evaluate",
         "llama.layers",
         "llama.layers.kernels",
         "llama.logits",
