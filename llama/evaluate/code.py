@@ -168,7 +168,7 @@ def evaluate_code(
         _write_samples(Path(output_path), samples)  # so that they aren't lost
     if flags.allow_execution:
         print(_notice(cut_off), file=sys.stderr)
-        samples = judge(samples, limits)
+        samples = judge(samples, limits, cut_off)
     metrics = {name: _metrics(name, some, flags.n_samples, ks) for name, some in samples.items()}
     if output_path is not None:
         _write_samples(Path(output_path), samples)
@@ -225,11 +225,11 @@ def generate(
     }
 
 
-def judge(samples: Samples, limits: Limits) -> dict[str, list[Sample]]:
+def judge(samples: Samples, limits: Limits, cut_off: Sequence[str]) -> dict[str, list[Sample]]:
     """Run the programs of samples, and return them with their verdicts."""
     programs = [s.problem.program(s.text) for some in samples.values() for s in some]
     with progress(len(set(programs)), "running", "programs") as show:
-        verdicts = iter(execute_all(programs, limits, show))
+        verdicts = iter(execute_all(programs, limits, cut_off, show))
     return {
         name: [sample._replace(verdict=next(verdicts)) for sample in some]
         for name, some in samples.items()

@@ -54,7 +54,9 @@ class Verdict(NamedTuple):
         return self.text == "passed"
 
 
-def execute(program: str, limits: Limits = DEFAULT, cut_off: bool = True) -> Verdict:
+def execute(
+    program: str, limits: Limits = DEFAULT, cut_off: Sequence[str] | None = None
+) -> Verdict:
     """Run a Python program; it passes if it comes to its end without an exception.
 
     The program runs in an interpreter of its own, in an empty directory, with an empty environment
@@ -62,11 +64,11 @@ def execute(program: str, limits: Limits = DEFAULT, cut_off: bool = True) -> Ver
     from other processes and from all files but Python's. As root it runs as ``nobody``.
 
     Args:
-        cut_off: whether to ask the kernel for namespaces.
+        cut_off: what the program must be cut off from; by default as much as the kernel allows.
 
     Raises:
         ValueError: this isn't Linux.
-        OSError: the process can't be set up.
+        OSError: the process can't be limited or cut off so.
     """
     if sys.platform != "linux":
         raise ValueError(f"programs are limited by means of Linux, and this is {sys.platform}")
@@ -101,13 +103,18 @@ def execute(program: str, limits: Limits = DEFAULT, cut_off: bool = True) -> Ver
 def execute_all(
     programs: Sequence[str],
     limits: Limits = DEFAULT,
+    cut_off: Sequence[str] | None = None,
     progress: Callable[[int], None] = lambda _: None,
 ) -> list[Verdict]:
-    """Run programs, as many at once as there are processors; equal ones once."""
+    """Run programs as ``execute`` does, as many at once as there are processors; equal ones once.
+
+    Args:
+        progress: called with the number of programs that have ended.
+    """
     verdicts: dict[str, Verdict] = {}
     different = list(dict.fromkeys(programs))
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        results = pool.map(lambda program: execute(program, limits), different)
+        results = pool.map(lambda program: execute(program, limits, cut_off), different)
         for program, verdict in zip(different, results, strict=True):
             verdicts[program] = verdict
             progress(len(verdicts))
@@ -115,12 +122,16 @@ def execute_all(
 
 
 def trial(limits: Limits = DEFAULT) -> tuple[str, ...]:
-    """Run a program that must pass; return what programs are cut off from.
+    """Run a program that must pass; return what programs can be cut off from.
 
     Raises:
         OSError, ValueError: as in ``execute``, or the program didn't pass.
     """
-    verdict = execute("import collections, hashlib, math, random, re, typing", limits)
+    program = "import collections, hashlib, math, random, re, typing"
+    try:
+        verdict = execute(program, limits)
+    except OSError:  # some kernels grant namespaces, and then refuse their use
+        verdict = execute(program, limits, cut_off=())
     if not verdict.passed:
         raise OSError(
             f"a program that only imports modules of Python {verdict.text}: it needs more time or "

@@ -44,7 +44,10 @@ def main() -> None:
     """Run the program of the job on the standard input; print the verdict."""
     job = json.load(sys.stdin)
     os.umask(0o022)
-    cut_off = leave_machine(job["disk"]) if job["cut_off"] else []
+    wanted = job["cut_off"]  # None for as much as the kernel allows
+    cut_off = [] if wanted == [] else leave_machine(job["disk"])
+    if wanted and not set(wanted).issubset(cut_off):
+        raise OSError(f"the kernel no longer cuts programs off from {' and '.join(wanted)}")
     if "files" not in cut_off:
         job["disk"] = 0  # files could be written, but not limited in their sum
     drop_privileges()
@@ -77,7 +80,7 @@ def leave_machine(disk: int) -> list[str]:
 
 
 def take_root(root: str, disk: int) -> None:
-    """Make a directory the root of the file system, with Python in it and a writable ``/tmp``.
+    """Make a directory the root of the file system, with Python in it and an empty directory.
 
     A process whose root was changed can't take namespaces either, nor mount anything in them.
     """
@@ -95,11 +98,11 @@ def take_root(root: str, disk: int) -> None:
             os.makedirs(os.path.dirname(root + path), exist_ok=True)
             open(root + path, "w").close()
         _mount(path, root + path, None, _MS_BIND | _MS_REC)
-    os.makedirs(f"{root}/tmp", exist_ok=True)
+    os.mkdir(f"{root}/program")
     _mount(None, root, None, _MS_REMOUNT | _MS_BIND | _MS_RDONLY | _MS_SAFE)
-    _mount("tmpfs", f"{root}/tmp", "tmpfs", _MS_SAFE, f"size={disk},nr_inodes=1024,mode=1777")
+    _mount("tmpfs", f"{root}/program", "tmpfs", _MS_SAFE, f"size={disk},nr_inodes=1024,mode=1777")
     os.chroot(root)
-    os.chdir("/tmp")
+    os.chdir("/program")
 
 
 def drop_privileges() -> None:
