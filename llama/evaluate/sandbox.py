@@ -161,8 +161,8 @@ def run(job: dict[str, Any], key_source: int, to_report: int) -> NoReturn:
         null = os.open(os.devnull, os.O_RDWR)
         for number in range(3):
             os.dup2(null, number)
-        set_limits(job)
         try:
+            set_limits(job)
             exec(compile(job["program"], "program.py", "exec"), {})
             text = read(key_source, 64)
         except BaseException as error:
@@ -184,7 +184,9 @@ def set_limits(job: dict[str, Any]) -> None:
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_NPROC, 0),
     ):
-        resource.setrlimit(kind, (limit, limit))
+        _, allowed = resource.getrlimit(kind)
+        least = limit if allowed == resource.RLIM_INFINITY else min(limit, allowed)
+        resource.setrlimit(kind, (least, least))
 
 
 def _mount(source: str | None, target: str, kind: str | None, flags: int, data: str = "") -> None:
