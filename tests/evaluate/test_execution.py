@@ -83,12 +83,11 @@ ATTACKS = {
 
 @pytest.fixture(scope="module", autouse=True)
 def needs_namespaces() -> None:
-    try:
-        cut_off = trial()
-    except OSError as error:
-        pytest.skip(str(error))
-    if cut_off != ("network", "files"):
-        pytest.skip("this kernel lets no program leave the network and the files")
+    take = ["unshare", "--net", "--pid", "--mount", *["--user"] * (os.getuid() != 0), "true"]
+    if not shutil.which("unshare") or subprocess.run(take, capture_output=True).returncode:
+        pytest.skip("this kernel grants no namespaces")
+    if trial() == ("network",):
+        pytest.skip("this kernel can't make a whole file system read-only")
 
 
 @pytest.mark.parametrize("name", ATTACKS)
@@ -129,7 +128,7 @@ def test_without_namespaces_the_other_limits_hold(
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     kill = "import os\nos.kill(os.getppid(), 9)\nwhile True: pass"
     assert execute(kill, SHORT, cut_off=()).text == KILLED
-    end = time.monotonic() + 5
+    end = time.monotonic() + 1.5  # its time of the processor is over later
     while any(folder.startswith(str(tmp_path)) for folder in _working_directories()):
         assert time.monotonic() < end
     assert not list(tmp_path.iterdir())
