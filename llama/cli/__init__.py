@@ -34,6 +34,7 @@ COMMANDS: dict[str, Command] = {
     "complete": "llama.commands.generate:complete",
     "infill": "llama.commands.generate:infill",
     "serve": "llama.server.serve:main",
+    "evaluate": "llama.evaluate.command:main",
     "inspect": "llama.checkpoint.inspection:inspect",
     "convert": "llama.convert:convert",
     "perplexity": "llama.perplexity:main",

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from llama.engine.graphs import DecodingSteps
 
 PREFILL_TOKENS = 2048  # tokens of all prompts in a step, unless the model takes more of one
-_SCORED = 512  # tokens of a prompt in a step if all of their outputs are kept
+_SCORED = 512  # tokens of a prompt in a step if more of its outputs are needed
 _WORTH_WAITING = 64  # tokens of a prompt that is being read, which another one has too
 
 
@@ -146,11 +146,11 @@ class Engine:
             if self._waits(sequence):
                 continue
             self._waiting.remove(sequence)
-            # Tokens that are scored or pooled must pass through the network.
-            whole = sequence.params.scores_prompt or sequence.is_read_only
             adapter = sequence.adapter
             ids = sequence.keyed(sequence.input_ids)
-            sequence.slot, n_reused, copy = self._prefixes.take(ids, 0 if whole else len(ids) - 1)
+            # Tokens whose outputs are needed must pass through the network.
+            limit = len(ids) - sequence.n_outputs if _reuses(sequence) else 0
+            sequence.slot, n_reused, copy = self._prefixes.take(ids, limit)
             self._running.append(sequence)
             if copy is not None:
                 self.model.copy_cache(copy[0], sequence.slot, copy[1])
@@ -164,7 +164,7 @@ class Engine:
 
         For an equal prompt it always does, as for the answers to one.
         """
-        if sequence.params.scores_prompt or sequence.is_read_only:
+        if not _reuses(sequence):
             return False
         ids = sequence.input_ids
         held = self._prefixes.longest(sequence.keyed(ids))
@@ -202,13 +202,14 @@ class Engine:
 
     def _prompt_piece(self, sequence: Sequence, slot: int, budget: int) -> Piece:
         """Return the next tokens of a prompt: some, so that scores and masks stay small."""
-        keeps_all = sequence.params.scores_prompt or sequence.output == "mean"
-        n_tokens = min(budget, self.model.prefill_tokens, _SCORED if keeps_all else budget)
+        n_needed = sequence.n_outputs
+        n_tokens = min(budget, self.model.prefill_tokens, _SCORED if n_needed > _SCORED else budget)
         start = sequence.n_cached
         tokens = sequence.input_ids[start : start + n_tokens]
         is_last = start + len(tokens) == len(sequence.input_ids)
         is_continued = not sequence.is_read_only and sequence.max_new_tokens > 0
-        n_outputs = len(tokens) if keeps_all else int(is_last)
+        n_left = len(sequence.input_ids) - start - len(tokens)
+        n_outputs = min(max(n_needed - n_left, 0), len(tokens))
         return Piece(sequence, slot, start, tokens, n_outputs, int(is_last and is_continued))
 
     def _start(self, pieces: list[Piece], drawn: torch.Tensor | None = None) -> Pass:
@@ -267,6 +268,8 @@ class Engine:
         sequence.n_cached += len(piece.tokens)
         if sequence.params.scores_prompt:
             self._score_prompt(sequence, of_prompt)
+        if sequence.output == "scores":
+            self._score_targets(sequence, output)
         if sequence.output == "mean":
             part = of_prompt.sum(0) / len(sequence.prompt)
             sequence.pooled = part if sequence.pooled is None else sequence.pooled + part
@@ -290,6 +293,14 @@ class Engine:
         logits = logits[: len(predicted)]
         sequence.prompt_logprobs += token_logprobs(logits, ids).tolist()
         sequence.prompt_top_logprobs += self._top(logits, sequence)
+
+    def _score_targets(self, sequence: Sequence, logits: torch.Tensor) -> None:
+        """Add the scores of what the targets have after each row of logits."""
+        start = 0 if sequence.pooled is None else len(sequence.pooled)
+        ids = torch.tensor(sequence.targets, device=logits.device)[:, start : start + len(logits)].T
+        is_best = logits.argmax(-1, keepdim=True) == ids  # (n_rows, n_targets)
+        scores = torch.stack((logits.log_softmax(-1).gather(1, ids), is_best.float()), -1)
+        sequence.pooled = torch.cat((sequence.pooled, scores)) if start else scores
 
     def _append(
         self,
@@ -332,6 +343,12 @@ class Engine:
             self._prefixes.release(sequence.slot)
         if self._ahead is not None and not any(piece.is_running for piece in self._ahead.pieces):
             self._ahead = None  # which would keep the sequences and their adapters
+
+
+def _reuses(sequence: Sequence) -> bool:
+    """Return whether a prompt may begin with what the cache holds."""
+    is_whole = sequence.params.scores_prompt or sequence.is_read_only
+    return not is_whole or sequence.output == "scores"
 
 
 def _next_pieces(current: Pass) -> list[Piece]:

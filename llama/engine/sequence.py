@@ -21,7 +21,7 @@ from llama.sampling import SamplingParams
 from llama.tokenizer import BaseTokenizer
 from llama.tokenizers.control import End, with_marks
 
-Output = Literal["text", "infilling", "ids", "mean", "last", "logits"]
+Output = Literal["text", "infilling", "ids", "mean", "last", "logits", "scores"]
 Alternatives = list[tuple[int, float]]  # token ids and log-probabilities, most probable first
 
 
@@ -35,13 +35,16 @@ class Sequence:
         seed: decides its draws, so that they don't depend on other sequences.
         max_new_tokens: at most, as far as the cache has room.
         output: the tokens, decoded as a text or what is missing between two, or the ids alone;
-            or, of a prompt that is only read, the mean or last of its hidden states (dim,), or
-            the last token's logits (n_outputs,).
+            or, of a prompt that is only read, the mean or last of its hidden states (dim,), the
+            last token's logits (n_outputs,), or the scores of ``targets`` (n_scored, n_targets, 2):
+            log-probabilities, and 1 for a token that is the most probable, else 0.
         in_context: whether the text continues the prompt's, or begins a text.
         ends: those of the stop strings and ids that are the tokenizer's or the format's own, which
             no ``stop_reason`` names.
         visible: control ids whose spelling is part of the text.
         adapter: which changes the network for it; kept also if it is unloaded meanwhile.
+        targets: ids that are scored as what follows the prompt's last tokens, (n_targets, n_scored):
+            the last id after the whole prompt, the one before it after all but its last token.
     """
 
     prompt: list[int]
@@ -53,6 +56,7 @@ class Sequence:
     ends: frozenset[End] = frozenset()
     visible: Mapping[int, str] = field(default_factory=dict)
     adapter: Adapter | None = None
+    targets: List[List[int]] = ()
 
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -109,7 +113,14 @@ class Sequence:
     @property
     def is_read_only(self) -> bool:
         """True if nothing is generated after the prompt."""
-        return self.output in ("mean", "last", "logits")
+        return self.output in ("mean", "last", "logits", "scores")
+
+    @property
+    def n_outputs(self) -> int:
+        """How many of the prompt's last tokens' outputs are needed."""
+        if self.params.scores_prompt or self.output == "mean":
+            return len(self.input_ids)
+        return len(self.targets[0]) if self.output == "scores" else 1
 
     @property
     def is_prefilling(self) -> bool:

@@ -6,6 +6,9 @@ step, with the sequences that are submitted and cancelled, and then run the same
 
 import contextlib
 import json
+import logging
+import os
+import signal
 from collections.abc import Sequence as List
 from dataclasses import asdict
 from typing import Any
@@ -17,8 +20,11 @@ from llama.adapters import Adapters
 from llama.engine.engine import Engine
 from llama.engine.sequence import Sequence
 from llama.errors import NotFinite
+from llama.generation import Llama
 from llama.sampling import SamplingParams
 from llama.structure import hold_to_form
+
+logger = logging.getLogger("llama.server")
 
 # Tokens of prompts in a step that also decodes.
 PREFILL_BESIDE_DECODING = {"cpu": 64, "cuda": 512, "mps": 512}
@@ -76,16 +82,33 @@ class Workers:
             broadcast_bytes(_STOP)
 
 
-def worker_loop(engine: Engine, adapters: Adapters | None = None) -> None:
+def run_worker(llama: Llama, streams: bool = True) -> None:
+    """Take part in rank 0's steps until it stops; exit with status 1 if it fails.
+
+    Args:
+        streams: as in ``EngineLoop``.
+    """
+    for sig in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(sig, signal.SIG_IGN)
+    try:
+        worker_loop(llama.engine, llama.adapters, streams)
+    except RuntimeError as error:
+        logger.error("this rank failed, or rank 0 has ended: %s", error)
+        os._exit(1)
+
+
+def worker_loop(engine: Engine, adapters: Adapters | None = None, streams: bool = True) -> None:
     """Take part in all steps, on a rank other than 0, until rank 0 stops the loop.
 
     Args:
         adapters: those that sequences name, loaded as on rank 0.
+        streams: as in ``EngineLoop``.
 
     Raises:
         RuntimeError: rank 0 has ended.
     """
-    configure(engine)
+    if streams:
+        configure(engine)
     sequences: dict[int, Sequence] = {}
     n_submitted = 0
     while (data := broadcast_bytes()) != _STOP:
@@ -108,7 +131,7 @@ def worker_loop(engine: Engine, adapters: Adapters | None = None) -> None:
 def _describe(sequence: Sequence) -> dict[str, Any]:
     params = asdict(sequence.params)
     params["stop_token_ids"] = sorted(params["stop_token_ids"])
-    names = ("prompt", "seed", "max_new_tokens", "output", "in_context")
+    names = ("prompt", "seed", "max_new_tokens", "output", "in_context", "targets")
     sets = {"ends": list(sequence.ends), "visible": list(sequence.visible.items())}
     return {"params": params, **sets, **{name: getattr(sequence, name) for name in names}}
 
