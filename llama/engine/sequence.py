@@ -43,8 +43,8 @@ class Sequence:
             no ``stop_reason`` names.
         visible: control ids whose spelling is part of the text.
         adapter: which changes the network for it; kept also if it is unloaded meanwhile.
-        targets: ids that are scored as what follows the prompt's last tokens, (n_targets, n_scored):
-            the last id after the whole prompt, the one before it after all but its last token.
+        targets: ids whose scores are wanted, (n_targets, n_scored): the last one of each after the
+            whole prompt, the one before it after all but the prompt's last token, and so on.
     """
 
     prompt: list[int]

@@ -4,12 +4,11 @@ Importing this module registers the model, so that ``lm_eval.simple_evaluate("ll
 """
 
 import hashlib
-import logging
+from collections import Counter
 from collections.abc import Iterator
 from collections.abc import Sequence as List
 from dataclasses import replace
-from itertools import islice, zip_longest
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from lm_eval.api.instance import Instance
@@ -27,19 +26,9 @@ from llama.engine.sequence import Sequence
 from llama.evaluate.flags import ModelFlags
 from llama.evaluate.generation import Generation
 from llama.evaluate.runner import Runner
+from llama.evaluate.scoring import Pair, Score, scores
 from llama.generation import Llama
 from llama.tokenizers.spellings import Spellings
-
-logger = logging.getLogger(__name__)
-
-Score = tuple[float, bool]  # a log-likelihood, and whether greedy decoding gives the same tokens
-
-
-class Pair(NamedTuple):
-    """A context and its continuation."""
-
-    context: list[int]
-    continuation: list[int]
 
 
 @register_model("llama")
@@ -117,11 +106,11 @@ class LlamaLM(TemplateLM):  # type: ignore[misc]
         disable_tqdm: bool = False,
         **_: object,
     ) -> list[Score]:
-        scores: dict[int, Score] = {}
+        found: dict[int, Score] = {}
         for i, score in self._scores([Pair(*request[1:]) for request in requests]):
-            scores[i] = score
+            found[i] = score
             self.cache_hook.add_partial("loglikelihood", requests[i][0], score)
-        return [scores[i] for i in range(len(requests))]
+        return [found[i] for i in range(len(requests))]
 
     def loglikelihood_rolling(
         self, requests: List[Instance], disable_tqdm: bool = False
@@ -135,7 +124,7 @@ class LlamaLM(TemplateLM):  # type: ignore[misc]
             rolling = get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, 1)
             windows += [Pair(*make_disjoint_window(window)) for window in rolling]
             owners += [i] * (len(windows) - len(owners))
-        left = [owners.count(i) for i in range(len(texts))]
+        left = Counter(owners)
         totals = [0.0] * len(texts)
         for i, (logprob, _) in self._scores(windows):
             owner = owners[i]
@@ -169,39 +158,11 @@ class LlamaLM(TemplateLM):  # type: ignore[misc]
         return texts
 
     def _scores(self, pairs: List[Pair]) -> Iterator[tuple[int, Score]]:
-        """Yield the numbers of pairs with the scores of their continuations, as they are known."""
-        numbers: dict[Sequence, list[int]] = {}
-
-        def sequences() -> Iterator[Sequence]:
-            for group in _in_waves(self._shared(pairs), self.llama.model.params.max_batch_size):
-                sequence = _scored([pairs[i] for i in group], self.max_length)
-                numbers[sequence] = group
-                yield sequence
-
-        n_done = 0
         with progress(len(pairs), "scoring", "continuations") as show:
-            for sequence in self._runner.run(sequences()):
-                assert sequence.pooled is not None
-                found = sequence.pooled.cpu()  # (n_scored, n_targets, 2)
-                for column, i in enumerate(numbers.pop(sequence)):
-                    logprobs, is_best = found[-len(pairs[i].continuation) :, column].unbind(-1)
-                    yield i, (float(logprobs.sum()), bool(is_best.all()))
-                    n_done += 1
+            found = scores(self._runner, self.llama.model.params, pairs)
+            for n_done, (i, score) in enumerate(found, 1):
+                yield i, score
                 show(n_done)
-
-    def _shared(self, pairs: List[Pair]) -> list[list[list[int]]]:
-        """Return the numbers of pairs: of each context, of each prompt that it begins."""
-        contexts: dict[tuple[int, ...], dict[tuple[int, ...], list[int]]] = {}
-        for i, (context, continuation) in enumerate(pairs):
-            if not 1 <= len(continuation) <= self.max_length:
-                raise ValueError(
-                    f"a continuation has {len(continuation)} tokens: expected 1 to max_seq_len, "
-                    f"{self.max_length}"
-                )
-            # Continuations of one token have their whole prompt in common.
-            prompts = contexts.setdefault(tuple(context), {})
-            prompts.setdefault(tuple(continuation[:-1]), []).append(i)
-        return [list(prompts.values()) for prompts in contexts.values()]
 
     def apply_chat_template(self, chat_history: Dialog, add_generation_prompt: bool = True) -> str:
         """Return a dialog as the model's chat format writes it, with control pieces spelled out.
@@ -236,27 +197,3 @@ class LlamaLM(TemplateLM):  # type: ignore[misc]
             "max_length": args.max_seq_len,
             "chat_format": self.llama.chat.name,
         }
-
-
-def _in_waves(contexts: List[List[list[int]]], n_slots: int) -> Iterator[list[int]]:
-    """Yield the prompts of contexts: the first one of each of some contexts, then the second ones.
-
-    As many contexts are taken at once as the cache has slots. Each then finds its beginning where
-    the wave before has left it, and all slots are used.
-    """
-    rest = iter(contexts)
-    while block := list(islice(rest, n_slots)):
-        for wave in zip_longest(*block):
-            yield from (prompt for prompt in wave if prompt is not None)
-
-
-def _scored(pairs: List[Pair], max_length: int) -> Sequence:
-    """Return the sequence that scores continuations whose prompts are the same.
-
-    The last token of a continuation isn't read, and of what doesn't fit the beginning is left out.
-    """
-    context, continuation = pairs[0]
-    prompt = [*context, *continuation[:-1]][-max_length:]
-    n_scored = max(len(pair.continuation) for pair in pairs)
-    targets = [[0] * (n_scored - len(ids)) + ids for _, ids in pairs]
-    return Sequence(prompt, output="scores", targets=targets)
