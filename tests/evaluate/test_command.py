@@ -61,7 +61,7 @@ def test_flags_reach_lm_eval(parsed: list[Namespace], monkeypatch: pytest.Monkey
 
 
 def test_every_flag_of_lm_eval_is_known() -> None:
-    """A failure means that lm-eval has a flag that this command doesn't pass on, or has lost one."""
+    """A failure means that lm-eval has a flag that isn't passed on, or has lost one that is."""
     theirs = {action.dest for action in _run_parser()._actions}
     ours = {*vars(HarnessFlags())}
     # What says which model it is, and what does nothing any more.
