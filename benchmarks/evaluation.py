@@ -22,7 +22,7 @@ from llama.convert import convert
 from llama.generation import TINY
 
 TASKS = Path(__file__).parent.parent / "tests" / "data" / "tasks"
-NAMES = {"capitals": "other examples for each", "capitals_first": "the same examples for all"}
+KINDS = {"": "other examples for each", "_first": "the same examples for all"}
 BATCHES = (1, 8, 32)  # of hf
 OURS = "llama"
 
@@ -57,6 +57,7 @@ def models(ckpt: str, dtype: str, batch_size: int, directory: str) -> dict[str, 
 
 def main(
     ckpt: str = str(TINY),
+    task: str = "endings",
     limit: int | None = None,
     num_fewshot: int = 5,
     batch_size: int = 32,
@@ -68,7 +69,8 @@ def main(
 
     Args:
         ckpt: a checkpoint of any format, whose weights are widened.
-        limit: questions of each task.
+        task: endings, whose questions are as long as those of published tasks, or capitals.
+        limit: questions.
         num_fewshot: examples before each question.
         batch_size: of this library.
         rounds: in which the engines take turns; the fastest counts.
@@ -81,8 +83,8 @@ def main(
         engines = models(ckpt, dtype, batch_size, directory)
         print("| examples | engine | seconds | questions/s | ours is |")
         print("|---|---|---|---|---|")
-        for name, description in NAMES.items():
-            asked = requests(name, num_fewshot, limit)
+        for kind, description in KINDS.items():
+            asked = requests(task + kind, num_fewshot, limit)
             n_questions = len({request.doc_id for request in asked})
             times = dict.fromkeys(engines, float("inf"))
             answers: dict[str, torch.Tensor] = {}

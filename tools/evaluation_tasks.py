@@ -75,8 +75,18 @@ def stories(rng: random.Random) -> Iterator[Document]:
         yield {"text": compose_task("story", rng, heldout=True).text}
 
 
+def endings(rng: random.Random) -> Iterator[Document]:
+    parts = [compose_task("story", rng, heldout=True).text.rpartition(". ") for _ in range(200)]
+    known = sorted({ending for _, _, ending in parts})
+    for text, _, ending in parts[:40]:
+        yield {
+            "text": f"{text}.",
+            **chosen(rng, ending, [each for each in known if each != ending]),
+        }
+
+
 def main() -> None:
-    for make in (animals, capitals, stories):
+    for make in (animals, capitals, stories, endings):
         documents = list(make(random.Random(make.__name__)))
         lines = [json.dumps(document, ensure_ascii=False) for document in documents]
         (FOLDER / f"{make.__name__}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")

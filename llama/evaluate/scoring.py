@@ -33,20 +33,14 @@ def scores(runner: Runner, args: ModelArgs, pairs: List[Pair]) -> Iterator[tuple
                 f"a continuation has {len(continuation)} tokens: expected 1 to max_seq_len, "
                 f"{args.max_seq_len}"
             )
-    numbers: dict[Sequence, list[int]] = {}
-
-    def sequences() -> Iterator[Sequence]:
-        for prompt in _in_waves(_grouped(pairs), args.max_batch_size):
-            sequence = _scored([pairs[i] for i in prompt], args.max_seq_len)
-            numbers[sequence] = prompt
-            yield sequence
-
-    for sequence in runner.run(sequences()):
-        assert sequence.pooled is not None
-        found = sequence.pooled.cpu()  # (n_scored, n_targets, 2)
-        for column, i in enumerate(numbers.pop(sequence)):
-            logprobs, is_best = found[-len(pairs[i].continuation) :, column].unbind(-1)
-            yield i, (float(logprobs.sum()), bool(is_best.all()))
+    for wave in _waves(_grouped(pairs), args.max_batch_size):
+        asked = {_scored([pairs[i] for i in prompt], args.max_seq_len): prompt for prompt in wave}
+        for sequence in runner.run(asked):
+            assert sequence.pooled is not None
+            found = sequence.pooled.cpu()  # (n_scored, n_targets, 2)
+            for column, i in enumerate(asked[sequence]):
+                logprobs, is_best = found[-len(pairs[i].continuation) :, column].unbind(-1)
+                yield i, (float(logprobs.sum()), bool(is_best.all()))
 
 
 def _grouped(pairs: List[Pair]) -> list[list[list[int]]]:
@@ -61,16 +55,16 @@ def _grouped(pairs: List[Pair]) -> list[list[list[int]]]:
     return [list(prompts.values()) for prompts in contexts.values()]
 
 
-def _in_waves(contexts: List[List[list[int]]], n_slots: int) -> Iterator[list[int]]:
-    """Yield the prompts of contexts: the first one of each of some contexts, then the second ones.
+def _waves(contexts: List[List[list[int]]], n_slots: int) -> Iterator[list[list[int]]]:
+    """Yield prompts to run together: the first one of each of some contexts, then the second ones.
 
     As many contexts are taken at once as the cache has slots. Each then finds its beginning where
-    the wave before has left it, and all slots are used.
+    the wave before has left it, however short that is.
     """
     rest = iter(contexts)
     while block := list(islice(rest, n_slots)):
         for wave in zip_longest(*block):
-            yield from (prompt for prompt in wave if prompt is not None)
+            yield [prompt for prompt in wave if prompt is not None]
 
 
 def _scored(pairs: List[Pair], max_length: int) -> Sequence:

@@ -139,11 +139,11 @@ def test_what_prompts_share_is_read_once(model: LlamaLM) -> None:
     counts = model.llama.engine.counts
     model.llama.reset_cache()
     read, reused, passes = counts.prompt_tokens, counts.reused_tokens, counts.passes
-    context = list(range(300, 340))
+    context = list(range(300, 320))
     pairs = [(context[i:], [choice, 9]) for i in range(3) for choice in (5, 6, 7, 8)]
     model._loglikelihood_tokens([(("", ""), *pair) for pair in pairs])
-    assert counts.prompt_tokens - read == 41 + 40 + 39 + 9 * 2
-    assert counts.reused_tokens - reused == 3 * (39 + 38 + 37)
+    assert counts.prompt_tokens - read == 21 + 20 + 19 + 9 * 2
+    assert counts.reused_tokens - reused == 3 * (19 + 18 + 17)
     assert counts.passes - passes == 4  # three contexts at a time
     read = counts.prompt_tokens
     model._loglikelihood_tokens([(("", ""), context, [choice]) for choice in (5, 6, 7, 8)])

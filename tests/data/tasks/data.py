@@ -23,3 +23,7 @@ def capitals(**_: object) -> dict[str, Any]:
 
 def stories(**_: object) -> dict[str, Any]:
     return _read("stories")
+
+
+def endings(**_: object) -> dict[str, Any]:
+    return _read("endings")
