@@ -1,4 +1,4 @@
-"""The command ``python -m llama.evaluate``, which runs lm-eval's own command on a ``Llama``."""
+"""The command ``python -m llama.evaluate``: lm-eval's own, run on a ``Llama``, and code tasks."""
 
 import hashlib
 import json
@@ -9,17 +9,30 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from llama.errors import need
+from llama.evaluate.code import FLAGS, TASKS, CodeFlags, evaluate_code
 from llama.evaluate.flags import HarnessFlags, ModelFlags
 from llama.server.workers import Workers, run_worker
 
 
-def main(model: ModelFlags, *, harness: HarnessFlags) -> None:
-    """Evaluate a model on tasks of lm-eval.
+def main(model: ModelFlags, *, harness: HarnessFlags, code: CodeFlags = FLAGS) -> None:
+    """Evaluate a model on tasks of lm-eval, or on those in which it writes programs.
 
     Prints a table of the results; --output_path keeps them in a file.
     """
     if not harness.tasks:
         raise ValueError("--tasks is missing: give names of tasks, separated by commas")
+    names = harness.tasks.split(",")
+    programs = [name for name in names if name in TASKS]
+    if programs:
+        if others := [name for name in names if name not in TASKS]:
+            raise ValueError(
+                f"--tasks has {others[0]} beside {programs[0]}, which isn't lm-eval's: evaluate "
+                "them one after the other"
+            )
+        limit = None if harness.limit is None else int(harness.limit)
+        path = harness.output_path
+        evaluate_code(lambda: model.build(harness.torch_seed), programs, code, limit, path)
+        return
     if os.environ.get("RANK", "0") != "0":
         run_worker(model.build(seed=0), streams=False)
         return

@@ -135,6 +135,12 @@ class HarnessFlags:
     trackio_args: str | None = None
     hf_hub_log_args: str | None = None
 
+    @property
+    def torch_seed(self) -> int:
+        """The seed of answers that are sampled."""
+        seeds = (self.seed or "1").split(",")
+        return int(seeds[2] if len(seeds) > 2 else seeds[0])
+
     def arguments(self) -> list[str]:
         """Return the command line that lm-eval's own command takes."""
         given = []

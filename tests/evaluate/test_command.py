@@ -106,9 +106,27 @@ def test_mistakes_are_told_before_anything_is_loaded(
         with pytest.raises(SystemExit) as exited:
             evaluate(*args)
         assert expected in f"{exited.value.code}{capsys.readouterr().err}"
+    with pytest.raises(SystemExit, match="--tasks has arc_easy beside humaneval, which isn't lm-"):
+        evaluate("--tasks=humaneval,arc_easy")
     assert not parsed
     with pytest.raises(ValueError, match="batch_size is 'all': expected a whole number or auto"):
         LlamaLM(str(TINY), batch_size="all")
+
+
+def test_tasks_in_which_programs_are_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A failure means that lm-eval runs what a model writes, without any limits, or a flag is
+    lost."""
+    found: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(command, "evaluate_code", lambda *arguments: found.append(arguments))
+    seeds: list[int] = []
+    monkeypatch.setattr(ModelFlags, "build", lambda _, seed: seeds.append(seed))
+    rest = ("--allow_execution", "--k=1,10", "--limit=2", "--output_path=out")
+    evaluate("--tasks", "humaneval,humaneval_infilling", *rest, "--seed=1,2,3,4")
+    [(build, tasks, flags, limit, path)] = found
+    assert (tasks, limit, path) == (["humaneval", "humaneval_infilling"], 2, "out")
+    assert (flags.allow_execution, flags.k) == (True, ("1", "10"))
+    build()
+    assert seeds == [3]
 
 
 @pytest.mark.soak
