@@ -296,11 +296,13 @@ class Engine:
 
     def _score_targets(self, sequence: Sequence, logits: torch.Tensor) -> None:
         """Add the scores of what the targets have after each row of logits."""
-        start = 0 if sequence.pooled is None else len(sequence.pooled)
-        ids = torch.tensor(sequence.targets, device=logits.device)[:, start : start + len(logits)].T
+        before = sequence.pooled
+        if before is None:
+            before = logits.new_zeros(0, len(sequence.targets), 2)
+        ids = torch.tensor(sequence.targets, device=logits.device).T[len(before) :][: len(logits)]
         is_best = logits.argmax(-1, keepdim=True) == ids  # (n_rows, n_targets)
         scores = torch.stack((logits.log_softmax(-1).gather(1, ids), is_best.float()), -1)
-        sequence.pooled = torch.cat((sequence.pooled, scores)) if start else scores
+        sequence.pooled = torch.cat((before, scores))
 
     def _append(
         self,

@@ -32,7 +32,7 @@ from llama.tokenizers.spellings import Spellings
 
 
 @register_model("llama")
-class LlamaLM(TemplateLM):  # type: ignore[misc]
+class LlamaLM(TemplateLM):
     """A ``Llama`` as lm-eval's language model. Texts are read as lm-eval's ``hf`` model reads them.
 
     What a text spells out of control pieces becomes control pieces, since lm-eval has chat
