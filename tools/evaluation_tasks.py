@@ -13,6 +13,8 @@ from typing import Any
 from tiny_facts import ANIMALS, ANSWERS, ATTRIBUTES, QUESTIONS, is_held_out, with_article
 from tiny_world import compose_task
 
+from llama import cli
+
 FOLDER = Path(__file__).parent.parent / "tests" / "data" / "tasks"
 CAPITALS = """
 Afghanistan Kabul, Albania Tirana, Algeria Algiers, Angola Luanda, Argentina Buenos_Aires,
@@ -85,13 +87,20 @@ def endings(rng: random.Random) -> Iterator[Document]:
         }
 
 
-def main() -> None:
+def main(folder: str = str(FOLDER)) -> None:
+    """Write the questions, the same ones each time.
+
+    Args:
+        folder: where the files go.
+    """
     for make in (animals, capitals, stories, endings):
         documents = list(make(random.Random(make.__name__)))
         lines = [json.dumps(document, ensure_ascii=False) for document in documents]
-        (FOLDER / f"{make.__name__}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        (Path(folder) / f"{make.__name__}.jsonl").write_text(
+            "\n".join(lines) + "\n", encoding="utf-8"
+        )
         print(f"{make.__name__}: {len(documents)}")
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)
