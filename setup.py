@@ -71,6 +71,7 @@ setup(
     packages=[
         "llama",
         "llama.adapters",
+        "llama.batch",
         "llama.chat",
         "llama.checkpoint",
         "llama.cli",

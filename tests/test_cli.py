@@ -25,6 +25,7 @@ SCRIPTS = [
 ALL = {
     **dict.fromkeys(SCRIPTS, ""),
     "examples/chat.py": "--temperature",
+    "llama.batch": "--errors",
     "llama.server": "--max_queue",
     "llama.evaluate": "--num_fewshot",
     "llama.checkpoint": "--max_seq_len",
@@ -33,7 +34,7 @@ ALL = {
     "llama.evaluate.code": "--n_samples",
     "llama.perplexity": "--stride",
     "llama.plan": "--gpus",
-    **{f"llama {name}": "--ckpt_dir" for name in ("chat", "complete", "infill", "serve")},
+    **{f"llama {name}": "--ckpt_dir" for name in ("chat", "complete", "infill", "serve", "batch")},
     "llama inspect": "--max_seq_len",
     "llama evaluate": "--num_fewshot",
     "llama convert": "--group_size",

@@ -35,11 +35,14 @@ COMMANDS: dict[str, Command] = {
     "infill": "llama.commands.generate:infill",
     "serve": "llama.server.serve:main",
     "evaluate": "llama.evaluate.command:main",
+    "batch": "llama.batch.command:main",
     "inspect": "llama.checkpoint.inspection:inspect",
     "convert": "llama.convert:convert",
     "perplexity": "llama.perplexity:main",
     "plan": "llama.plan:main",
 }
+# Of the server's packages.
+_PURPOSES = {"llama.server": "the server", "llama.batch": "a file of requests"}
 DTYPES = ("float32", "bfloat16", "float16")
 HELP = ("-h", "--help")
 WIDTH = 96
@@ -122,8 +125,8 @@ def _load(command: str) -> Callable[..., object]:
         ImportError: the server's packages aren't installed; says how to install them.
     """
     name, _, attribute = command.partition(":")
-    is_server = name.startswith("llama.server.")
-    module = need(name, "server", "the server") if is_server else importlib.import_module(name)
+    purpose = _PURPOSES.get(".".join(name.split(".")[:2]))
+    module = need(name, "server", purpose) if purpose else importlib.import_module(name)
     function = getattr(module, attribute)
     assert callable(function)
     return function
@@ -360,16 +363,19 @@ class progress:
                     total=total, desc=description, unit=unit, unit_scale=True, delay=DELAY
                 )
 
-    def __call__(self, done: int) -> None:
-        """Show that ``done`` units of the total are done."""
+    def __call__(self, done: int, detail: str = "") -> None:
+        """Show that ``done`` units of the total are done, and a detail such as the speed."""
         done = min(done, self.total)  # a file is a little larger than its weights
         if self._bar is not None:
+            if detail:
+                self._bar.set_postfix_str(detail, refresh=False)
             self._bar.update(done - self._bar.n)
             if done == self.total:
                 self._bar.close()
         elif self._shown and time.monotonic() > self._logged + 5:
             self._logged = time.monotonic()
-            logger.info("%s: %d %%", self._description, 100 * done // self.total)
+            detail = f" ({detail})" if detail else ""
+            logger.info("%s: %d %%%s", self._description, 100 * done // self.total, detail)
 
     def __enter__(self) -> "progress":
         return self

@@ -48,20 +48,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 
 def make_app(service: Service) -> FastAPI:
     """Return the app that serves a model."""
-    config = service.config
-    # FastAPI's own page at /docs loads its style sheets and scripts from other hosts.
-    app = FastAPIOffline(
-        title="llama",
-        summary="Text, chat and infilling by a Llama",
-        redoc_url=None,
-        redirect_slashes=False,  # UniformRequests takes them off
-    )
-    add_error_handlers(app)
-    app.include_router(_routes(service))
-    # From the innermost to the outermost.
-    if config.lenient:
-        app.add_middleware(LenientFields)
-    app.add_middleware(ErrorMiddleware)
+    config, app = service.config, make_core(service)
     app.add_middleware(
         AccessControl,
         api_key=config.api_key,
@@ -79,6 +66,24 @@ def make_app(service: Service) -> FastAPI:
     )
     app.add_middleware(RequestCounter, service=service)
     app.add_middleware(UniformRequests, root_path=config.root_path)
+    return app
+
+
+def make_core(service: Service) -> FastAPI:
+    """Return the part of the app that answers requests, whoever sends them."""
+    # FastAPI's own page at /docs loads its style sheets and scripts from other hosts.
+    app = FastAPIOffline(
+        title="llama",
+        summary="Text, chat and infilling by a Llama",
+        redoc_url=None,
+        redirect_slashes=False,  # UniformRequests takes them off
+    )
+    add_error_handlers(app)
+    app.include_router(_routes(service))
+    # From the innermost to the outermost.
+    if service.config.lenient:
+        app.add_middleware(LenientFields)
+    app.add_middleware(ErrorMiddleware)
     return app
 
 

@@ -30,16 +30,12 @@ _BUILD_FIELDS = (
 
 
 @dataclass(frozen=True)
-class ServerConfig:
-    """The flags of the server.
+class ModelConfig:
+    """The flags that say which model answers requests.
 
     Args:
         ckpt_dir: a checkpoint of any format; the embedded one by default.
         tokenizer_path: its tokenizer, where the checkpoint doesn't bring its own.
-        host: the address to listen on; other than a loopback address it needs a key.
-        port: the port to listen on; 0 for a free one.
-        api_key: the key that clients must send; the environment variable
-            LLAMA_API_KEY sets it without showing it in the list of processes.
         model_name: the model's id for clients; the checkpoint's own name by default.
         alias: other names of the model for clients, separated by commas.
         any_model: answer requests for any model by the served one; adapters keep their names.
@@ -47,18 +43,7 @@ class ServerConfig:
             header X-Llama-Ignored.
         max_seq_len: tokens of a prompt and its answer together, at most.
         max_batch_size: requests that run at once; others wait.
-        max_queue: requests that may wait; others get status 429.
-        timeout: seconds that a request may take, at most.
-        max_body: bytes of a request, at most.
-        cors: origins whose web pages may call the API, such as https://example.com, separated by
-            commas.
-        root_path: the path under which a proxy shows this server, such as /llama, whether or not
-            it passes that on.
-        page: serve a web page at /.
-        log_prompts: write prompts to the log.
         guard_dir: a checkpoint of Llama Guard to check all prompts and answers with.
-        prompt_lookup_num_tokens: draft tokens at most that prompt lookup proposes, while few
-            sequences are being decoded.
         device: cpu, cuda or mps; the fastest available by default.
         dtype: float32, bfloat16 or float16; by default as checkpoint and device suggest.
         adapter: the directory of a LoRA adapter to merge in, or several separated by commas.
@@ -81,24 +66,13 @@ class ServerConfig:
 
     ckpt_dir: str = str(TINY)
     tokenizer_path: str | None = None
-    host: str = "127.0.0.1"
-    port: int = 8000
-    api_key: str | None = None
     model_name: str | None = None
     alias: str | tuple[str, ...] = ()
     any_model: bool = False
     lenient: bool = False
     max_seq_len: int = 2048
     max_batch_size: int = 8
-    max_queue: int = 64
-    timeout: float = 600.0
-    max_body: int = 1_000_000
-    cors: str = ""
-    root_path: str = ""
-    page: bool = True
-    log_prompts: bool = False
     guard_dir: str | None = None
-    prompt_lookup_num_tokens: int = 10
     device: str | None = None
     dtype: str | None = None
     adapter: str | tuple[str, ...] = ()
@@ -121,15 +95,6 @@ class ServerConfig:
                     f"--alias has the name {short(name, 80)}: expected names that aren't empty and "
                     "that no adapter, the model or another alias has, separated by commas"
                 )
-        key = self.api_key or os.environ.get("LLAMA_API_KEY") or None
-        object.__setattr__(self, "api_key", key)
-        object.__setattr__(self, "root_path", _checked_root(self.root_path))
-        if key is None and not is_loopback(self.host):
-            raise ValueError(
-                f"{self.host} can be reached from other machines: set the environment variable "
-                "LLAMA_API_KEY to a key that clients must send, or leave --host out to serve this "
-                "machine only"
-            )
 
     @property
     def name(self) -> str:
@@ -171,16 +136,63 @@ class ServerConfig:
             found[name] = directory
         return found
 
-    @property
-    def origins(self) -> list[str]:
-        """The origins in ``cors``."""
-        return [text.strip().rstrip("/") for text in self.cors.split(",") if text.strip()]
-
     def build_arguments(self) -> dict[str, Any]:
         """Return the arguments of ``Llama.build``."""
         return {name: getattr(self, name) for name in _BUILD_FIELDS} | {
             "dtype": dtype_of(self.dtype)
         }
+
+
+@dataclass(frozen=True)
+class ServerConfig(ModelConfig):
+    """The flags of the server.
+
+    Args:
+        host: the address to listen on; other than a loopback address it needs a key.
+        port: the port to listen on; 0 for a free one.
+        api_key: the key that clients must send; the environment variable
+            LLAMA_API_KEY sets it without showing it in the list of processes.
+        max_queue: requests that may wait; others get status 429.
+        timeout: seconds that a request may take, at most.
+        max_body: bytes of a request, at most.
+        cors: origins whose web pages may call the API, such as https://example.com, separated by
+            commas.
+        root_path: the path under which a proxy shows this server, such as /llama, whether or not
+            it passes that on.
+        page: serve a web page at /.
+        log_prompts: write prompts to the log.
+        prompt_lookup_num_tokens: draft tokens at most that prompt lookup proposes, while few
+            sequences are being decoded.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key: str | None = None
+    max_queue: int = 64
+    timeout: float = 600.0
+    max_body: int = 1_000_000
+    cors: str = ""
+    root_path: str = ""
+    page: bool = True
+    log_prompts: bool = False
+    prompt_lookup_num_tokens: int = 10
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        key = self.api_key or os.environ.get("LLAMA_API_KEY") or None
+        object.__setattr__(self, "api_key", key)
+        object.__setattr__(self, "root_path", _checked_root(self.root_path))
+        if key is None and not is_loopback(self.host):
+            raise ValueError(
+                f"{self.host} can be reached from other machines: set the environment variable "
+                "LLAMA_API_KEY to a key that clients must send, or leave --host out to serve this "
+                "machine only"
+            )
+
+    @property
+    def origins(self) -> list[str]:
+        """The origins in ``cors``."""
+        return [text.strip().rstrip("/") for text in self.cors.split(",") if text.strip()]
 
     @property
     def is_local(self) -> bool:

@@ -3,10 +3,10 @@
 from llama.generation import Llama
 from llama.llama_guard import LlamaGuard
 from llama.parallel import world_size
-from llama.server.config import ServerConfig
+from llama.server.config import ModelConfig
 
 
-def load(config: ServerConfig) -> Llama:
+def load(config: ModelConfig) -> Llama:
     """Load the model with its adapters and its guard, on all ranks.
 
     Raises:

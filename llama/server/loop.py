@@ -65,10 +65,12 @@ class EngineLoop:
 
     Args:
         max_queue: how many jobs may wait for a slot of the cache.
+        streams: False if nobody watches answers grow; the same on all ranks.
     """
 
-    def __init__(self, engine: Engine, max_queue: int = 64):
-        configure(engine)
+    def __init__(self, engine: Engine, max_queue: int = 64, streams: bool = True):
+        if streams:
+            configure(engine)
         self.engine = engine
         self.max_queue = max_queue
         self.failure: BaseException | None = None  # the error that ended ``run``

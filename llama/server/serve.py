@@ -17,7 +17,6 @@ import uvicorn
 from fastapi import FastAPI
 
 from llama.errors import need
-from llama.generation import Llama
 from llama.heartbeat import at_loss
 from llama.parallel import rank
 from llama.server.api import make_app
@@ -26,7 +25,7 @@ from llama.server.connections import Connection
 from llama.server.loading import load
 from llama.server.loop import EngineLoop
 from llama.server.service import Service
-from llama.server.workers import worker_loop
+from llama.server.workers import run_worker
 
 logger = logging.getLogger("llama.server")
 
@@ -71,7 +70,7 @@ def main(config: ServerConfig) -> None:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
     llama = load(config)
     if rank() > 0:
-        _run_worker(llama)
+        run_worker(llama)
         return
     service = Service(llama, config)
     uvicorn_config = uvicorn.Config(
@@ -105,14 +104,3 @@ def application(service: Service) -> FastAPI:
     if service.config.page:
         need("llama.server.page", "server", "the page").mount_page(app, service)
     return app
-
-
-def _run_worker(llama: Llama) -> None:
-    """Take part in rank 0's steps until it stops; exit with status 1 if it fails."""
-    for sig in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(sig, signal.SIG_IGN)
-    try:
-        worker_loop(llama.engine, llama.adapters)
-    except RuntimeError as error:
-        logger.error("this rank failed, or rank 0 has ended: %s", error)
-        os._exit(1)

@@ -35,8 +35,11 @@ Updates = asyncio.Queue[tuple[int, Update]]
 class Service:
     """A served model: it submits requests to the engine and applies the guards."""
 
-    def __init__(self, llama: Llama, config: ServerConfig):
+    def __init__(self, llama: Llama, config: ServerConfig, streams: bool = True):
         """Wrap a model.
+
+        Args:
+            streams: as in ``EngineLoop``.
 
         Raises:
             ValueError: ``--sampling checkpoint``, and the checkpoint recommends nothing.
@@ -46,7 +49,10 @@ class Service:
         self.config = config
         self.name = config.name
         self.created = int(time.time())
-        self.loop = EngineLoop(llama.engine, config.max_queue)
+        self.loop = EngineLoop(llama.engine, config.max_queue, streams)
+        # Where nobody watches, an answer comes in one piece: each costs the engine some time. An
+        # output guard judges as the text grows.
+        self._in_pieces = streams or llama.output_guard is not None
         self._batches = Batches(self.loop)
         self.metrics = Metrics(self.loop)
         self.max_tokens = llama.model.params.max_seq_len
@@ -219,6 +225,10 @@ class Service:
 
         def notify(number: int, update: Update) -> None:
             nonlocal is_waiting
+            if not self._in_pieces:
+                if update.finish_reason is None:
+                    return
+                update = update._replace(text=jobs[number].sequence.text)
             seconds = time.monotonic() - begin
             if is_waiting and update.n_tokens:
                 is_waiting = False

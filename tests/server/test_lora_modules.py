@@ -171,7 +171,7 @@ def test_the_command_loads_them(folder: Path, monkeypatch: pytest.MonkeyPatch) -
         )
         monkeypatch.setattr(Llama, "build", lambda *_, fake=fake, **__: fake)
         monkeypatch.setattr(serving, "rank", lambda rank=rank: rank)
-        monkeypatch.setattr(serving, "_run_worker", lambda llama: None)
+        monkeypatch.setattr(serving, "run_worker", lambda llama: None)
 
         def stop(*_: object) -> None:
             raise InterruptedError
