@@ -4,10 +4,12 @@ import logging
 import os
 from pathlib import Path
 
+from llama.batch.cluster import ClusterConfig
 from llama.batch.model import EngineFailed, Model
 from llama.batch.requests import Requests
 from llama.batch.results import Results
 from llama.batch.run import Tally, answer_all, run_beside
+from llama.errors import need
 from llama.server.config import ModelConfig
 from llama.server.loading import load
 from llama.server.workers import run_worker
@@ -20,6 +22,7 @@ def main(
     out_file: str,
     *,
     errors: str | None = None,
+    cluster: ClusterConfig,
     config: ModelConfig,
 ) -> None:
     """Answer a file of requests in OpenAI's batch format.
@@ -43,7 +46,12 @@ def main(
         raise ValueError(f"{source}, {target} and {others}: the three files must differ")
     with source.open("rb"), Results(target, others) as results:
         requests = Requests(source, results.keys)
-        tally = _answer(requests, results, config)
+        if cluster.ray:
+            tally = need("llama.batch.spread", "ray", "--ray").spread(
+                requests, results, cluster, config
+            )
+        else:
+            tally = _answer(requests, results, config)
     print(tally.summary(others))
 
 

@@ -49,6 +49,15 @@ def _key(line: bytes) -> Key | None:
     return name
 
 
+def answered_keys(path: Path, end: int) -> Iterator[Key]:
+    """Yield the keys of the requests that the first ``end`` bytes of a file answer."""
+    with path.open("rb") as file:
+        while file.tell() < end:
+            key = _key(file.readline())
+            assert key is not None
+            yield key
+
+
 class _Answers:
     """A file of answers that is open for more."""
 
@@ -146,6 +155,11 @@ class Results:
                 return
             self.n_failed += failed
             (self._errors if failed else self._answers).append(line)
+
+    def snapshot(self) -> list[tuple[Path, int]]:
+        """Return the files and their present sizes."""
+        paths = [self._answers.path.resolve(), self._errors.path.resolve()]
+        return [(path, path.stat().st_size) for path in paths if path.exists()]
 
     def sync(self) -> None:
         """Have the disk hold what was written, whatever happens to the machine."""

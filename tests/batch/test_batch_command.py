@@ -123,6 +123,8 @@ def test_files_that_cant_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         ((source, source), "the three files must differ"),
         ((source, tmp_path / "out", "--errors", tmp_path / "out"), "the three files must differ"),
         ((source, tmp_path), "Is a directory"),
+        ((source, tmp_path / "out", "--replicas", 2), "go with --ray"),
+        ((source, tmp_path / "out", "--ray", "--replicas", 0), "expected 1 or more"),
     ):
         with pytest.raises(SystemExit) as ended:
             batch(*args)
