@@ -110,6 +110,6 @@ setup(
         ],
         "docs": DOCS,
         "test": TEST,
-        "dev": [*TEST, "ruff>=0.14", "mypy>=1.15", "import-linter>=2.1", "pre-commit>=4"],
+        "dev": [*TEST, *RAY, "ruff>=0.14", "mypy>=1.15", "import-linter>=2.1", "pre-commit>=4"],
     },
 )
