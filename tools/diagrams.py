@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from html import escape
 from pathlib import Path
 
+from llama import cli
+
 IMAGES = Path(__file__).resolve().parent.parent / "docs" / "images"
 
 INK, QUIET, PAPER = "#22262b", "#6b7280", "#ffffff"
@@ -211,10 +213,11 @@ DIAGRAMS = {
 
 
 def main() -> None:
+    """Draw the documentation's diagrams and write them into docs/images."""
     for name, draw in DIAGRAMS.items():
         (IMAGES / name).write_text(draw().svg(), encoding="utf-8")
         print(IMAGES / name)
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)
