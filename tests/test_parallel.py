@@ -236,9 +236,11 @@ def test_two_machines_of_which_one_is_lost(
     out = str(tmp_path / "rank")
     job = ("--nnodes", "2", "--nproc_per_node", "1", "--rdzv_backend", "c10d", "--rdzv_id", "1")
     job += ("--rdzv_endpoint", f"127.0.0.1:{free_port()}")
-    job += (script(tmp_path, GENERATE + UNTIL_KILLED), out, str(TINY))
+    code = (script(tmp_path, GENERATE + UNTIL_KILLED), out, str(TINY))
+    # The machine that is lost isn't the one with the store.
+    jobs = [(*job, "--rdzv_conf", f"is_host={has_store}", *code) for has_store in (True, False)]
     files = [Path(f"{out}{rank}pids") for rank in range(2)]
-    with launcher(*job) as first, launcher(*job) as second:
+    with launcher(*jobs[0]) as first, launcher(*jobs[1]) as second:
         wait_until(lambda: all(file.exists() and file.read_text() for file in files), 60)
         pids = [[int(pid) for pid in file.read_text().split()] for file in files]
         victim = [launcher for launcher, _ in pids].index(second.pid)
