@@ -22,7 +22,7 @@ from ray.data import ActorPoolStrategy, DataContext, Datasource
 from ray.data.block import BlockMetadata
 from ray.data.datasource import ReadTask
 from ray.exceptions import RayActorError, RayError
-from ray.util.placement_group import placement_group
+from ray.util.placement_group import get_placement_group, placement_group
 from ray.util.scheduling_strategies import (
     NodeAffinitySchedulingStrategy,
     PlacementGroupSchedulingStrategy,
@@ -178,7 +178,12 @@ class Replica:
         each = {"CPU": cpus, "GPU": gpus} if gpus else {"CPU": cpus}
         largest = max(node["Resources"].get("GPU" if gpus else "CPU", 0) for node in ray.nodes())
         fits = size * (gpus or cpus) <= largest
-        group = placement_group([each] * size, "STRICT_PACK" if fits else "PACK")
+        name = ray.get_runtime_context().get_actor_id()
+        try:  # that of this replica before it was started again: its room is still reserved
+            group = get_placement_group(name)
+        except ValueError:
+            strategy = "STRICT_PACK" if fits else "PACK"
+            group = placement_group([each] * size, strategy, name=name)
         ranks = []
         for rank in range(size):
             place = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank)

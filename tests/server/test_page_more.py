@@ -63,6 +63,8 @@ def test_settings_are_fields_of_the_request(page: Any, site: Site) -> None:
         "Longest answer": "64",
         "Shortest answer": "2",
         "Stop strings": "###\n\nUser:\\n",
+        "Stop token ids": "[2, 13]",
+        "Token biases": '{"13": -100}',
         "Response schema": '{"type": "object"}',
     }.items():
         sheet.get_by_label(label, exact=True).fill(text)
@@ -81,6 +83,8 @@ def test_settings_are_fields_of_the_request(page: Any, site: Site) -> None:
         "max_tokens": 64,
         "min_tokens": 2,
         "stop": ["###", "User:\n"],
+        "stop_token_ids": [2, 13],
+        "logit_bias": {"13": -100},
         "response_format": {
             "type": "json_schema",
             "json_schema": {"name": "answer", "schema": {"type": "object"}},
@@ -104,6 +108,7 @@ def test_a_wrong_setting_is_told_beside_it_and_stays(page: Any, site: Site) -> N
         "Top-p": ("1.5", "expected a number from 0 to 1"),
         "Seed": ("seven", "expected a whole number"),
         "Longest answer": ("0", "expected a whole number, 1 or more"),
+        "Token biases": ("[13]", "expected an object"),
         "Response schema": ("{", "this is no JSON"),
     }
     for label, (text, told) in wrong.items():

@@ -25,10 +25,10 @@ const KINDS = {
   },
   lines: (text) => Array.from(text.matchAll(/[^\n]+/g), ([line]) => line.replaceAll("\\n", "\n")),
   schema: (text) => ({ type: "json_schema", json_schema: { name: "answer", schema: json(text) } }),
-  list(text) {
+  json(text, { shape }) {
     const found = json(text);
-    if (Array.isArray(found)) return found;
-    throw new Error("expected a list: [ … ]");
+    if (found instanceof Object && Array.isArray(found) === (shape === "list")) return found;
+    throw new Error(`expected ${shape === "list" ? "a list: [ … ]" : "an object: { … }"}`);
   },
 };
 
