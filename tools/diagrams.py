@@ -212,11 +212,15 @@ DIAGRAMS = {
 }
 
 
-def main() -> None:
-    """Draw the documentation's diagrams and write them into docs/images."""
+def main(folder: str = str(IMAGES)) -> None:
+    """Draw the documentation's diagrams.
+
+    Args:
+        folder: where they are written.
+    """
     for name, draw in DIAGRAMS.items():
-        (IMAGES / name).write_text(draw().svg(), encoding="utf-8")
-        print(IMAGES / name)
+        (Path(folder) / name).write_text(draw().svg(), encoding="utf-8")
+        print(Path(folder) / name)
 
 
 if __name__ == "__main__":

@@ -562,9 +562,14 @@ def test_the_embedded_model_talks(window: Window, llama: Any, slow: threading.Ev
         page.get_by_role("tab", name="Completion").click()
         page.get_by_label("Text to continue").fill("Once upon a time")
         button(page, "Continue").click()
-        wait_until(lambda: not idle(service))
+
+        def is_busy() -> bool:
+            page.wait_for_timeout(10)  # in which playwright lets requests pass
+            return not idle(service)
+
+        wait_until(is_busy)
         button(page, "Stop").click()
-        wait_until(lambda: idle(service))
+        wait_until(lambda: not is_busy())
         page.reload()
         page.get_by_role("tab", name="Chat").click()
         expect(answers(page)).to_have_count(2)
