@@ -11,6 +11,7 @@ import os
 import pickle
 import socket
 import threading
+import uuid
 from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -22,7 +23,12 @@ from ray.data import ActorPoolStrategy, DataContext, Datasource
 from ray.data.block import BlockMetadata
 from ray.data.datasource import ReadTask
 from ray.exceptions import RayActorError, RayError
-from ray.util.placement_group import get_placement_group, placement_group
+from ray.util.placement_group import (
+    get_placement_group,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import (
     NodeAffinitySchedulingStrategy,
     PlacementGroupSchedulingStrategy,
@@ -76,6 +82,7 @@ def spread(
     context.enable_progress_bars = False
     context.target_max_block_size = 1  # each chunk is a block, which is lost and tried again alone
     n_replicas, cpus, gpus = _resources(cluster, config)
+    run = uuid.uuid4().hex
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     size = AHEAD * config.max_batch_size
     chunks = ray.data.read_datasource(
@@ -85,7 +92,7 @@ def spread(
     )
     answered = chunks.map(
         Replica,
-        fn_constructor_args=(config, cluster.model_parallel_size, cpus, gpus),
+        fn_constructor_args=(run, config, cluster.model_parallel_size, cpus, gpus),
         compute=ActorPoolStrategy(
             size=n_replicas,
             max_tasks_in_flight_per_actor=CHUNKS_AHEAD + 1,
@@ -110,6 +117,10 @@ def spread(
     except RayError as error:
         reason = str(error).strip().splitlines()[-1]
         raise ChildProcessError(f"Ray gave up, start again to go on: {reason}") from error
+    finally:
+        for group in placement_group_table().values():
+            if group["name"].startswith(run) and group["state"] != "REMOVED":
+                remove_placement_group(get_placement_group(group["name"]))
     return tally
 
 
@@ -168,17 +179,18 @@ class Replica:
     machine, and has the chunks answered that had no answer.
     """
 
-    def __init__(self, config: ModelConfig, size: int, cpus: float, gpus: float):
+    def __init__(self, run: str, config: ModelConfig, size: int, cpus: float, gpus: float):
         """Start the processes.
 
         Args:
+            run: begins the name of their placement group.
             size: their number.
             cpus, gpus: those of each.
         """
         each = {"CPU": cpus, "GPU": gpus} if gpus else {"CPU": cpus}
         largest = max(node["Resources"].get("GPU" if gpus else "CPU", 0) for node in ray.nodes())
         fits = size * (gpus or cpus) <= largest
-        name = ray.get_runtime_context().get_actor_id()
+        name = f"{run} {ray.get_runtime_context().get_actor_id()}"
         try:  # that of this replica before it was started again: its room is still reserved
             group = get_placement_group(name)
         except ValueError:
