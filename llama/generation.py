@@ -43,8 +43,7 @@ class Llama:
     Attributes:
         tasks: makes sequences of prompts, which ``engine`` runs.
         adapters: those that calls may choose, by name.
-        input_guard: judges the dialogs that are to be answered (``llama.guards``); None lets all
-            pass.
+        input_guard: judges dialogs before they are answered (``llama.guards``); None lets all pass.
         output_guard: judges the answers.
     """
 
