@@ -132,7 +132,7 @@ def started(*command: str, module: str = "llama", **environment: str) -> Iterato
 def wait_until(condition: Callable[[], bool], seconds: float = 30) -> None:
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "waited in vain"
+        assert time.monotonic() < end, "the condition never became true"
         time.sleep(0.01)
 
 

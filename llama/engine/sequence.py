@@ -117,7 +117,7 @@ class Sequence:
 
     @property
     def n_outputs(self) -> int:
-        """How many of the prompt's last tokens' outputs are needed."""
+        """The number of the prompt's last tokens whose outputs are needed."""
         if self.params.scores_prompt or self.output == "mean":
             return len(self.input_ids)
         return len(self.targets[0]) if self.output == "scores" else 1

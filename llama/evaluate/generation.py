@@ -13,7 +13,7 @@ _OTHERS = ("repetition_penalty", "presence_penalty", "frequency_penalty", "seed"
 
 
 class Generation(NamedTuple):
-    """What a request asks for."""
+    """The sampling parameters of a request of lm-eval, and the most tokens of its answer."""
 
     params: SamplingParams
     max_tokens: int

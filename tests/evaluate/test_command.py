@@ -20,7 +20,7 @@ from llama.generation import TINY
 
 @pytest.fixture
 def parsed(monkeypatch: pytest.MonkeyPatch) -> list[Namespace]:
-    """What lm-eval's own command makes of its command lines."""
+    """The namespaces that lm-eval's own command parses from command lines."""
     found: list[Namespace] = []
     parse = lambda: found.append(HarnessCLI().parse_args())  # noqa: E731
     monkeypatch.setattr(lm_eval.__main__, "cli_evaluate", parse)

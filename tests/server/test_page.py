@@ -88,7 +88,7 @@ def eventually(page: Any, script: str) -> None:
     """Wait until a script is true."""
     end = time.monotonic() + 20
     while not page.evaluate(f"Boolean({script})"):
-        assert time.monotonic() < end, f"waited in vain for {script}"
+        assert time.monotonic() < end, f"{script} never became true"
         page.wait_for_timeout(50)
 
 

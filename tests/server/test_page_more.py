@@ -216,7 +216,7 @@ def test_a_full_context_offers_to_drop_the_oldest_turns(page: Any, site: Site) -
 
 
 def test_a_message_that_fits_in_no_context_is_told(page: Any, site: Site) -> None:
-    """Turns would be dropped in vain."""
+    """Turns would be dropped to no effect."""
     site.api.max_model_len = 20
     page.reload()
     answer(page, site, "Short?", Answer(["Yes."]))

@@ -77,7 +77,7 @@ def start(kind: str) -> Message:
 
 
 def ask(handle: Handle, body: object = None, path: str = "/v1/completions") -> httpx.Response:
-    """What the front answers."""
+    """An answer of the front."""
 
     async def send() -> httpx.Response:
         transport = httpx.ASGITransport(Front(1000, handle))  # type: ignore[arg-type]
