@@ -38,7 +38,9 @@ class StrictGroup(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> object:
         kwargs = kwargs or {}
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        leaves = tree_leaves((args, kwargs))
+        # A weight in oneDNN's order has no storage, and is no collective's result.
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and not leaf.is_mkldnn]
         if func is torch.ops._c10d_functional.wait_tensor.default:
             self._pending.discard(_storage(tensors[0]))
         elif any(_storage(tensor) in self._pending for tensor in tensors):

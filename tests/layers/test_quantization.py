@@ -250,7 +250,7 @@ def test_layers_can_be_saved_loaded_copied_and_pickled(form: Form) -> None:
         assert twin.kernel is None
         assert all(torch.equal(twin.stored()[n], part) for n, part in layer.stored().items())
         pack([twin], Capability())
-        assert torch.equal(twin(x), expected)
+        torch.testing.assert_close(twin(x), expected)  # oneDNN adds up by the number of rows
     _, other = quantised_model(form, seed=9, attention_bias=True)
     other.load_state_dict(state)
     assert torch.equal(other.layers[0].attention.wk(x), expected)
@@ -397,7 +397,8 @@ def test_what_stays_as_it_is_stays_mapped() -> None:
     llama = Llama.build(dtype=torch.bfloat16, device="cpu", quantize="int8")
     output = llama.model.output
     stored = output.weight if output.kernel is None else output.kernel.stored()["weight"]
-    assert is_mapped(llama.model.tok_embeddings.weight) and is_mapped(stored)
+    assert is_mapped(llama.model.tok_embeddings.weight)
+    assert is_mapped(stored) or isinstance(output.kernel, cpu.OneDnn)  # whose order is its own
 
 
 def test_a_checkpoints_own_groups_are_meant_unless_others_are_named(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import functools
 import importlib
 import itertools
 import sys
+from collections.abc import Mapping
 from math import gcd
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,9 @@ from llama.layers.quantization import Grouped, StoredWeight
 # Up to which compiled code is faster than widening the weight, in groups or plain.
 FEW_TOKENS, FEW_OF_PLAIN = 32, 16
 BLOCK = 32  # inputs that share a scale
+_CAPABILITIES: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+# Instructions that add four products of eight bits.
+HAS_VNNI = all(_CAPABILITIES.get(name) for name in ("avx512_vnni", "avx512_vl"))
 
 
 @functools.cache

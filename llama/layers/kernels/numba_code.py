@@ -13,7 +13,9 @@ from numba.core.cgutils import alloca_once_value, for_range, get_or_insert_funct
 from numba.extending import intrinsic
 from numba.np.unsafe.ndarray import to_fixed_tuple
 
-from llama.layers.kernels.compiled import BLOCK, openmp
+from llama.layers.kernels.compiled import BLOCK, HAS_VNNI, openmp
+
+AHEAD = 2048  # bytes of a weight that are fetched before they are read
 
 I8, I16, I32, I64, F32 = *(ir.IntType(n) for n in (8, 16, 32, 64)), ir.FloatType()
 INTEGER, FLOAT, ZERO = numba.types.int64, numba.float32, numba.float32(0)
@@ -71,8 +73,8 @@ def round_inputs(data):
     - codes, int8, the shape of the inputs. For int4 a block's even inputs lie before its odd ones,
       as the lower bits of its bytes and the upper ones.
     - scales, float32, (n_tokens, n_blocks).
-    - offsets, float32, (n_tokens, groups): of int4's codes, which are 8 above their values, what a
-      group's scale is multiplied by too much.
+    - offsets, float32, (n_tokens, groups): of codes that are multiplied without signs, 8 above
+      their values or 128, what a group's scale is multiplied by too much.
     - sums of inputs, float32, (n_tokens, groups), which zeros are multiplied by.
     """
     places, sizes = numba.carray(data, 9, numba.int64)[:5], numba.carray(data, 9, numba.int64)[5:]
@@ -82,7 +84,7 @@ def round_inputs(data):
     scales = numba.carray(_pointer(places[2]), (n_tokens, n_blocks), numba.float32)
     offsets = numba.carray(_pointer(places[3]), (n_tokens, n_blocks, halves), numba.float32)
     sums = numba.carray(_pointer(places[4]), (n_tokens, n_blocks, halves), numba.float32)
-    size = BLOCK // halves
+    size, above = BLOCK // halves, FLOAT(8) if is_int4 else FLOAT(128)
     for token in range(n_tokens):
         for block in range(n_blocks):
             some, own = x[token, block], codes[token, block]
@@ -100,7 +102,7 @@ def round_inputs(data):
                     total += some[i]
                     count += np.rint(some[i] * inverse)
                 sums[token, block, half] = total
-                offsets[token, block, half] = FLOAT(-8) * count * scale
+                offsets[token, block, half] = -above * count * scale
             if is_int4:
                 for i in range(BLOCK // 2):
                     own[i] = np.rint(some[2 * i] * inverse)
@@ -199,6 +201,10 @@ def _dot(kind: Kind, n_tokens: int):
     lanes, halves = kind.lanes, 1 + kind.in_halves
     n_scales = lanes * halves if kind.in_halves else max(1, lanes >> kind.shift)
     repeats = lanes * halves // n_scales
+    # Blocks in a vector: with VNNI's instructions 512 bits, else 256.
+    n = 2 if HAS_VNNI and lanes % 2 == 0 else 1
+    bytes_ = BLOCK // 2 if kind.is_int4 else BLOCK  # of a block
+    has_offsets = kind.is_int4 or HAS_VNNI
 
     @intrinsic
     def dot(typing, addresses, sizes, row, token):
@@ -217,12 +223,14 @@ def _dot(kind: Kind, n_tokens: int):
             some = vector.bfloat16(build.add(address, build.mul(first, I64(2))), I64(0), n_scales)
             return vector.spread(some, [i // repeats for i in range(lanes * halves)])
 
-        weight = place(0, args[2], n_blocks, BLOCK // 2 if kind.is_int4 else BLOCK)
+        weight = place(0, args[2], n_blocks, bytes_)
         scale, zero = (place(which, args[2], n_groups, 2) for which in (1, 2))
         tokens = [build.add(args[3], I64(i)) for i in range(n_tokens)]
-        totals = [vector.zeros(8) for _ in tokens]
+        totals = [vector.zeros(8 * n) for _ in tokens]
         others = [vector.zeros(lanes * halves) for _ in tokens]
         with for_range(build, build.sdiv(n_blocks, I64(lanes))) as loop:
+            for ahead in range(AHEAD, AHEAD + lanes * bytes_, 64):
+                vector.prefetch(weight, loop.index, lanes * bytes_, ahead)
             own = affine(scale, loop.index)
             scaled = []
             for token, other in zip(tokens, others, strict=True):
@@ -230,31 +238,25 @@ def _dot(kind: Kind, n_tokens: int):
                 x = vector.spread(x, [i // halves for i in range(lanes * halves)])
                 scaled.append(build.fmul(own, x))
                 count = build.mul(n_blocks, I64(halves))
-                if kind.is_int4:
+                if has_offsets:
                     x = vector.load(place(5, token, count, 4), loop.index, F32, lanes * halves)
                     vector.add_product(other, own, x)
                 if kind.has_zeros:
                     x = vector.load(place(6, token, count, 4), loop.index, F32, lanes * halves)
                     vector.add_product(other, affine(zero, loop.index), x)
-            for i in range(lanes):
-                block = build.add(build.mul(loop.index, I64(lanes)), I64(i))
-                w = vector.load(weight, block, I8, 16 if kind.is_int4 else 32)
-                if kind.is_int4:
-                    high = build.lshr(w, vector.constant(I8, [4] * 16))
-                    low = build.and_(w, vector.constant(I8, [15] * 16))
-                    factor = build.shuffle_vector(low, high, vector.constant(I32, range(32)))
-                else:  # without its sign, which the inputs are given
-                    factor = vector.call("x86.avx2.psign.b", w.type, w, w)
+            for i in range(0, lanes, n):
+                index = build.add(build.mul(loop.index, I64(lanes // n)), I64(i // n))
+                w = vector.load(weight, index, I8, n * bytes_)
+                factor = vector.unsigned(w, kind.is_int4)
                 order = [0, 0, 1, 1] * 2 if kind.is_int4 else [0] * 4 + [1] * 4
-                order = [halves * i + (half if kind.in_halves else 0) for half in order]
+                order = [
+                    halves * (i + j) + (half if kind.in_halves else 0)
+                    for j in range(n)
+                    for half in order
+                ]
                 for token, total, product in zip(tokens, totals, scaled, strict=True):
-                    x = vector.load(place(3, token, n_blocks, 32), block, I8, 32)
-                    if not kind.is_int4:
-                        x = vector.call("x86.avx2.psign.b", x.type, x, w)
-                    pairs = vector.call("x86.avx2.pmadd.ub.sw", ir.VectorType(I16, 16), factor, x)
-                    ones, eight = vector.constant(I16, [1] * 16), ir.VectorType(I32, 8)
-                    fours = vector.call("x86.avx2.pmadd.wd", eight, pairs, ones)
-                    fours = build.sitofp(fours, ir.VectorType(F32, 8))
+                    x = vector.load(place(3, token, n_blocks, BLOCK), index, I8, n * BLOCK)
+                    fours = vector.fours(factor, x, None if kind.is_int4 else w)
                     vector.add_product(total, fours, vector.spread(product, order))
         for token, total, other in zip(tokens, totals, others, strict=True):
             result = build.fadd(vector.sum(total), vector.sum(other))
@@ -290,6 +292,45 @@ class _Vectors:
         wide = self.build.zext(self.load(address, index, I16, n), ir.VectorType(I32, n))
         wide = self.build.shl(wide, self.constant(I32, [16] * n))
         return self.build.bitcast(wide, ir.VectorType(F32, n))
+
+    def prefetch(self, address, index, size, ahead):
+        """Fetch the cache line some bytes behind an element of some size."""
+        place = self.build.add(address, self.build.mul(index, I64(size)))
+        pointer = self.build.inttoptr(self.build.add(place, I64(ahead)), I8.as_pointer())
+        kind = ir.FunctionType(ir.VoidType(), [pointer.type, I32, I32, I32])
+        function = get_or_insert_function(self.build.module, kind, "llvm.prefetch.p0")
+        self.build.call(function, [pointer, I32(0), I32(3), I32(1)])
+
+    def unsigned(self, w, is_int4):
+        """Return the codes of some blocks without signs."""
+        build, count = self.build, w.type.count
+        if not is_int4:  # they are 128 above their values, or without VNNI have lost their signs
+            if HAS_VNNI:
+                return build.xor(w, self.constant(I8, [128] * count))
+            return self.call("x86.avx2.psign.b", w.type, w, w)
+        high = build.lshr(w, self.constant(I8, [4] * count))
+        low = build.and_(w, self.constant(I8, [15] * count))
+        halves = [half + block for block in range(0, count, 16) for half in (0, count)]
+        lanes = [half + i for half in halves for i in range(16)]
+        return build.shuffle_vector(low, high, self.constant(I32, lanes))
+
+    def fours(self, factor, x, signs):
+        """Return the products of unsigned codes and inputs, of which four are added, in float32.
+
+        Without VNNI inputs get the codes' signs.
+        """
+        build, n_sums = self.build, x.type.count // 4
+        kind = ir.VectorType(I32, n_sums)
+        if HAS_VNNI:
+            some = [build.bitcast(part, kind) for part in (factor, x)]
+            zeros = self.constant(I32, [0] * n_sums)
+            sums = self.call(f"x86.avx512.vpdpbusd.{32 * n_sums}", kind, zeros, *some)
+        else:
+            if signs is not None:
+                x = self.call("x86.avx2.psign.b", x.type, x, signs)
+            pairs = self.call("x86.avx2.pmadd.ub.sw", ir.VectorType(I16, 16), factor, x)
+            sums = self.call("x86.avx2.pmadd.wd", kind, pairs, self.constant(I16, [1] * 16))
+        return build.sitofp(sums, ir.VectorType(F32, n_sums))
 
     def spread(self, some, lanes):
         """Return the elements of a vector at some places."""
