@@ -43,6 +43,6 @@ def call(function: Callable[..., object], values: Mapping[str, Any]) -> Any:
 def argument_descriptions(function: Callable[..., object]) -> dict[str, str | None]:
     """Return the descriptions of a function's arguments and of its dataclasses' fields."""
     parameters = inspect.signature(function, eval_str=True).parameters.values()
-    bases = [base for p in parameters if _fields(p) for base in inspect.getmro(p.annotation)]
+    bases = [base for p in parameters if _fields(p) for base in inspect.getmro(p.annotation)[::-1]]
     docs = [docstrings.parse(inspect.getdoc(each) or "") for each in (*bases, function)]
     return {arg.name: arg.description for doc in docs for arg in doc.args or ()}

@@ -4,49 +4,25 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from llama.checkpoint.pretrained import TINY
-from llama.cli import dtype_of
+from llama.checkpoint.flags import CheckpointFlags
 from llama.generation import Llama
 
 _AUTO_BATCH = 32
 
 
 @dataclass(frozen=True)
-class ModelFlags:
+class ModelFlags(CheckpointFlags):
     """Flags that say which model is evaluated.
 
     Args:
-        ckpt_dir: a checkpoint of any format; the embedded one by default.
-        tokenizer_path: its tokenizer, where the checkpoint doesn't bring its own.
         max_seq_len: tokens of a prompt and its answer together, at most; longer texts are read in
             windows of so many.
         batch_size: prompts to process at once, or auto for 32.
         model_parallel_size: where given, must equal the number of processes.
-        device: cpu, cuda or mps; the fastest available by default.
-        dtype: float32, bfloat16 or float16; by default as checkpoint and device suggest.
-        adapter: the directory of a LoRA adapter to merge in, or several separated by commas.
-        chat_format: how dialogs are written; by default as the checkpoint says.
-        chat_template: a Jinja template's text or file, in place of the checkpoint's own.
-        compile: compile decoding steps.
-        quantize: int8 or int4, for quantised weights; none widens those that are.
-        group_size: how many weights share a scale in int4.
-        kv_cache_dtype: int8 for a cache of half the size.
     """
 
-    ckpt_dir: str = str(TINY)
-    tokenizer_path: str | None = None
-    max_seq_len: int = 2048
     batch_size: int | str = 8
     model_parallel_size: int | None = None
-    device: str | None = None
-    dtype: str | None = None
-    adapter: str | tuple[str, ...] = ()
-    chat_format: str | None = None
-    chat_template: str | None = None
-    compile: bool = False
-    quantize: str | None = None
-    group_size: int | None = None
-    kv_cache_dtype: str | None = None
 
     def build(self, seed: int) -> Llama:
         """Load the model.
@@ -54,12 +30,16 @@ class ModelFlags:
         Raises:
             As ``Llama.build``.
         """
-        arguments = vars(self) | {"dtype": dtype_of(self.dtype)}
-        size = arguments.pop("batch_size")
+        size, n_ranks = self.batch_size, self.model_parallel_size
         if size != "auto" and not str(size).isdecimal():
             raise ValueError(f"batch_size is {size!r}: expected a whole number or auto")
         n_slots = _AUTO_BATCH if size == "auto" else int(size)
-        return Llama.build(**arguments, max_batch_size=n_slots, seed=seed)
+        return Llama.build(
+            **self.build_arguments(),
+            model_parallel_size=n_ranks,
+            max_batch_size=n_slots,
+            seed=seed,
+        )
 
     def model_args(self) -> dict[str, Any]:
         """Return the flags that aren't the default, as lm-eval names a model's arguments.

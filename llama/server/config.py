@@ -6,51 +6,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llama.checkpoint.pretrained import TINY
-from llama.cli import dtype_of
+from llama.checkpoint.flags import CheckpointFlags
 from llama.errors import short
 from llama.server.access import is_loopback
 
-# What ``Llama.build`` takes as it is.
-_BUILD_FIELDS = (
-    "ckpt_dir",
-    "tokenizer_path",
-    "max_seq_len",
-    "max_batch_size",
-    "device",
-    "adapter",
-    "chat_format",
-    "chat_template",
-    "tool_format",
-    "compile",
-    "quantize",
-    "group_size",
-    "kv_cache_dtype",
-)
-
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(CheckpointFlags):
     """The flags that say which model answers requests.
 
     Args:
-        ckpt_dir: a checkpoint of any format; the embedded one by default.
-        tokenizer_path: its tokenizer, where the checkpoint doesn't bring its own.
         model_name: the model's id for clients; the checkpoint's own name by default.
         alias: other names of the model for clients, separated by commas.
         any_model: answer requests for any model by the served one; adapters keep their names.
         lenient: ignore fields of requests that the server doesn't know, and name them in the
             header X-Llama-Ignored.
-        max_seq_len: tokens of a prompt and its answer together, at most.
         max_batch_size: requests that run at once; others wait.
         guard_dir: a checkpoint of Llama Guard to check all prompts and answers with.
-        device: cpu, cuda or mps; the fastest available by default.
-        dtype: float32, bfloat16 or float16; by default as checkpoint and device suggest.
-        adapter: the directory of a LoRA adapter to merge in, or several separated by commas.
         lora_modules: adapters that a request chooses as its model, name=directory, separated by
             commas; they aren't merged.
-        chat_format: how dialogs are written; by default as the checkpoint says.
-        chat_template: a Jinja template's text or file, in place of the checkpoint's own.
         tool_format: how tools are described and called where the template has no place for them;
             "hermes" is known.
         sampling: "checkpoint" takes what the checkpoint recommends for the sampling parameters
@@ -58,34 +32,18 @@ class ModelConfig:
         parse_special: let /v1/completions read control pieces that a prompt spells out, such as
             <PRE>, unless a request says otherwise; whoever writes a part of a prompt then writes
             such pieces too.
-        compile: compile decoding steps.
-        quantize: int8 or int4, for quantised weights; none widens those that are.
-        group_size: how many weights share a scale in int4.
-        kv_cache_dtype: int8 for a cache of half the size.
     """
 
-    ckpt_dir: str = str(TINY)
-    tokenizer_path: str | None = None
     model_name: str | None = None
     alias: str | tuple[str, ...] = ()
     any_model: bool = False
     lenient: bool = False
-    max_seq_len: int = 2048
     max_batch_size: int = 8
     guard_dir: str | None = None
-    device: str | None = None
-    dtype: str | None = None
-    adapter: str | tuple[str, ...] = ()
     lora_modules: str | tuple[str, ...] = ()
-    chat_format: str | None = None
-    chat_template: str | None = None
     tool_format: str | None = None
     sampling: str | None = None
     parse_special: bool = False
-    compile: bool = False
-    quantize: str | None = None
-    group_size: int | None = None
-    kv_cache_dtype: str | None = None
 
     def __post_init__(self) -> None:
         adapters = self.lora_directories()
@@ -138,9 +96,8 @@ class ModelConfig:
 
     def build_arguments(self) -> dict[str, Any]:
         """Return the arguments of ``Llama.build``."""
-        return {name: getattr(self, name) for name in _BUILD_FIELDS} | {
-            "dtype": dtype_of(self.dtype)
-        }
+        more = {"max_batch_size": self.max_batch_size, "tool_format": self.tool_format}
+        return super().build_arguments() | more
 
 
 @dataclass(frozen=True)
