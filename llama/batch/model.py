@@ -11,14 +11,13 @@ from llama.batch.calls import post
 from llama.batch.keys import Key
 from llama.batch.requests import Request
 from llama.batch.results import result_line
-from llama.engine.engine import Counts
+from llama.engine.engine import AHEAD, Counts
 from llama.generation import Llama
 from llama.server.api import make_core
 from llama.server.config import ModelConfig, ServerConfig
 from llama.server.paths import UniformRequests
 from llama.server.service import Service
 
-AHEAD = 4  # requests for each slot: some are prepared while others run
 _QUEUE = 1 << 20  # sequences, never reached: the caller bounds the requests
 _PAUSE = 0.05  # seconds until a request is sent again that found no place
 

@@ -6,10 +6,7 @@ an actor of Ray Data, which has Ray start the processes of its model-parallel gr
 """
 
 import asyncio
-import logging
-import os
 import pickle
-import socket
 import threading
 import uuid
 from collections.abc import Iterator
@@ -36,19 +33,17 @@ from ray.util.scheduling_strategies import (
 
 from llama.batch.cluster import ClusterConfig
 from llama.batch.keys import Keys
-from llama.batch.model import AHEAD, EngineFailed, Model, Result
+from llama.batch.model import EngineFailed, Model, Result
 from llama.batch.requests import Request, Requests
 from llama.batch.results import Results, answered_keys
 from llama.batch.run import Tally
-from llama.engine.engine import Counts
+from llama.engine.engine import AHEAD, Counts
 from llama.server.config import ModelConfig
 from llama.server.loading import load
-from llama.server.workers import worker_loop
+from llama.server.ray_ranks import end_process, start_ranks
 
 CHUNKS_AHEAD = 3  # chunks that a replica has at once, so that its engine stays full
 MAX_TRIES = 10  # of a chunk, each on a replica that is started again
-
-logger = logging.getLogger("llama.batch")
 
 
 class Chunk(NamedTuple):
@@ -196,73 +191,30 @@ class Replica:
         except ValueError:
             strategy = "STRICT_PACK" if fits else "PACK"
             group = placement_group([each] * size, strategy, name=name)
-        ranks = []
-        for rank in range(size):
-            place = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank)
-            options = {"num_cpus": cpus, "num_gpus": gpus, "scheduling_strategy": place}
-            kind = Leader if rank == 0 else Follower
-            ranks.append(ray.remote(kind).options(**options).remote(rank, size))
-        self._leader = ranks[0]
-        address = ray.get(self._leader.address.remote())
-        ray.get([rank.load.remote(config, address) for rank in ranks])
-        self._following = [rank.follow.remote() for rank in ranks[1:]]
+        place = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0)
+        options = {"num_cpus": cpus, "num_gpus": gpus, "scheduling_strategy": place}
+        self._leader = ray.remote(Leader).options(**options).remote()
+        ray.get(self._leader.load.remote(size, cpus, gpus, config))
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """Answer a chunk."""
         try:
             return {"data": ray.get(self._leader.answer.remote(row["data"]))}
         except (EngineFailed, RayActorError):
-            logging.shutdown()
-            os._exit(1)
+            end_process()
 
 
-class Rank:
-    """A process of a replica's group."""
+class Leader:
+    """The first process of a replica's group, which has the requests."""
 
-    def __init__(self, rank: int, size: int):
-        self._rank, self._size = rank, size
-
-    def address(self) -> tuple[str, int]:
-        """Return where the processes can meet, on the machine of this one."""
-        with socket.socket() as free:
-            free.bind(("", 0))
-            return ray.util.get_node_ip_address(), free.getsockname()[1]
-
-    def load(self, config: ModelConfig, address: tuple[str, int]) -> None:
-        """Load the model, together with the others."""
-        if self._size > 1:  # as torchrun does; each sees its own GPU alone
-            names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-            values = (self._rank, self._size, 0, self._size)
-            os.environ.update(zip(names, map(str, values), strict=True))
-            os.environ.update(MASTER_ADDR=address[0], MASTER_PORT=str(address[1]))
-        self._llama = load(config)
-        self._config = config
-
-
-class Follower(Rank):
-    """A process other than the first."""
-
-    def follow(self) -> None:
-        """Take part in the first one's steps; end the process if that fails."""
-        try:
-            worker_loop(self._llama.engine, self._llama.adapters, streams=False)
-        except BaseException:
-            logger.exception("a process of a replica failed")
-            logging.shutdown()
-            os._exit(1)  # the first one would wait for it
-
-
-class Leader(Rank):
-    """The first process, which has the requests."""
-
-    def load(self, config: ModelConfig, address: tuple[str, int]) -> None:
-        """Load the model, together with the others, and start its engine."""
+    def load(self, size: int, cpus: float, gpus: float, config: ModelConfig) -> None:
+        """Start the other processes, load the model together with them, and start its engine."""
         ready: Future[Model] = Future()
 
         def run() -> None:
             try:
-                super(Leader, self).load(config, address)
-                model = Model(self._llama, config)
+                start_ranks(size, cpus, gpus, config, streams=False)
+                model = Model(load(config), config)
             except BaseException as error:
                 ready.set_exception(error)
                 return

@@ -27,6 +27,7 @@ from llama.tokenizer import BaseTokenizer
 if TYPE_CHECKING:
     from llama.engine.graphs import DecodingSteps
 
+AHEAD = 4  # sequences for each slot, where many wait: some are prepared while others run
 PREFILL_TOKENS = 2048  # tokens of all prompts in a step, unless the model takes more of one
 _SCORED = 512  # tokens of a prompt in a step if more of its outputs are needed
 _WORTH_WAITING = 64  # tokens of a prompt that is being read, which another one has too

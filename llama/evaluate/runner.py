@@ -3,11 +3,9 @@
 from collections.abc import Iterable, Iterator
 from itertools import islice
 
-from llama.engine.engine import Engine
+from llama.engine.engine import AHEAD, Engine
 from llama.engine.sequence import Sequence
 from llama.server.workers import Workers
-
-_AHEAD = 4  # sequences for each slot of the cache: some are prepared while others run
 
 
 class Runner:
@@ -16,7 +14,7 @@ class Runner:
     def __init__(self, engine: Engine):
         self._engine = engine
         self._workers = Workers()
-        self._limit = _AHEAD * engine.model.params.max_batch_size
+        self._limit = AHEAD * engine.model.params.max_batch_size
 
     def run(self, sequences: Iterable[Sequence]) -> Iterator[Sequence]:
         """Yield sequences as they end. They are taken in order, a few ahead of those that run.

@@ -12,7 +12,6 @@ import os
 import threading
 import time
 from collections.abc import AsyncGenerator, Mapping
-from functools import partial
 from typing import Any
 
 import ray
@@ -32,7 +31,6 @@ from llama.server.loading import load
 from llama.server.ray_ranks import start_ranks
 from llama.server.serve import application
 from llama.server.service import Service
-from llama.server.workers import worker_loop
 
 logger = logging.getLogger(__name__)
 
@@ -117,8 +115,7 @@ class Replica:
     def __init__(
         self, config: ServerConfig, model_parallel_size: int, num_cpus: float, num_gpus: float
     ):
-        if model_parallel_size > 1:
-            start_ranks(model_parallel_size, num_cpus, num_gpus, partial(_follow, config))
+        start_ranks(model_parallel_size, num_cpus, num_gpus, config)
         self._service = Service(load(config), config)
         self._app = application(self._service)
         at_loss.append(self._service.loop.fail)
@@ -155,12 +152,6 @@ class Replica:
             await task
         finally:
             task.cancel()
-
-
-def _follow(config: ServerConfig) -> None:
-    """Take part in a replica's work, on a rank other than 0."""
-    llama = load(config)
-    worker_loop(llama.engine, llama.adapters)
 
 
 class Front:

@@ -1,12 +1,19 @@
 """The ranks of one model in an actor of Ray and its neighbours, without torchrun."""
 
+import logging
 import os
 import socket
-from collections.abc import Callable
+from typing import NoReturn
 
 import ray
 from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from llama.server.config import ModelConfig
+from llama.server.loading import load
+from llama.server.workers import worker_loop
+
+logger = logging.getLogger(__name__)
 
 
 class Rank:
@@ -16,14 +23,21 @@ class Rank:
         """Return the id of the machine that it is on."""
         return str(ray.get_runtime_context().get_node_id())
 
-    def follow(self, environment: dict[str, str], work: Callable[[], None]) -> None:
-        """Do the rank's work, which lasts as long as rank 0 does."""
+    def follow(self, environment: dict[str, str], config: ModelConfig, streams: bool) -> None:
+        """Take part in the work of rank 0; end the process if that fails."""
         os.environ.update(environment)
-        work()
+        try:
+            llama = load(config)
+            worker_loop(llama.engine, llama.adapters, streams)
+        except BaseException:
+            logger.exception("rank %s failed", environment["RANK"])
+            end_process()  # rank 0 would wait for it
 
 
-def start_ranks(n_ranks: int, num_cpus: float, num_gpus: float, work: Callable[[], None]) -> None:
-    """Make the actor that calls this rank 0, and start the others beside it.
+def start_ranks(
+    n_ranks: int, num_cpus: float, num_gpus: float, config: ModelConfig, streams: bool = True
+) -> None:
+    """Make the actor that calls this rank 0, and start the others, if any, beside it.
 
     They are in the actor's placement group, which has a bundle for each of them, and end with it.
     ``Llama.build`` then connects them, as under torchrun. Called before CUDA is used.
@@ -31,16 +45,18 @@ def start_ranks(n_ranks: int, num_cpus: float, num_gpus: float, work: Callable[[
     Args:
         n_ranks: how many there are, with this one.
         num_cpus, num_gpus: what each rank has of a machine.
-        work: what the other ranks do: load the model, and follow rank 0.
+        config: the model that they load.
+        streams: as in ``EngineLoop``.
     """
+    if n_ranks == 1:
+        return
     group = ray.util.get_current_placement_group()
-    actors: list[ActorHandle] = []
     for number in range(1, n_ranks):
         strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=number)
         options = {"num_cpus": num_cpus, "num_gpus": num_gpus, "scheduling_strategy": strategy}
-        actors.append(ray.remote(Rank).options(**options).remote())
+        _actors.append(ray.remote(Rank).options(**options).remote())
     nodes = [ray.get_runtime_context().get_node_id()]
-    nodes += ray.get([actor.node.remote() for actor in actors])
+    nodes += ray.get([actor.node.remote() for actor in _actors])
     address = ray.util.get_node_ip_address()
     with socket.socket() as free:
         free.bind((address, 0))
@@ -57,8 +73,13 @@ def start_ranks(n_ranks: int, num_cpus: float, num_gpus: float, work: Callable[[
         if number == 0:
             os.environ.update(environment)
         else:
-            _ended.append(actors[number - 1].follow.remote(environment, work))
-    _actors.extend(actors)
+            _ended.append(_actors[number - 1].follow.remote(environment, config, streams))
+
+
+def end_process() -> NoReturn:
+    """End this process, in whose place Ray may start another, whatever its threads wait for."""
+    logging.shutdown()
+    os._exit(1)
 
 
 # Ray ends actors, and forgets their calls, when nothing refers to them.
