@@ -5,6 +5,7 @@ import contextlib
 import functools
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -127,6 +128,51 @@ def started(*command: str, module: str = "llama", **environment: str) -> Iterato
                 process.send_signal(signal.SIGTERM)
             with contextlib.suppress(TimeoutError):
                 process.wait(15)
+
+
+@contextlib.contextmanager
+def two_ranks(*command: str, module: str = "llama") -> Iterator[tuple[Started, Started]]:
+    """Run a command on two ranks as ``started`` does, without a launcher that looks after them."""
+    job = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    with (
+        started(*command, module=module, **job, RANK="0") as first,
+        started(*command, module=module, **job, RANK="1") as second,
+    ):
+        yield first, second
+
+
+def launcher(*arguments: str) -> contextlib.AbstractContextManager[Started]:
+    """Run torchrun, without waiting for it."""
+    return started("-m", "torch.distributed.run", *arguments)
+
+
+@contextlib.contextmanager
+def two_machines(*command: str) -> Iterator[tuple[Started, Started]]:
+    """Run two ranks as on two machines: each has a launcher, and the first one the store."""
+    job = ("--nnodes", "2", "--nproc_per_node", "1", "--rdzv_backend", "c10d", "--rdzv_id", "1")
+    job += ("--rdzv_endpoint", f"127.0.0.1:{free_port()}", "--rdzv_conf")
+    with (
+        launcher(*job, "is_host=True", *command) as first,
+        launcher(*job, "is_host=False", *command) as second,
+    ):
+        yield first, second
+
+
+def lose_one_machine(first: Started, second: Started) -> None:
+    """Kill the second of two machines, and check that the first one ends and says why."""
+    ranks = []
+    for machine in (first, second):
+        command = ["ps", "-o", "pid=", "--ppid", str(machine.pid)]
+        found = subprocess.run(command, capture_output=True, text=True).stdout
+        ranks += [int(pid) for pid in found.split()]
+    for pid in (second.pid, ranks[1]):
+        os.kill(pid, signal.SIGKILL)
+    assert first.wait(30) != 0
+    lost = f"rank [01] on {socket.gethostname()} has died|rank 0 has ended"
+    assert re.search(lost, first.output), first.output
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(ranks[0], 0)
+        raise AssertionError("a rank goes on without its launcher")
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 30) -> None:

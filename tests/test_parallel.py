@@ -7,12 +7,11 @@ import signal
 import socket
 import subprocess
 import sys
-from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 import torch
-from processes import TIMED_OUT, Started, forked, free_port, script, started, wait_until
+from processes import TIMED_OUT, forked, launcher, script, two_machines, wait_until
 
 from llama import Llama, parallel
 from llama.checkpoint.load import choose_dtype
@@ -212,10 +211,6 @@ def test_numbers_that_do_not_fit_are_refused_with_those_that_do(
         Llama.build(device="cpu")
 
 
-def launcher(*arguments: str) -> AbstractContextManager[Started]:
-    return started("-m", "torch.distributed.run", *arguments)
-
-
 # Says that it has generated, by a file with its launcher's and its own process id.
 UNTIL_KILLED = """
 if torch.distributed.get_rank() > 0:
@@ -234,13 +229,9 @@ def test_two_machines_of_which_one_is_lost(
     """Two launchers, as on two machines: their ranks generate what one does, and where one of them
     is gone with its launcher, the other ends within 30 seconds and says which one."""
     out = str(tmp_path / "rank")
-    job = ("--nnodes", "2", "--nproc_per_node", "1", "--rdzv_backend", "c10d", "--rdzv_id", "1")
-    job += ("--rdzv_endpoint", f"127.0.0.1:{free_port()}")
     code = (script(tmp_path, GENERATE + UNTIL_KILLED), out, str(TINY))
-    # The machine that is lost isn't the one with the store.
-    jobs = [(*job, "--rdzv_conf", f"is_host={has_store}", *code) for has_store in (True, False)]
     files = [Path(f"{out}{rank}pids") for rank in range(2)]
-    with launcher(*jobs[0]) as first, launcher(*jobs[1]) as second:
+    with two_machines(*code) as (first, second):
         wait_until(lambda: all(file.exists() and file.read_text() for file in files), 60)
         pids = [[int(pid) for pid in file.read_text().split()] for file in files]
         victim = [launcher for launcher, _ in pids].index(second.pid)

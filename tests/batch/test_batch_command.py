@@ -1,16 +1,28 @@
 """The command that answers a file: as the server does, all of it, and each request once."""
 
+import contextlib
 import json
 import os
 import random
 import signal
-from collections.abc import Iterator
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from processes import forked, started, wait_until
+from processes import (
+    Started,
+    forked,
+    lose_one_machine,
+    started,
+    two_machines,
+    two_ranks,
+    wait_until,
+)
 from servers import post, serve
 from test_batch_files import line, named, write
 
@@ -195,11 +207,17 @@ def check_ends(tmp_path: Path, tiny: Llama, n_requests: int, n_ends: int, seed: 
     assert done.returncode == 0, done.stderr
     assert "were answered before" in done.stdout
     assert sorted(named(out), key=int) == [f"{i}" for i in range(n_requests)]
-    texts = tiny.text_completion(prompts(n_requests), temperature=0, max_gen_len=6)
-    answers = results(out)
-    for i, expected in enumerate(texts):
-        [choice] = answers[f"{i}"]["response"]["body"]["choices"]
-        assert choice["text"].lstrip() == expected["generation"].lstrip()
+    check_answers(out, tiny, n_requests)
+
+
+def check_answers(out: Path, tiny: Llama, n: int) -> None:
+    """The answers that a file of n requests has by now are those of one process."""
+    answers, asked = results(out), prompts(n)
+    texts = [asked[int(name)] for name in answers]
+    expected = tiny.text_completion(texts, temperature=0, max_gen_len=6)
+    for answer, each in zip(answers.values(), expected, strict=True):
+        [choice] = answer["response"]["body"]["choices"]
+        assert choice["text"].lstrip() == each["generation"].lstrip()
 
 
 @pytest.mark.slow
@@ -212,3 +230,33 @@ def test_ends_at_random_lose_nothing(tmp_path: Path, tiny: Llama) -> None:
 @pytest.mark.soak
 def test_twenty_ends_at_random_lose_nothing(tmp_path: Path, tiny: Llama) -> None:
     check_ends(tmp_path, tiny, 600, 20, seed=2)
+
+
+@contextlib.contextmanager
+def at_work(
+    run: Callable[..., AbstractContextManager[tuple[Started, Started]]], folder: Path, tiny: Llama
+) -> Iterator[tuple[Started, Started]]:
+    """Two ranks that have begun with a file; afterwards their answers are compared with one's."""
+    source, out, n = folder / "in.jsonl", folder / "out.jsonl", 2000
+    command = ("-m", "llama.batch", str(file_of(source, n)), str(out), *FLAGS)
+    with run(*command) as ranks:
+        wait_until(lambda: out.exists() and out.stat().st_size > 0, 60)
+        yield ranks
+    check_answers(out, tiny, n)
+
+
+@pytest.mark.slow
+def test_a_lost_rank_ends_the_run(tmp_path: Path, tiny: Llama) -> None:
+    """A run that waits forever for a rank that has died, or that doesn't say which one has."""
+    run = partial(two_ranks, module="llama.batch.command")
+    with at_work(run, tmp_path, tiny) as (first, second):
+        second.send_signal(signal.SIGKILL)
+        assert first.wait(30) == 1
+        assert f"RankLost: rank 1 on {socket.gethostname()} has died" in first.output
+        assert "the engine failed: start again to go on" in first.output
+
+
+@pytest.mark.soak
+def test_two_machines_of_which_one_is_lost(tmp_path: Path, tiny: Llama) -> None:
+    with at_work(two_machines, tmp_path, tiny) as machines:
+        lose_one_machine(*machines)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from processes import wait_until
-from test_batch_command import FLAGS, file_of, prompts, results
+from test_batch_command import FLAGS, check_answers, file_of
 from test_batch_files import named
 
 from llama import Llama
@@ -56,10 +56,7 @@ def spread(tmp_path: Path, *flags: str) -> None:
 def check(tmp_path: Path, tiny: Llama, n: int) -> None:
     out = tmp_path / "out.jsonl"
     assert sorted(named(out), key=int) == [f"{i}" for i in range(n)]
-    texts = tiny.text_completion(prompts(n), temperature=0, max_gen_len=6)
-    for name, answer in results(out).items():
-        [choice] = answer["response"]["body"]["choices"]
-        assert choice["text"].lstrip() == texts[int(name)]["generation"].lstrip()
+    check_answers(out, tiny, n)
 
 
 def leaders() -> list[int]:

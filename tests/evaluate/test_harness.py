@@ -13,7 +13,8 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import CacheHook, CachingLM
 from lm_eval.tasks import TaskManager
-from processes import forked, script
+from processes import forked, lose_one_machine, script, two_machines, wait_until
+from sqlitedict import SqliteDict
 
 from llama import Llama
 from llama.chat.formats import choose_chat
@@ -45,7 +46,9 @@ Answers = dict[str, list[Any]]
 Evaluation = tuple[Answers, dict[str, dict[str, Any]]]
 
 
-def evaluated(model: Any, tasks: list[str], limit: int = N_QUESTIONS, **options: Any) -> Evaluation:
+def evaluated(
+    model: Any, tasks: list[str], limit: int | None = N_QUESTIONS, **options: Any
+) -> Evaluation:
     """The answers to each task's requests, and its metrics."""
     results = lm_eval.simple_evaluate(
         model,
@@ -95,8 +98,13 @@ def theirs(path: Path, **options: Any) -> Any:
 
 
 @pytest.fixture(scope="module")
-def expected(saved: Path) -> Evaluation:
-    return evaluated_all(theirs(saved, max_length=MAX_LENGTH))
+def reference(saved: Path) -> Any:
+    return theirs(saved, max_length=MAX_LENGTH)
+
+
+@pytest.fixture(scope="module")
+def expected(reference: Any) -> Evaluation:
+    return evaluated_all(reference)
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +126,9 @@ def test_every_task_gets_what_hf_gets(model: LlamaLM, expected: Evaluation) -> N
 
 
 @pytest.mark.slow
-def test_two_processes_get_what_one_gets(model: LlamaLM, tmp_path: Path) -> None:
+def test_two_processes_get_what_hf_and_one_get(
+    model: LlamaLM, reference: Any, tmp_path: Path
+) -> None:
     """A failure means that a model divided among processes is measured wrongly."""
     texts = ("The capital of France is", "One day, Sam saw a big cow", "The capital of Peru is")
     pairs = [(model.tok_encode(text), [ids, 30, 4]) for text in texts for ids in (9, 99)]
@@ -128,9 +138,10 @@ def test_two_processes_get_what_one_gets(model: LlamaLM, tmp_path: Path) -> None
     done = forked(script(tmp_path, SCORE), str(path), n=2)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
+    together = [found[str(i)] for i in range(len(pairs))]
     requests = [(("", ""), *pair) for pair in pairs]
-    alone = model._loglikelihood_tokens(requests)
-    assert difference([found[str(i)] for i in range(len(pairs))], alone) < 1e-4
+    for one in (model, reference):
+        assert difference(together, one._loglikelihood_tokens(requests)) < 1e-4
 
 
 def test_what_prompts_share_is_read_once(model: LlamaLM) -> None:
@@ -231,6 +242,23 @@ def test_a_continuation_that_cannot_be_scored_is_refused(model: LlamaLM) -> None
     for ids in ([], [7] * (MAX_LENGTH + 1)):
         with pytest.raises(ValueError, match=f"has {len(ids)} tokens: expected 1 to max_seq_len"):
             model._loglikelihood_tokens([(("", ""), [1], ids)])
+
+
+@pytest.mark.soak
+def test_two_machines_of_which_one_is_lost(tmp_path: Path) -> None:
+    """A failure means that other answers are kept than one process gives, or that an evaluation
+    waits forever for a machine without power."""
+    tasks, kwargs = ["animals", "animals_written"], {"max_gen_toks": 200, "until": ["@@"]}
+    flags = ("--tasks", ",".join(tasks), "--include_path", str(TASKS), "--device", "cpu")
+    flags += ("--gen_kwargs", 'max_gen_toks=200,until=["@@"]', "--dtype", "float32")
+    flags += ("--use_cache", str(tmp_path / "two"))
+    with two_machines("-m", "llama.evaluate", *flags) as machines:
+        wait_until(lambda: any(f.stat().st_size > 20_000 for f in tmp_path.glob("two*")), 120)
+        lose_one_machine(*machines)
+    options = {"gen_kwargs": kwargs, "use_cache": str(tmp_path / "one")}
+    evaluated(LlamaLM(dtype="float32", device="cpu"), tasks, None, **options)
+    one, two = (dict(SqliteDict(str(next(tmp_path.glob(f"{n}*"))))) for n in ("one", "two"))
+    assert two and all(difference(value, one[key]) < 1e-4 for key, value in two.items())
 
 
 @pytest.mark.soak

@@ -12,7 +12,15 @@ from contextlib import AbstractContextManager
 import httpx
 import pytest
 import torch
-from processes import Started, free_port, started, wait_until
+from processes import (
+    Started,
+    free_port,
+    lose_one_machine,
+    started,
+    two_machines,
+    two_ranks,
+    wait_until,
+)
 from servers import post
 
 from llama import Llama
@@ -130,12 +138,8 @@ def test_a_key_for_other_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_two_ranks(tiny: Llama, victim: int) -> None:
     """Two ranks answer as one does; when one of them dies, though no request comes and no launcher
     looks after them, the other one ends within 30 seconds, with a status other than 0."""
-    together = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    flags = ("--page=False", "--dtype", "float32")
-    with (
-        running(*flags, RANK="1", LOCAL_RANK="1", **together) as other,
-        running(*flags, RANK="0", LOCAL_RANK="0", **together) as server,
-    ):
+    command = ("-m", "llama.server", "--port", "0", "--page=False", "--dtype", "float32")
+    with two_ranks(*command, module="llama.server.page") as (server, other):
         wait_for(server, "Press CTRL+C to quit")
         if victim == 1:
             _check_answers(url_of(server), tiny)
@@ -144,6 +148,16 @@ def test_two_ranks(tiny: Llama, victim: int) -> None:
         left = processes[1 - victim]
         assert left.wait(30) != 0
         wait_for(left, "the engine failed" if victim == 1 else "rank 0 has ended")
+
+
+@pytest.mark.soak
+def test_two_machines_of_which_one_is_lost(tiny: Llama) -> None:
+    port = str(free_port())
+    flags = ("--page=False", "--port", port, "--dtype", "float32", "--device", "cpu")
+    with two_machines("-m", "llama.server", *flags) as machines:
+        wait_until(lambda: any("Press CTRL+C" in each.output for each in machines), 60)
+        _check_answers(f"http://127.0.0.1:{port}", tiny)
+        lose_one_machine(*machines)
 
 
 # A short patience, for a server that is run by ``-c``.
@@ -159,11 +173,9 @@ run("llama.server.serve:main")
 def test_a_machine_that_hangs_ends_the_server() -> None:
     """A stopped process is as a machine without power: its connections stay open. A failure means
     that clients wait forever for the rest of an answer."""
-    together = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     command = ("-c", IMPATIENT, "--page=False", "--port", "0")
     with (
-        started(*command, module="llama.server.page", RANK="1", **together) as other,
-        started(*command, module="llama.server.page", RANK="0", **together) as server,
+        two_ranks(*command, module="llama.server.page") as (server, other),
         httpx.stream("POST", f"{url_of(server)}/v1/completions", json=LONG, timeout=60) as stream,
     ):
         lines = stream.iter_lines()
