@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.bias import causal_lower_right
 
 from llama.layers.batch import RaggedBatch, Segment, to_device, token_places
 from llama.layers.kv_cache import KVCache
@@ -133,6 +132,9 @@ class Sdpa:
             n, before = min(step, length - begin), start_pos + begin
             mask: torch.Tensor | None = None
             if self._kind == "cuda" and before:  # fused kernels know it without a matrix
+                # Imports PyTorch's compiler, for a second that no other device needs to wait.
+                from torch.nn.attention.bias import causal_lower_right
+
                 mask = causal_lower_right(n, before + n)
             elif whole is not None and (before or self._kind == "mps"):
                 # On MPS is_causal let tokens see later ones (pytorch issue 195910).
