@@ -4,18 +4,17 @@ import ast
 import contextlib
 import importlib
 import json
-import os
 import re
 import shlex
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from processes import forked
 from servers import serve
 
 from llama import Llama
@@ -141,15 +140,7 @@ def helps() -> dict[tuple[str, str], tuple[Any, str]]:
         {(c.target, c.subcommand) for text in TEXTS.values() for c in python_commands(text)}
     )
     calls = [[target, *([sub] if sub else []), "--help"] for target, sub in commands]
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", HELPER],
-        input=json.dumps(calls),
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        timeout=300,
-    )
+    done = forked("-c", HELPER, input=json.dumps(calls), timeout=300)
     assert done.returncode == 0, done.stderr
     return dict(zip(commands, map(tuple, json.loads(done.stdout)), strict=True))
 
