@@ -7,6 +7,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from processes import wait_until
@@ -17,8 +18,6 @@ from llama import Llama
 from llama.batch import command
 from llama.cli import run
 
-ray = pytest.importorskip("ray")
-
 # Ray's own processes take half a minute of a core to start and to end.
 pytestmark = pytest.mark.soak
 
@@ -26,6 +25,7 @@ pytestmark = pytest.mark.soak
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
     """A cluster of two CPUs, to which this process is connected."""
+    ray: Any = pytest.importorskip("ray")
     with (
         tempfile.TemporaryDirectory(prefix="ray") as folder,
         pytest.MonkeyPatch.context() as patch,

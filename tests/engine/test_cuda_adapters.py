@@ -10,7 +10,6 @@ import pytest
 import torch
 from fake_cuda import Launches, Waits
 from test_cuda_counts import meta_model
-from torch._dynamo.utils import counters
 
 from llama import Llama, Tokenizer
 from llama.adapters import Adapter, Change, LowRank
@@ -48,8 +47,8 @@ def usual() -> Llama:
 
 
 def build(path: Path = TINY, **how: Any) -> Llama:
-    llama = Llama.build(path, dtype=torch.float32, device="cpu", max_batch_size=4, **how)
-    return with_adapters(llama)
+    how = {"dtype": torch.float32, "device": "cpu", "max_batch_size": 4, **how}
+    return with_adapters(Llama.build(path, **how))
 
 
 def run(llama: Llama, choices: list[str | None], **settings: Any) -> list[list[int]]:
@@ -105,8 +104,10 @@ def test_compiled_steps_stay_as_they_were_compiled(checkpoint_dir: Callable[...,
     """A failure means that a first request with an adapter waits for a compiler, or gets none."""
     if not any(map(shutil.which, ("g++", "clang++"))):
         pytest.skip("there is no C++ compiler")
+    from torch._dynamo.utils import counters  # slow to import, which other tests needn't wait for
+
     path = checkpoint_dir(n_layers=1)
-    usual, llama = build(path), build(path, compile=True)
+    usual, llama = build(path), build(path, compile=True, max_batch_size=2)
     plain: list[str | None] = [None] * 4
     run(llama, plain)
     n_compiled = counters["stats"]["unique_graphs"]

@@ -14,23 +14,23 @@ import httpx
 import pytest
 from processes import free_port, wait_until
 from servers import post
-
-from llama import Llama
-
-pytest.importorskip("ray.serve")
-import ray
-from ray.exceptions import RayActorError
-from ray.serve.exceptions import BackPressureError
 from starlette.types import Message, Scope
 
-from llama import heartbeat
+from llama import Llama, heartbeat
 from llama.cli import UsageError
-from llama.server import ray as serving
 from llama.server.config import ServerConfig
-from llama.server.ray import Front, Replica
 
 PROMPT = {"prompt": "Once upon a time", "temperature": 0, "max_tokens": 8}
 LONG = {"prompt": "Once", "max_tokens": 1900, "temperature": 3.0, "seed": 1, "stream": True}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ray() -> Any:
+    """Imported by the process that runs these tests alone, for it takes a second."""
+    pytest.importorskip("ray.serve")
+    import ray
+
+    return ray
 
 
 class Call:
@@ -62,6 +62,7 @@ class Handle:
 
 def dying(*messages: Message, error: Exception | None = None) -> Callable[..., Any]:
     """A replica that sends messages, and then dies."""
+    from ray.exceptions import RayActorError
 
     async def answer(scope: Scope, body: bytes) -> AsyncIterator[Message]:
         for message in messages:
@@ -78,6 +79,7 @@ def start(kind: str) -> Message:
 
 def ask(handle: Handle, body: object = None, path: str = "/v1/completions") -> httpx.Response:
     """An answer of the front."""
+    from llama.server.ray import Front
 
     async def send() -> httpx.Response:
         transport = httpx.ASGITransport(Front(1000, handle))  # type: ignore[arg-type]
@@ -89,6 +91,8 @@ def ask(handle: Handle, body: object = None, path: str = "/v1/completions") -> h
 
 @pytest.fixture(scope="module")
 def replica() -> Iterator[Any]:
+    from llama.server.ray import Replica
+
     config = ServerConfig(dtype="float32", device="cpu", model_name="tiny", max_body=1000)
     made = Replica(config, 1, 1, 0)
     yield made
@@ -149,6 +153,8 @@ def test_a_stream_whose_replica_dies_ends_with_an_error_event() -> None:
 
 
 def test_what_has_not_begun_is_answered_by_another_replica(replica: Any) -> None:
+    from ray.serve.exceptions import BackPressureError
+
     handle = Handle(dying(), dying(), replica.answer)
     assert ask(handle, PROMPT).status_code == 200
     answer = ask(Handle(dying(), dying(), dying()), PROMPT)
@@ -159,6 +165,8 @@ def test_what_has_not_begun_is_answered_by_another_replica(replica: Any) -> None
 
 
 def test_arguments_are_the_servers_flags() -> None:
+    from llama.server import ray as serving
+
     with pytest.raises(UsageError, match="there is no flag --num_replica: did you mean --num_repl"):
         serving.app({"num_replica": "2"})
     with pytest.raises(ValueError, match="port isn't the application's"):
@@ -168,7 +176,7 @@ def test_arguments_are_the_servers_flags() -> None:
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[tuple[str, str]]:
+def cluster(ray: Any) -> Iterator[tuple[str, str]]:
     """The address of Ray Serve on a cluster of this machine alone, and a mark of its processes."""
     port, mark = free_port(), f"LLAMA_CLUSTER={os.getpid()}"
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
@@ -193,9 +201,13 @@ def processes(mark: str, title: str) -> list[int]:
 
 @pytest.mark.soak
 @pytest.mark.parametrize(("n_ranks", "victims"), [(1, "ServeReplica:default:replica"), (2, "Rank")])
-def test_on_a_cluster(n_ranks: int, victims: str, cluster: tuple[str, str], tiny: Llama) -> None:
+def test_on_a_cluster(
+    n_ranks: int, victims: str, ray: Any, cluster: tuple[str, str], tiny: Llama
+) -> None:
     """Two replicas answer as the library does; a stream whose processes are killed ends with an
     error event, and later requests are answered by those that Ray starts in their place."""
+    from llama.server import ray as serving
+
     url, mark = cluster
     flags = {"num_replicas": 2, "model_parallel_size": n_ranks, "page": False}
     ray.serve.run(serving.app({**flags, "device": "cpu", "dtype": "float32"}))
