@@ -11,6 +11,9 @@ import pytest
 # Small networks gain nothing by threads, and tests run side by side. Read when torch is imported,
 # in the processes that tests start too.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Inductor else compiles a program for each instruction set of the processor, to see that it can,
+# and starts processes for what it compiles on a GPU.
+os.environ.update(TORCHINDUCTOR_VEC_ISA_OK="1", TORCHINDUCTOR_COMPILE_THREADS="1")
 # Each client of httpx reads the world's certificates, which takes longer than most requests. A
 # folder's are read when one is needed: none is, all addresses are http.
 os.environ.update(SSL_CERT_FILE="", SSL_CERT_DIR=os.path.dirname(__file__))
