@@ -29,8 +29,9 @@ pytest_plugins = ["browser_page"]  # the fixtures of the page's tests
 # Begun first, so that no core waits for one of them at the end.
 LONGEST = (
     *("test_parallel.py", "test_process.py", "test_examples.py", "test_api.py"),
-    *("test_page.py", "test_page_core.py", "test_page_more.py"),
-    *("test_cuda_counts.py", "test_cuda_steps.py", "test_readme.py", "test_download.py"),
+    *("test_page.py", "test_page_core.py", "test_page_more.py", "test_clients.py"),
+    *("test_cuda_adapters.py", "test_cuda_counts.py", "test_cuda_steps.py", "test_graphs.py"),
+    *("test_readme.py", "test_download.py", "test_benchmarks.py", "test_quantization.py"),
 )
 SMALL = {"dim": 64, "n_layers": 2, "n_heads": 8, "multiple_of": 32, "vocab_size": 96}
 
