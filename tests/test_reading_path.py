@@ -1,4 +1,5 @@
-"""The size of what a stranger reads: docs/architecture.md says which files, and how many lines."""
+"""The size of what a stranger reads: the files that docs/architecture.md lists, and the examples of
+CONTRIBUTING.md."""
 
 import ast
 import io
@@ -42,3 +43,15 @@ def test_the_reading_path_stays_short() -> None:
     files += [path for room in ("layers", "engine") for path in (PACKAGE / room).glob("*.py")]
     counts = {str(path.relative_to(PACKAGE)): code_lines(path.read_text()) for path in files}
     assert 2000 < sum(counts.values()) < 2750, counts
+
+
+def test_examples_of_adding_take_fifty_lines() -> None:
+    """A failure means that a checkpoint format, a kernel, a chat format or a sampler takes more to
+    add than CONTRIBUTING.md promises, or that an example isn't named there."""
+    root = Path(__file__).resolve().parent.parent
+    examples = sorted((root / "tests" / "adding").glob("test_*.py"))
+    contributing = (root / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    assert len(examples) == 4
+    for path in examples:
+        assert code_lines(path.read_text(encoding="utf-8")) <= 50, path.name
+        assert f"](tests/adding/{path.name})" in contributing, path.name

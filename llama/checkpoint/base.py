@@ -104,6 +104,7 @@ class Checkpoint:
         forms: the forms of quantised weights by module, which the network has as well.
         read_part: reads a rank's part of a parameter, given its name, the rank and the number of
             ranks; None if it is cut from the tensors of ``parts``.
+        format: its name in ``llama.checkpoint.FORMATS``, by ``open_checkpoint``.
     """
 
     source: str
@@ -116,6 +117,7 @@ class Checkpoint:
     kinds: Mapping[str, str] = field(default_factory=dict)
     forms: Forms = field(default_factory=dict)
     read_part: Callable[[str, int, int], torch.Tensor] | None = None
+    format: str = ""
 
     def check(self, args: ModelArgs) -> None:
         """Raise ``ValueError`` unless the parts together make the network of ``args``."""

@@ -125,7 +125,7 @@ def _describe_checkpoint(
 ) -> None:
     checkpoint = open_checkpoint(path)
     vocabulary = vocabulary_size(checkpoint)
-    found["format"] = _format(checkpoint)
+    found["format"] = checkpoint.format
     found["files"] = _files(path, checkpoint)
     found["dtypes"] = _shares(_stored_sizes(checkpoint))
     found["quantization"] = _quantisation(checkpoint, found["dtypes"])
@@ -172,12 +172,6 @@ def _sampling(checkpoint: Checkpoint, path: Path) -> dict[str, Any]:
     if recommended:
         recommended.apply(SamplingParams(sampling="checkpoint"))
     return dict(recommended.values)
-
-
-def _format(checkpoint: Checkpoint) -> str:
-    name = Path(checkpoint.source).name
-    known = {"params.json": "meta", "config.json": "hf"}
-    return known.get(name, "gguf" if name.endswith(".gguf") else "llama2c")
 
 
 def _files(path: Path, checkpoint: Checkpoint) -> dict[str, int]:
