@@ -10,6 +10,7 @@ import gc
 import logging
 import os
 import signal
+import socket
 import threading
 from types import FrameType
 
@@ -68,6 +69,8 @@ class Server(uvicorn.Server):
 def main(config: ServerConfig) -> None:
     """Serve a model until SIGTERM or Ctrl-C, which let running requests finish."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
+    if os.environ.get("RANK", "0") == "0":
+        check_address(config.host, config.port)  # before a model is loaded, which may take minutes
     llama = load(config)
     if rank() > 0:
         run_worker(llama)
@@ -96,6 +99,21 @@ def main(config: ServerConfig) -> None:
         # The other ranks, or the threads that communicate with them, may hang: don't wait for them.
         logging.shutdown()
         os._exit(1)
+
+
+def check_address(host: str, port: int) -> None:
+    """Raise ``OSError`` unless a server can listen at an address."""
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family) as probe:
+            if os.name == "posix":  # as uvicorn's socket: a server that has ended leaves no trace
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        raise OSError(
+            f"can't listen at {host}:{port} ({error.strerror}): end the program that does, or "
+            "choose another port with --port"
+        ) from error
 
 
 def application(service: Service) -> FastAPI:

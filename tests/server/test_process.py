@@ -25,6 +25,7 @@ from servers import post
 
 from llama import Llama
 from llama.server.config import ServerConfig
+from llama.server.serve import main
 
 pytestmark = pytest.mark.slow
 
@@ -132,6 +133,15 @@ def test_a_key_for_other_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
         for key in (None, ""):
             with pytest.raises(ValueError, match="set the environment variable LLAMA_API_KEY"):
                 ServerConfig(host=host, api_key=key)
+
+
+def test_a_port_that_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What can't listen says what to do, before anything is loaded."""
+    monkeypatch.setattr(Llama, "build", lambda **_: pytest.fail("loaded"))
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(OSError, match=rf"can't listen at 127.0.0.1:{port} \(.*--port"):
+            main(ServerConfig(port=port))
 
 
 @pytest.mark.parametrize("victim", [1, 0])
