@@ -69,6 +69,9 @@ setup(
     license="MIT",
     license_files=["LICENSE"],
     python_requires=">=3.10",
+    # So that an editable install puts this folder on Python's path. Otherwise "import llama" would
+    # find this folder itself, of the same name, where a script lies beside it.
+    package_dir={"": "."},
     packages=[
         "llama",
         "llama.adapters",

@@ -1,6 +1,7 @@
 """Every command prints its help, and names what it isn't given right before it loads anything."""
 
 import logging
+import os
 import re
 import runpy
 import sys
@@ -167,6 +168,21 @@ def test_a_process_of_its_own(command: str, expected: int, monkeypatch) -> None:
     done = forked(*command.split())
     assert done.returncode == expected, done.stderr
     assert done.stdout.startswith("usage: ") == (expected == 0)
+
+
+def test_the_checkout_does_not_hide_the_package(tmp_path: Path) -> None:
+    """A failure means that ``import llama`` finds no names in the folder that has the checkout."""
+    (tmp_path / "llama").mkdir()
+    code = "import importlib.util; print(importlib.util.find_spec('llama'))"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+    def found(folder: Path) -> str:
+        command = [sys.executable, "-c", code]
+        return subprocess.check_output(command, cwd=folder, env=environment, text=True).strip()
+
+    if f"'{ROOT / 'llama' / '__init__.py'}'" not in found(tmp_path / "llama"):
+        pytest.skip("this checkout is not installed: pip install -e .")
+    assert "origin=" in found(tmp_path)
 
 
 def test_the_servers_flags(start: Run) -> None:
