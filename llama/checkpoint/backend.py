@@ -33,12 +33,11 @@ def choose_backend(
     if capability.kind == "cuda":
         # It plans again for each length, and is wrong for few heads (pytorch issue 193893).
         torch.backends.cuda.enable_cudnn_sdp(False)
-    sdpa = Sdpa(capability.kind, dtype)
+    n_heads, n_kv_heads = args.n_heads // ranks, max(args.kv_heads, ranks) // ranks
+    sdpa = Sdpa(capability.kind, dtype, n_heads // n_kv_heads)
     reason = "an int8 cache" if int8_cache else f"{dtype} on {capability.kind}"
     if dtype in capability.varlen_dtypes and not int8_cache:
-        n_kv_heads = max(args.kv_heads, ranks) // ranks
-        heads = args.n_heads // ranks, n_kv_heads, args.head_dim
-        reason = _difference(heads, device, sdpa)
+        reason = _difference((n_heads, n_kv_heads, args.head_dim), device, sdpa)
         # Ranks whose attention differs would record other steps.
         if not parallel.max_over_ranks(torch.tensor(float(bool(reason)), device=device)):
             logger.info("attention by FlashAttention, of sequences of any lengths")

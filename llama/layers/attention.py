@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from llama.layers.batch import RaggedBatch, Segment, to_device, token_places
+from llama.layers.capability import cpu_has_amx
 from llama.layers.kv_cache import KVCache
 from llama.layers.varlen import Varlen
 
@@ -46,7 +47,9 @@ class Span(NamedTuple):
     tokens: slice  # of the batch
     slots: slice | torch.Tensor  # of the cache: neighbours, or any that are gathered
     kv_len: int  # cached positions to read
-    mask: torch.Tensor | None  # added to the scores; None for all, or all up to itself
+    # Added to the scores, for each token or for each of the heads that share a key head; None for
+    # all, or all up to itself.
+    mask: torch.Tensor | None
     kind: str = "cpu"  # of the device
 
     def attend(self, q: torch.Tensor, kv_cache: KVCache) -> torch.Tensor:
@@ -64,13 +67,16 @@ class Sdpa:
     Args:
         kind: of the device: "cpu", "cuda" or "mps".
         dtype: of the queries.
+        n_rep: how many query heads share a key head. On a CPU those of a prompt's tokens are then
+            the rows of one matrix, 1.2 to 2 times as fast as one for each of them.
     """
 
     position_major = False
 
-    def __init__(self, kind: str, dtype: torch.dtype):
+    def __init__(self, kind: str, dtype: torch.dtype, n_rep: int = 1):
         self._kind = kind
         self.dtype = dtype
+        self._n_rep = n_rep if kind == "cpu" else 1
 
     def layout(self, segments: Sequence[Segment], device: torch.device) -> RaggedBatch:
         """Return the batch of some segments, each of another slot."""
@@ -125,9 +131,11 @@ class Sdpa:
         step = min(_CPU_SPAN, length) if self._kind == "cpu" else length
         past = start_pos + (length - 1) // step * step  # of the last span
         whole = None  # a mask that ends in a triangle; each span's is a part of it
-        if (past and self._kind != "cuda") or self._kind == "mps":
-            whole = torch.zeros(step, past + step, dtype=self.dtype, device=device)
-            whole[:, past:] = whole.new_full((step, step), float("-inf")).triu_(1)
+        # On MPS is_causal let tokens see later ones (pytorch issue 195910).
+        is_causal = self._kind != "mps" and self._n_rep == 1
+        if (past and self._kind != "cuda") or not is_causal:
+            whole = torch.zeros(self._n_rep, step, past + step, dtype=self.dtype, device=device)
+            whole[:, :, past:] = whole.new_full((step, step), float("-inf")).triu_(1)
         for begin in range(0, length, step):
             n, before = min(step, length - begin), start_pos + begin
             mask: torch.Tensor | None = None
@@ -136,9 +144,8 @@ class Sdpa:
                 from torch.nn.attention.bias import causal_lower_right
 
                 mask = causal_lower_right(n, before + n)
-            elif whole is not None and (before or self._kind == "mps"):
-                # On MPS is_causal let tokens see later ones (pytorch issue 195910).
-                mask = whole[:n, past - before : past + n]
+            elif whole is not None and (before or not is_causal):
+                mask = whole[:, :n, past - before : past + n].flatten(0, 1)
             tokens = slice(first + begin, first + begin + n)
             yield Span(tokens, slice(slot, slot + 1), before + n, mask, self._kind)
 
@@ -166,7 +173,7 @@ def _attend_one_each(
     """
     n_rep = q.shape[1] // keys.shape[1]
     q = q.unflatten(1, (-1, n_rep))  # (n_slots, n_kv_heads, n_rep, head_dim)
-    if n_rep == 1 and span.kind == "cpu" and q.dtype != torch.float32:
+    if n_rep == 1 and span.kind == "cpu" and q.dtype != torch.float32 and not cpu_has_amx():
         q = q.repeat(1, 1, 2, 1)  # in half precision a matrix is faster than a vector
     out = F.scaled_dot_product_attention(q, keys, values, attn_mask=span.mask)
     return out[:, :, :n_rep].flatten(1, 2)  # (n_slots, n_heads, head_dim)
@@ -181,6 +188,10 @@ def _attend_many(
     fused kernels take a mask with that, but not with ``enable_gqa`` (pytorch issue 181528).
     """
     n_rep = q.shape[1] // keys.shape[1]
+    if span.kind == "cpu" and span.mask is not None and len(span.mask) > len(q):
+        rows = q.unflatten(1, (-1, n_rep)).permute(1, 2, 0, 3).flatten(1, 2)
+        out = F.scaled_dot_product_attention(rows[None], keys, values, attn_mask=span.mask)
+        return out[0].unflatten(1, (n_rep, -1)).permute(2, 0, 1, 3).flatten(1, 2)
     out = F.scaled_dot_product_attention(
         q.unflatten(1, (-1, n_rep)).permute(2, 1, 0, 3),  # (n_rep, n_kv_heads, n_tokens, head_dim)
         keys.expand(n_rep, -1, -1, -1),

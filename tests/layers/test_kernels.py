@@ -250,7 +250,8 @@ class TestCompiled:
         exact = form.dequantize(stored)
         assert max(errors(kernel, exact, BF16)) < 0.015
         for rows in (slice(0, 100), slice(3, 10), slice(90, 200)):
-            assert torch.equal(kernel.weights(rows), exact[rows])
+            assert torch.equal(kernel.widened(rows, F32), exact[rows])
+            assert torch.equal(kernel.widened(rows, BF16), exact[rows].bfloat16())
 
     def test_any_number_of_threads_computes_every_output(self) -> None:
         """A failure means that outputs are left as they were, or written twice."""

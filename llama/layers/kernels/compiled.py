@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
-from llama.layers.capability import Capability, cpu_has_bf16
+from llama.layers.capability import Capability, cpu_has_bf16, fast_dtype
 from llama.layers.kernels import plain
 from llama.layers.quantization import Grouped, StoredWeight
 
@@ -51,6 +52,16 @@ def openmp() -> Any:
     return ctypes.CDLL(str(library)) if sys.platform == "linux" and library.exists() else None
 
 
+def limit_threads() -> None:
+    """Use no more threads than OpenMP gives, which ``OMP_THREAD_LIMIT`` may limit.
+
+    With more, PyTorch's products in bfloat16 are wrong on a processor with AMX.
+    """
+    library = openmp()
+    if library is not None:
+        torch.set_num_threads(min(torch.get_num_threads(), library.omp_get_thread_limit()))
+
+
 class Compiled(plain.Widened):
     """Weights as they are stored, by which few tokens are multiplied in compiled code."""
 
@@ -70,6 +81,7 @@ class Compiled(plain.Widened):
         code = numba_code()
         kind = code.Kind(self._is_int4, in_halves, shift, form.has_zeros, gcd(n_blocks, 8))
         self._product = code.product(kind)
+        code.widen(fast_dtype(torch.bfloat16))  # compiled before the first prompt
 
     @staticmethod
     def supports(form: Grouped, weight: torch.Tensor) -> bool:
@@ -96,15 +108,18 @@ class Compiled(plain.Widened):
         _in_parallel(self._product, *self._places(), *places, out.data_ptr(), *sizes)
         return out.to(x.dtype)
 
-    def weights(self, rows: torch.Tensor | slice) -> torch.Tensor:
-        if isinstance(rows, torch.Tensor):
-            return super().weights(rows)
+    def _products(self, x: torch.Tensor, rows: slice) -> torch.Tensor:
+        return F.linear(x, self.widened(rows, x.dtype))
+
+    def widened(self, rows: slice, dtype: torch.dtype) -> torch.Tensor:
+        """Return some rows of the weight in float32 or bfloat16."""
         first, last, _ = rows.indices(self.out_features)
-        out = torch.empty(last - first, self._n_inputs)
+        out = torch.empty(last - first, self._n_inputs, dtype=dtype)
         sizes = [len(out), self._n_groups, self._n_inputs // self._n_groups]
         flags = self._is_int4, self._form.has_zeros
-        address = numba_code().widen.address
-        _in_parallel(address, *self._places(first), out.data_ptr(), *sizes, *flags)
+        _in_parallel(
+            numba_code().widen(dtype), *self._places(first), out.data_ptr(), *sizes, *flags
+        )
         return out
 
     def _places(self, row: int = 0) -> list[int]:

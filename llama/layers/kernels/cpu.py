@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 import torch.nn.functional as F
 
-from llama.layers.capability import fast_dtype
+from llama.layers.capability import cpu_has_amx, fast_dtype
 from llama.layers.kernels import digits
 from llama.layers.kernels.base import Kernel
 from llama.layers.quantization import Form, Grouped, StoredWeight, hadamard, rotate
@@ -36,7 +36,7 @@ class OneDnn(Kernel):
     """
 
     opaque = True
-    min_tokens = 1 if _CAPABILITIES.get("amx_bf16") else 4
+    min_tokens = 1 if cpu_has_amx() else 4
 
     def __init__(self, stored: StoredWeight):
         super().__init__(stored)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numba
 import numpy as np
+import torch
 from llvmlite import ir
 from numba.core.cgutils import alloca_once_value, for_range, get_or_insert_function, unpack_tuple
 from numba.extending import intrinsic
@@ -112,32 +113,59 @@ def round_inputs(data):
                     own[i] = np.rint(some[i] * inverse)
 
 
-@numba.cfunc(numba.void(numba.types.voidptr))
-def widen(data):
-    """Write a thread's part of some rows' weights in float32.
+@intrinsic
+def _rounded(typing, value):
+    """Return the bits of bfloat16 that float32 is rounded to, to even halfway; it isn't a NaN."""
 
-    ``data`` points to the addresses of codes, scales, zeros and weights, then to the numbers of
-    rows, groups and inputs of a group, to whether codes have four bits, and whether zeros count.
+    def generate(context, build, signature, args):
+        bits = build.bitcast(args[0], I32)
+        odd = build.and_(build.lshr(bits, I32(16)), I32(1))
+        bits = build.add(bits, build.add(odd, I32(0x7FFF)))
+        return build.trunc(build.lshr(bits, I32(16)), I16)
+
+    return numba.uint16(FLOAT), generate
+
+
+@numba.njit
+def _same(value):
+    return value
+
+
+@functools.cache
+def widen(dtype):
+    """Return the address of a function that writes a thread's part of some rows' weights.
+
+    Its argument points to the addresses of codes, scales, zeros and weights, of a dtype, then to
+    the numbers of rows, groups and inputs of a group, to whether codes have four bits, and whether
+    zeros count.
     """
-    given = numba.carray(data, 9, numba.int64)
-    n_rows, n_groups, size, is_int4, has_zeros = given[4], given[5], given[6], given[7], given[8]
-    width = size // 2 if is_int4 else size
-    codes = numba.carray(_pointer(given[0]), (n_rows, n_groups, width), numba.uint8)
-    scales = numba.carray(_pointer(given[1]), (n_rows, n_groups), numba.uint16)
-    zeros = numba.carray(_pointer(given[2]), (n_rows, n_groups), numba.uint16)
-    out = numba.carray(_pointer(given[3]), (n_rows, n_groups, size), numba.float32)
-    for row in range(*_part_of_thread(n_rows)):
-        for group in range(n_groups):
-            scale = _bfloat16(scales[row, group])
-            zero = _bfloat16(zeros[row, group]) if has_zeros else ZERO
-            some, own = codes[row, group], out[row, group]
-            if is_int4:
-                for i in range(width):
-                    own[2 * i] = FLOAT(numba.int32(some[i] & 15) - 8) * scale + zero
-                    own[2 * i + 1] = FLOAT(numba.int32(some[i] >> 4) - 8) * scale + zero
-            else:
-                for i in range(width):
-                    own[i] = FLOAT(numba.int8(some[i])) * scale + zero
+    is_half = dtype == torch.bfloat16
+    kind, rounded = (numba.uint16, _rounded) if is_half else (FLOAT, _same)
+
+    @numba.cfunc(numba.void(numba.types.voidptr))
+    def rows_of_thread(data):
+        given = numba.carray(data, 9, numba.int64)
+        n_rows, n_groups, size, is_int4 = given[4], given[5], given[6], given[7]
+        has_zeros, width = given[8], size // 2 if is_int4 else size
+        codes = numba.carray(_pointer(given[0]), (n_rows, n_groups, width), numba.uint8)
+        scales = numba.carray(_pointer(given[1]), (n_rows, n_groups), numba.uint16)
+        zeros = numba.carray(_pointer(given[2]), (n_rows, n_groups), numba.uint16)
+        out = numba.carray(_pointer(given[3]), (n_rows, n_groups, size), kind)
+        for row in range(*_part_of_thread(n_rows)):
+            for group in range(n_groups):
+                scale = _bfloat16(scales[row, group])
+                zero = _bfloat16(zeros[row, group]) if has_zeros else ZERO
+                some, own = codes[row, group], out[row, group]
+                if is_int4:
+                    for i in range(width):
+                        low, high = numba.int32(some[i] & 15) - 8, numba.int32(some[i] >> 4) - 8
+                        own[2 * i] = rounded(FLOAT(low) * scale + zero)
+                        own[2 * i + 1] = rounded(FLOAT(high) * scale + zero)
+                else:
+                    for i in range(width):
+                        own[i] = rounded(FLOAT(numba.int8(some[i])) * scale + zero)
+
+    return rows_of_thread.address
 
 
 @numba.cfunc(numba.void(numba.types.voidptr), fastmath={"reassoc", "nsz", "contract"})

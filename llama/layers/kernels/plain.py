@@ -3,11 +3,12 @@
 import torch
 import torch.nn.functional as F
 
-from llama.layers.capability import Capability, fast_dtype
+from llama.layers.capability import Capability, cpu_has_amx, fast_dtype
 from llama.layers.kernels.base import Kernel
 from llama.layers.quantization import Grouped, StoredWeight, hadamard, rotate
 
 _WIDENED = 1 << 20  # weights that a CPU widens at a time
+_AMX_ROWS = 1024  # as many in bfloat16: with 512 products take twice as long
 
 
 class _Plain(Kernel):
@@ -74,6 +75,8 @@ class Widened(_Plain):
         dtype = fast_dtype(x.dtype) if self._on_cpu else x.dtype
         wide, out = x.to(dtype), x.new_empty(len(x), self.out_features)
         some = max(1, (_WIDENED if self._on_cpu else 32 * _WIDENED) // x.shape[1])
+        if self._on_cpu and dtype == torch.bfloat16 and cpu_has_amx():
+            some = _AMX_ROWS
         for first in range(0, self.out_features, some):
             rows = slice(first, first + some)
             out[:, rows] = self._products(wide, rows)
