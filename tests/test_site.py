@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from html import unescape
 from pathlib import Path
 
@@ -17,6 +18,8 @@ import llama
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
+START_PAGES = {"index.md": "English", "ko.md": "한국어", "zh.md": "简体中文", "ja.md": "日本語"}
+FENCED = r"^```.*?^```$"
 
 
 def test_navigation_names_every_page_once() -> None:
@@ -71,6 +74,51 @@ def test_what_is_written_twice_agrees() -> None:
         "pip install (.*)", (ROOT / ".github/workflows/docs.yml").read_text(encoding="utf-8")
     )
     assert installed.replace("'", "").split() == docs.replace('"', "").split(", ")
+
+
+def sections(text: str) -> list[tuple[str, list[str]]]:
+    """A page's headings, each with what its section has in any language: the heading's level,
+    blocks of code, rows of tables, code in the text, links and numbers."""
+    pieces = re.split(rf"({FENCED})|^(#+) ", text, flags=re.M | re.S)
+    found: list[tuple[str, list[str]]] = []
+    for block, level, prose in zip(pieces[1::3], pieces[2::3], pieces[3::3], strict=True):
+        if level:
+            found.append((prose.partition("\n")[0], [level]))
+        parts = found[-1][1]
+        parts += [block] if block else []
+        parts += [f"a row of {row.count('|') - 1}" for row in re.findall(r"^\|.*", prose, re.M)]
+        parts += [" ".join(code.split()) for code in re.findall("`[^`]+`", prose)]
+        parts += re.findall(r"\]\([^)]+\)|https?:[^\s）)]+", prose)
+        parts += re.findall(r"\d(?:[\d.,]*\d)?", prose)
+    return found
+
+
+@pytest.mark.parametrize("name", START_PAGES)
+def test_start_pages_link_to_each_other(name: str) -> None:
+    """A language that readers of another don't find."""
+    links = [label if page == name else f"[{label}]({page})" for page, label in START_PAGES.items()]
+    assert f"\n\n{' · '.join(links)}\n\n" in (DOCS / name).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", list(START_PAGES)[1:])
+def test_start_pages_say_the_same(name: str) -> None:
+    """A command, heading, link or figure of the English page that a translation doesn't have, or
+    one that only the translation still has."""
+    english, text = (
+        re.sub("^.* · .*$", "", (DOCS / page).read_text(encoding="utf-8"), flags=re.M)
+        for page in ("index.md", name)
+    )
+    expected, found = sections(english), sections(text)
+    assert len(found) == len(expected), f"{name} has {len(found)} headings, not {len(expected)}"
+    problems = []
+    for (heading, ours), (_, theirs) in zip(expected, found, strict=True):
+        missing = (Counter(ours) - Counter(theirs)).elements()
+        more = (Counter(theirs) - Counter(ours)).elements()
+        problems += [f"{name}, {heading}: lacks {part}" for part in missing]
+        # A number may be a word in English.
+        problems += [f"{name}, {heading}: has {part}" for part in more if not part[0].isdigit()]
+    assert not problems, "\n".join(problems)
+    assert re.findall(FENCED, text, re.M | re.S) == re.findall(FENCED, english, re.M | re.S)
 
 
 @pytest.fixture(scope="module")
