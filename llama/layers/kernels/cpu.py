@@ -1,6 +1,7 @@
 """Kernels for CPUs: weights in oneDNN's, FBGEMM's and PyTorch's own orders."""
 
 import functools
+import math
 import threading
 import warnings
 from collections.abc import Mapping
@@ -23,6 +24,8 @@ HAS_FBGEMM = "fbgemm" in torch.backends.quantized.supported_engines
 # Quantisation levels of an input on either side of zero. Before VNNI two products of eight bits
 # are added in sixteen, which half as many levels can't overflow.
 LEVELS = 127 if _CAPABILITIES.get("avx512_vnni") else 63
+
+_SMALLEST = 1e-30  # of a token's largest input, whose inverse is finite
 
 _WIDENED = 1 << 20  # weights of the int4 operator's order that are widened at a time
 
@@ -88,17 +91,18 @@ class Int8(Kernel):
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         rotated = x.float() if self._matrix is None else rotate(x.float(), self._matrix)
-        largest = rotated.abs().amax(dim=1, keepdim=True)
-        largest = largest.clamp_(min=torch.finfo(torch.float32).tiny)
-        inputs = rotated / largest  # (n_tokens, in_features), from -1 to 1
+        largest = torch.linalg.vector_norm(rotated, math.inf, dim=1, keepdim=True)
+        largest = largest.clamp_(min=_SMALLEST)
+        scale = LEVELS / largest
         if self._matrix is None:
-            first = (inputs * LEVELS).round_().div_(LEVELS)
-            second = (inputs - first).mul_(2 * LEVELS)
+            scaled = rotated * scale
+            first = scaled.round()
+            second = (scaled - first).mul_(2 * LEVELS)
             out, rest = self._multiply(torch.cat((first, second))).chunk(2)
             out = rest.div_(2 * LEVELS).add_(out)
         else:
-            out = self._multiply(inputs)
-        out = out.mul_(largest)
+            out = self._multiply(rotated.mul_(scale))
+        out = out.mul_(largest / LEVELS)
         if self._zero is not None:
             out.addcmul_(rotated.sum(dim=1, keepdim=True), self._zero[:, 0].float())
         return out.to(x.dtype)
@@ -117,9 +121,9 @@ class Int8(Kernel):
                 torch.backends.quantized.engine = engine
 
     def _multiply(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the product of inputs between -1 and 1, rounded to ``LEVELS`` on either side."""
+        """Return the product of inputs, rounded to ``LEVELS`` on either side; they may change."""
         out: torch.Tensor = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
-            x, 1 / LEVELS, LEVELS + 1, self._packed
+            x, 1.0, LEVELS + 1, self._packed
         )
         return out
 
@@ -160,9 +164,9 @@ class OneDnnInt8(Int8):
 
     def _multiply(self, x: torch.Tensor) -> torch.Tensor:
         # fmt: off
-        codes = (x * LEVELS).round_().add_(LEVELS + 1).to(torch.uint8)
+        codes = x.add_(LEVELS + 1.5).to(torch.uint8)
         out: torch.Tensor = torch.ops.onednn.qlinear_pointwise(
-            codes, 1 / LEVELS, LEVELS + 1, self._packed, self._scale, self._zeros, None,
+            codes, 1.0, LEVELS + 1, self._packed, self._scale, self._zeros, None,
             1.0, 0, torch.float32, "none", [], "",
         )
         # fmt: on
