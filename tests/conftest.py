@@ -32,6 +32,7 @@ LONGEST = (
     *("test_page.py", "test_page_core.py", "test_page_more.py", "test_clients.py"),
     *("test_cuda_adapters.py", "test_cuda_counts.py", "test_cuda_steps.py", "test_graphs.py"),
     *("test_readme.py", "test_download.py", "test_benchmarks.py", "test_quantization.py"),
+    "test_tutorials.py",
 )
 SMALL = {"dim": 64, "n_layers": 2, "n_heads": 8, "multiple_of": 32, "vocab_size": 96}
 

@@ -4,6 +4,7 @@ import ast
 import importlib
 import importlib.util
 import os
+import posixpath
 import re
 import shutil
 import subprocess
@@ -43,7 +44,7 @@ def test_diagrams_are_what_the_script_draws(monkeypatch: pytest.MonkeyPatch) -> 
     """A diagram that was edited by hand, that the script wasn't run for, or that no page shows."""
     monkeypatch.syspath_prepend(ROOT / "tools")
     diagrams = importlib.import_module("diagrams").DIAGRAMS
-    text = "".join(path.read_text(encoding="utf-8") for path in DOCS.glob("*.md"))
+    text = "".join(path.read_text(encoding="utf-8") for path in DOCS.rglob("*.md"))
     for name, draw in diagrams.items():
         assert draw().svg() == (DOCS / "images" / name).read_text(encoding="utf-8"), name
         assert f"](images/{name})" in text, name
@@ -123,7 +124,7 @@ def test_start_pages_say_the_same(name: str) -> None:
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The HTML of a strict build, by names of files."""
+    """The HTML of a strict build, by paths of files."""
     if importlib.util.find_spec("zensical") is None:
         pytest.skip("zensical is not installed: pip install -e '.[docs]'")
     root = tmp_path_factory.mktemp("site")
@@ -140,7 +141,10 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    return {path.name: path.read_text(encoding="utf-8") for path in (root / "site").glob("*.html")}
+    return {
+        path.relative_to(root / "site").as_posix(): path.read_text(encoding="utf-8")
+        for path in (root / "site").rglob("*.html")
+    }
 
 
 @pytest.mark.slow
@@ -166,7 +170,8 @@ def test_links_of_the_site_lead_somewhere(pages: dict[str, str]) -> None:
             if re.match("[a-z]+:", url):
                 continue
             page, _, anchor = unescape(url).partition("#")
-            page = page or name
+            page = posixpath.join(posixpath.dirname(name), page) if page else name
+            page = posixpath.normpath(page)
             assert page in pages, f"{name}: {url}"
             assert not anchor or anchor in anchors[page], f"{name}: {url}"
             n_links += 1
