@@ -86,6 +86,12 @@ def test_tutorial_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         pytest.skip(f"{missing[n_runnable][0]} is not set: not run from cell {n_runnable + 1} on")
 
 
+def test_index_names_every_tutorial() -> None:
+    """A tutorial that readers of the overview never find, or one there that no longer exists."""
+    text = (ROOT / "docs/tutorials/index.md").read_text(encoding="utf-8")
+    assert sorted(re.findall(r"\]\((\w+\.md)\)", text)) == [page.name for page in PAGES]
+
+
 @pytest.mark.parametrize(
     ("code", "output", "message"),
     [
