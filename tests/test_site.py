@@ -47,7 +47,7 @@ def test_diagrams_are_what_the_script_draws(monkeypatch: pytest.MonkeyPatch) -> 
     text = "".join(path.read_text(encoding="utf-8") for path in DOCS.rglob("*.md"))
     for name, draw in diagrams.items():
         assert draw().svg() == (DOCS / "images" / name).read_text(encoding="utf-8"), name
-        assert f"](images/{name})" in text, name
+        assert re.search(rf"\]\((\.\./)?images/{name}\)", text), name
 
 
 def test_troubleshooting_quotes_messages_that_exist() -> None:

@@ -9,7 +9,10 @@ from collections.abc import Iterable
 from html import escape
 from pathlib import Path
 
-from llama import cli
+import torch
+
+from llama import Llama, cli
+from llama.model import apply_rotary_emb
 
 IMAGES = Path(__file__).resolve().parent.parent / "docs" / "images"
 
@@ -41,6 +44,18 @@ class Drawing:
     ) -> None:
         place = f'x="{x:g}" y="{y:g}" text-anchor="{anchor}"'
         self.shapes.append(f'<text {place} class="{kind}">{escape(words)}</text>')
+
+    def upright(self, x: float, y: float, words: str) -> None:
+        """Code that is read from the bottom to the top, and ends at a place."""
+        place = f'text-anchor="end" transform="translate({x:g} {y:g}) rotate(-90)"'
+        self.shapes.append(f'<text {place} class="code">{escape(words)}</text>')
+
+    def shade(self, x: float, y: float, side: float, share: float) -> None:
+        """A square that is the darker, the larger its share of 1, in tenths."""
+        self.shapes.append(
+            f'<rect x="{x:g}" y="{y:g}" width="{side:g}" height="{side:g}" fill="#2563eb" '
+            f'fill-opacity="{share:.1f}" stroke="{GREY}"/>'
+        )
 
     def line(self, x1: float, y1: float, x2: float, y2: float, arrow: bool = False) -> None:
         end = ' marker-end="url(#arrow)"' * arrow
@@ -203,11 +218,53 @@ def number_formats() -> Drawing:
     return d
 
 
+@torch.inference_mode()
+def inside() -> Drawing:
+    """The cells of docs/tutorials/inside.md: a head's pattern, and the answer block by block."""
+    llama = Llama.build(dtype=torch.float32, device="cpu")
+    model, tokenizer = llama.model, llama.tokenizer
+    dialog = [{"role": "user", "content": "What does the cow say?"}]
+    begun = tokenizer.encode("The cow says", bos=False, eos=False)
+    ids = llama.chat.prompt(tokenizer, dialog) + begun
+    hidden = [model.tok_embeddings(torch.tensor(ids))]
+    for block in model.layers:
+        block.register_forward_hook(lambda block, args, out: hidden.append(out[: len(ids)]))
+    answer = int(model(torch.tensor([ids]), 0)[0, -1].argmax())
+    attention, head = model.layers[0].attention, 1
+    x = model.layers[0].attention_norm(hidden[0])
+    q = (x @ attention.wq.plain_weight().T).unflatten(1, (-1, attention.head_dim))
+    q = apply_rotary_emb(q, model.freqs_cis[: len(ids)])[:, head]
+    k = attention.cache.read(slice(0, 1), len(ids))[0][0, head // 2]
+    later = torch.ones(len(ids), len(ids)).triu(1).bool()
+    scores = q @ k.T / attention.head_dim**0.5
+    pattern = scores.masked_fill(later, -torch.inf).softmax(-1)
+
+    d = Drawing(660, 400, "Head 1 of the first block, and the answer's probability by block")
+    d.text(20, 28, "head 1 of the first block: who looks where", "start", "head")
+    side, left, top = 17, 76, 44
+    for i, row in enumerate(pattern.tolist()):
+        piece = tokenizer.token_piece(ids[i])
+        d.text(left - 8, top + side * i + 13, piece, "end", "code")
+        d.upright(left + side * i + 13, top + side * len(ids) + 8, piece)
+        for j in range(i + 1):
+            d.shade(left + side * j, top + side * i, side, row[j])
+    d.text(390, 28, "probability of the answer", "start", "head")
+    for n, h in enumerate(hidden):
+        p = float(model.output_logits(h[-1:])[0].softmax(0)[answer])
+        y = 54 + 40 * n
+        d.text(470, y + 18.5, f"after block {n}" if n else "embedding", "end", "quiet")
+        width = round(130 * p)  # whole, since machines round the last digits differently
+        d.box(480, y, width, 28, BLUE)
+        d.text(486 + width, y + 18.5, f"{p:.2f}", "start", "code")
+    return d
+
+
 DIAGRAMS = {
     "attention-batch.svg": ragged_batch,
     "attention-heads.svg": grouped_queries,
     "attention-reuse.svg": prefix_reuse,
     "exactness-draws.svg": draws,
+    "inside.svg": inside,
     "numbers-formats.svg": number_formats,
 }
 
