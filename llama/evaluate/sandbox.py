@@ -84,7 +84,7 @@ def take_root(root: str, disk: int) -> None:
 
     A process whose root was changed can't take namespaces either, nor mount anything in them.
     """
-    python = [sys.prefix, sys.base_prefix, *sys.path]
+    python = [sys.prefix, sys.base_prefix]  # not sys.path, which may have folders of the user's
     python += os.environ.get("LD_LIBRARY_PATH", "").split(":")
     _mount("tmpfs", root, "tmpfs", _MS_SAFE, "mode=755")
     shown: list[str] = []

@@ -109,11 +109,7 @@ class Sdpa:
         return RaggedBatch(slots, positions, [self._decoding_span(every, read, positions, kv_len)])
 
     def _decoding_span(
-        self,
-        tokens: slice,
-        slots: slice | torch.Tensor,
-        ends: torch.Tensor | None,
-        kv_len: int,
+        self, tokens: slice, slots: slice | torch.Tensor, ends: torch.Tensor | None, kv_len: int
     ) -> Span:
         mask = None
         if ends is not None:  # sequences of different lengths
@@ -131,9 +127,7 @@ class Sdpa:
         step = min(_CPU_SPAN, length) if self._kind == "cpu" else length
         past = start_pos + (length - 1) // step * step  # of the last span
         whole = None  # a mask that ends in a triangle; each span's is a part of it
-        # On MPS is_causal let tokens see later ones (pytorch issue 195910).
-        is_causal = self._kind != "mps" and self._n_rep == 1
-        if (past and self._kind != "cuda") or not is_causal:
+        if self._kind != "cuda":
             whole = torch.zeros(self._n_rep, step, past + step, dtype=self.dtype, device=device)
             whole[:, :, past:] = whole.new_full((step, step), float("-inf")).triu_(1)
         for begin in range(0, length, step):
@@ -144,7 +138,8 @@ class Sdpa:
                 from torch.nn.attention.bias import causal_lower_right
 
                 mask = causal_lower_right(n, before + n)
-            elif whole is not None and (before or not is_causal):
+            elif whole is not None and (before or self._n_rep > 1 or self._kind == "mps"):
+                # On MPS is_causal let tokens see later ones (pytorch issue 195910).
                 mask = whole[:, :n, past - before : past + n].flatten(0, 1)
             tokens = slice(first + begin, first + begin + n)
             yield Span(tokens, slice(slot, slot + 1), before + n, mask, self._kind)

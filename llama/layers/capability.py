@@ -35,7 +35,6 @@ class Capability:
 # Before torch 2.11 there is no public way to ask, and float32 is the safe answer. Asked here, since
 # compiled code can't ask.
 _CAPABILITIES: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
-_HAS_AMX = bool(_CAPABILITIES.get("amx_bf16"))
 _HAS_BF16 = any(_CAPABILITIES.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
@@ -46,7 +45,7 @@ def cpu_has_bf16() -> bool:
 
 def cpu_has_amx() -> bool:
     """Return whether this processor has units for matrices of bfloat16."""
-    return _HAS_AMX
+    return bool(_CAPABILITIES.get("amx_bf16"))
 
 
 def fast_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -212,6 +212,7 @@ def test_other_ranks_have_the_adapter(
     assert [sequence.tokens for sequence in restored] == [s.tokens for s in sequences]
     names = [sequence.adapter and sequence.adapter.name for sequence in restored]
     assert names == ["red", None, "blue", "red"]
-    assert torch.equal(restored[3].pooled, sequences[3].pooled)
+    # MKL adds up by where memory lies.
+    torch.testing.assert_close(restored[3].pooled, sequences[3].pooled)
     with pytest.raises(ValueError, match="no adapter 'red'"):
         workers._restore(json.loads(json.dumps(workers._describe(sequences[0]))), other.engine)
