@@ -1,7 +1,6 @@
 """Kernels for CPUs: weights in oneDNN's, FBGEMM's and PyTorch's own orders."""
 
 import functools
-import math
 import threading
 import warnings
 from collections.abc import Mapping
@@ -91,8 +90,9 @@ class Int8(Kernel):
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         rotated = x.float() if self._matrix is None else rotate(x.float(), self._matrix)
-        largest = torch.linalg.vector_norm(rotated, math.inf, dim=1, keepdim=True)
-        largest = largest.clamp_(min=_SMALLEST)
+        # The largest of absolute values, without a tensor of these.
+        ends = rotated.amax(dim=1, keepdim=True), rotated.amin(dim=1, keepdim=True).neg_()
+        largest = torch.maximum(*ends).clamp_(min=_SMALLEST)
         scale = LEVELS / largest
         if self._matrix is None:
             scaled = rotated * scale
