@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -300,6 +301,19 @@ class TestCompiled:
         kernel = kernel_of(form, BF16, random_weight(form))
         x = torch.randn(7, IN_FEATURES).bfloat16()
         assert torch.equal(kernel(x), torch.cat([kernel(row[None]) for row in x]))
+
+
+def test_no_more_threads_than_openmp_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A failure means wrong logits under ``OMP_THREAD_LIMIT`` on a processor with AMX."""
+    before, library = torch.get_num_threads(), SimpleNamespace(omp_get_thread_limit=lambda: 2)
+    monkeypatch.setattr(compiled, "openmp", lambda: library)
+    try:
+        for wanted, found in ((3, 2), (1, 1)):
+            torch.set_num_threads(wanted)
+            Llama.build(device="cpu", max_seq_len=8, max_batch_size=1)
+            assert torch.get_num_threads() == found
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_float8_is_widened_to_every_value() -> None:

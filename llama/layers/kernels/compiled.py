@@ -58,8 +58,8 @@ def limit_threads() -> None:
     With more, PyTorch's products in bfloat16 are wrong on a processor with AMX.
     """
     library = openmp()
-    if library is not None:
-        torch.set_num_threads(min(torch.get_num_threads(), library.omp_get_thread_limit()))
+    if library is not None and library.omp_get_thread_limit() < torch.get_num_threads():
+        torch.set_num_threads(library.omp_get_thread_limit())
 
 
 class Compiled(plain.Widened):
