@@ -6,6 +6,7 @@ A pass of some tokens, each at its own position, takes the sum of
     cache / (cached * bandwidth)           keys and values of the positions that are filled
     operations / (arithmetic * flops)
     layers * kernels                       a layer's norms, rotations, sums and their launches
+    states / bandwidth                     on a processor, what these read and write for each token
     2 * layers * all-reduces               where several ranks share the network
 
 The fractions of a device's limits (``read``, ``cached``, ``arithmetic``) and ``kernels`` are fitted
@@ -61,14 +62,15 @@ _PROCESSOR = Rates(0.85, 0.85, 700e-6, 700e-6)
 _CPU = {
     "plain": _PROCESSOR,
     "int8": _PROCESSOR._replace(arithmetic=1.1),  # integers
-    "int4 in groups": _PROCESSOR,
-    "int8 in groups": _PROCESSOR,
+    "int4 in groups": _PROCESSOR._replace(widened=0.16),
+    "int8 in groups": _PROCESSOR._replace(widened=0.16),
     "float8 in groups": _PROCESSOR._replace(read=0.1),  # widened in every pass; not measured
 }
 _RATES = {"cuda": _CUDA, "cpu": _CPU}
 _CACHED = {"cuda": 0.6, "cpu": 0.8}  # of the bandwidth
 _GATHERED = 0.033  # on CUDA, of a cache that FlashAttention can't read
 _ATTENTION = {"cuda": 0.35, "cpu": 0.85}  # of the operations per second
+_PASSES = 28  # over a token's states in a layer, on a processor, attention's included
 _FLOAT32 = 1 / 16  # of bfloat16's operations per second, on GPUs
 
 
@@ -265,6 +267,9 @@ def cost(
         if not part.is_output:
             seconds = rates.compiled if compile else rates.kernels
             kernels += args.n_layers * seconds * part.n_weights / in_layers
+    if not on_cuda:
+        width = (args.dim + args.hidden_dim) * network.dtype.itemsize
+        kernels += _PASSES * args.n_layers * work.n_tokens * width / ranks / device.bandwidth
     attention = 4 * args.n_layers * args.n_heads * args.head_dim * work.n_attended / ranks
     arithmetic += attention / (_ATTENTION[device.kind] * flops)
     gathers = in_float32 or (on_cuda and network.int8_cache)
