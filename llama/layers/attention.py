@@ -184,6 +184,7 @@ def _attend_many(
     """
     n_rep = q.shape[1] // keys.shape[1]
     if span.kind == "cpu" and span.mask is not None and len(span.mask) > len(q):
+        # (n_kv_heads, n_rep * n_tokens, head_dim)
         rows = q.unflatten(1, (-1, n_rep)).permute(1, 2, 0, 3).flatten(1, 2)
         out = F.scaled_dot_product_attention(rows[None], keys, values, attn_mask=span.mask)
         return out[0].unflatten(1, (n_rep, -1)).permute(2, 0, 1, 3).flatten(1, 2)

@@ -8,7 +8,7 @@ from llama.layers.kernels.base import Kernel
 from llama.layers.quantization import Grouped, StoredWeight, hadamard, rotate
 
 _WIDENED = 1 << 20  # weights that a CPU widens at a time
-_AMX_ROWS = 1024  # as many in bfloat16: with 512 products take twice as long
+_AMX_ROWS = 1024  # outputs that it widens with AMX: with 512 their products take twice as long
 
 
 class _Plain(Kernel):
