@@ -1,5 +1,6 @@
 """Inference for the Llama family in plain PyTorch; start with ``Llama.build``."""
 
+from llama import huge_pages as huge_pages  # before PyTorch allocates memory
 from llama.args import ModelArgs
 from llama.chat.prompts import Dialog, Message
 from llama.generation import Llama

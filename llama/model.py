@@ -17,6 +17,7 @@ from llama.args import ModelArgs as ModelArgs
 from llama.layers.attention import Backend, Sdpa, ragged_attention
 from llama.layers.batch import RaggedBatch, Segment, check_segments
 from llama.layers.capability import Capability
+from llama.layers.kernels import rms_norm
 from llama.layers.kv_cache import KVCache
 from llama.layers.linear import (
     ColumnParallelLinear,
@@ -43,13 +44,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.is_cpu and len(x) > 1:  # where PyTorch's takes twice as long
-            h = x.float()
-            norm = torch.linalg.vector_norm(h, dim=-1, keepdim=True)
-            scale = norm.square().div_(x.shape[-1]).add_(self.eps).rsqrt_()
-            out = (h * scale).mul_(self.weight).to(x.dtype)
-        else:
-            out = F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        out = rms_norm(x, self.weight, self.eps)
         return out if self.adapted is None else self.adapted(x, out)
 
 

@@ -5,13 +5,13 @@ from dataclasses import replace
 import torch
 
 from llama.layers.capability import Capability
-from llama.layers.kernels import cpu, cuda, plain
+from llama.layers.kernels import compiled, cpu, cuda, plain
 from llama.layers.kernels.base import Kernel
 from llama.layers.kernels.compiled import Bfloat16, Compiled
 from llama.layers.kernels.digits import Digits, Ordered
 from llama.layers.quantization import Form, Grouped, StoredWeight
 
-__all__ = ["Kernel", "make_kernel", "plain", "plain_kernel"]
+__all__ = ["Kernel", "make_kernel", "plain", "plain_kernel", "rms_norm"]
 
 
 def plain_kernel(
@@ -57,6 +57,19 @@ def make_kernel(
     if cuda.Int8.supports(weight, capability):
         return cuda.Int8(stored, block_size, dtype)
     return plain.Int8(stored, block_size, dtype, capability)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Return rows divided by their root mean squares, times a weight.
+
+    Args:
+        x: shape (n_tokens, dim).
+        weight: shape (dim,).
+        eps: what is added to mean squares.
+    """
+    if x.is_cpu and not torch.compiler.is_compiling() and compiled.has_rms_norm(x, weight):
+        return compiled.rms_norm(x, weight, eps)
+    return plain.rms_norm(x, weight, eps)
 
 
 def _grouped(

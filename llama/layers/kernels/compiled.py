@@ -27,7 +27,9 @@ from llama.layers.kernels import plain
 from llama.layers.quantization import Grouped, StoredWeight
 
 # Up to which compiled code is faster than widening the weight, in groups or plain.
-FEW_TOKENS, FEW_OF_PLAIN = 32, 16
+FEW_TOKENS, FEW_OF_PLAIN, FEW_OF_TILES = 32, 16, 4
+NORMED = 512  # elements of a row from which compiled code normalises it
+TILED = 1 << 18  # elements of a weight from which it is, as compiling takes a second
 BLOCK = 32  # inputs that share a scale
 _CAPABILITIES: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
 # Instructions that add four products of eight bits.
@@ -102,7 +104,7 @@ class Compiled(plain.Widened):
         rounded = torch.empty(ends.pop(), dtype=torch.uint8)
         places = [rounded.data_ptr() + end for end in ends]
         kind = (n_tokens, n_blocks, self._n_sums // n_blocks, self._is_int4)
-        numba_code().round_inputs.ctypes(_int64(wide.data_ptr(), *places, *kind))
+        numba_code().round_inputs().ctypes(_int64(wide.data_ptr(), *places, *kind))
         out = torch.empty(n_tokens, self.out_features)
         sizes = [self.out_features, n_blocks, self._n_groups, n_tokens]
         _in_parallel(self._product, *self._places(), *places, out.data_ptr(), *sizes)
@@ -129,6 +131,107 @@ class Compiled(plain.Widened):
         return [part.data_ptr() + row * part.shape[1] * part.itemsize for part in parts]
 
 
+def has_rms_norm(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Return whether rows, (n_rows, dim), are normalised by compiled code."""
+    is_half = x.dtype == weight.dtype == torch.bfloat16 and x.is_contiguous()
+    return is_half and x.dim() == 2 and len(weight) >= NORMED and numba_code() is not None
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Return normalised rows: an operator of PyTorch takes longer to call than to compute."""
+    out, added = torch.empty_like(x), ctypes.c_float(eps)
+    places = x.data_ptr(), weight.data_ptr(), ctypes.addressof(added), out.data_ptr()
+    if len(x) == 1:
+        numba_code().rms_norm().ctypes(_int64(*places, *x.shape))
+    else:
+        _in_parallel(numba_code().rms_norm().address, *places, *x.shape)
+    return out
+
+
+class Tiles:
+    """A weight in oneDNN's order, which compiled code reads for few tokens.
+
+    At the speed of memory, where oneDNN, which fetches nothing before it reads it, reaches 0.85 of
+    that. The order isn't documented, but found in the packed weight: tiles of 32 or 64 outputs, in
+    which the inputs of 32 bits lie together.
+    """
+
+    def __init__(self, packed: torch.Tensor, weight: torch.Tensor, width: int):
+        self._packed, self._shape = packed, weight.shape  # the former owns the memory
+        self._address = torch.ops.mkldnn.data_ptr(packed)
+        self._width, self._is_int8 = width, weight.dtype == torch.int8
+        self._code = importlib.import_module("llama.layers.kernels.numba_tiles")
+        self._code.product(self._code.Kind(width, self._is_int8, True))  # before the first prompt
+
+    @staticmethod
+    def find(packed: torch.Tensor, weight: torch.Tensor) -> "Tiles | None":
+        """Return the tiles of a packed weight; None where it is small or its order another."""
+        (n_outputs, n_inputs), size = weight.shape, 4 // weight.itemsize
+        fits = weight.numel() >= TILED and n_inputs % 64 == 0 and HAS_VNNI
+        if not (fits and hasattr(torch.ops.mkldnn, "data_ptr") and numba_code()):
+            return None
+        some = torch.arange(0, n_outputs, 61)  # each place in a tile, if they are many
+        address, n_bytes = torch.ops.mkldnn.data_ptr(packed), torch.ops.mkldnn._nbytes(packed)
+        memory, fitting = (ctypes.c_char * n_bytes).from_address(address), []
+        for width in (64, 32):
+            n_tiles = -(-n_outputs // width)
+            count = n_tiles * width * n_inputs
+            if count * weight.itemsize <= n_bytes:
+                tiles = torch.frombuffer(memory, dtype=weight.dtype, count=count)
+                tiles = tiles.view(n_tiles, n_inputs // size, width, size)
+                found = tiles[some // width, :, some % width].flatten(1)
+                if torch.equal(found, weight[some]):
+                    fitting.append(width)
+        # A weight whose outputs are all alike doesn't tell.
+        return Tiles(packed, weight, fitting[0]) if len(fitting) == 1 else None
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the product of inputs with a weight, both in bfloat16."""
+        return self._multiply(x.contiguous(), len(x), x.dtype)
+
+    def int8_product(
+        self,
+        x: torch.Tensor,
+        matrix: torch.Tensor | None,
+        scale: torch.Tensor,
+        added: torch.Tensor,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        """Return the product of inputs, rounded to ``cpu.LEVELS``, with a weight of eight bits.
+
+        Args:
+            x: float32.
+            matrix: by which blocks of inputs are multiplied; without one inputs have two digits.
+            scale: of each output, float32.
+            added: to the sum of each output, int32, as digits are above their values.
+            dtype: of the product.
+        """
+        n_tokens, n_inputs = x.shape
+        n_digits, size = (2, 1) if matrix is None else (1, len(matrix))
+        rotated = x.contiguous() if size == 1 else torch.empty(n_tokens, n_inputs)
+        codes = torch.empty(n_digits * n_tokens, n_inputs, dtype=torch.uint8)
+        scales = torch.empty(n_digits * n_tokens)
+        parts = (x.contiguous(), x if matrix is None else matrix, rotated, codes, scales)
+        places = [part.data_ptr() for part in parts]
+        self._code.round_tokens().ctypes(_int64(*places, n_tokens, n_inputs, n_digits, size))
+        others = [part.data_ptr() for part in (scales, scale, added)]
+        out = self._multiply(codes, len(codes), dtype if n_digits == 1 else torch.float32, *others)
+        return out if n_digits == 1 else (out[:n_tokens] + out[n_tokens:]).to(dtype)
+
+    def _multiply(
+        self, x: torch.Tensor, n_tokens: int, dtype: torch.dtype, *others: int
+    ) -> torch.Tensor:
+        (n_outputs, n_inputs), n_tiles = self._shape, -(-self._shape[0] // self._width)
+        is_half = dtype == torch.bfloat16
+        sums = torch.empty(n_tokens, n_tiles * self._width)
+        out = torch.empty_like(sums, dtype=torch.bfloat16) if is_half else sums
+        kind = self._code.Kind(self._width, self._is_int8, is_half)
+        places = [self._address, *(part.data_ptr() for part in (x, sums, out))]
+        sizes = n_tiles, n_inputs, n_tokens
+        _in_parallel(self._code.product(kind), *places, *sizes, *others)
+        return out[:, :n_outputs].to(dtype).contiguous()
+
+
 class Bfloat16(plain.Joined):
     """A plain weight in bfloat16, for processors without instructions for it.
 
@@ -149,7 +252,7 @@ class Bfloat16(plain.Joined):
             return plain.linear(x, weight)
         wide, out = x.float().contiguous(), torch.empty(len(x), self.out_features)
         places = [part.data_ptr() for part in (weight, wide, out)]
-        _in_parallel(numba_code().bfloat16_product.address, *places, *weight.shape, len(x))
+        _in_parallel(numba_code().bfloat16_product().address, *places, *weight.shape, len(x))
         return out.to(x.dtype)
 
 

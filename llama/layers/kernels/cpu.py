@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from llama.layers.capability import cpu_has_amx, fast_dtype
 from llama.layers.kernels import digits
 from llama.layers.kernels.base import Kernel
+from llama.layers.kernels.compiled import FEW_OF_TILES, Tiles
 from llama.layers.quantization import Form, Grouped, StoredWeight, hadamard, rotate
 
 # Before torch 2.11 there is no public way to ask.
@@ -43,6 +44,9 @@ class OneDnn(Kernel):
     def __init__(self, stored: StoredWeight):
         super().__init__(stored)
         self._packed = torch.ops.mkldnn._reorder_linear_weight(stored["weight"], None)
+        self._tiles = Tiles.find(self._packed, stored["weight"])
+        if self._tiles is not None:
+            self.min_tokens = 1
 
     @staticmethod
     def is_fastest_for(weight: torch.Tensor) -> bool:
@@ -52,8 +56,10 @@ class OneDnn(Kernel):
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         n_tokens = x.shape[0]
-        if n_tokens < self.min_tokens:
-            x = F.pad(x, (0, 0, 0, self.min_tokens - n_tokens))
+        if n_tokens == 1 and self._tiles is not None:
+            return self._tiles.product(x)
+        if n_tokens < type(self).min_tokens:
+            x = F.pad(x, (0, 0, 0, type(self).min_tokens - n_tokens))
         out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
             x, self._packed, None, "none", [], ""
         )
@@ -161,6 +167,16 @@ class OneDnnInt8(Int8):
     def _pack(self, weight: torch.Tensor, scale: torch.Tensor) -> None:
         self._packed = torch.ops.onednn.qlinear_prepack(weight.contiguous(), None)
         self._scale, self._zeros = scale.float(), torch.zeros(len(scale), dtype=torch.int32)
+        self._tiles = Tiles.find(self._packed, weight)
+        if self._tiles is not None:
+            self._added = weight.sum(dim=1, dtype=torch.int32).mul_(-LEVELS - 1)
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        n_rows = len(x) if self._matrix is not None else 2 * len(x)
+        if self._tiles is None or self._zero is not None or n_rows > FEW_OF_TILES:
+            return super().product(x)
+        given = x.float(), self._matrix, self._scale, self._added
+        return self._tiles.int8_product(*given, x.dtype)
 
     def _multiply(self, x: torch.Tensor) -> torch.Tensor:
         # fmt: off

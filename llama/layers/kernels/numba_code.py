@@ -36,8 +36,18 @@ class Kind(NamedTuple):
     lanes: int  # blocks that are scaled at once, which divides a row's
 
 
+def compiled_once(*fastmath):
+    """Return a decorator of a function of a pointer, which makes a call return it compiled."""
+
+    def decorate(function):
+        kind = numba.void(numba.types.voidptr)
+        return functools.cache(lambda: numba.cfunc(kind, fastmath=set(fastmath))(function))
+
+    return decorate
+
+
 @intrinsic
-def _pointer(typing, address):
+def pointer(typing, address):
     """Return an address as a pointer, of which ``carray`` makes an array."""
 
     def generate(context, build, signature, args):
@@ -57,13 +67,13 @@ def _bfloat16(typing, bits):
 
 
 @numba.njit
-def _part_of_thread(n_rows):
+def part_of_thread(n_rows):
     """Return the first row of a thread's part and the first behind it."""
     thread, count = _thread_number(), _thread_count()
     return n_rows * thread // count, n_rows * (thread + 1) // count
 
 
-@numba.cfunc(numba.void(numba.types.voidptr), fastmath={"reassoc", "nsz"})
+@compiled_once("reassoc", "nsz")
 def round_inputs(data):
     """Round inputs to eight bits, in blocks of 32.
 
@@ -80,11 +90,11 @@ def round_inputs(data):
     """
     places, sizes = numba.carray(data, 9, numba.int64)[:5], numba.carray(data, 9, numba.int64)[5:]
     n_tokens, n_blocks, halves, is_int4 = sizes[0], sizes[1], sizes[2], sizes[3] != 0
-    x = numba.carray(_pointer(places[0]), (n_tokens, n_blocks, BLOCK), numba.float32)
-    codes = numba.carray(_pointer(places[1]), (n_tokens, n_blocks, BLOCK), numba.int8)
-    scales = numba.carray(_pointer(places[2]), (n_tokens, n_blocks), numba.float32)
-    offsets = numba.carray(_pointer(places[3]), (n_tokens, n_blocks, halves), numba.float32)
-    sums = numba.carray(_pointer(places[4]), (n_tokens, n_blocks, halves), numba.float32)
+    x = numba.carray(pointer(places[0]), (n_tokens, n_blocks, BLOCK), numba.float32)
+    codes = numba.carray(pointer(places[1]), (n_tokens, n_blocks, BLOCK), numba.int8)
+    scales = numba.carray(pointer(places[2]), (n_tokens, n_blocks), numba.float32)
+    offsets = numba.carray(pointer(places[3]), (n_tokens, n_blocks, halves), numba.float32)
+    sums = numba.carray(pointer(places[4]), (n_tokens, n_blocks, halves), numba.float32)
     size, above = BLOCK // halves, FLOAT(8) if is_int4 else FLOAT(128)
     for token in range(n_tokens):
         for block in range(n_blocks):
@@ -114,7 +124,7 @@ def round_inputs(data):
 
 
 @intrinsic
-def _rounded(typing, value):
+def rounded(typing, value):
     """Return the bits of bfloat16 that float32 is rounded to, to even halfway; it isn't a NaN."""
 
     def generate(context, build, signature, args):
@@ -140,18 +150,18 @@ def widen(dtype):
     zeros count.
     """
     is_half = dtype == torch.bfloat16
-    kind, rounded = (numba.uint16, _rounded) if is_half else (FLOAT, _same)
+    kind, written = (numba.uint16, rounded) if is_half else (FLOAT, _same)
 
     @numba.cfunc(numba.void(numba.types.voidptr))
     def rows_of_thread(data):
         given = numba.carray(data, 9, numba.int64)
         n_rows, n_groups, size, is_int4 = given[4], given[5], given[6], given[7]
         has_zeros, width = given[8], size // 2 if is_int4 else size
-        codes = numba.carray(_pointer(given[0]), (n_rows, n_groups, width), numba.uint8)
-        scales = numba.carray(_pointer(given[1]), (n_rows, n_groups), numba.uint16)
-        zeros = numba.carray(_pointer(given[2]), (n_rows, n_groups), numba.uint16)
-        out = numba.carray(_pointer(given[3]), (n_rows, n_groups, size), kind)
-        for row in range(*_part_of_thread(n_rows)):
+        codes = numba.carray(pointer(given[0]), (n_rows, n_groups, width), numba.uint8)
+        scales = numba.carray(pointer(given[1]), (n_rows, n_groups), numba.uint16)
+        zeros = numba.carray(pointer(given[2]), (n_rows, n_groups), numba.uint16)
+        out = numba.carray(pointer(given[3]), (n_rows, n_groups, size), kind)
+        for row in range(*part_of_thread(n_rows)):
             for group in range(n_groups):
                 scale = _bfloat16(scales[row, group])
                 zero = _bfloat16(zeros[row, group]) if has_zeros else ZERO
@@ -159,16 +169,16 @@ def widen(dtype):
                 if is_int4:
                     for i in range(width):
                         low, high = numba.int32(some[i] & 15) - 8, numba.int32(some[i] >> 4) - 8
-                        own[2 * i] = rounded(FLOAT(low) * scale + zero)
-                        own[2 * i + 1] = rounded(FLOAT(high) * scale + zero)
+                        own[2 * i] = written(FLOAT(low) * scale + zero)
+                        own[2 * i + 1] = written(FLOAT(high) * scale + zero)
                 else:
                     for i in range(width):
-                        own[i] = rounded(FLOAT(numba.int8(some[i])) * scale + zero)
+                        own[i] = written(FLOAT(numba.int8(some[i])) * scale + zero)
 
     return rows_of_thread.address
 
 
-@numba.cfunc(numba.void(numba.types.voidptr), fastmath={"reassoc", "nsz", "contract"})
+@compiled_once("reassoc", "nsz", "contract")
 def bfloat16_product(data):
     """Write a thread's part of the products with a plain weight.
 
@@ -177,10 +187,10 @@ def bfloat16_product(data):
     """
     given = numba.carray(data, 6, numba.int64)
     n_rows, n_inputs, n_tokens = given[3], given[4], given[5]
-    weight = numba.carray(_pointer(given[0]), (n_rows, n_inputs), numba.uint16)
-    x = numba.carray(_pointer(given[1]), (n_tokens, n_inputs), numba.float32)
-    out = numba.carray(_pointer(given[2]), (n_tokens, n_rows), numba.float32)
-    for row in range(*_part_of_thread(n_rows)):
+    weight = numba.carray(pointer(given[0]), (n_rows, n_inputs), numba.uint16)
+    x = numba.carray(pointer(given[1]), (n_tokens, n_inputs), numba.float32)
+    out = numba.carray(pointer(given[2]), (n_tokens, n_rows), numba.float32)
+    for row in range(*part_of_thread(n_rows)):
         own, fours = weight[row], n_tokens // 4 * 4
         for token in range(0, fours, 4):
             first, second, third, fourth = ZERO, ZERO, ZERO, ZERO
@@ -199,6 +209,30 @@ def bfloat16_product(data):
             out[token, row] = total
 
 
+@compiled_once("reassoc", "nsz", "contract")
+def rms_norm(data):
+    """Write a thread's part of normalised rows.
+
+    ``data`` points to the addresses of rows, bfloat16, (n_rows, dim), of their weights, of what is
+    added to mean squares, float32, and of outputs, bfloat16, then to the numbers of rows and of
+    their elements.
+    """
+    given = numba.carray(data, 6, numba.int64)
+    n_rows, dim = given[4], given[5]
+    x = numba.carray(pointer(given[0]), (n_rows, dim), numba.uint16)
+    weight = numba.carray(pointer(given[1]), (dim,), numba.uint16)
+    eps = numba.carray(pointer(given[2]), (1,), FLOAT)[0]
+    out = numba.carray(pointer(given[3]), (n_rows, dim), numba.uint16)
+    for row in range(*part_of_thread(n_rows)):
+        some, own, total = x[row], out[row], ZERO
+        for i in range(dim):
+            value = _bfloat16(some[i])
+            total += value * value
+        scale = FLOAT(1) / np.sqrt(total / FLOAT(dim) + eps)
+        for i in range(dim):
+            own[i] = rounded(_bfloat16(some[i]) * scale * _bfloat16(weight[i]))
+
+
 @functools.cache
 def product(kind: Kind) -> int:
     """Return the address of a function that computes a thread's part of the outputs.
@@ -214,7 +248,7 @@ def product(kind: Kind) -> int:
         given = numba.carray(data, 12, numba.int64)
         addresses, sizes = to_fixed_tuple(given[:8], 8), to_fixed_tuple(given[8:11], 3)
         n_tokens = given[11]
-        for row in range(*_part_of_thread(given[8])):
+        for row in range(*part_of_thread(given[8])):
             for token in range(0, n_tokens // 4 * 4, 4):
                 four(addresses, sizes, row, token)
             for token in range(n_tokens // 4 * 4, n_tokens):
@@ -241,7 +275,7 @@ def _dot(kind: Kind, n_tokens: int):
     def generate(context, build, signature, args):
         addresses, sizes = (unpack_tuple(build, part) for part in args[:2])
         n_rows, n_blocks, n_groups = sizes
-        vector = _Vectors(build)
+        vector = Vectors(build)
 
         def place(which, index, count, size):
             return build.add(addresses[which], build.mul(index, build.mul(count, I64(size))))
@@ -295,7 +329,7 @@ def _dot(kind: Kind, n_tokens: int):
     return dot
 
 
-class _Vectors:
+class Vectors:
     """Makes instructions of vectors."""
 
     def __init__(self, build):
@@ -305,8 +339,8 @@ class _Vectors:
         values = [kind(value) for value in values]
         return ir.Constant(ir.VectorType(kind, len(values)), values)
 
-    def zeros(self, n):
-        return alloca_once_value(self.build, self.constant(F32, [0.0] * n))
+    def zeros(self, n, kind=F32):
+        return alloca_once_value(self.build, self.constant(kind, [0] * n))
 
     def load(self, address, index, kind, n):
         """Load the vector of ``n`` elements at an index."""
@@ -318,8 +352,11 @@ class _Vectors:
     def bfloat16(self, address, index, n):
         """Load bfloat16 as float32, whose upper half it is."""
         wide = self.build.zext(self.load(address, index, I16, n), ir.VectorType(I32, n))
-        wide = self.build.shl(wide, self.constant(I32, [16] * n))
-        return self.build.bitcast(wide, ir.VectorType(F32, n))
+        return self.floats(self.build.shl(wide, self.constant(I32, [16] * n)))
+
+    def floats(self, bits):
+        """Return bits as float32."""
+        return self.build.bitcast(bits, ir.VectorType(F32, bits.type.count))
 
     def prefetch(self, address, index, size, ahead):
         """Fetch the cache line some bytes behind an element of some size."""

@@ -97,6 +97,16 @@ class Widened(_Plain):
         return self._form.dequantize({name: part[rows] for name, part in self._stored.items()})
 
 
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Return ``F.rms_norm``'s rows, by operators that take half as long on a CPU."""
+    if not x.is_cpu or len(x) == 1:
+        return F.rms_norm(x, weight.shape, weight, eps)
+    h = x.float()
+    norm = torch.linalg.vector_norm(h, dim=-1, keepdim=True)
+    scale = norm.square().div_(x.shape[-1]).add_(eps).rsqrt_()
+    return (h * scale).mul_(weight).to(x.dtype)
+
+
 def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Return ``F.linear``'s product, by parts in float32 where a CPU is slow at the dtype."""
     dtype = fast_dtype(x.dtype) if x.is_cpu and len(x) > 1 else x.dtype
