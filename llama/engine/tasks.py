@@ -1,8 +1,9 @@
 """Text completion, chat and infilling as sequences for the engine."""
 
 import random
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from collections.abc import Sequence as List
+from contextvars import ContextVar
 from functools import cached_property
 from typing import Any
 
@@ -24,6 +25,8 @@ from llama.tokenizer import BaseTokenizer
 from llama.tokenizers.control import End, with_ends
 
 Chosen = str | Adapter | None  # an adapter by its name, or as it was found
+# Called between prompts: of many, a server lets other threads get on.
+between_prompts: ContextVar[Callable[[], None]] = ContextVar("between", default=lambda: None)
 
 
 class Tasks:
@@ -89,6 +92,7 @@ class Tasks:
             if params.max_gen_len is not None:
                 limit = min(limit, params.max_gen_len)
             for _ in range(params.n):
+                between_prompts.get()()
                 number = f"{seed} {len(sequences)}"
                 shown = visible or {}
                 one = Sequence(ids, params, number, limit, output, continues, own, shown, adapter)
@@ -162,6 +166,7 @@ class Tasks:
         return [Sequence(prompt, params, output=output, adapter=changed) for prompt in checked]
 
     def _encode(self, text: str) -> list[int]:
+        between_prompts.get()()
         tokenizer = self.tokenizer
         ids = tokenizer.encode(text, bos=tokenizer.add_bos, eos=False)
         # An empty prompt needs something to continue, also where texts have no beginning.

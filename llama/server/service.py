@@ -13,6 +13,7 @@ from typing import Any
 
 from llama.chat.prompts import UNSAFE_ERROR, Dialog, Message
 from llama.engine.sequence import Sequence as EngineSequence
+from llama.engine.tasks import between_prompts
 from llama.errors import PromptTooLong, WrongForm
 from llama.generation import Llama
 from llama.guards import InputGuard, StreamGuard, input_refusal
@@ -23,6 +24,7 @@ from llama.server.config import ServerConfig
 from llama.server.errors import ApiError, ContextLengthExceeded
 from llama.server.loop import Draining, EngineLoop, Job, QueueFull, Update
 from llama.server.metrics import Metrics
+from llama.server.threads import Pauses
 from llama.tokenizers.spellings import Spellings
 
 MAX_SCORES = 400_000  # log-probabilities of a request; each takes about 300 bytes
@@ -161,6 +163,8 @@ class Service:
         is_chat: bool,
     ) -> list[EngineSequence]:
         def make_and_check() -> list[EngineSequence]:
+            if threads is self._large:  # its only one
+                between_prompts.set(Pauses(lambda: self.loop.n_active > 0).rest)
             sequences = make()
             self._check(sequences, is_chat)
             return sequences

@@ -1,6 +1,7 @@
 """Work for requests that keeps the processor busy, in a thread of its own."""
 
 import asyncio
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,6 +13,29 @@ from llama.server.errors import ApiError
 from llama.server.events import unless_disconnected
 
 _MAX_WAITING = 64  # requests
+_WORK = 0.001  # seconds of work between two rests
+
+
+class Pauses:
+    """Rests of a thread that holds Python's lock for long, in which the engine's gets on.
+
+    Without them each of a step's operators waits for it.
+
+    Args:
+        needed: tells whether anything runs.
+    """
+
+    def __init__(self, needed: Callable[[], bool]):
+        self._needed = needed
+        self._since = time.monotonic()
+
+    def rest(self) -> None:
+        """Rest three times as long as the thread has worked, if that was a while."""
+        worked = time.monotonic() - self._since
+        if worked > _WORK:
+            if self._needed():
+                time.sleep(3 * worked)
+            self._since = time.monotonic()
 
 
 class RequestThread:

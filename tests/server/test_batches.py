@@ -4,7 +4,9 @@ import asyncio
 import contextlib
 import math
 import threading
+import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -19,7 +21,7 @@ from llama.engine.sequence import Sequence
 from llama.errors import NotFinite
 from llama.guards import Verdict
 from llama.sampling import SamplingParams
-from llama.server import batches, service
+from llama.server import batches, service, threads
 from llama.server.answers import Answers
 from llama.server.batches import Batch, Batches
 from llama.server.errors import ApiError
@@ -99,6 +101,32 @@ def test_others_get_their_turn(busy: tuple[str, Any]) -> None:
     assert answer.json()["usage"]["completion_tokens"] == 5
     assert served.loop.counts.passes - before < 30, "it waited for long"
     assert not idle(served)
+
+
+def test_a_large_request_is_prepared_with_rests(
+    llama: Llama, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A failure means that streams stand still while another's thousands of texts are tokenised, or
+    that these take four times as long where nobody else is answered."""
+    rests: list[float] = []
+    clock = SimpleNamespace(sleep=rests.append, monotonic=time.monotonic)
+    monkeypatch.setattr(threads, "time", clock)
+    runs = [False, True, True]
+    pauses = threads.Pauses(lambda: runs.pop(0))
+    pauses._since -= 1
+    pauses.rest()  # nothing runs
+    pauses.rest()  # it has hardly worked
+    assert not rests
+    pauses._since -= 1
+    pauses.rest()
+    assert 3 < rests.pop() < 4
+
+    texts = ["The cow and the duck. " * 5] * 300
+    with serve(llama, max_queue=2) as (url, served):
+        for running, expected in ((0, False), (1, True)):
+            monkeypatch.setattr(type(served.loop), "n_active", running)
+            assert post(f"{url}/v1/embeddings", {"input": texts}).status_code == 200
+            assert bool(rests) == expected
 
 
 def test_many_prompts_and_answers(llama: Llama, tiny: Llama) -> None:
