@@ -1,0 +1,157 @@
+"""Weights in oneDNN's order, which compiled code reads for few tokens, and compiled norms."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from llama.layers.kernels import compiled, cpu, plain, rms_norm
+from llama.layers.quantization import Form, Grouped, Rotated
+
+BF16 = torch.bfloat16
+SHAPES = [(64, 64), (100, 128), (97, 192), (600, 1024)]
+
+
+@pytest.fixture(autouse=True)
+def numba(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("numba")
+    if compiled.numba_code() is None:
+        pytest.skip("numba's code is for x86 and Linux")
+    monkeypatch.setattr(compiled, "TILED", 1)
+
+
+@pytest.fixture
+def avx512() -> None:
+    if not (compiled.HAS_VNNI and torch.backends.mkldnn.is_available()):
+        pytest.skip("the processor lacks AVX-512 with VNNI, or the build oneDNN")
+
+
+@pytest.fixture
+def bf16(avx512: None) -> None:
+    if not compiled.cpu_has_bf16():
+        pytest.skip(
+            "the processor lacks instructions for bfloat16, without which oneDNN packs none"
+        )
+
+
+def random(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+
+
+def int8_kernel(form: Form, out_features: int, in_features: int) -> cpu.OneDnnInt8:
+    generator = torch.Generator().manual_seed(0)
+    shape = (out_features, in_features)
+    weight = torch.randint(-127, 128, shape, dtype=torch.int8, generator=generator)
+    scale = torch.rand(out_features, 1, generator=generator)
+    stored = {"weight": weight, "scale": scale}
+    if isinstance(form, Grouped) and form.has_zeros:
+        stored["zero"] = torch.rand(out_features, 1, generator=generator)
+    return cpu.OneDnnInt8(stored, form, 64)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_token_is_multiplied_as_prompts_are(shape: tuple[int, int], bf16: None) -> None:
+    """A failure means other logits for single tokens, or that they aren't read at full speed."""
+    weight, x = random(*shape), random(3, shape[1]) * 3
+    kernel = cpu.OneDnn({"weight": weight})
+    assert kernel._tiles is not None and kernel.min_tokens == 1
+    assert torch.equal(kernel.stored()["weight"], weight)
+    for row in x:
+        out = kernel.product(row[None])
+        assert out.dtype == BF16 and out.shape == (1, shape[0]) and out.is_contiguous()
+        exact = row.double() @ weight.double().T
+        assert ((out[0] - exact).norm() / exact.norm()).item() < 3e-3
+    x[0, 5], x[1, 5] = math.nan, math.inf
+    assert kernel.product(x[:1]).isnan().all()
+    assert not kernel.product(x[1:2]).isfinite().any()
+
+
+@pytest.mark.parametrize("form", [Rotated(), Grouped("int8", 0, has_zeros=False)], ids=repr)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_eight_bits_give_onednns_products(
+    form: Form, shape: tuple[int, int], avx512: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A failure means that a token's logits depend on how many others are computed with it."""
+    kernel, x = int8_kernel(form, *shape), random(compiled.FEW_OF_TILES + 1, shape[1])
+    calls = []
+    product = compiled.Tiles.int8_product
+    monkeypatch.setattr(
+        compiled.Tiles, "int8_product", lambda *args: calls.append(1) or product(*args)
+    )
+    whole = kernel.product(x)
+    assert not calls
+    most = compiled.FEW_OF_TILES if isinstance(form, Rotated) else compiled.FEW_OF_TILES // 2
+    for n_tokens in range(1, most + 1):
+        torch.testing.assert_close(
+            kernel.product(x[:n_tokens]), whole[:n_tokens], rtol=1e-2, atol=0
+        )
+        same = (kernel.product(x[:n_tokens]) == whole[:n_tokens]).float().mean()
+        assert same > 0.98  # the others are rounded between two numbers
+    assert len(calls) == 2 * most
+    x[0, 5], x[1] = math.nan, 0
+    assert kernel.product(x[:1]).isnan().all()
+    assert not kernel.product(x[1:2]).any()
+
+
+def test_zeros_are_left_to_onednn(avx512: None) -> None:
+    """A failure means that a file's zero points are lost for single tokens."""
+    kernel, x = int8_kernel(Grouped("int8", 0), 100, 128), random(9, 128)
+    assert torch.equal(kernel.product(x[:1]), kernel.product(x)[:1])
+
+
+def test_any_number_of_threads_computes_every_output(bf16: None) -> None:
+    """A failure means that outputs are left as memory was, or written twice."""
+    kernel, x = cpu.OneDnn({"weight": random(160, 64)}), random(1, 64)
+    before, found = torch.get_num_threads(), []
+    for n_threads in (1, 3, 8):
+        torch.set_num_threads(n_threads)
+        found.append(kernel.product(x))
+    torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+def test_another_order_is_left_to_onednn(bf16: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A failure means that a release of oneDNN with another order makes every logit nonsense."""
+    weight = random(128, 128)
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+    assert compiled.Tiles.find(packed, weight) is not None
+    assert compiled.Tiles.find(packed, weight.flip(0)) is None
+    assert compiled.Tiles.find(packed, weight.flip(1)) is None
+    alike = torch.ones(128, 128, dtype=BF16)
+    packed = torch.ops.mkldnn._reorder_linear_weight(alike, None)
+    assert compiled.Tiles.find(packed, alike) is None  # any order would do
+    narrow = random(128, 96)
+    packed = torch.ops.mkldnn._reorder_linear_weight(narrow, None)
+    assert compiled.Tiles.find(packed, narrow) is None
+    kernel = cpu.OneDnn({"weight": narrow})
+    assert kernel.product(random(1, 96)).shape == (1, 128)
+    monkeypatch.setattr(compiled, "TILED", 128 * 128 + 1)
+    assert cpu.OneDnn({"weight": weight})._tiles is None  # too small to compile code for
+
+
+@pytest.mark.parametrize("dim", [512, 1000, 2048])
+@pytest.mark.parametrize("n_tokens", [1, 2, 7])
+def test_compiled_norms_are_pytorchs(n_tokens: int, dim: int) -> None:
+    """A failure means other logits in bfloat16, or norms that take three times as long."""
+    x, weight = random(n_tokens, dim) * 5, random(dim)
+    assert compiled.has_rms_norm(x, weight)
+    found, others = rms_norm(x, weight, 1e-3), plain.rms_norm(x, weight, 1e-3)
+    exact = F.rms_norm(x.double(), (dim,), weight.double(), 1e-3)
+    assert found.dtype == BF16
+    torch.testing.assert_close(found.double(), exact, rtol=2**-8, atol=1e-9)
+    assert (found == others).float().mean() > 0.999
+    assert torch.equal(found, torch.cat([rms_norm(row[None], weight, 1e-3) for row in x]))
+    x[0, 3] = math.nan
+    assert rms_norm(x, weight, 1e-3)[0].isnan().all()
+
+
+def test_other_norms_are_pytorchs_own() -> None:
+    """A failure means that inputs of another dtype, or in part of a tensor, are read as bits."""
+    weight, x = random(512), random(3, 1024)
+    for some, its_weight in ((x[:, :512], weight), (x[:, :512].float(), weight.float())):
+        assert not compiled.has_rms_norm(some, its_weight)
+        expected = F.rms_norm(some.double(), (512,), its_weight.double(), 1e-5)
+        torch.testing.assert_close(
+            rms_norm(some, its_weight, 1e-5).double(), expected, rtol=1e-2, atol=1e-3
+        )
