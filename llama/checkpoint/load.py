@@ -26,7 +26,7 @@ from llama.checkpoint.sharding import (
 )
 from llama.cli import progress
 from llama.layers.capability import Capability, cpu_has_bf16
-from llama.layers.kernels.compiled import limit_threads, numba_code
+from llama.layers.kernels.compiled import limit_threads, numba_code, release_team
 from llama.layers.quantization import Grouped
 from llama.model import Transformer
 
@@ -78,6 +78,7 @@ def load(
     if device.type == "cpu":
         keep_freed()
         limit_threads()
+        release_team()
     # Ranks whose GPUs have less free memory than others' decide for all.
     model.prefill_tokens = -int(parallel.max_over_ranks(torch.tensor(-tokens, device=device)))
     logger.info("loaded %s in %.2f seconds", checkpoint.names[0], time.monotonic() - start)

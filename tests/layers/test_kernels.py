@@ -1,12 +1,14 @@
 """Kernels of weights in groups: each gives the product of the dequantised weight, and it back."""
 
 import math
+import os
 from collections.abc import Sequence
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import make_model
+from processes import wait_until
 
 from llama import Llama
 from llama.checkpoint import load
@@ -312,6 +314,22 @@ def test_no_more_threads_than_openmp_gives(monkeypatch: pytest.MonkeyPatch) -> N
             torch.set_num_threads(wanted)
             Llama.build(device="cpu", max_seq_len=8, max_batch_size=1)
             assert torch.get_num_threads() == found
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(compiled.openmp() is None, reason="PyTorch has another OpenMP")
+def test_a_loaded_model_leaves_no_team_behind() -> None:
+    """A failure means that a server's tokens take a fifth longer: its engine's thread would compute
+    beside the team of the thread that loaded the model."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        torch.ones(1 << 20).add_(1)
+        with_team = len(os.listdir("/proc/self/task"))
+        Llama.build(device="cpu", max_seq_len=8, max_batch_size=1)
+        wait_until(lambda: len(os.listdir("/proc/self/task")) <= with_team - 3)
+        assert torch.ones(1 << 20).add_(1).sum() == 2 << 20
     finally:
         torch.set_num_threads(before)
 

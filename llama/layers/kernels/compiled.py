@@ -64,6 +64,18 @@ def limit_threads() -> None:
         torch.set_num_threads(library.omp_get_thread_limit())
 
 
+def release_team() -> None:
+    """End the threads with which this one has computed; it starts others when it needs them.
+
+    OpenMP gives each thread that computes a team of its own. With two of them a team's threads no
+    longer wait for work but sleep, as if there were too few processors: where one thread loads a
+    model and another computes, a token of 1.1 billion weights took 111 ms instead of 93.
+    """
+    library = openmp()
+    if hasattr(library, "omp_pause_resource_all"):
+        library.omp_pause_resource_all(1)  # omp_pause_soft: settings stay
+
+
 class Compiled(plain.Widened):
     """Weights as they are stored, by which few tokens are multiplied in compiled code."""
 
