@@ -123,8 +123,7 @@ class Engine:
             current, self._ahead = self._ahead, None
             if current is None:
                 self._admit()
-                pieces = self._schedule()
-                if not pieces:
+                if not (pieces := self._schedule()):
                     return []
                 current = self._start(pieces)
             if self._goes_on_after(current):

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from llama import parallel
+from llama.layers.kernels.compiled import release_team
 
 
 class CacheLock:
@@ -65,5 +66,6 @@ class CacheLock:
         finally:
             with self._state:
                 if self._call is call:
+                    release_team()  # the next call may come from another thread
                     self._call = self._owner = None
                     self._lock.release()

@@ -2,7 +2,9 @@
 
 import math
 import os
+import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -319,9 +321,12 @@ def test_no_more_threads_than_openmp_gives(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.skipif(compiled.openmp() is None, reason="PyTorch has another OpenMP")
-def test_a_loaded_model_leaves_no_team_behind() -> None:
+def test_a_loaded_model_leaves_no_team_behind(tiny: Llama) -> None:
     """A failure means that a server's tokens take a fifth longer: its engine's thread would compute
-    beside the team of the thread that loaded the model."""
+    beside the team of the thread that loaded the model.
+
+    ``tiny`` has started the threads of collectives.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(4)
     try:
@@ -332,6 +337,29 @@ def test_a_loaded_model_leaves_no_team_behind() -> None:
         assert torch.ones(1 << 20).add_(1).sum() == 2 << 20
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(compiled.openmp() is None, reason="PyTorch has another OpenMP")
+def test_calls_from_threads_leave_no_teams_behind(tiny: Llama) -> None:
+    """A failure means that the calls of a web framework's threads slow each other down."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    n_before = len(os.listdir("/proc/self/task"))
+    both, counts = threading.Barrier(2), []
+
+    def call() -> None:
+        tiny.generate([list(range(1, 200))], 1)
+        both.wait()  # as threads of a pool, which go on
+        counts.append(len(os.listdir("/proc/self/task")) - n_before)
+        both.wait()
+
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            for each in [pool.submit(call) for _ in range(2)]:
+                each.result()
+    finally:
+        torch.set_num_threads(before)
+    assert min(counts) <= 2 + 1  # where one has just ended
 
 
 def test_float8_is_widened_to_every_value() -> None:

@@ -155,3 +155,12 @@ def test_other_norms_are_pytorchs_own() -> None:
         torch.testing.assert_close(
             rms_norm(some, its_weight, 1e-5).double(), expected, rtol=1e-2, atol=1e-3
         )
+
+
+def test_norms_that_are_trained_have_gradients() -> None:
+    """A failure means that a fine-tuned norm never changes."""
+    x, weight = random(3, 512), random(512).requires_grad_()
+    rms_norm(x, weight, 1e-5).sum().backward()
+    assert weight.grad is not None and weight.grad.any()
+    with torch.inference_mode():
+        assert compiled.has_rms_norm(x, weight)

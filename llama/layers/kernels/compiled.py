@@ -145,8 +145,9 @@ class Compiled(plain.Widened):
 
 def has_rms_norm(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Return whether rows, (n_rows, dim), are normalised by compiled code."""
-    is_half = x.dtype == weight.dtype == torch.bfloat16 and x.is_contiguous()
-    return is_half and x.dim() == 2 and len(weight) >= NORMED and numba_code() is not None
+    is_half = x.dtype == weight.dtype == torch.bfloat16 and x.is_contiguous() and x.dim() == 2
+    is_trained = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    return is_half and not is_trained and len(weight) >= NORMED and numba_code() is not None
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
