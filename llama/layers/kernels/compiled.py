@@ -234,15 +234,17 @@ class Tiles:
     def _multiply(
         self, x: torch.Tensor, n_tokens: int, dtype: torch.dtype, *others: int
     ) -> torch.Tensor:
-        (n_outputs, n_inputs), n_tiles = self._shape, -(-self._shape[0] // self._width)
-        is_half = dtype == torch.bfloat16
+        n_outputs, n_inputs = self._shape
+        n_tiles = -(-n_outputs // self._width)
         sums = torch.empty(n_tokens, n_tiles * self._width)
-        out = torch.empty_like(sums, dtype=torch.bfloat16) if is_half else sums
-        kind = self._code.Kind(self._width, self._is_int8, is_half)
-        places = [self._address, *(part.data_ptr() for part in (x, sums, out))]
-        sizes = n_tiles, n_inputs, n_tokens
-        _in_parallel(self._code.product(kind), *places, *sizes, *others)
-        return out[:, :n_outputs].to(dtype).contiguous()
+        is_half = dtype == torch.bfloat16
+        out = torch.empty_like(sums, dtype=dtype) if is_half else sums
+        product = self._code.product(self._code.Kind(self._width, self._is_int8, is_half))
+        places = [self._address, x.data_ptr(), sums.data_ptr(), out.data_ptr()]
+        _in_parallel(product, *places, n_tiles, n_inputs, n_tokens, *others)
+        if out.shape[1] > n_outputs:
+            out = out[:, :n_outputs].contiguous()
+        return out if is_half else out.to(dtype)
 
 
 class Bfloat16(plain.Joined):
