@@ -68,8 +68,8 @@ def release_team() -> None:
     """End the threads with which this one has computed; it starts others when it needs them.
 
     OpenMP gives each thread that computes a team of its own. With two of them a team's threads no
-    longer wait for work but sleep, as if there were too few processors: where one thread loads a
-    model and another computes, a token of 1.1 billion weights took 111 ms instead of 93.
+    longer wait for work but sleep, as if there were too few processors: a token of 1.1 billion
+    weights took a fifth longer where one thread had loaded the model and another computed.
     """
     library = openmp()
     if hasattr(library, "omp_pause_resource_all"):
