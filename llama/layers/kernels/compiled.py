@@ -48,6 +48,11 @@ def numba_code() -> Any:
 
 
 @functools.cache
+def _tiles_code() -> Any:
+    return importlib.import_module("llama.layers.kernels.numba_tiles")
+
+
+@functools.cache
 def openmp() -> Any:
     """Return PyTorch's own OpenMP, whose team of threads computes; None where it has another."""
     library = Path(torch.__file__).parent / "lib" / "libgomp.so.1"
@@ -155,9 +160,9 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     out, added = torch.empty_like(x), ctypes.c_float(eps)
     places = x.data_ptr(), weight.data_ptr(), ctypes.addressof(added), out.data_ptr()
     if len(x) == 1:
-        numba_code().rms_norm().ctypes(_int64(*places, *x.shape))
+        _tiles_code().rms_norm().ctypes(_int64(*places, *x.shape))
     else:
-        _in_parallel(numba_code().rms_norm().address, *places, *x.shape)
+        _in_parallel(_tiles_code().rms_norm().address, *places, *x.shape)
     return out
 
 
@@ -173,7 +178,7 @@ class Tiles:
         self._packed, self._shape = packed, weight.shape  # the former owns the memory
         self._address = torch.ops.mkldnn.data_ptr(packed)
         self._width, self._is_int8 = width, weight.dtype == torch.int8
-        self._code = importlib.import_module("llama.layers.kernels.numba_tiles")
+        self._code = _tiles_code()
         self._code.product(self._code.Kind(width, self._is_int8, True))  # before the first prompt
 
     @staticmethod

@@ -57,7 +57,7 @@ def pointer(typing, address):
 
 
 @intrinsic
-def _bfloat16(typing, bits):
+def bfloat16(typing, bits):
     """Return bfloat16's bits as float32, whose upper half they are."""
 
     def generate(context, build, signature, args):
@@ -163,8 +163,8 @@ def widen(dtype):
         out = numba.carray(pointer(given[3]), (n_rows, n_groups, size), kind)
         for row in range(*part_of_thread(n_rows)):
             for group in range(n_groups):
-                scale = _bfloat16(scales[row, group])
-                zero = _bfloat16(zeros[row, group]) if has_zeros else ZERO
+                scale = bfloat16(scales[row, group])
+                zero = bfloat16(zeros[row, group]) if has_zeros else ZERO
                 some, own = codes[row, group], out[row, group]
                 if is_int4:
                     for i in range(width):
@@ -195,7 +195,7 @@ def bfloat16_product(data):
         for token in range(0, fours, 4):
             first, second, third, fourth = ZERO, ZERO, ZERO, ZERO
             for i in range(n_inputs):
-                value = _bfloat16(own[i])
+                value = bfloat16(own[i])
                 first += value * x[token, i]
                 second += value * x[token + 1, i]
                 third += value * x[token + 2, i]
@@ -205,32 +205,8 @@ def bfloat16_product(data):
         for token in range(fours, n_tokens):
             total = ZERO
             for i in range(n_inputs):
-                total += _bfloat16(own[i]) * x[token, i]
+                total += bfloat16(own[i]) * x[token, i]
             out[token, row] = total
-
-
-@compiled_once("reassoc", "nsz", "contract")
-def rms_norm(data):
-    """Write a thread's part of normalised rows.
-
-    ``data`` points to the addresses of rows, bfloat16, (n_rows, dim), of their weights, of what is
-    added to mean squares, float32, and of outputs, bfloat16, then to the numbers of rows and of
-    their elements.
-    """
-    given = numba.carray(data, 6, numba.int64)
-    n_rows, dim = given[4], given[5]
-    x = numba.carray(pointer(given[0]), (n_rows, dim), numba.uint16)
-    weight = numba.carray(pointer(given[1]), (dim,), numba.uint16)
-    eps = numba.carray(pointer(given[2]), (1,), FLOAT)[0]
-    out = numba.carray(pointer(given[3]), (n_rows, dim), numba.uint16)
-    for row in range(*part_of_thread(n_rows)):
-        some, own, total = x[row], out[row], ZERO
-        for i in range(dim):
-            value = _bfloat16(some[i])
-            total += value * value
-        scale = FLOAT(1) / np.sqrt(total / FLOAT(dim) + eps)
-        for i in range(dim):
-            own[i] = rounded(_bfloat16(some[i]) * scale * _bfloat16(weight[i]))
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""The code that ``compiled.Tiles`` has numba compile, in the vectors of AVX-512."""
+"""The code that ``compiled.rms_norm`` and ``Tiles`` have numba compile, the latter for AVX-512."""
 
 # mypy: ignore-errors
 
@@ -20,6 +20,7 @@ from llama.layers.kernels.numba_code import (
     INTEGER,
     ZERO,
     Vectors,
+    bfloat16,
     compiled_once,
     part_of_thread,
     pointer,
@@ -104,6 +105,30 @@ def round_tokens(data):
                 first = np.rint(some[i] * scale)
                 own[i] = numba.int32(first + above)
                 rest[i] = numba.int32((some[i] * scale - first) * (2 * levels) + above)
+
+
+@compiled_once("reassoc", "nsz", "contract")
+def rms_norm(data):
+    """Write a thread's part of normalised rows.
+
+    ``data`` points to the addresses of rows, bfloat16, (n_rows, dim), of their weights, of what is
+    added to mean squares, float32, and of outputs, bfloat16, then to the numbers of rows and of
+    their elements.
+    """
+    given = numba.carray(data, 6, numba.int64)
+    n_rows, dim = given[4], given[5]
+    x = numba.carray(pointer(given[0]), (n_rows, dim), numba.uint16)
+    weight = numba.carray(pointer(given[1]), (dim,), numba.uint16)
+    eps = numba.carray(pointer(given[2]), (1,), FLOAT)[0]
+    out = numba.carray(pointer(given[3]), (n_rows, dim), numba.uint16)
+    for row in range(*part_of_thread(n_rows)):
+        some, own, total = x[row], out[row], ZERO
+        for i in range(dim):
+            value = bfloat16(some[i])
+            total += value * value
+        scale = FLOAT(1) / np.sqrt(total / FLOAT(dim) + eps)
+        for i in range(dim):
+            own[i] = rounded(bfloat16(some[i]) * scale * bfloat16(weight[i]))
 
 
 @functools.cache
