@@ -14,6 +14,7 @@ from llama.server.events import unless_disconnected
 
 _MAX_WAITING = 64  # requests
 _WORK = 0.001  # seconds of work between two rests
+_REST = 0.1  # seconds of a rest, at most
 
 
 class Pauses:
@@ -30,11 +31,11 @@ class Pauses:
         self._since = time.monotonic()
 
     def rest(self) -> None:
-        """Rest three times as long as the thread has worked, if that was a while."""
+        """Rest three times as long as the thread has worked, a tenth of a second at most."""
         worked = time.monotonic() - self._since
         if worked > _WORK:
             if self._needed():
-                time.sleep(3 * worked)
+                time.sleep(min(3 * worked, _REST))
             self._since = time.monotonic()
 
 

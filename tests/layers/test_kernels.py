@@ -345,7 +345,7 @@ def test_calls_from_threads_leave_no_teams_behind(tiny: Llama) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(4)
     n_before = len(os.listdir("/proc/self/task"))
-    both, counts = threading.Barrier(2), []
+    both, counts = threading.Barrier(2, timeout=60), []
 
     def call() -> None:
         tiny.generate([list(range(1, 200))], 1)

@@ -1,6 +1,8 @@
 """Weights in oneDNN's order, which compiled code reads for few tokens, and compiled norms."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -155,6 +157,27 @@ def test_other_norms_are_pytorchs_own() -> None:
         torch.testing.assert_close(
             rms_norm(some, its_weight, 1e-5).double(), expected, rtol=1e-2, atol=1e-3
         )
+
+
+def test_rows_of_zeros_are_divided_as_pytorch_does() -> None:
+    """A failure means that rows behind one of zeros are what memory held before."""
+    x, weight = random(3, 512), torch.ones(512, dtype=BF16)
+    x[0] = 0
+    out = rms_norm(x, weight, 0.0)
+    assert out[0].isnan().all() and out[1:].isfinite().all()
+
+
+def test_a_forked_process_goes_on() -> None:
+    """A failure means that a call in a forked worker waits for ever for its parent's threads."""
+    code = (
+        "import os, torch; from llama.layers.kernels.compiled import release_team\n"
+        "torch.set_num_threads(3); torch.ones(1 << 20).add_(1)\n"
+        "pid = os.fork()\n"
+        "if pid == 0: torch.set_num_threads(1); release_team(); os._exit(7)\n"
+        "print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "7\n", done.stderr
 
 
 def test_norms_that_are_trained_have_gradients() -> None:

@@ -13,6 +13,7 @@ import ctypes
 import functools
 import importlib
 import itertools
+import os
 import sys
 from collections.abc import Mapping
 from math import gcd
@@ -30,6 +31,7 @@ from llama.layers.quantization import Grouped, StoredWeight
 FEW_TOKENS, FEW_OF_PLAIN, FEW_OF_TILES = 32, 16, 4
 NORMED = 512  # elements of a row from which compiled code normalises it
 TILED = 1 << 18  # elements of a weight from which it is, as compiling takes a second
+_PROCESS = os.getpid()
 BLOCK = 32  # inputs that share a scale
 _CAPABILITIES: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
 # Instructions that add four products of eight bits.
@@ -77,7 +79,8 @@ def release_team() -> None:
     weights took a fifth longer where one thread had loaded the model and another computed.
     """
     library = openmp()
-    if hasattr(library, "omp_pause_resource_all"):
+    # In a forked process the team's threads don't exist, and would be waited for.
+    if os.getpid() == _PROCESS and hasattr(library, "omp_pause_resource_all"):
         library.omp_pause_resource_all(1)  # omp_pause_soft: settings stay
 
 
@@ -150,7 +153,9 @@ class Compiled(plain.Widened):
 
 def has_rms_norm(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Return whether rows, (n_rows, dim), are normalised by compiled code."""
-    is_half = x.dtype == weight.dtype == torch.bfloat16 and x.is_contiguous() and x.dim() == 2
+    is_half = x.dtype == weight.dtype == torch.bfloat16
+    fits = x.dim() == 2 and x.shape[1:] == weight.shape
+    is_half = is_half and fits and x.is_contiguous() and weight.is_contiguous() and weight.is_cpu
     is_trained = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     return is_half and not is_trained and len(weight) >= NORMED and numba_code() is not None
 
@@ -220,7 +225,7 @@ class Tiles:
         Args:
             x: float32.
             matrix: by which blocks of inputs are multiplied; without one inputs have two digits.
-            scale: of each output, float32.
+            scale: of each output, float32, padded to whole tiles, as the next.
             added: to the sum of each output, int32, as digits are above their values.
             dtype: of the product.
         """

@@ -56,7 +56,7 @@ class OneDnn(Kernel):
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         n_tokens = x.shape[0]
-        if n_tokens == 1 and self._tiles is not None:
+        if n_tokens == 1 and self._tiles is not None and x.dtype == torch.bfloat16:
             return self._tiles.product(x)
         if n_tokens < type(self).min_tokens:
             x = F.pad(x, (0, 0, 0, type(self).min_tokens - n_tokens))
@@ -166,17 +166,19 @@ class OneDnnInt8(Int8):
 
     def _pack(self, weight: torch.Tensor, scale: torch.Tensor) -> None:
         self._packed = torch.ops.onednn.qlinear_prepack(weight.contiguous(), None)
-        self._scale, self._zeros = scale.float(), torch.zeros(len(scale), dtype=torch.int32)
+        self._scale = scale.float().contiguous()
+        self._zeros = torch.zeros(len(scale), dtype=torch.int32)
         self._tiles = Tiles.find(self._packed, weight)
         if self._tiles is not None:
-            self._added = weight.sum(dim=1, dtype=torch.int32).mul_(-LEVELS - 1)
+            added = weight.sum(dim=1, dtype=torch.int32).mul_(-LEVELS - 1)
+            padding = (0, -len(added) % 64)  # to whole tiles, of which all is read
+            self._of_outputs = F.pad(self._scale, padding), F.pad(added, padding)
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         n_rows = len(x) if self._matrix is not None else 2 * len(x)
         if self._tiles is None or self._zero is not None or n_rows > FEW_OF_TILES:
             return super().product(x)
-        given = x.float(), self._matrix, self._scale, self._added
-        return self._tiles.int8_product(*given, x.dtype)
+        return self._tiles.int8_product(x.float(), self._matrix, *self._of_outputs, x.dtype)
 
     def _multiply(self, x: torch.Tensor) -> torch.Tensor:
         # fmt: off

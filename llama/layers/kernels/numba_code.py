@@ -41,7 +41,9 @@ def compiled_once(*fastmath):
 
     def decorate(function):
         kind = numba.void(numba.types.voidptr)
-        return functools.cache(lambda: numba.cfunc(kind, fastmath=set(fastmath))(function))
+        return functools.cache(
+            lambda: numba.cfunc(kind, fastmath=set(fastmath), error_model="numpy")(function)
+        )
 
     return decorate
 
