@@ -25,8 +25,8 @@ from llama.tokenizer import BaseTokenizer
 from llama.tokenizers.control import End, with_ends
 
 Chosen = str | Adapter | None  # an adapter by its name, or as it was found
-# Called between prompts: of many, a server lets other threads get on.
-between_prompts: ContextVar[Callable[[], None]] = ContextVar("between", default=lambda: None)
+# Called between prompts; while it prepares many, a server lets other threads run.
+between_prompts: ContextVar[Callable[[], None]] = ContextVar("prompts", default=lambda: None)
 
 
 class Tasks:

@@ -163,7 +163,7 @@ class Service:
         is_chat: bool,
     ) -> list[EngineSequence]:
         def make_and_check() -> list[EngineSequence]:
-            if threads is self._large:  # its only one
+            if threads is self._large:  # it has one thread, whose context this is
                 between_prompts.set(Pauses(lambda: self.loop.n_active > 0).rest)
             sequences = make()
             self._check(sequences, is_chat)

@@ -28,9 +28,10 @@ from llama.layers.kernels import plain
 from llama.layers.quantization import Grouped, StoredWeight
 
 # Up to which compiled code is faster than widening the weight, in groups or plain.
-FEW_TOKENS, FEW_OF_PLAIN, FEW_OF_TILES = 32, 16, 4
+FEW_TOKENS, FEW_OF_PLAIN = 32, 16
+FEW_OF_TILES = 4  # rows of int8 inputs up to which it is faster than oneDNN
 NORMED = 512  # elements of a row from which compiled code normalises it
-TILED = 1 << 18  # elements of a weight from which it is, as compiling takes a second
+TILED = 1 << 18  # elements of the smallest weight that is worth a second of compiling
 _PROCESS = os.getpid()
 BLOCK = 32  # inputs that share a scale
 _CAPABILITIES: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
@@ -103,7 +104,8 @@ class Compiled(plain.Widened):
         code = numba_code()
         kind = code.Kind(self._is_int4, in_halves, shift, form.has_zeros, gcd(n_blocks, 8))
         self._product = code.product(kind)
-        code.widen(fast_dtype(torch.bfloat16))  # compiled before the first prompt
+        code.widen(fast_dtype(torch.bfloat16))  # compiled before the first prompt, as norms
+        _tiles_code().rms_norm()
 
     @staticmethod
     def supports(form: Grouped, weight: torch.Tensor) -> bool:
@@ -174,9 +176,9 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 class Tiles:
     """A weight in oneDNN's order, which compiled code reads for few tokens.
 
-    At the speed of memory, where oneDNN, which fetches nothing before it reads it, reaches 0.85 of
-    that. The order isn't documented, but found in the packed weight: tiles of 32 or 64 outputs, in
-    which the inputs of 32 bits lie together.
+    It is read at the speed of memory; oneDNN, which doesn't prefetch, reaches 0.85 of that. The
+    order isn't documented, but found in the packed weight: tiles of 32 or 64 outputs, in which the
+    inputs of 32 bits lie together.
     """
 
     def __init__(self, packed: torch.Tensor, weight: torch.Tensor, width: int):
@@ -184,7 +186,11 @@ class Tiles:
         self._address = torch.ops.mkldnn.data_ptr(packed)
         self._width, self._is_int8 = width, weight.dtype == torch.int8
         self._code = _tiles_code()
-        self._code.product(self._code.Kind(width, self._is_int8, True))  # before the first prompt
+        # Compiled before the first prompt.
+        self._code.product(self._code.Kind(width, self._is_int8, True))
+        if self._is_int8:
+            self._code.round_tokens()
+        self._code.rms_norm()
 
     @staticmethod
     def find(packed: torch.Tensor, weight: torch.Tensor) -> "Tiles | None":
@@ -229,12 +235,12 @@ class Tiles:
             added: to the sum of each output, int32, as digits are above their values.
             dtype: of the product.
         """
-        n_tokens, n_inputs = x.shape
+        x, (n_tokens, n_inputs) = x.contiguous(), x.shape
         n_digits, size = (2, 1) if matrix is None else (1, len(matrix))
-        rotated = x.contiguous() if size == 1 else torch.empty(n_tokens, n_inputs)
+        rotated = x if size == 1 else torch.empty(n_tokens, n_inputs)
         codes = torch.empty(n_digits * n_tokens, n_inputs, dtype=torch.uint8)
         scales = torch.empty(n_digits * n_tokens)
-        parts = (x.contiguous(), x if matrix is None else matrix, rotated, codes, scales)
+        parts = (x, x if matrix is None else matrix, rotated, codes, scales)
         places = [part.data_ptr() for part in parts]
         self._code.round_tokens().ctypes(_int64(*places, n_tokens, n_inputs, n_digits, size))
         others = [part.data_ptr() for part in (scales, scale, added)]

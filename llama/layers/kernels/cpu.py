@@ -34,8 +34,8 @@ class OneDnn(Kernel):
     """An unquantised weight in oneDNN's order.
 
     With bfloat16 products in hardware it is the fastest for any number of tokens: prompts at
-    1.5 times the speed of the plain weight with AMX, a single token at 0.93 of the memory's speed
-    with AMX and, padded to four tokens, at 0.88 without.
+    1.5 times the speed of the plain weight with AMX, a single token at 0.85 of the memory's speed
+    with AMX and, padded to four tokens, at 0.88 without; compiled code reads it faster.
     """
 
     opaque = True
@@ -151,7 +151,7 @@ class Int8(Kernel):
 class OneDnnInt8(Int8):
     """The same by oneDNN, which multiplies many tokens four times as fast with AMX.
 
-    (512 tokens by 5632 x 2048 weights; a single token takes as long by either.)
+    (512 tokens by 5632 x 2048 weights; compiled code multiplies few.)
     """
 
     @staticmethod
@@ -168,7 +168,7 @@ class OneDnnInt8(Int8):
         self._packed = torch.ops.onednn.qlinear_prepack(weight.contiguous(), None)
         self._scale = scale.float().contiguous()
         self._zeros = torch.zeros(len(scale), dtype=torch.int32)
-        self._tiles = Tiles.find(self._packed, weight)
+        self._tiles = Tiles.find(self._packed, weight) if self._zero is None else None
         if self._tiles is not None:
             added = weight.sum(dim=1, dtype=torch.int32).mul_(-LEVELS - 1)
             padding = (0, -len(added) % 64)  # to whole tiles, of which all is read
@@ -176,7 +176,7 @@ class OneDnnInt8(Int8):
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         n_rows = len(x) if self._matrix is not None else 2 * len(x)
-        if self._tiles is None or self._zero is not None or n_rows > FEW_OF_TILES:
+        if self._tiles is None or n_rows > FEW_OF_TILES:
             return super().product(x)
         return self._tiles.int8_product(x.float(), self._matrix, *self._of_outputs, x.dtype)
 

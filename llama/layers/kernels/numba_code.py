@@ -127,7 +127,10 @@ def round_inputs(data):
 
 @intrinsic
 def rounded(typing, value):
-    """Return the bits of bfloat16 that float32 is rounded to, to even halfway; it isn't a NaN."""
+    """Return the bits of bfloat16 that float32 is rounded to, to even halfway.
+
+    A NaN stays one if its lower half is zero, as of those that come from bfloat16.
+    """
 
     def generate(context, build, signature, args):
         bits = build.bitcast(args[0], I32)

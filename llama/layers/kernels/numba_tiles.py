@@ -39,7 +39,7 @@ class Kind(NamedTuple):
     is_half: bool  # whether outputs are written in bfloat16, not in float32
 
 
-@numba.njit(fastmath={"nnan", "nsz", "reassoc"}, inline="never")
+@numba.njit(fastmath={"nnan", "nsz", "reassoc"})  # a NaN is restored below
 def _largest(some):
     largest = ZERO
     for i in range(len(some)):
@@ -47,7 +47,7 @@ def _largest(some):
     return largest
 
 
-@numba.njit(fastmath={"nsz", "reassoc"}, inline="never")
+@numba.njit(fastmath={"nsz", "reassoc"})
 def _zero_or_nan(some):
     total = ZERO
     for i in range(len(some)):
