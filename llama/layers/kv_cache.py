@@ -3,11 +3,13 @@
 import torch
 from torch import nn
 
+from llama.huge_pages import zeros
+
 
 class KVCache(nn.Module):
     """Keys and values that a layer has computed, one slot for each sequence.
 
-    Allocated once; a slot's memory is touched only as far as it is written. With ``int8`` each
+    Allocated once; a CPU gives a slot memory only as far as it is written. With ``int8`` each
     head's key or value at a position has a scale of its own.
 
     Args:
@@ -40,10 +42,9 @@ class KVCache(nn.Module):
             shape = (n_slots, max_seq_len, n_kv_heads, head_dim)
         scales = (*shape[:3], int(int8))  # no element where nothing is scaled
         for name in ("k", "v"):
-            entries = torch.zeros(shape, dtype=torch.int8 if int8 else dtype, device=device)
+            entries = zeros(shape, torch.int8 if int8 else dtype, device)
             self.register_buffer(name, entries, persistent=False)
-            scale = torch.zeros(scales, dtype=dtype, device=device)
-            self.register_buffer(f"{name}_scale", scale, persistent=False)
+            self.register_buffer(f"{name}_scale", zeros(scales, dtype, device), persistent=False)
 
     def update(
         self, xk: torch.Tensor, xv: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor

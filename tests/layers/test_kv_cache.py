@@ -1,6 +1,8 @@
 """The key/value cache: what is written is read, in the network's dtype and in eight bits."""
 
 import math
+import mmap
+import resource
 
 import pytest
 import torch
@@ -148,3 +150,16 @@ class TestNetworksWithACacheInEightBits:
     def test_an_unknown_dtype(self) -> None:
         with pytest.raises(ValueError, match="kv_cache_dtype is 'fp8': expected None or 'int8'"):
             Llama.build(kv_cache_dtype="fp8")
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MAP_ANONYMOUS"), reason="the system's zeros are written")
+def test_a_cache_takes_memory_as_it_is_written() -> None:
+    """A failure means a cache that is written before it is used: seconds of loading, and memory."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    cache = KVCache((64, 8, 8192, 128), torch.bfloat16, CPU)  # of 2 GB
+    slot, xk = torch.tensor([63]), torch.ones(1, 8, 128, dtype=torch.bfloat16)
+    cache.update(xk, xk, slot, torch.tensor([8191]))
+    assert cache.k[63, :, 8191].eq(1).all() and cache.k[63, :, 8190].eq(0).all()
+    assert cache.k[0].is_contiguous() and cache.k[0, 0, 0].eq(0).all()
+    taken = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert taken < 200_000  # kB
