@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from llama.args import ModelArgs as ModelArgs
+from llama.layers import kernels
 from llama.layers.attention import Backend, Sdpa, ragged_attention
 from llama.layers.batch import RaggedBatch, Segment, check_segments
 from llama.layers.capability import Capability
-from llama.layers.kernels import rms_norm
 from llama.layers.kv_cache import KVCache
 from llama.layers.linear import (
     ColumnParallelLinear,
@@ -44,7 +44,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out = rms_norm(x, self.weight, self.eps)
+        out = kernels.rms_norm(x, self.weight, self.eps)
         return out if self.adapted is None else self.adapted(x, out)
 
 
@@ -106,10 +106,13 @@ class Attention(nn.Module):
     def forward(self, x: torch.Tensor, freqs_cis: torch.Tensor, batch: RaggedBatch) -> torch.Tensor:
         heads = self.n_local_heads, self.n_local_kv_heads
         xqkv = joined_linear(x, self.wq, self.wk, self.wv).unflatten(-1, (-1, self.head_dim))
-        xqk, xv = xqkv.split((sum(heads), heads[1]), dim=1)  # (n_tokens, some heads, head_dim)
-        xq, xk = apply_rotary_emb(xqk, freqs_cis).split(heads, dim=1)
-        n_tokens = len(batch.slots)  # without padding
-        self.cache.update(xk[:n_tokens], xv[:n_tokens], batch.slots, batch.positions)
+        if kernels.has_rotation(xqkv, self.cache):  # the same in one call
+            xq = kernels.rotate(xqkv, freqs_cis, self.cache, batch)
+        else:
+            xqk, xv = xqkv.split((sum(heads), heads[1]), dim=1)  # (n_tokens, some heads, head_dim)
+            xq, xk = apply_rotary_emb(xqk, freqs_cis).split(heads, dim=1)
+            n_tokens = len(batch.slots)  # without padding
+            self.cache.update(xk[:n_tokens], xv[:n_tokens], batch.slots, batch.positions)
         out = ragged_attention(xq, self.cache, batch)
         return self.wo(out.flatten(1))  # (n_tokens, dim)
 
@@ -125,10 +128,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         gate, up = fused_linear(x, self.w1, self.w3)
-        hidden = F.silu(gate, inplace=True) * up
-        if torch.compiler.is_compiling():  # so that it isn't computed for each output of w2
-            hidden = hidden.as_strided(hidden.shape, hidden.stride())
-        return self.w2(hidden)  # (n_tokens, dim)
+        return self.w2(kernels.swiglu(gate, up))  # (n_tokens, dim)
 
 
 class TransformerBlock(nn.Module):
@@ -220,10 +220,10 @@ class Transformer(nn.Module):
 
     def pack_group(self, layers: tuple[ParallelLinear, ...]) -> bool:
         """Pack one of ``linear_groups``; return whether kernels took over all its weights."""
-        kernels = pack(layers, self.capability)
-        self.min_tokens = max([self.min_tokens, *(kernel.min_tokens for kernel in kernels)])
-        if kernels and layers[0].is_shared and kernels[0].reads_rows:
-            self.tok_embeddings.give_to(kernels[0], slice(None))
+        packed = pack(layers, self.capability)
+        self.min_tokens = max([self.min_tokens, *(kernel.min_tokens for kernel in packed)])
+        if packed and layers[0].is_shared and packed[0].reads_rows:
+            self.tok_embeddings.give_to(packed[0], slice(None))
         return all(layer.kernel for layer in layers)
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from llama.engine import graphs
 from llama.layers.capability import Capability
+from llama.layers.kernels import compiled
 
 # An H100 whose attention operator takes float32 too, so that tokens can be compared.
 H100 = Capability("cuda", (9, 0), (torch.float32, torch.float16, torch.bfloat16))
@@ -140,6 +141,7 @@ def pretend(setattr: Callable[..., None]) -> None:
     """Take CUDA's branches from here on; ``setattr`` is the builtin, or monkeypatch's."""
     setattr(Capability, "of", staticmethod(lambda device: H100))
     setattr(graphs, "CudaGraph", ReplayedGraph)
+    setattr(compiled, "numba_code", lambda: None)  # whose calls graphs wouldn't record
 
 
 def n_replays(steps: graphs.DecodingSteps | None) -> int:

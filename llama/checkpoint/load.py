@@ -107,11 +107,14 @@ def _fill(
         part = checkpoint.rank_part(name, args, rank, ranks)
         part = part.to(device, _stored_dtype(model, name, dtype)).contiguous()
         mapped = checkpoint.mapped(name)
-        # A tensor that needs no change stays mapped: it is read when it is used, never copied.
-        if any(shares_memory(part, tensor) for tensor in mapped):
+        is_mapped = any(shares_memory(part, tensor) for tensor in mapped)
+        is_read_whole = name == "tok_embeddings.weight" and args.tie_word_embeddings
+        # A tensor that needs no change stays mapped: it is read when it is used, never copied. An
+        # output that every token reads is copied: the pages of files are small.
+        if is_mapped and not is_read_whole:
             still_mapped.add(part.data_ptr())
         else:
-            if part.untyped_storage().nbytes() > part.nbytes:
+            if is_mapped or part.untyped_storage().nbytes() > part.nbytes:
                 part = part.clone()  # of a tensor that was made whole, keep this rank's part only
             release(mapped)
         tensors[name] = part

@@ -3,15 +3,27 @@
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 
+from llama.layers.batch import RaggedBatch
 from llama.layers.capability import Capability
 from llama.layers.kernels import compiled, cpu, cuda, plain
 from llama.layers.kernels.base import Kernel
 from llama.layers.kernels.compiled import Bfloat16, Compiled
 from llama.layers.kernels.digits import Digits, Ordered
+from llama.layers.kv_cache import KVCache
 from llama.layers.quantization import Form, Grouped, StoredWeight
 
-__all__ = ["Kernel", "make_kernel", "plain", "plain_kernel", "rms_norm"]
+__all__ = [
+    "Kernel",
+    "has_rotation",
+    "make_kernel",
+    "plain",
+    "plain_kernel",
+    "rms_norm",
+    "rotate",
+    "swiglu",
+]
 
 
 def plain_kernel(
@@ -70,6 +82,38 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     if x.is_cpu and not torch.compiler.is_compiling() and compiled.has_rms_norm(x, weight):
         return compiled.rms_norm(x, weight, eps)
     return plain.rms_norm(x, weight, eps)
+
+
+def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """Return ``silu(gate) * up``, each (n_tokens, hidden_dim); ``gate`` may be overwritten."""
+    is_compiling = torch.compiler.is_compiling()
+    if not is_compiling and compiled.has_swiglu(gate, up):
+        return compiled.swiglu(gate, up)
+    hidden = F.silu(gate, inplace=True) * up
+    # As a view, so that compiled code doesn't compute it for each output of the next layer.
+    return hidden.as_strided(hidden.shape, hidden.stride()) if is_compiling else hidden
+
+
+def has_rotation(xqkv: torch.Tensor, kv_cache: KVCache) -> bool:
+    """Return whether ``rotate`` takes queries, keys and values, and writes to a cache."""
+    return not torch.compiler.is_compiling() and compiled.has_rotation(xqkv, kv_cache)
+
+
+def rotate(
+    xqkv: torch.Tensor, freqs_cis: torch.Tensor, kv_cache: KVCache, batch: RaggedBatch
+) -> torch.Tensor:
+    """Rotate queries and keys, and write keys and values to the cache, in one call.
+
+    Args:
+        xqkv: side by side, shape (n_tokens, n_heads + 2 * n_kv_heads, head_dim).
+        freqs_cis: float32, shape (n_tokens, head_dim / 2, 2).
+        kv_cache: of the layer.
+        batch: where the tokens go; those beyond it are padding.
+
+    Returns:
+        The queries, shape (n_tokens, n_heads, head_dim); of padding, any.
+    """
+    return compiled.rotate(xqkv, freqs_cis, kv_cache, batch)
 
 
 def _grouped(

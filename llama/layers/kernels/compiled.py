@@ -23,14 +23,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from llama.layers.batch import RaggedBatch
 from llama.layers.capability import Capability, cpu_has_bf16, fast_dtype
 from llama.layers.kernels import plain
+from llama.layers.kv_cache import KVCache
 from llama.layers.quantization import Grouped, StoredWeight
 
 # Up to which compiled code is faster than widening the weight, in groups or plain.
 FEW_TOKENS, FEW_OF_PLAIN = 32, 16
 FEW_OF_TILES = 4  # rows of int8 inputs up to which it is faster than oneDNN
-NORMED = 512  # elements of a row from which compiled code normalises it
+WIDE = 512  # elements of a token from which code for them is worth compiling
 TILED = 1 << 18  # elements of the smallest weight that is worth a second of compiling
 _PROCESS = os.getpid()
 BLOCK = 32  # inputs that share a scale
@@ -53,6 +55,11 @@ def numba_code() -> Any:
 @functools.cache
 def _tiles_code() -> Any:
     return importlib.import_module("llama.layers.kernels.numba_tiles")
+
+
+@functools.cache
+def _tokens_code() -> Any:
+    return importlib.import_module("llama.layers.kernels.numba_tokens")
 
 
 @functools.cache
@@ -104,8 +111,9 @@ class Compiled(plain.Widened):
         code = numba_code()
         kind = code.Kind(self._is_int4, in_halves, shift, form.has_zeros, gcd(n_blocks, 8))
         self._product = code.product(kind)
-        code.widen(fast_dtype(torch.bfloat16))  # compiled before the first prompt, as norms
-        _tiles_code().rms_norm()
+        code.round_inputs()  # compiled before the first prompt, as what follows
+        code.widen(fast_dtype(torch.bfloat16))
+        _compile_tokens_code()
 
     @staticmethod
     def supports(form: Grouped, weight: torch.Tensor) -> bool:
@@ -141,9 +149,8 @@ class Compiled(plain.Widened):
         out = torch.empty(last - first, self._n_inputs, dtype=dtype)
         sizes = [len(out), self._n_groups, self._n_inputs // self._n_groups]
         flags = self._is_int4, self._form.has_zeros
-        _in_parallel(
-            numba_code().widen(dtype), *self._places(first), out.data_ptr(), *sizes, *flags
-        )
+        code = numba_code().widen(dtype)
+        _in_parallel(code, *self._places(first), out.data_ptr(), *sizes, *flags)
         return out
 
     def _places(self, row: int = 0) -> list[int]:
@@ -153,24 +160,59 @@ class Compiled(plain.Widened):
         return [part.data_ptr() + row * part.shape[1] * part.itemsize for part in parts]
 
 
+def fits(*tensors: torch.Tensor) -> bool:
+    """Return whether compiled code reads tensors: bfloat16 on a CPU, rows without gaps in them."""
+    is_half = all(x.dtype == torch.bfloat16 and x.is_cpu and x.stride(-1) == 1 for x in tensors)
+    is_trained = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    return is_half and not is_trained and numba_code() is not None
+
+
 def has_rms_norm(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Return whether rows, (n_rows, dim), are normalised by compiled code."""
-    is_half = x.dtype == weight.dtype == torch.bfloat16
-    fits = x.dim() == 2 and x.shape[1:] == weight.shape
-    is_half = is_half and fits and x.is_contiguous() and weight.is_contiguous() and weight.is_cpu
-    is_trained = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    return is_half and not is_trained and len(weight) >= NORMED and numba_code() is not None
+    is_wide = x.dim() == 2 and x.shape[1:] == weight.shape and len(weight) >= WIDE
+    return is_wide and x.is_contiguous() and fits(x, weight)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Return normalised rows: an operator of PyTorch takes longer to call than to compute."""
     out, added = torch.empty_like(x), ctypes.c_float(eps)
     places = x.data_ptr(), weight.data_ptr(), ctypes.addressof(added), out.data_ptr()
-    if len(x) == 1:
-        _tiles_code().rms_norm().ctypes(_int64(*places, *x.shape))
-    else:
-        _in_parallel(_tiles_code().rms_norm().address, *places, *x.shape)
+    _by_rows(_tokens_code().rms_norm(), len(x), *places, *x.shape)
     return out
+
+
+def has_swiglu(gate: torch.Tensor, up: torch.Tensor) -> bool:
+    """Return whether compiled code reads two parts of rows, each (n_rows, dim)."""
+    is_wide = gate.dim() == 2 and gate.shape[1] >= WIDE
+    return is_wide and gate.stride() == up.stride() and fits(gate, up)
+
+
+def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """Return ``silu(gate) * up`` of rows, (n_rows, dim), which lie equally far from each other."""
+    out = torch.empty(gate.shape, dtype=gate.dtype)
+    places = gate.data_ptr(), up.data_ptr(), out.data_ptr()
+    _by_rows(_tokens_code().swiglu(), len(gate), *places, *gate.shape, gate.stride(0))
+    return out
+
+
+def has_rotation(xqkv: torch.Tensor, kv_cache: KVCache) -> bool:
+    """Return whether compiled code reads (n_tokens, n_heads, head_dim) and writes to a cache."""
+    is_wide = xqkv.is_contiguous() and xqkv[0].numel() >= WIDE
+    return is_wide and not kv_cache.position_major and fits(xqkv, kv_cache.k)
+
+
+def rotate(
+    xqkv: torch.Tensor, freqs_cis: torch.Tensor, kv_cache: KVCache, batch: RaggedBatch
+) -> torch.Tensor:
+    """Return rotated queries, and write rotated keys, and values, to the cache."""
+    keys, values = kv_cache.k, kv_cache.v
+    (n_tokens, n_all, head_dim), n_kv_heads = xqkv.shape, keys.shape[1]
+    xq = torch.empty(n_tokens, n_all - 2 * n_kv_heads, head_dim, dtype=xqkv.dtype)
+    some = (xqkv, freqs_cis, batch.slots, batch.positions, xq, keys, values)
+    sizes = (len(batch.slots), xq.shape[1], n_kv_heads, head_dim, len(keys), keys.shape[2])
+    places = [part.data_ptr() for part in some]
+    _by_rows(_tokens_code().rotate(), sizes[0], *places, *sizes)
+    return xq
 
 
 class Tiles:
@@ -190,7 +232,7 @@ class Tiles:
         self._code.product(self._code.Kind(width, self._is_int8, True))
         if self._is_int8:
             self._code.round_tokens()
-        self._code.rms_norm()
+        _compile_tokens_code()
 
     @staticmethod
     def find(packed: torch.Tensor, weight: torch.Tensor) -> "Tiles | None":
@@ -221,7 +263,7 @@ class Tiles:
     def int8_product(
         self,
         x: torch.Tensor,
-        matrix: torch.Tensor | None,
+        size: int,
         scale: torch.Tensor,
         added: torch.Tensor,
         dtype: torch.dtype,
@@ -230,18 +272,17 @@ class Tiles:
 
         Args:
             x: float32.
-            matrix: by which blocks of inputs are multiplied; without one inputs have two digits.
+            size: how many inputs are rotated together; if they aren't, they have two digits.
             scale: of each output, float32, padded to whole tiles, as the next.
             added: to the sum of each output, int32, as digits are above their values.
             dtype: of the product.
         """
         x, (n_tokens, n_inputs) = x.contiguous(), x.shape
-        n_digits, size = (2, 1) if matrix is None else (1, len(matrix))
+        n_digits = 2 if size == 1 else 1
         rotated = x if size == 1 else torch.empty(n_tokens, n_inputs)
         codes = torch.empty(n_digits * n_tokens, n_inputs, dtype=torch.uint8)
         scales = torch.empty(n_digits * n_tokens)
-        parts = (x, x if matrix is None else matrix, rotated, codes, scales)
-        places = [part.data_ptr() for part in parts]
+        places = [part.data_ptr() for part in (x, rotated, codes, scales)]
         self._code.round_tokens().ctypes(_int64(*places, n_tokens, n_inputs, n_digits, size))
         others = [part.data_ptr() for part in (scales, scale, added)]
         out = self._multiply(codes, len(codes), dtype if n_digits == 1 else torch.float32, *others)
@@ -255,8 +296,9 @@ class Tiles:
         sums = torch.empty(n_tokens, n_tiles * self._width)
         is_half = dtype == torch.bfloat16
         out = torch.empty_like(sums, dtype=dtype) if is_half else sums
-        product = self._code.product(self._code.Kind(self._width, self._is_int8, is_half))
+        kind = self._code.Kind(self._width, self._is_int8, is_half)
         places = [self._address, x.data_ptr(), sums.data_ptr(), out.data_ptr()]
+        product = self._code.product(kind)
         _in_parallel(product, *places, n_tiles, n_inputs, n_tokens, *others)
         if out.shape[1] > n_outputs:
             out = out[:, :n_outputs].contiguous()
@@ -270,6 +312,11 @@ class Bfloat16(plain.Joined):
     """
 
     opaque = True
+
+    def __init__(self, stored: StoredWeight):
+        super().__init__(stored)
+        numba_code().bfloat16_product()  # compiled before the first prompt
+        _compile_tokens_code()
 
     @staticmethod
     def is_fastest_for(weight: torch.Tensor) -> bool:
@@ -287,8 +334,22 @@ class Bfloat16(plain.Joined):
         return out.to(x.dtype)
 
 
+def _compile_tokens_code() -> None:
+    code = _tokens_code()
+    for function in (code.rms_norm, code.swiglu, code.rotate):
+        function()
+
+
 def _int64(*values: int) -> Any:
     return (ctypes.c_int64 * len(values))(*values)
+
+
+def _by_rows(function: Any, n_rows: int, *values: int) -> None:
+    """Call a function of rows in PyTorch's threads; of a few, in this one."""
+    if n_rows <= 4:
+        function.ctypes(_int64(*values))
+    else:
+        _in_parallel(function.address, *values)
 
 
 def _in_parallel(address: int, *values: int) -> None:

@@ -178,7 +178,8 @@ class OneDnnInt8(Int8):
         n_rows = len(x) if self._matrix is not None else 2 * len(x)
         if self._tiles is None or n_rows > FEW_OF_TILES:
             return super().product(x)
-        return self._tiles.int8_product(x.float(), self._matrix, *self._of_outputs, x.dtype)
+        size = 1 if self._matrix is None else len(self._matrix)
+        return self._tiles.int8_product(x.float(), size, *self._of_outputs, x.dtype)
 
     def _multiply(self, x: torch.Tensor) -> torch.Tensor:
         # fmt: off

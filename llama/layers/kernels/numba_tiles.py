@@ -1,4 +1,4 @@
-"""The code that ``compiled.rms_norm`` and ``Tiles`` have numba compile, the latter for AVX-512."""
+"""The code that ``compiled.Tiles`` has numba compile, for AVX-512."""
 
 # mypy: ignore-errors
 
@@ -20,7 +20,6 @@ from llama.layers.kernels.numba_code import (
     INTEGER,
     ZERO,
     Vectors,
-    bfloat16,
     compiled_once,
     part_of_thread,
     pointer,
@@ -55,44 +54,46 @@ def _zero_or_nan(some):
     return total
 
 
-@numba.njit(fastmath={"contract"})
-def _rotate(some, matrix, out):
-    size = len(matrix)
-    for block in range(0, len(some), size):
-        own = out[block : block + size]
-        own[:] = ZERO
-        for i in range(size):
-            for j in range(size):
-                own[j] += some[block + i] * matrix[i, j]
+@numba.njit(error_model="numpy")
+def _rotate(some, size, out):
+    """Multiply blocks by the Hadamard matrix of a size, by sums and differences of their halves."""
+    scale = FLOAT(1) / np.sqrt(FLOAT(size))
+    for i in range(len(some)):
+        out[i] = some[i] * scale
+    half = 1
+    while half < size:
+        for first in range(0, len(some), 2 * half):
+            for i in range(first, first + half):
+                low, high = out[i], out[i + half]
+                out[i], out[i + half] = low + high, low - high
+        half *= 2
 
 
 @compiled_once()
 def round_tokens(data):
     """Rotate inputs and round them to ``LEVELS`` on either side of zero.
 
-    ``data`` points to the addresses of inputs, float32, (n_tokens, n_inputs), and of the matrix by
-    which their blocks are multiplied, if that has more than one row, then to those of what is
-    written, and to the numbers of tokens, of inputs, of digits, one or two, and of the matrix's
-    rows:
+    ``data`` points to the addresses of inputs, float32, (n_tokens, n_inputs), then of what is
+    written, and to the numbers of tokens, of inputs, of digits, one or two, and of the inputs that
+    are rotated together, a power of two:
 
     - rotated inputs, float32, their shape.
     - codes, uint8, (n_digits, n_tokens, n_inputs), ``LEVELS + 1`` above their values. The second
       digit is of what the first leaves.
     - scales, float32, (n_digits, n_tokens).
     """
-    given = numba.carray(data, 9, numba.int64)
-    n_tokens, n_inputs, n_digits, size = given[5], given[6], given[7], given[8]
+    given = numba.carray(data, 8, numba.int64)
+    n_tokens, n_inputs, n_digits, size = given[4], given[5], given[6], given[7]
     x = numba.carray(pointer(given[0]), (n_tokens, n_inputs), FLOAT)
-    matrix = numba.carray(pointer(given[1]), (size, size), FLOAT)
-    rotated = numba.carray(pointer(given[2]), (n_tokens, n_inputs), FLOAT)
-    codes = numba.carray(pointer(given[3]), (n_digits, n_tokens, n_inputs), numba.uint8)
-    scales = numba.carray(pointer(given[4]), (n_digits, n_tokens), FLOAT)
+    rotated = numba.carray(pointer(given[1]), (n_tokens, n_inputs), FLOAT)
+    codes = numba.carray(pointer(given[2]), (n_digits, n_tokens, n_inputs), numba.uint8)
+    scales = numba.carray(pointer(given[3]), (n_digits, n_tokens), FLOAT)
     levels, above = FLOAT(LEVELS), FLOAT(LEVELS + 1.5)
     for token in range(n_tokens):
         some, own, rest = x[token], codes[0, token], codes[n_digits - 1, token]
         if size > 1:
             some = rotated[token]
-            _rotate(x[token], matrix, some)
+            _rotate(x[token], size, some)
         largest = max(_largest(some), FLOAT(1e-30))
         scale = levels / largest
         scales[0, token] = largest / levels + _zero_or_nan(some)
@@ -105,30 +106,6 @@ def round_tokens(data):
                 first = np.rint(some[i] * scale)
                 own[i] = numba.int32(first + above)
                 rest[i] = numba.int32((some[i] * scale - first) * (2 * levels) + above)
-
-
-@compiled_once("reassoc", "nsz", "contract")
-def rms_norm(data):
-    """Write a thread's part of normalised rows.
-
-    ``data`` points to the addresses of rows, bfloat16, (n_rows, dim), of their weights, of what is
-    added to mean squares, float32, and of outputs, bfloat16, then to the numbers of rows and of
-    their elements.
-    """
-    given = numba.carray(data, 6, numba.int64)
-    n_rows, dim = given[4], given[5]
-    x = numba.carray(pointer(given[0]), (n_rows, dim), numba.uint16)
-    weight = numba.carray(pointer(given[1]), (dim,), numba.uint16)
-    eps = numba.carray(pointer(given[2]), (1,), FLOAT)[0]
-    out = numba.carray(pointer(given[3]), (n_rows, dim), numba.uint16)
-    for row in range(*part_of_thread(n_rows)):
-        some, own, total = x[row], out[row], ZERO
-        for i in range(dim):
-            value = bfloat16(some[i])
-            total += value * value
-        scale = FLOAT(1) / np.sqrt(total / FLOAT(dim) + eps)
-        for i in range(dim):
-            own[i] = rounded(bfloat16(some[i]) * scale * bfloat16(weight[i]))
 
 
 @functools.cache

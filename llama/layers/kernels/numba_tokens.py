@@ -1,0 +1,124 @@
+"""The code that numba compiles for what a token needs besides products with weights.
+
+For one token an operator of PyTorch takes longer to call than to compute.
+"""
+
+# mypy: ignore-errors
+
+import math
+
+import numba
+import numpy as np
+
+from llama.layers.kernels.numba_code import (
+    FLOAT,
+    ZERO,
+    bfloat16,
+    compiled_once,
+    part_of_thread,
+    pointer,
+    rounded,
+)
+
+# Of the series of 2 ** x.
+C0, C1, C2, C3, C4, C5, C6 = (FLOAT(math.log(2) ** k / math.factorial(k)) for k in range(7))
+
+
+@numba.njit(fastmath={"nsz", "contract"}, error_model="numpy")
+def _exp(x):
+    """Return an exponential, to float32's precision, by operations that vectors have."""
+    # A NaN is lost here.
+    scaled = min(max(x * FLOAT(math.log2(math.e)), FLOAT(-126)), FLOAT(127))
+    whole = np.rint(scaled)
+    f = scaled - whole
+    series = C0 + f * (C1 + f * (C2 + f * (C3 + f * (C4 + f * (C5 + f * C6)))))
+    power = bfloat16(numba.uint16((numba.int32(whole) + 127) << 7))  # its exponent alone
+    return series * power
+
+
+@compiled_once("reassoc", "nsz", "contract")
+def rms_norm(data):
+    """Write a thread's part of normalised rows.
+
+    ``data`` points to the addresses of rows, bfloat16, (n_rows, dim), of their weights, of what is
+    added to mean squares, float32, and of outputs, bfloat16, then to the numbers of rows and of
+    their elements.
+    """
+    given = numba.carray(data, 6, numba.int64)
+    n_rows, dim = given[4], given[5]
+    x = numba.carray(pointer(given[0]), (n_rows, dim), numba.uint16)
+    weight = numba.carray(pointer(given[1]), (dim,), numba.uint16)
+    eps = numba.carray(pointer(given[2]), (1,), FLOAT)[0]
+    out = numba.carray(pointer(given[3]), (n_rows, dim), numba.uint16)
+    for row in range(*part_of_thread(n_rows)):
+        some, own, total = x[row], out[row], ZERO
+        for i in range(dim):
+            value = bfloat16(some[i])
+            total += value * value
+        scale = FLOAT(1) / np.sqrt(total / FLOAT(dim) + eps)
+        for i in range(dim):
+            own[i] = rounded(bfloat16(some[i]) * scale * bfloat16(weight[i]))
+
+
+@compiled_once("reassoc", "nsz", "contract")
+def swiglu(data):
+    """Write a thread's part of the products of ``silu(gate)`` and ``up``.
+
+    ``data`` points to the addresses of both, bfloat16, and of outputs, bfloat16, (n_rows, dim),
+    then to the numbers of rows, of their elements, and of those from a row of ``gate`` and ``up``
+    to the next.
+    """
+    given = numba.carray(data, 6, numba.int64)
+    n_rows, dim, step = given[3], given[4], given[5]
+    gate = numba.carray(pointer(given[0]), (n_rows, step), numba.uint16)
+    up = numba.carray(pointer(given[1]), (n_rows, step), numba.uint16)
+    out = numba.carray(pointer(given[2]), (n_rows, dim), numba.uint16)
+    for row in range(*part_of_thread(n_rows)):
+        some, factors, own = gate[row], up[row], out[row]
+        for i in range(dim):
+            x = bfloat16(some[i])
+            own[i] = rounded(x / (FLOAT(1) + _exp(-x)) * bfloat16(factors[i]))
+
+
+@compiled_once("contract")
+def rotate(data):
+    """Rotate a thread's part of queries and keys, and write the latter and values to the cache.
+
+    ``data`` points to the addresses of what is read, then of what is written:
+
+    - queries, keys and values side by side, bfloat16, (n_tokens, n_heads + 2 * n_kv_heads,
+      head_dim).
+    - cosines and sines, float32, (n_tokens, head_dim / 2, 2).
+    - slots and positions, int64, (n_tokens,).
+    - queries, bfloat16, (n_tokens, n_heads, head_dim).
+    - cached keys and values, bfloat16, (n_slots, n_kv_heads, max_seq_len, head_dim).
+
+    then to the numbers of tokens, heads, key/value heads, elements of a head, slots and positions.
+    """
+    given = numba.carray(data, 13, numba.int64)
+    n_tokens, n_heads, n_kv_heads, head_dim = given[7], given[8], given[9], given[10]
+    n_all, size = n_heads + 2 * n_kv_heads, (given[11], n_kv_heads, given[12], head_dim)
+    x = numba.carray(pointer(given[0]), (n_tokens, n_all, head_dim), numba.uint16)
+    freqs = numba.carray(pointer(given[1]), (n_tokens, head_dim), FLOAT)
+    slots = numba.carray(pointer(given[2]), (n_tokens,), numba.int64)
+    positions = numba.carray(pointer(given[3]), (n_tokens,), numba.int64)
+    queries = numba.carray(pointer(given[4]), (n_tokens, n_heads, head_dim), numba.uint16)
+    keys = numba.carray(pointer(given[5]), size, numba.uint16)
+    values = numba.carray(pointer(given[6]), size, numba.uint16)
+    for token in range(*part_of_thread(n_tokens)):
+        slot, position, angles = slots[token], positions[token], freqs[token]
+        for head in range(n_heads):
+            _rotate(x[token, head], angles, queries[token, head])
+        for head in range(n_kv_heads):
+            _rotate(x[token, n_heads + head], angles, keys[slot, head, position])
+            value, cached = x[token, n_heads + n_kv_heads + head], values[slot, head, position]
+            for i in range(head_dim):
+                cached[i] = value[i]
+
+
+@numba.njit(fastmath={"contract"})
+def _rotate(pairs, angles, out):
+    for i in range(0, len(pairs), 2):
+        real, imag, cos, sin = bfloat16(pairs[i]), bfloat16(pairs[i + 1]), angles[i], angles[i + 1]
+        out[i] = rounded(real * cos - imag * sin)
+        out[i + 1] = rounded(real * sin + imag * cos)

@@ -1,0 +1,182 @@
+"""Compiled code for what a token needs besides products: norms, rotation, the cache, SwiGLU."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from llama import parallel
+from llama.args import ModelArgs
+from llama.layers.batch import RaggedBatch
+from llama.layers.kernels import compiled, has_rotation, plain, rms_norm, rotate, swiglu
+from llama.layers.kv_cache import KVCache
+from llama.model import Transformer, apply_rotary_emb
+
+BF16 = torch.bfloat16
+
+
+@pytest.fixture(autouse=True)
+def numba() -> None:
+    pytest.importorskip("numba")
+    if compiled.numba_code() is None:
+        pytest.skip("numba's code is for x86 and Linux")
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+@pytest.mark.parametrize("dim", [512, 1000, 2048])
+@pytest.mark.parametrize("n_tokens", [1, 2, 7])
+def test_compiled_norms_are_pytorchs(n_tokens: int, dim: int) -> None:
+    """A failure means other logits in bfloat16, or norms that take three times as long."""
+    x, weight = random(n_tokens, dim) * 5, random(dim)
+    assert compiled.has_rms_norm(x, weight)
+    found, others = rms_norm(x, weight, 1e-3), plain.rms_norm(x, weight, 1e-3)
+    exact = F.rms_norm(x.double(), (dim,), weight.double(), 1e-3)
+    assert found.dtype == BF16
+    torch.testing.assert_close(found.double(), exact, rtol=2**-8, atol=1e-9)
+    assert (found == others).float().mean() > 0.999
+    assert torch.equal(found, torch.cat([rms_norm(row[None], weight, 1e-3) for row in x]))
+    x[0, 3] = math.nan
+    assert rms_norm(x, weight, 1e-3)[0].isnan().all()
+
+
+def test_other_norms_are_pytorchs_own() -> None:
+    """A failure means that inputs of another dtype, or in part of a tensor, are read as bits."""
+    weight, x = random(512), random(3, 1024)
+    for some, its_weight in ((x[:, :512], weight), (x[:, :512].float(), weight.float())):
+        assert not compiled.has_rms_norm(some, its_weight)
+        expected = F.rms_norm(some.double(), (512,), its_weight.double(), 1e-5)
+        torch.testing.assert_close(
+            rms_norm(some, its_weight, 1e-5).double(), expected, rtol=1e-2, atol=1e-3
+        )
+
+
+def test_rows_of_zeros_are_divided_as_pytorch_does() -> None:
+    """A failure means that rows behind one of zeros are what memory held before."""
+    x, weight = random(3, 512), torch.ones(512, dtype=BF16)
+    x[0] = 0
+    out = rms_norm(x, weight, 0.0)
+    assert out[0].isnan().all() and out[1:].isfinite().all()
+
+
+def test_norms_that_are_trained_have_gradients() -> None:
+    """A failure means that a fine-tuned norm never changes."""
+    x, weight = random(3, 512), random(512).requires_grad_()
+    rms_norm(x, weight, 1e-5).sum().backward()
+    assert weight.grad is not None and weight.grad.any()
+    with torch.inference_mode():
+        assert compiled.has_rms_norm(x, weight)
+
+
+@pytest.mark.parametrize("n_tokens", [1, 3, 9])
+def test_compiled_swiglu_is_pytorchs(n_tokens: int) -> None:
+    """A failure means other logits in bfloat16, or infinite ones from large inputs."""
+    gate, up = (random(n_tokens, 2 * 700) * 4).split(700, dim=1)
+    gate[0, :4] = torch.tensor([-1000, -90, 90, 1000])
+    assert compiled.has_swiglu(gate, up)
+    exact = F.silu(gate.double()) * up.double()
+    found = swiglu(gate, up)
+    assert found.dtype == BF16 and found.is_contiguous()
+    torch.testing.assert_close(found.double(), exact, rtol=2**-8, atol=1e-30)
+    gate[0, 5] = math.nan
+    assert swiglu(gate, up)[0, 5].isnan()
+
+
+def test_other_gates_are_pytorchs_own() -> None:
+    """A failure means that other inputs are read as bits, or that gates can't be trained."""
+    whole = random(3, 1400)
+    narrow, far = whole[:, :1400:2], whole[:2, :700].contiguous()
+    others = [(narrow, narrow + 1), (whole[:2, :700], far), (far.float(), far.float() + 1)]
+    for gate, up in others:
+        assert not compiled.has_swiglu(gate, up)
+        expected = F.silu(gate.double()) * up.double()
+        torch.testing.assert_close(swiglu(gate.clone(), up).double(), expected, rtol=2**-6, atol=0)
+    trained = far.clone().requires_grad_()
+    assert not compiled.has_swiglu(trained, far)
+
+
+def places(*pairs: tuple[int, int]) -> RaggedBatch:
+    slots, positions = torch.tensor(pairs).unbind(1)
+    return RaggedBatch(slots.contiguous(), positions.contiguous(), [])
+
+
+PLACES = [(3, 7), (0, 0), (1, 9), (2, 4), (2, 5), (2, 6)]  # slots and positions
+
+
+@pytest.mark.parametrize(("n_heads", "n_kv_heads", "head_dim"), [(8, 2, 64), (9, 9, 32)])
+@pytest.mark.parametrize("n_tokens", [1, 6])
+@pytest.mark.parametrize("n_padding", [0, 3])
+def test_a_rotation_writes_the_cache_as_pytorch_does(
+    n_heads: int, n_kv_heads: int, head_dim: int, n_tokens: int, n_padding: int
+) -> None:
+    """A failure means that tokens attend to keys at other places, or turned by other angles."""
+    n_rows, heads = n_tokens + n_padding, (n_heads, n_kv_heads)
+    xqkv = random(n_rows, n_heads + 2 * n_kv_heads, head_dim)
+    angles = torch.arange(n_rows * head_dim // 2).view(n_rows, -1) * 0.1
+    freqs_cis = torch.stack((angles.cos(), angles.sin()), dim=-1)
+    batch = places(*PLACES[:n_tokens])
+    shape = (4, n_kv_heads, 10, head_dim)
+    found, expected = (KVCache(shape, BF16, torch.device("cpu")) for _ in range(2))
+    for cache in (found, expected):
+        cache.k.copy_(random(*shape, seed=1))
+        cache.v.copy_(random(*shape, seed=2))
+    assert has_rotation(xqkv, found)
+    xq = rotate(xqkv, freqs_cis, found, batch)
+    xqk, xv = xqkv.split((sum(heads), n_kv_heads), dim=1)
+    its_xq, xk = apply_rotary_emb(xqk, freqs_cis).split(heads, dim=1)
+    expected.update(xk[:n_tokens], xv[:n_tokens], batch.slots, batch.positions)
+    for ours, theirs in (
+        (xq[:n_tokens], its_xq[:n_tokens]),
+        (found.k, expected.k),
+        (found.v, expected.v),
+    ):
+        assert (ours == theirs).float().mean() > 0.999
+        torch.testing.assert_close(ours, theirs, rtol=2**-7, atol=2**-12)
+    assert xq.shape == (n_rows, n_heads, head_dim)
+
+
+def test_other_caches_are_written_by_pytorch() -> None:
+    """A failure means that a cache of another layout or dtype holds bits of another."""
+    cpu, xqkv = torch.device("cpu"), random(2, 12, 64)
+    shape = (2, 2, 8, 64)
+    others = [
+        KVCache(shape, BF16, cpu, int8=True),
+        KVCache(shape, BF16, cpu, position_major=True),
+        KVCache(shape, torch.float32, cpu),
+    ]
+    assert has_rotation(xqkv, KVCache(shape, BF16, cpu))
+    assert not any(has_rotation(xqkv, cache) for cache in others)
+    assert not has_rotation(xqkv.float(), others[2])
+    assert not has_rotation(xqkv.transpose(0, 1), KVCache(shape, BF16, cpu))
+
+
+def test_a_network_gives_the_logits_that_it_has_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A failure means that the parts, each right, don't fit together."""
+    parallel.initialize()
+    args = ModelArgs(dim=512, n_layers=3, n_heads=8, n_kv_heads=2, vocab_size=300, max_seq_len=32)
+    args.max_batch_size = 3
+    model = Transformer(args).bfloat16()
+    generator = torch.Generator().manual_seed(0)
+    for weight in model.parameters():
+        weight.data = torch.randn(weight.shape, generator=generator).mul_(0.04).bfloat16()
+    model.requires_grad_(False)
+    model.allocate_buffers(torch.device("cpu"), BF16)
+
+    def logits() -> torch.Tensor:
+        model.clear_cache()
+        prompts = torch.arange(30).view(3, 10) * 7
+        read = model(prompts)
+        return torch.cat([read, *(model(prompts[:, i : i + 1], [10 + i] * 3) for i in range(3))], 1)
+
+    calls = []
+    original = compiled.rotate
+    monkeypatch.setattr(compiled, "rotate", lambda *args: calls.append(1) or original(*args))
+    found = logits()
+    assert len(calls) == 12  # of each layer, in each pass
+    monkeypatch.setattr(compiled, "numba_code", lambda: None)
+    expected = logits()
+    assert len(calls) == 12
+    assert (found - expected).norm() < 0.02 * expected.norm()
