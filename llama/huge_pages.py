@@ -28,7 +28,7 @@ def ask_for() -> None:
 
 
 def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Return zeros, to which a CPU gives memory as they are written.
+    """Return zeros, to which a CPU gives memory as they are written, in small pages.
 
     ``torch.zeros`` writes them all: a cache of 2 GB, of which a prompt needs little, for a second.
     """
@@ -36,8 +36,6 @@ def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> tor
     if device.type != "cpu" or not n_bytes or not hasattr(mmap, "MAP_ANONYMOUS"):
         return torch.zeros(shape, dtype=dtype, device=device)
     memory = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if os.environ.get("THP_MEM_ALLOC_ENABLE") == "1":
-        memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype).view(tuple(shape))
 
 

@@ -106,7 +106,7 @@ class Attention(nn.Module):
     def forward(self, x: torch.Tensor, freqs_cis: torch.Tensor, batch: RaggedBatch) -> torch.Tensor:
         heads = self.n_local_heads, self.n_local_kv_heads
         xqkv = joined_linear(x, self.wq, self.wk, self.wv).unflatten(-1, (-1, self.head_dim))
-        if kernels.has_rotation(xqkv, self.cache):  # the same in one call
+        if kernels.has_rotation(xqkv, freqs_cis, self.cache, batch):  # the same in one call
             xq = kernels.rotate(xqkv, freqs_cis, self.cache, batch)
         else:
             xqk, xv = xqkv.split((sum(heads), heads[1]), dim=1)  # (n_tokens, some heads, head_dim)

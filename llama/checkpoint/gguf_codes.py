@@ -17,8 +17,8 @@ from llama.layers.quantization import Grouped, StoredWeight
 Parts = tuple[torch.Tensor, ...]  # of n blocks: codes, scales and, if there are any, zeros
 
 # Weights that a thread decodes at once: so many that operators, between which it holds Python's
-# lock, take longer than what is between them, yet so few that most results are smaller than a huge
-# page, which the system would have to clear.
+# lock, take longer than what is between them, yet so few that most results are no larger than a
+# huge page, which the system would have to clear.
 _CHUNK = 1 << 20
 _NL_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 

@@ -108,7 +108,8 @@ def _fill(
         part = part.to(device, _stored_dtype(model, name, dtype)).contiguous()
         mapped = checkpoint.mapped(name)
         is_mapped = any(shares_memory(part, tensor) for tensor in mapped)
-        is_read_whole = name == "tok_embeddings.weight" and args.tie_word_embeddings
+        is_output = args.tie_word_embeddings and "tok_embeddings" not in model.forms
+        is_read_whole = is_output and name == "tok_embeddings.weight"
         # A tensor that needs no change stays mapped: it is read when it is used, never copied. An
         # output that every token reads is copied: the pages of files are small.
         if is_mapped and not is_read_whole:

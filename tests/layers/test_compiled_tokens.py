@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from llama import parallel
 from llama.args import ModelArgs
 from llama.layers.batch import RaggedBatch
-from llama.layers.kernels import compiled, has_rotation, plain, rms_norm, rotate, swiglu
+from llama.layers.kernels import compiled, cpu, has_rotation, plain, rms_norm, rotate, swiglu
 from llama.layers.kv_cache import KVCache
+from llama.layers.quantization import Rotated
 from llama.model import Transformer, apply_rotary_emb
 
 BF16 = torch.bfloat16
@@ -90,6 +91,7 @@ def test_other_gates_are_pytorchs_own() -> None:
     whole = random(3, 1400)
     narrow, far = whole[:, :1400:2], whole[:2, :700].contiguous()
     others = [(narrow, narrow + 1), (whole[:2, :700], far), (far.float(), far.float() + 1)]
+    others.append((whole[:, :700], whole[:1, 700:]))
     for gate, up in others:
         assert not compiled.has_swiglu(gate, up)
         expected = F.silu(gate.double()) * up.double()
@@ -123,7 +125,7 @@ def test_a_rotation_writes_the_cache_as_pytorch_does(
     for cache in (found, expected):
         cache.k.copy_(random(*shape, seed=1))
         cache.v.copy_(random(*shape, seed=2))
-    assert has_rotation(xqkv, found)
+    assert has_rotation(xqkv, freqs_cis, found, batch)
     xq = rotate(xqkv, freqs_cis, found, batch)
     xqk, xv = xqkv.split((sum(heads), n_kv_heads), dim=1)
     its_xq, xk = apply_rotary_emb(xqk, freqs_cis).split(heads, dim=1)
@@ -140,17 +142,64 @@ def test_a_rotation_writes_the_cache_as_pytorch_does(
 
 def test_other_caches_are_written_by_pytorch() -> None:
     """A failure means that a cache of another layout or dtype holds bits of another."""
-    cpu, xqkv = torch.device("cpu"), random(2, 12, 64)
+    device, xqkv = torch.device("cpu"), random(2, 12, 64)
     shape = (2, 2, 8, 64)
     others = [
-        KVCache(shape, BF16, cpu, int8=True),
-        KVCache(shape, BF16, cpu, position_major=True),
-        KVCache(shape, torch.float32, cpu),
+        KVCache(shape, BF16, device, int8=True),
+        KVCache(shape, BF16, device, position_major=True),
+        KVCache(shape, torch.float32, device),
     ]
-    assert has_rotation(xqkv, KVCache(shape, BF16, cpu))
-    assert not any(has_rotation(xqkv, cache) for cache in others)
-    assert not has_rotation(xqkv.float(), others[2])
-    assert not has_rotation(xqkv.transpose(0, 1), KVCache(shape, BF16, cpu))
+    freqs_cis, batch, cache = (
+        torch.ones(2, 32, 2),
+        places((0, 1), (1, 1)),
+        KVCache(shape, BF16, device),
+    )
+    assert has_rotation(xqkv, freqs_cis, cache, batch)
+    assert not any(has_rotation(xqkv, freqs_cis, other, batch) for other in others)
+    assert not has_rotation(xqkv.float(), freqs_cis, others[2], batch)
+    assert not has_rotation(xqkv.transpose(0, 1), freqs_cis, cache, batch)
+    # As of a network that was converted whole.
+    assert not has_rotation(xqkv, freqs_cis.bfloat16(), cache, batch)
+    assert not has_rotation(xqkv, torch.ones(2, 2, 32).transpose(1, 2), cache, batch)
+    in_int32 = batch._replace(slots=batch.slots.int())
+    far = batch._replace(positions=torch.ones(4, dtype=torch.long)[::2])
+    assert not any(has_rotation(xqkv, freqs_cis, cache, other) for other in (in_int32, far))
+
+
+def test_a_default_device_or_dtype_changes_nothing() -> None:
+    """A failure means that code writes to another device's memory, or beyond what it was given."""
+    x, weight, cache = (
+        random(2, 1024),
+        random(512),
+        KVCache((1, 2, 8, 64), BF16, torch.device("cpu")),
+    )
+    xqkv, freqs_cis, batch = random(1, 12, 64), torch.ones(1, 32, 2), places((0, 3))
+    matrix, kernels = random(512, 512), [compiled.Bfloat16]
+    if cpu.OneDnn.is_fastest_for(matrix):
+        kernels.append(cpu.OneDnn)
+    made = [kind({"weight": matrix}) for kind in kernels]
+    if cpu.OneDnnInt8.is_fastest():
+        stored = {"weight": matrix.mul(20).to(torch.int8), "scale": torch.ones(512, 1)}
+        made.append(cpu.OneDnnInt8(stored, Rotated(), 64))
+
+    def results() -> list[torch.Tensor]:
+        return [
+            rms_norm(x[:, :512].contiguous(), weight, 1e-5),
+            swiglu(x[:, :512], x[:, 512:]),
+            rotate(xqkv, freqs_cis, cache, batch),
+            *(kernel.product(x[:1, :512]) for kernel in made),
+        ]
+
+    expected = results()
+    try:
+        torch.set_default_dtype(BF16)
+        torch.set_default_device("meta")
+        found = [results() for _ in range(20)][-1]
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_a_network_gives_the_logits_that_it_has_without(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,8 +209,11 @@ def test_a_network_gives_the_logits_that_it_has_without(monkeypatch: pytest.Monk
     args.max_batch_size = 3
     model = Transformer(args).bfloat16()
     generator = torch.Generator().manual_seed(0)
-    for weight in model.parameters():
-        weight.data = torch.randn(weight.shape, generator=generator).mul_(0.04).bfloat16()
+    for name, weight in model.named_parameters():
+        # Queries and keys so large that scores decide where a token attends to.
+        scale = 0.12 if "wq" in name or "wk" in name else 0.04
+        values = torch.randn(weight.shape, generator=generator).mul_(scale).bfloat16()
+        weight.data = torch.ones_like(values) if "norm" in name else values
     model.requires_grad_(False)
     model.allocate_buffers(torch.device("cpu"), BF16)
 
@@ -171,12 +223,17 @@ def test_a_network_gives_the_logits_that_it_has_without(monkeypatch: pytest.Monk
         read = model(prompts)
         return torch.cat([read, *(model(prompts[:, i : i + 1], [10 + i] * 3) for i in range(3))], 1)
 
-    calls = []
+    calls: list[int] = []
+    unturned = torch.tensor([1.0, 0.0]).expand(30, 32, 2).contiguous()
     original = compiled.rotate
     monkeypatch.setattr(compiled, "rotate", lambda *args: calls.append(1) or original(*args))
     found = logits()
     assert len(calls) == 12  # of each layer, in each pass
+    monkeypatch.setattr(
+        compiled, "rotate", lambda x, _, *rest: original(x, unturned[: len(x)], *rest)
+    )
+    others = logits()
     monkeypatch.setattr(compiled, "numba_code", lambda: None)
     expected = logits()
-    assert len(calls) == 12
     assert (found - expected).norm() < 0.02 * expected.norm()
+    assert (others - expected).norm() > 0.1 * expected.norm()  # without a rotation

@@ -1,4 +1,4 @@
-"""The kernels of linear layers: the fastest operator that PyTorch has for a weight on a device."""
+"""The fastest operators for a weight on a device, and for what lies between products."""
 
 from dataclasses import replace
 
@@ -94,9 +94,12 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return hidden.as_strided(hidden.shape, hidden.stride()) if is_compiling else hidden
 
 
-def has_rotation(xqkv: torch.Tensor, kv_cache: KVCache) -> bool:
-    """Return whether ``rotate`` takes queries, keys and values, and writes to a cache."""
-    return not torch.compiler.is_compiling() and compiled.has_rotation(xqkv, kv_cache)
+def has_rotation(
+    xqkv: torch.Tensor, freqs_cis: torch.Tensor, kv_cache: KVCache, batch: RaggedBatch
+) -> bool:
+    """Return whether ``rotate`` takes its arguments."""
+    is_compiling = torch.compiler.is_compiling()
+    return not is_compiling and compiled.has_rotation(xqkv, freqs_cis, kv_cache, batch)
 
 
 def rotate(

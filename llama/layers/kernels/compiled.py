@@ -131,11 +131,11 @@ class Compiled(plain.Widened):
         wide, n_tokens, n_blocks = x.float().contiguous(), len(x), self._n_inputs // BLOCK
         sizes = [self._n_inputs, 4 * n_blocks, 4 * self._n_sums, 4 * self._n_sums]
         ends = [n_tokens * end for end in (0, *itertools.accumulate(sizes))]
-        rounded = torch.empty(ends.pop(), dtype=torch.uint8)
+        rounded = x.new_empty(ends.pop(), dtype=torch.uint8)
         places = [rounded.data_ptr() + end for end in ends]
         kind = (n_tokens, n_blocks, self._n_sums // n_blocks, self._is_int4)
         numba_code().round_inputs().ctypes(_int64(wide.data_ptr(), *places, *kind))
-        out = torch.empty(n_tokens, self.out_features)
+        out = wide.new_empty(n_tokens, self.out_features)
         sizes = [self.out_features, n_blocks, self._n_groups, n_tokens]
         _in_parallel(self._product, *self._places(), *places, out.data_ptr(), *sizes)
         return out.to(x.dtype)
@@ -146,7 +146,7 @@ class Compiled(plain.Widened):
     def widened(self, rows: slice, dtype: torch.dtype) -> torch.Tensor:
         """Return some rows of the weight in float32 or bfloat16."""
         first, last, _ = rows.indices(self.out_features)
-        out = torch.empty(last - first, self._n_inputs, dtype=dtype)
+        out = torch.empty(last - first, self._n_inputs, dtype=dtype, device="cpu")
         sizes = [len(out), self._n_groups, self._n_inputs // self._n_groups]
         flags = self._is_int4, self._form.has_zeros
         code = numba_code().widen(dtype)
@@ -160,8 +160,11 @@ class Compiled(plain.Widened):
         return [part.data_ptr() + row * part.shape[1] * part.itemsize for part in parts]
 
 
-def fits(*tensors: torch.Tensor) -> bool:
-    """Return whether compiled code reads tensors: bfloat16 on a CPU, rows without gaps in them."""
+def _is_read(*tensors: torch.Tensor) -> bool:
+    """Return whether compiled code reads tensors.
+
+    They are bfloat16 on a CPU, have rows without gaps in them, and aren't trained.
+    """
     is_half = all(x.dtype == torch.bfloat16 and x.is_cpu and x.stride(-1) == 1 for x in tensors)
     is_trained = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     return is_half and not is_trained and numba_code() is not None
@@ -170,7 +173,7 @@ def fits(*tensors: torch.Tensor) -> bool:
 def has_rms_norm(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Return whether rows, (n_rows, dim), are normalised by compiled code."""
     is_wide = x.dim() == 2 and x.shape[1:] == weight.shape and len(weight) >= WIDE
-    return is_wide and x.is_contiguous() and fits(x, weight)
+    return is_wide and x.is_contiguous() and _is_read(x, weight)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -184,21 +187,31 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 def has_swiglu(gate: torch.Tensor, up: torch.Tensor) -> bool:
     """Return whether compiled code reads two parts of rows, each (n_rows, dim)."""
     is_wide = gate.dim() == 2 and gate.shape[1] >= WIDE
-    return is_wide and gate.stride() == up.stride() and fits(gate, up)
+    are_alike = gate.shape == up.shape and gate.stride() == up.stride()
+    return is_wide and are_alike and _is_read(gate, up)
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """Return ``silu(gate) * up`` of rows, (n_rows, dim), which lie equally far from each other."""
-    out = torch.empty(gate.shape, dtype=gate.dtype)
+    out = gate.new_empty(gate.shape)
     places = gate.data_ptr(), up.data_ptr(), out.data_ptr()
     _by_rows(_tokens_code().swiglu(), len(gate), *places, *gate.shape, gate.stride(0))
     return out
 
 
-def has_rotation(xqkv: torch.Tensor, kv_cache: KVCache) -> bool:
-    """Return whether compiled code reads (n_tokens, n_heads, head_dim) and writes to a cache."""
-    is_wide = xqkv.is_contiguous() and xqkv[0].numel() >= WIDE
-    return is_wide and not kv_cache.position_major and fits(xqkv, kv_cache.k)
+def has_rotation(
+    xqkv: torch.Tensor, freqs_cis: torch.Tensor, kv_cache: KVCache, batch: RaggedBatch
+) -> bool:
+    """Return whether compiled code reads what ``rotate`` is given, and writes to a cache."""
+    if not kv_cache.k.is_cpu or kv_cache.position_major or xqkv.shape[1:].numel() < WIDE:
+        return False
+    others = (
+        (freqs_cis, torch.float32),
+        (batch.slots, torch.int64),
+        (batch.positions, torch.int64),
+    )
+    fit = all(part.dtype == dtype and part.is_contiguous() for part, dtype in others)
+    return fit and xqkv.is_contiguous() and _is_read(xqkv, kv_cache.k)
 
 
 def rotate(
@@ -207,7 +220,7 @@ def rotate(
     """Return rotated queries, and write rotated keys, and values, to the cache."""
     keys, values = kv_cache.k, kv_cache.v
     (n_tokens, n_all, head_dim), n_kv_heads = xqkv.shape, keys.shape[1]
-    xq = torch.empty(n_tokens, n_all - 2 * n_kv_heads, head_dim, dtype=xqkv.dtype)
+    xq = xqkv.new_empty(n_tokens, n_all - 2 * n_kv_heads, head_dim)
     some = (xqkv, freqs_cis, batch.slots, batch.positions, xq, keys, values)
     sizes = (len(batch.slots), xq.shape[1], n_kv_heads, head_dim, len(keys), keys.shape[2])
     places = [part.data_ptr() for part in some]
@@ -279,9 +292,9 @@ class Tiles:
         """
         x, (n_tokens, n_inputs) = x.contiguous(), x.shape
         n_digits = 2 if size == 1 else 1
-        rotated = x if size == 1 else torch.empty(n_tokens, n_inputs)
-        codes = torch.empty(n_digits * n_tokens, n_inputs, dtype=torch.uint8)
-        scales = torch.empty(n_digits * n_tokens)
+        rotated = x if size == 1 else torch.empty_like(x)
+        codes = x.new_empty(n_digits * n_tokens, n_inputs, dtype=torch.uint8)
+        scales = x.new_empty(n_digits * n_tokens)
         places = [part.data_ptr() for part in (x, rotated, codes, scales)]
         self._code.round_tokens().ctypes(_int64(*places, n_tokens, n_inputs, n_digits, size))
         others = [part.data_ptr() for part in (scales, scale, added)]
@@ -293,7 +306,7 @@ class Tiles:
     ) -> torch.Tensor:
         n_outputs, n_inputs = self._shape
         n_tiles = -(-n_outputs // self._width)
-        sums = torch.empty(n_tokens, n_tiles * self._width)
+        sums = x.new_empty(n_tokens, n_tiles * self._width, dtype=torch.float32)
         is_half = dtype == torch.bfloat16
         out = torch.empty_like(sums, dtype=dtype) if is_half else sums
         kind = self._code.Kind(self._width, self._is_int8, is_half)
@@ -328,7 +341,8 @@ class Bfloat16(plain.Joined):
         weight = self._stored["weight"]
         if len(x) > FEW_OF_PLAIN:
             return plain.linear(x, weight)
-        wide, out = x.float().contiguous(), torch.empty(len(x), self.out_features)
+        wide = x.float().contiguous()
+        out = wide.new_empty(len(x), self.out_features)
         places = [part.data_ptr() for part in (weight, wide, out)]
         _in_parallel(numba_code().bfloat16_product().address, *places, *weight.shape, len(x))
         return out.to(x.dtype)

@@ -1,4 +1,4 @@
-"""The code that ``compiled.Compiled`` has numba compile."""
+"""The code that numba compiles for weights as they are stored, and what all such code needs."""
 
 # mypy: ignore-errors
 

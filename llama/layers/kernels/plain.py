@@ -111,7 +111,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Return ``F.linear``'s product, by parts in float32 where a CPU is slow at the dtype."""
     dtype = fast_dtype(x.dtype) if x.is_cpu and len(x) > 1 else x.dtype
     if dtype == x.dtype:
-        if len(x) == 1 and x.is_cpu and dtype == torch.bfloat16 and cpu_has_amx():
+        is_one = len(x) == 1 and x.is_cpu and dtype == torch.bfloat16 and cpu_has_amx()
+        if is_one and not torch.compiler.is_compiling():
             return torch.mv(weight, x[0])[None]  # 1.25 times as fast
         return F.linear(x, weight)
     wide, some = x.to(dtype), max(1, _WIDENED // weight.shape[1])
