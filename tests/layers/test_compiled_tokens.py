@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from llama import parallel
 from llama.args import ModelArgs
+from llama.layers import kernels
 from llama.layers.batch import RaggedBatch
 from llama.layers.kernels import compiled, cpu, has_rotation, plain, rms_norm, rotate, swiglu
 from llama.layers.kv_cache import KVCache
@@ -225,12 +226,12 @@ def test_a_network_gives_the_logits_that_it_has_without(monkeypatch: pytest.Monk
 
     calls: list[int] = []
     unturned = torch.tensor([1.0, 0.0]).expand(30, 32, 2).contiguous()
-    original = compiled.rotate
-    monkeypatch.setattr(compiled, "rotate", lambda *args: calls.append(1) or original(*args))
+    original = kernels.rotate
+    monkeypatch.setattr(kernels, "rotate", lambda *args: calls.append(1) or original(*args))
     found = logits()
     assert len(calls) == 12  # of each layer, in each pass
     monkeypatch.setattr(
-        compiled, "rotate", lambda x, _, *rest: original(x, unturned[: len(x)], *rest)
+        kernels, "rotate", lambda x, _, *rest: original(x, unturned[: len(x)], *rest)
     )
     others = logits()
     monkeypatch.setattr(compiled, "numba_code", lambda: None)

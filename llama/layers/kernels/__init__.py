@@ -5,13 +5,11 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
-from llama.layers.batch import RaggedBatch
 from llama.layers.capability import Capability
 from llama.layers.kernels import compiled, cpu, cuda, plain
 from llama.layers.kernels.base import Kernel
-from llama.layers.kernels.compiled import Bfloat16, Compiled
+from llama.layers.kernels.compiled import Bfloat16, Compiled, has_rotation, rotate
 from llama.layers.kernels.digits import Digits, Ordered
-from llama.layers.kv_cache import KVCache
 from llama.layers.quantization import Form, Grouped, StoredWeight
 
 __all__ = [
@@ -92,31 +90,6 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     hidden = F.silu(gate, inplace=True) * up
     # As a view, so that compiled code doesn't compute it for each output of the next layer.
     return hidden.as_strided(hidden.shape, hidden.stride()) if is_compiling else hidden
-
-
-def has_rotation(
-    xqkv: torch.Tensor, freqs_cis: torch.Tensor, kv_cache: KVCache, batch: RaggedBatch
-) -> bool:
-    """Return whether ``rotate`` takes its arguments."""
-    is_compiling = torch.compiler.is_compiling()
-    return not is_compiling and compiled.has_rotation(xqkv, freqs_cis, kv_cache, batch)
-
-
-def rotate(
-    xqkv: torch.Tensor, freqs_cis: torch.Tensor, kv_cache: KVCache, batch: RaggedBatch
-) -> torch.Tensor:
-    """Rotate queries and keys, and write keys and values to the cache, in one call.
-
-    Args:
-        xqkv: side by side, shape (n_tokens, n_heads + 2 * n_kv_heads, head_dim).
-        freqs_cis: float32, shape (n_tokens, head_dim / 2, 2).
-        kv_cache: of the layer.
-        batch: where the tokens go; those beyond it are padding.
-
-    Returns:
-        The queries, shape (n_tokens, n_heads, head_dim); of padding, any.
-    """
-    return compiled.rotate(xqkv, freqs_cis, kv_cache, batch)
 
 
 def _grouped(

@@ -203,7 +203,9 @@ def has_rotation(
     xqkv: torch.Tensor, freqs_cis: torch.Tensor, kv_cache: KVCache, batch: RaggedBatch
 ) -> bool:
     """Return whether compiled code reads what ``rotate`` is given, and writes to a cache."""
-    if not kv_cache.k.is_cpu or kv_cache.position_major or xqkv.shape[1:].numel() < WIDE:
+    if torch.compiler.is_compiling() or not kv_cache.k.is_cpu or kv_cache.position_major:
+        return False
+    if xqkv.shape[1:].numel() < WIDE:
         return False
     others = (
         (freqs_cis, torch.float32),
@@ -217,7 +219,17 @@ def has_rotation(
 def rotate(
     xqkv: torch.Tensor, freqs_cis: torch.Tensor, kv_cache: KVCache, batch: RaggedBatch
 ) -> torch.Tensor:
-    """Return rotated queries, and write rotated keys, and values, to the cache."""
+    """Rotate queries and keys, and write keys and values to the cache, in one call.
+
+    Args:
+        xqkv: side by side, shape (n_tokens, n_heads + 2 * n_kv_heads, head_dim).
+        freqs_cis: float32, shape (n_tokens, head_dim / 2, 2).
+        kv_cache: of the layer.
+        batch: where the tokens go; those beyond it are padding.
+
+    Returns:
+        The queries, shape (n_tokens, n_heads, head_dim); of padding, any.
+    """
     keys, values = kv_cache.k, kv_cache.v
     (n_tokens, n_all, head_dim), n_kv_heads = xqkv.shape, keys.shape[1]
     xq = xqkv.new_empty(n_tokens, n_all - 2 * n_kv_heads, head_dim)
