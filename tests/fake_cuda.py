@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -116,7 +117,7 @@ class ReplayedGraph:
         self.n_replays = 0
 
     @staticmethod
-    def pool(device: torch.device) -> "list[ReplayedGraph]":
+    def pool(network: nn.Module) -> "list[ReplayedGraph]":
         return []
 
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor:

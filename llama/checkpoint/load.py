@@ -26,7 +26,8 @@ from llama.checkpoint.sharding import (
 )
 from llama.cli import progress
 from llama.layers.capability import Capability, cpu_has_bf16
-from llama.layers.kernels.compiled import limit_threads, numba_code, release_team
+from llama.layers.kernels.compiled import numba_code
+from llama.layers.kernels.openmp import limit_threads, release_team
 from llama.layers.quantization import Grouped
 from llama.model import Transformer
 

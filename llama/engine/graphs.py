@@ -1,8 +1,9 @@
 """Decoding steps that don't wait for Python: CUDA graphs, compiled code, or both.
 
 Prompts of all lengths aren't worth it; a decoding step always looks the same. On CUDA it is
-recorded as one graph for a few numbers of tokens and a few lengths of the cache, and replayed.
-With ``compile=True`` its layers become compiled code first.
+recorded as one graph for a few numbers of tokens and a few lengths of the cache, and replayed; on a
+CPU when a number of tokens first comes up, where attention is compiled code. With
+``compile=True`` its layers become compiled code first.
 """
 
 import functools
@@ -18,56 +19,17 @@ import torch
 
 from llama import parallel
 from llama.cli import progress
-from llama.layers.batch import Segment, token_places
+from llama.layers.batch import RaggedBatch, Segment, token_places
 from llama.layers.capability import Capability
+from llama.layers.kernels import has_attention
+from llama.layers.kernels.compiled import FEW_TOKENS, MOST_POSITIONS
+from llama.layers.kernels.graphs import CpuGraph, CudaGraph
 from llama.layers.varlen import MAX_DRAFT, Varlen
 from llama.model import Transformer
 
 logger = logging.getLogger(__name__)
 
 _FIRST_LENGTH = 1024  # positions that the shortest graphs read; the others twice as many each
-
-
-class CudaGraph:
-    """A step as one CUDA graph.
-
-    Args:
-        step: takes ``inputs`` and returns logits.
-        inputs: of any values; the graph reads where they are.
-        pool: the memory that all graphs of a model share, and the stream that it belongs to.
-    """
-
-    def __init__(
-        self, step: Callable[[torch.Tensor], torch.Tensor], inputs: torch.Tensor, pool: Any
-    ):
-        self._inputs = inputs.clone()
-        memory, stream = pool
-        # Streams are the current device's, which another thread's or model's may be.
-        with torch.cuda.device(inputs.device):
-            # A first run compiles the step and sets up memory and libraries, before it is recorded.
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(2):
-                    step(self._inputs)
-            torch.cuda.current_stream().wait_stream(stream)
-            self._graph = torch.cuda.CUDAGraph()
-            parallel.graphs.add(self._graph)
-            # Other threads may go on with other models on the same device.
-            with torch.cuda.graph(
-                self._graph, pool=memory, stream=stream, capture_error_mode="thread_local"
-            ):
-                self._logits = step(self._inputs)
-
-    @staticmethod
-    def pool(device: torch.device) -> Any:
-        """Return memory for graphs of which one runs at a time."""
-        return torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
-
-    def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Return the logits of inputs, until any graph of the pool is replayed."""
-        self._inputs.copy_(inputs, non_blocking=True)
-        self._graph.replay()
-        return self._logits
 
 
 def decoding_steps(model: Transformer, compile: bool = False) -> "DecodingSteps | None":
@@ -97,13 +59,20 @@ def decoding_steps(model: Transformer, compile: bool = False) -> "DecodingSteps 
         logger.warning("decoding waits for Python, since steps can't be recorded: %s", error)
         return None
     finally:
-        model.clear_cache()
+        if compile or model.capability.kind == "cuda":  # else its memory isn't touched
+            model.clear_cache()
     logger.info("prepared decoding steps in %.1f seconds", time.monotonic() - start)
     return steps
 
 
 def _can_record(model: Transformer) -> bool:
-    return model.capability.kind == "cuda" and parallel.can_capture()
+    if model.capability.kind == "cuda":
+        return parallel.can_capture()
+    attention: Any = model.layers[0].attention
+    q = attention.cache.k.new_empty(1, attention.n_local_heads, attention.head_dim)
+    place = torch.zeros(1, dtype=torch.long)
+    is_alone = model.capability.kind == "cpu" and parallel.world_size() == 1
+    return is_alone and has_attention(q, attention.cache, RaggedBatch(place, place, ()))
 
 
 def check_compiler(capability: Capability) -> None:
@@ -145,15 +114,20 @@ class DecodingSteps:
 
     def __init__(self, model: Transformer, compile: bool):
         self._model = model
-        self._is_recorded = _can_record(model)
-        self._graphs: dict[tuple[int, int], CudaGraph] = {}
-        self._pool: Any = CudaGraph.pool(model.freqs_cis.device) if self._is_recorded else None
+        self._on_cpu = model.capability.kind == "cpu"
+        self._is_recorded = _can_record(model) and not (self._on_cpu and compile)
+        self._kind = CpuGraph if self._on_cpu else CudaGraph
+        self._graphs: dict[tuple[int, int], CpuGraph | CudaGraph] = {}
+        self._pool: Any = self._kind.pool(model) if self._is_recorded else None
         most, last = model.params.max_batch_size, model.params.max_seq_len
         # SDPA reads a copy of each token's slot: of a draft's tokens that would be too many.
         if self._is_recorded and isinstance(model.backend, Varlen):
             most = max(most, MAX_DRAFT)
-        self.max_tokens = most
         self._counts = sorted({most, *(1 << power for power in range(most.bit_length()))})
+        if self._on_cpu and self._is_recorded:
+            most, last = min(max(most, MAX_DRAFT), FEW_TOKENS), min(last, MOST_POSITIONS)
+            self._counts = [*range(model.min_tokens, most + 1)]  # each is recorded within a step
+        self.max_tokens = most
         # SDPA reads all of it. FlashAttention reads what is filled, but divides the length among
         # processors: where a quarter of it is filled, three quarters of them would have no work.
         self.lengths = [_FIRST_LENGTH]
@@ -168,9 +142,8 @@ class DecodingSteps:
             # All layers of all models share these numbers; any more would not be compiled.
             dynamo.config.cache_size_limit = dynamo.config.accumulated_cache_size_limit = 4096
             # The modules stay as they are, for prompts. On a CPU the length of the cache varies.
-            on_cpu = model.capability.kind == "cpu"
-            options = None if on_cpu else {"coordinate_descent_tuning": True}
-            how: Any = {"dynamic": None if on_cpu else False, "options": options}
+            options = None if self._on_cpu else {"coordinate_descent_tuning": True}
+            how: Any = {"dynamic": None if self._on_cpu else False, "options": options}
             self._layers = [torch.compile(layer.forward, **how) for layer in model.layers]
             self._output = torch.compile(model.output_logits, **how)
 
@@ -179,6 +152,7 @@ class DecodingSteps:
         """Record or compile all steps."""
         device = self._model.freqs_cis.device
         counts, last = self._counts, self._model.params.max_seq_len
+        counts = counts[:1] if self._on_cpu and self._is_recorded else counts
         # Compiled code for CPUs needs two lengths to take any; behind a prompt they are 2 at least.
         lengths = self.lengths if self._is_recorded else [min(2, last), last]
         with progress(len(counts) * len(lengths), "preparing decoding", "steps") as show:
@@ -194,7 +168,10 @@ class DecodingSteps:
     def supports(self, segments: Sequence[Segment]) -> bool:
         """Return whether a step can have all of the segments' tokens."""
         lengths = [segment.length for segment in segments]
-        return sum(lengths) <= self.max_tokens and (self._is_recorded or max(lengths) == 1)
+        fits = max(start + n for _, start, n in segments) <= self.lengths[-1]
+        return sum(lengths) <= self.max_tokens and (
+            fits if self._is_recorded else max(lengths) == 1
+        )
 
     def places(self, segments: Sequence[Segment]) -> tuple[list[int], list[int]]:
         """Return the slots and positions of a step's rows, also of those without a token."""
@@ -240,11 +217,13 @@ class DecodingSteps:
         key = (inputs.shape[1], kv_len)
         if key not in self._graphs:
             step = functools.partial(self._step, kv_len=kv_len)
-            self._graphs[key] = CudaGraph(step, inputs, self._pool)
+            self._graphs[key] = self._kind(step, inputs, self._pool)
         return self._graphs[key](inputs)
 
     def _step(self, inputs: torch.Tensor, kv_len: int) -> torch.Tensor:
         """Return logits of (tokens, slots, positions); no tensor's values decide anything."""
         tokens, slots, positions = inputs
-        batch = self._model.backend.decoding(slots, positions, kv_len)
+        batch = RaggedBatch(slots, positions, ())  # which compiled attention needs on a CPU
+        if not (self._on_cpu and self._is_recorded):
+            batch = self._model.backend.decoding(slots, positions, kv_len)
         return self._output(self._model.forward_layers(tokens, batch, self._layers))

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from llama import parallel
-from llama.layers.kernels.compiled import release_team
+from llama.layers.kernels.openmp import release_team
 
 
 class CacheLock:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from llama.layers import kernels
 from llama.layers.batch import RaggedBatch, Segment, to_device, token_places
 from llama.layers.capability import cpu_has_amx
 from llama.layers.kv_cache import KVCache
@@ -31,6 +32,8 @@ def ragged_attention(q: torch.Tensor, kv_cache: KVCache, batch: RaggedBatch) -> 
     Returns:
         The shape of ``q``, zeros for padding.
     """
+    if kernels.has_attention(q, kv_cache, batch):
+        return kernels.attend(q, kv_cache, batch)
     parts = [call.attend(q[call.tokens], kv_cache) for call in batch.calls]
     out = parts[0] if len(parts) == 1 else torch.cat(parts)
     n_padding = len(q) - len(batch.slots)

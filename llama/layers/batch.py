@@ -24,6 +24,10 @@ class AttentionCall(Protocol):
     def tokens(self) -> slice:
         """Return which tokens of the batch it serves."""
 
+    @property
+    def kv_len(self) -> int:
+        """Return how many cached positions it reads at most."""
+
     def attend(self, q: torch.Tensor, kv_cache: KVCache) -> torch.Tensor:
         """Return the attention of its queries: (n_tokens, n_heads, head_dim), also of ``q``."""
 

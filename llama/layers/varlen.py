@@ -27,7 +27,7 @@ class VarlenCall(NamedTuple):
     begin_k: torch.Tensor
     seqused_k: torch.Tensor  # (n_sequences,), how many positions are filled
     max_q: int  # queries of a sequence at most
-    max_k: int  # positions at most, by which the kernel divides its work
+    kv_len: int  # positions at most, by which the kernel divides its work
 
     def attend(self, q: torch.Tensor, kv_cache: KVCache) -> torch.Tensor:
         """Return the attention of its queries: (n_tokens, n_heads, head_dim), also of ``q``."""
@@ -44,7 +44,7 @@ class VarlenCall(NamedTuple):
             self.cu_seq_q,
             self.begin_k,
             self.max_q,
-            self.max_k,
+            self.kv_len,
             0.0,  # dropout
             not is_decoding,
             False,

@@ -58,7 +58,9 @@ from llama.layers.kernels.compiled import numba_code
 def peak():
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
-numba_code()  # a compiler, whatever the weights' size
+code = numba_code()  # a compiler, which takes as much whatever the weights' size
+if code:
+    code.round_inputs()
 before = peak()
 llama = Llama.build(sys.argv[1], max_seq_len=64, device="cpu", dtype=torch.bfloat16)
 needed = weight_bytes(llama.model.params, torch.bfloat16)

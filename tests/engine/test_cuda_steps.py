@@ -11,6 +11,7 @@ import torch
 from engine_client import Client, check_sequences_come_and_go
 from hf_files import make_hf, save_hf
 from processes import forked, script
+from torch import nn
 
 from llama import Llama
 from llama.engine import runner
@@ -124,7 +125,7 @@ def test_a_graph_that_holds_a_host_value_would_be_found(build: Callable[..., Lla
     """A failure means that the test's graphs compute more than CUDA would."""
     inputs = torch.tensor([[1.0], [2.0]])
     numbers = iter([10.0, 20.0])
-    pool = fake_cuda.ReplayedGraph.pool(torch.device("cpu"))
+    pool = fake_cuda.ReplayedGraph.pool(nn.Module())
     graph = fake_cuda.ReplayedGraph(lambda x: x[0] * 2 + next(numbers), inputs, pool)
     other = fake_cuda.ReplayedGraph(lambda x: x.sum(0), inputs, pool)
     first = graph(inputs + 1)

@@ -15,7 +15,15 @@ from processes import wait_until
 from llama import Llama
 from llama.checkpoint import load
 from llama.layers.capability import Capability, fast_dtype
-from llama.layers.kernels import compiled, cpu, digits, make_kernel, plain, plain_kernel
+from llama.layers.kernels import (
+    compiled,
+    cpu,
+    digits,
+    make_kernel,
+    openmp,
+    plain,
+    plain_kernel,
+)
 from llama.layers.kernels.base import Kernel
 from llama.layers.quantization import Form, Grouped, Rotated, StoredWeight
 
@@ -277,7 +285,7 @@ class TestCompiled:
         form = Grouped("int4", 32)
         stored = random_weight(form)
         kernel = kernel_of(form, BF16, stored)
-        library, before = compiled.openmp(), torch.get_num_threads()
+        library, before = openmp.openmp(), torch.get_num_threads()
         assert library is not None
         levels = library.omp_get_max_active_levels()
         torch.set_num_threads(4)
@@ -310,7 +318,7 @@ class TestCompiled:
 def test_no_more_threads_than_openmp_gives(monkeypatch: pytest.MonkeyPatch) -> None:
     """A failure means wrong logits under ``OMP_THREAD_LIMIT`` on a processor with AMX."""
     before, library = torch.get_num_threads(), SimpleNamespace(omp_get_thread_limit=lambda: 2)
-    monkeypatch.setattr(compiled, "openmp", lambda: library)
+    monkeypatch.setattr(openmp, "openmp", lambda: library)
     try:
         for wanted, found in ((3, 2), (1, 1)):
             torch.set_num_threads(wanted)
@@ -320,7 +328,7 @@ def test_no_more_threads_than_openmp_gives(monkeypatch: pytest.MonkeyPatch) -> N
         torch.set_num_threads(before)
 
 
-@pytest.mark.skipif(compiled.openmp() is None, reason="PyTorch has another OpenMP")
+@pytest.mark.skipif(openmp.openmp() is None, reason="PyTorch has another OpenMP")
 def test_a_loaded_model_leaves_no_team_behind(tiny: Llama) -> None:
     """A failure means that a server's tokens take a fifth longer: its engine's thread would compute
     beside the team of the thread that loaded the model.
@@ -339,7 +347,7 @@ def test_a_loaded_model_leaves_no_team_behind(tiny: Llama) -> None:
         torch.set_num_threads(before)
 
 
-@pytest.mark.skipif(compiled.openmp() is None, reason="PyTorch has another OpenMP")
+@pytest.mark.skipif(openmp.openmp() is None, reason="PyTorch has another OpenMP")
 def test_calls_from_threads_leave_no_teams_behind(tiny: Llama) -> None:
     """A failure means that the calls of a web framework's threads slow each other down."""
     before = torch.get_num_threads()

@@ -134,7 +134,7 @@ def test_another_order_is_left_to_onednn(bf16: None, monkeypatch: pytest.MonkeyP
 def test_a_forked_process_goes_on() -> None:
     """A failure means that a call in a forked worker waits for ever for its parent's threads."""
     code = (
-        "import os, torch; from llama.layers.kernels.compiled import release_team\n"
+        "import os, torch; from llama.layers.kernels.openmp import release_team\n"
         "torch.set_num_threads(3); torch.ones(1 << 20).add_(1)\n"
         "pid = os.fork()\n"
         "if pid == 0: torch.set_num_threads(1); release_team(); os._exit(7)\n"

@@ -8,12 +8,21 @@ import torch.nn.functional as F
 from llama.layers.capability import Capability
 from llama.layers.kernels import compiled, cpu, cuda, plain
 from llama.layers.kernels.base import Kernel
-from llama.layers.kernels.compiled import Bfloat16, Compiled, has_rotation, rotate
+from llama.layers.kernels.compiled import (
+    Bfloat16,
+    Compiled,
+    attend,
+    has_attention,
+    has_rotation,
+    rotate,
+)
 from llama.layers.kernels.digits import Digits, Ordered
 from llama.layers.quantization import Form, Grouped, StoredWeight
 
 __all__ = [
     "Kernel",
+    "attend",
+    "has_attention",
     "has_rotation",
     "make_kernel",
     "plain",

@@ -13,11 +13,9 @@ import ctypes
 import functools
 import importlib
 import itertools
-import os
-import sys
+import struct
 from collections.abc import Mapping
 from math import gcd
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +24,7 @@ import torch.nn.functional as F
 from llama.layers.batch import RaggedBatch
 from llama.layers.capability import Capability, cpu_has_bf16, fast_dtype
 from llama.layers.kernels import plain
+from llama.layers.kernels.openmp import by_rows, in_parallel, openmp
 from llama.layers.kv_cache import KVCache
 from llama.layers.quantization import Grouped, StoredWeight
 
@@ -33,12 +32,14 @@ from llama.layers.quantization import Grouped, StoredWeight
 FEW_TOKENS, FEW_OF_PLAIN = 32, 16
 FEW_OF_TILES = 4  # rows of int8 inputs up to which it is faster than oneDNN
 WIDE = 512  # elements of a token from which code for them is worth compiling
+# Up to which positions compiled attention is as fast as PyTorch's, with 8 queries for a key.
+MOST_POSITIONS = 4096
 TILED = 1 << 18  # elements of the smallest weight that is worth a second of compiling
-_PROCESS = os.getpid()
 BLOCK = 32  # inputs that share a scale
 _CAPABILITIES: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
 # Instructions that add four products of eight bits.
 HAS_VNNI = all(_CAPABILITIES.get(name) for name in ("avx512_vnni", "avx512_vl"))
+SCORES = 16 if HAS_VNNI else 8  # of attention, in a vector
 
 
 @functools.cache
@@ -58,38 +59,13 @@ def _tiles_code() -> Any:
 
 
 @functools.cache
-def _tokens_code() -> Any:
-    return importlib.import_module("llama.layers.kernels.numba_tokens")
+def _attention_code() -> Any:
+    return importlib.import_module("llama.layers.kernels.numba_attention")
 
 
 @functools.cache
-def openmp() -> Any:
-    """Return PyTorch's own OpenMP, whose team of threads computes; None where it has another."""
-    library = Path(torch.__file__).parent / "lib" / "libgomp.so.1"
-    return ctypes.CDLL(str(library)) if sys.platform == "linux" and library.exists() else None
-
-
-def limit_threads() -> None:
-    """Use no more threads than OpenMP gives, which ``OMP_THREAD_LIMIT`` may limit.
-
-    With more, PyTorch's products in bfloat16 are wrong on a processor with AMX.
-    """
-    library = openmp()
-    if library is not None and library.omp_get_thread_limit() < torch.get_num_threads():
-        torch.set_num_threads(library.omp_get_thread_limit())
-
-
-def release_team() -> None:
-    """End the threads with which this one has computed; it starts others when it needs them.
-
-    OpenMP gives each thread that computes a team of its own. With two of them a team's threads no
-    longer wait for work but sleep, as if there were too few processors: a token of 1.1 billion
-    weights took a fifth longer where one thread had loaded the model and another computed.
-    """
-    library = openmp()
-    # In a forked process the team's threads don't exist, and would be waited for.
-    if os.getpid() == _PROCESS and hasattr(library, "omp_pause_resource_all"):
-        library.omp_pause_resource_all(1)  # omp_pause_soft: settings stay
+def _tokens_code() -> Any:
+    return importlib.import_module("llama.layers.kernels.numba_tokens")
 
 
 class Compiled(plain.Widened):
@@ -134,10 +110,10 @@ class Compiled(plain.Widened):
         rounded = x.new_empty(ends.pop(), dtype=torch.uint8)
         places = [rounded.data_ptr() + end for end in ends]
         kind = (n_tokens, n_blocks, self._n_sums // n_blocks, self._is_int4)
-        numba_code().round_inputs().ctypes(_int64(wide.data_ptr(), *places, *kind))
+        by_rows(numba_code().round_inputs(), n_tokens, wide.data_ptr(), *places, *kind)
         out = wide.new_empty(n_tokens, self.out_features)
         sizes = [self.out_features, n_blocks, self._n_groups, n_tokens]
-        _in_parallel(self._product, *self._places(), *places, out.data_ptr(), *sizes)
+        in_parallel(self._product, *self._places(), *places, out.data_ptr(), *sizes)
         return out.to(x.dtype)
 
     def _products(self, x: torch.Tensor, rows: slice) -> torch.Tensor:
@@ -150,7 +126,7 @@ class Compiled(plain.Widened):
         sizes = [len(out), self._n_groups, self._n_inputs // self._n_groups]
         flags = self._is_int4, self._form.has_zeros
         code = numba_code().widen(dtype)
-        _in_parallel(code, *self._places(first), out.data_ptr(), *sizes, *flags)
+        in_parallel(code, *self._places(first), out.data_ptr(), *sizes, *flags)
         return out
 
     def _places(self, row: int = 0) -> list[int]:
@@ -178,9 +154,9 @@ def has_rms_norm(x: torch.Tensor, weight: torch.Tensor) -> bool:
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Return normalised rows: an operator of PyTorch takes longer to call than to compute."""
-    out, added = torch.empty_like(x), ctypes.c_float(eps)
-    places = x.data_ptr(), weight.data_ptr(), ctypes.addressof(added), out.data_ptr()
-    _by_rows(_tokens_code().rms_norm(), len(x), *places, *x.shape)
+    out, bits = torch.empty_like(x), int.from_bytes(struct.pack("<f", eps), "little")
+    places = x.data_ptr(), weight.data_ptr(), out.data_ptr()
+    by_rows(_tokens_code().rms_norm(), len(x), *places, *x.shape, bits)
     return out
 
 
@@ -195,7 +171,7 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """Return ``silu(gate) * up`` of rows, (n_rows, dim), which lie equally far from each other."""
     out = gate.new_empty(gate.shape)
     places = gate.data_ptr(), up.data_ptr(), out.data_ptr()
-    _by_rows(_tokens_code().swiglu(), len(gate), *places, *gate.shape, gate.stride(0))
+    by_rows(_tokens_code().swiglu(), len(gate), *places, *gate.shape, gate.stride(0))
     return out
 
 
@@ -236,8 +212,39 @@ def rotate(
     some = (xqkv, freqs_cis, batch.slots, batch.positions, xq, keys, values)
     sizes = (len(batch.slots), xq.shape[1], n_kv_heads, head_dim, len(keys), keys.shape[2])
     places = [part.data_ptr() for part in some]
-    _by_rows(_tokens_code().rotate(), sizes[0], *places, *sizes)
+    by_rows(_tokens_code().rotate(), sizes[0], *places, *sizes)
     return xq
+
+
+def has_attention(q: torch.Tensor, kv_cache: KVCache, batch: RaggedBatch) -> bool:
+    """Return whether ``attend`` is faster than an operator of PyTorch, for queries as it has."""
+    (n_tokens, n_heads, head_dim), keys = q.shape, kv_cache.k
+    if torch.compiler.is_compiling() or not keys.is_cpu or kv_cache.position_major:
+        return False
+    if n_tokens > FEW_TOKENS or n_tokens > len(batch.slots) or n_heads * head_dim < WIDE:
+        return False
+    fits = head_dim % (2 * SCORES) == 0 and head_dim <= 256 and keys.shape[2] >= SCORES
+    are_few = all(call.kv_len <= MOST_POSITIONS for call in batch.calls)
+    are_whole = all(x.dtype == torch.int64 for x in (batch.slots, batch.positions))
+    return fits and are_few and are_whole and q.is_contiguous() and _is_read(q, keys)
+
+
+def attend(q: torch.Tensor, kv_cache: KVCache, batch: RaggedBatch) -> torch.Tensor:
+    """Return the attention of few tokens, each to the positions of its slot up to its own.
+
+    Args:
+        q: shape (n_tokens, n_heads, head_dim).
+        kv_cache: of the layer, which holds the tokens' own keys and values.
+        batch: where the tokens are.
+    """
+    keys, out = kv_cache.k, torch.empty_like(q)
+    most = min(keys.shape[2], MOST_POSITIONS)
+    scores = q.new_empty(torch.get_num_threads() * most, dtype=torch.float32)
+    some = (q, batch.slots, batch.positions, keys, kv_cache.v, scores, out)
+    sizes = (*q.shape[:2], *keys.shape[1:3], most)
+    code = _attention_code().attend(q.shape[2])
+    in_parallel(code, *(part.data_ptr() for part in some), *sizes)
+    return out
 
 
 class Tiles:
@@ -308,7 +315,7 @@ class Tiles:
         codes = x.new_empty(n_digits * n_tokens, n_inputs, dtype=torch.uint8)
         scales = x.new_empty(n_digits * n_tokens)
         places = [part.data_ptr() for part in (x, rotated, codes, scales)]
-        self._code.round_tokens().ctypes(_int64(*places, n_tokens, n_inputs, n_digits, size))
+        by_rows(self._code.round_tokens(), n_tokens, *places, n_tokens, n_inputs, n_digits, size)
         others = [part.data_ptr() for part in (scales, scale, added)]
         out = self._multiply(codes, len(codes), dtype if n_digits == 1 else torch.float32, *others)
         return out if n_digits == 1 else (out[:n_tokens] + out[n_tokens:]).to(dtype)
@@ -324,7 +331,7 @@ class Tiles:
         kind = self._code.Kind(self._width, self._is_int8, is_half)
         places = [self._address, x.data_ptr(), sums.data_ptr(), out.data_ptr()]
         product = self._code.product(kind)
-        _in_parallel(product, *places, n_tiles, n_inputs, n_tokens, *others)
+        in_parallel(product, *places, n_tiles, n_inputs, n_tokens, *others)
         if out.shape[1] > n_outputs:
             out = out[:, :n_outputs].contiguous()
         return out if is_half else out.to(dtype)
@@ -356,29 +363,43 @@ class Bfloat16(plain.Joined):
         wide = x.float().contiguous()
         out = wide.new_empty(len(x), self.out_features)
         places = [part.data_ptr() for part in (weight, wide, out)]
-        _in_parallel(numba_code().bfloat16_product().address, *places, *weight.shape, len(x))
+        in_parallel(numba_code().bfloat16_product().address, *places, *weight.shape, len(x))
         return out.to(x.dtype)
+
+
+def operate(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
+    """Return what an operator of PyTorch does, done by compiled code; None where it has none."""
+    tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
+    fit = all(x.is_cpu and x.is_contiguous() and x.dim() > 1 for x in tensors)
+    if kwargs or not tensors or not fit:
+        return None
+    first, last = tensors[0], args[-1]
+    is_sum = func is torch.ops.aten.add.Tensor and len(tensors) == len(args) == 2
+    if is_sum and first.shape == last.shape and _is_read(first, last):
+        return _by_rows(_tokens_code().add(), torch.empty_like(first), *tensors)
+    pair = len(args) == 2 and (first.dtype, last)
+    if func is torch.ops.aten.to.dtype and pair == (torch.bfloat16, torch.float32):
+        return _by_rows(_tokens_code().to_float32(), torch.empty_like(first, dtype=last), first)
+    if func is torch.ops.aten.to.dtype and pair == (torch.float32, torch.bfloat16):
+        return _by_rows(_tokens_code().to_bfloat16(), torch.empty_like(first, dtype=last), first)
+    return None
+
+
+def replay_code() -> int:
+    """Return the address of code that calls functions one after another."""
+    address: int = _tokens_code().replay().address
+    return address
+
+
+def _by_rows(function: Any, out: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
+    """Call a function that writes a tensor, given others of its shape."""
+    rows = out.flatten(0, -2)
+    places = [x.data_ptr() for x in (*tensors, out)]
+    by_rows(function, len(rows), *places, *rows.shape)
+    return out
 
 
 def _compile_tokens_code() -> None:
     code = _tokens_code()
     for function in (code.rms_norm, code.swiglu, code.rotate):
         function()
-
-
-def _int64(*values: int) -> Any:
-    return (ctypes.c_int64 * len(values))(*values)
-
-
-def _by_rows(function: Any, n_rows: int, *values: int) -> None:
-    """Call a function of rows in PyTorch's threads; of a few, in this one."""
-    if n_rows <= 4:
-        function.ctypes(_int64(*values))
-    else:
-        _in_parallel(function.address, *values)
-
-
-def _in_parallel(address: int, *values: int) -> None:
-    """Call a function with a pointer to some values in each of PyTorch's threads."""
-    data, n_threads = _int64(*values), ctypes.c_uint(torch.get_num_threads())
-    openmp().GOMP_parallel(ctypes.c_void_p(address), data, n_threads, ctypes.c_uint(0))

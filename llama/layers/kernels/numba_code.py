@@ -14,15 +14,16 @@ from numba.core.cgutils import alloca_once_value, for_range, get_or_insert_funct
 from numba.extending import intrinsic
 from numba.np.unsafe.ndarray import to_fixed_tuple
 
-from llama.layers.kernels.compiled import BLOCK, HAS_VNNI, openmp
+from llama.layers.kernels.compiled import BLOCK, HAS_VNNI
+from llama.layers.kernels.openmp import openmp
 
 AHEAD = 2048  # bytes of a weight that are fetched before they are read
 
 I8, I16, I32, I64, F32 = *(ir.IntType(n) for n in (8, 16, 32, 64)), ir.FloatType()
 INTEGER, FLOAT, ZERO = numba.types.int64, numba.float32, numba.float32(0)
 
-_thread_number, _thread_count = openmp().omp_get_thread_num, openmp().omp_get_num_threads
-for _function in (_thread_number, _thread_count):
+thread_number, _thread_count = openmp().omp_get_thread_num, openmp().omp_get_num_threads
+for _function in (thread_number, _thread_count):
     _function.argtypes, _function.restype = [], ctypes.c_int
 
 
@@ -71,13 +72,13 @@ def bfloat16(typing, bits):
 @numba.njit
 def part_of_thread(n_rows):
     """Return the first row of a thread's part and the first behind it."""
-    thread, count = _thread_number(), _thread_count()
+    thread, count = thread_number(), _thread_count()
     return n_rows * thread // count, n_rows * (thread + 1) // count
 
 
 @compiled_once("reassoc", "nsz")
 def round_inputs(data):
-    """Round inputs to eight bits, in blocks of 32.
+    """Round a thread's part of the tokens' inputs to eight bits, in blocks of 32.
 
     ``data`` points to the addresses of inputs, float32, (n_tokens, n_inputs), and of what is
     written, then to the numbers of tokens and blocks, to how many groups a block has at least, one
@@ -98,7 +99,7 @@ def round_inputs(data):
     offsets = numba.carray(pointer(places[3]), (n_tokens, n_blocks, halves), numba.float32)
     sums = numba.carray(pointer(places[4]), (n_tokens, n_blocks, halves), numba.float32)
     size, above = BLOCK // halves, FLOAT(8) if is_int4 else FLOAT(128)
-    for token in range(n_tokens):
+    for token in range(*part_of_thread(n_tokens)):
         for block in range(n_blocks):
             some, own = x[token, block], codes[token, block]
             largest, total = ZERO, ZERO

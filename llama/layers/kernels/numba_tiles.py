@@ -71,7 +71,7 @@ def _rotate(some, size, out):
 
 @compiled_once()
 def round_tokens(data):
-    """Rotate inputs and round them to ``LEVELS`` on either side of zero.
+    """Rotate a thread's part of the tokens' inputs, and round them to ``LEVELS`` around zero.
 
     ``data`` points to the addresses of inputs, float32, (n_tokens, n_inputs), then of what is
     written, and to the numbers of tokens, of inputs, of digits, one or two, and of the inputs that
@@ -89,7 +89,7 @@ def round_tokens(data):
     codes = numba.carray(pointer(given[2]), (n_digits, n_tokens, n_inputs), numba.uint8)
     scales = numba.carray(pointer(given[3]), (n_digits, n_tokens), FLOAT)
     levels, above = FLOAT(LEVELS), FLOAT(LEVELS + 1.5)
-    for token in range(n_tokens):
+    for token in range(*part_of_thread(n_tokens)):
         some, own, rest = x[token], codes[0, token], codes[n_digits - 1, token]
         if size > 1:
             some = rotated[token]

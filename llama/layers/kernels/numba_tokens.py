@@ -9,9 +9,13 @@ import math
 
 import numba
 import numpy as np
+from llvmlite import ir
+from numba.extending import intrinsic
 
 from llama.layers.kernels.numba_code import (
     FLOAT,
+    I8,
+    INTEGER,
     ZERO,
     bfloat16,
     compiled_once,
@@ -19,13 +23,14 @@ from llama.layers.kernels.numba_code import (
     pointer,
     rounded,
 )
+from llama.layers.kernels.openmp import openmp
 
 # Of the series of 2 ** x.
 C0, C1, C2, C3, C4, C5, C6 = (FLOAT(math.log(2) ** k / math.factorial(k)) for k in range(7))
 
 
 @numba.njit(fastmath={"nsz", "contract"}, error_model="numpy")
-def _exp(x):
+def exp(x):
     """Return an exponential, to float32's precision, by operations that vectors have."""
     # A NaN is lost here, but not where ``swiglu`` divides the input itself.
     scaled = min(max(x * FLOAT(math.log2(math.e)), FLOAT(-126)), FLOAT(127))
@@ -40,16 +45,15 @@ def _exp(x):
 def rms_norm(data):
     """Write a thread's part of normalised rows.
 
-    ``data`` points to the addresses of rows, bfloat16, (n_rows, dim), of their weights, of what is
-    added to mean squares, float32, and of outputs, bfloat16, then to the numbers of rows and of
-    their elements.
+    ``data`` points to the addresses of rows, bfloat16, (n_rows, dim), of their weights and of
+    outputs, bfloat16, then to the numbers of rows and of their elements, and to the bits of what is
+    added to mean squares, float32.
     """
     given = numba.carray(data, 6, numba.int64)
-    n_rows, dim = given[4], given[5]
+    n_rows, dim, eps = given[3], given[4], numba.carray(data, 12, FLOAT)[10]
     x = numba.carray(pointer(given[0]), (n_rows, dim), numba.uint16)
     weight = numba.carray(pointer(given[1]), (dim,), numba.uint16)
-    eps = numba.carray(pointer(given[2]), (1,), FLOAT)[0]
-    out = numba.carray(pointer(given[3]), (n_rows, dim), numba.uint16)
+    out = numba.carray(pointer(given[2]), (n_rows, dim), numba.uint16)
     for row in range(*part_of_thread(n_rows)):
         some, own, total = x[row], out[row], ZERO
         for i in range(dim):
@@ -77,7 +81,82 @@ def swiglu(data):
         some, factors, own = gate[row], up[row], out[row]
         for i in range(dim):
             x = bfloat16(some[i])
-            own[i] = rounded(x / (FLOAT(1) + _exp(-x)) * bfloat16(factors[i]))
+            own[i] = rounded(x / (FLOAT(1) + exp(-x)) * bfloat16(factors[i]))
+
+
+@compiled_once()
+def add(data):
+    """Write a thread's part of the sums of two tensors' rows.
+
+    ``data`` points to the addresses of both and of outputs, bfloat16, (n_rows, dim), then to the
+    numbers of rows and of their elements.
+    """
+    given = numba.carray(data, 5, numba.int64)
+    n_rows, dim = given[3], given[4]
+    first = numba.carray(pointer(given[0]), (n_rows, dim), numba.uint16)
+    second = numba.carray(pointer(given[1]), (n_rows, dim), numba.uint16)
+    out = numba.carray(pointer(given[2]), (n_rows, dim), numba.uint16)
+    for row in range(*part_of_thread(n_rows)):
+        for i in range(dim):
+            out[row, i] = rounded(bfloat16(first[row, i]) + bfloat16(second[row, i]))
+
+
+@compiled_once()
+def to_float32(data):
+    """Write a thread's part of some rows in float32.
+
+    ``data`` points to the addresses of rows, bfloat16, (n_rows, dim), and of outputs, then to the
+    numbers of rows and of their elements.
+    """
+    given = numba.carray(data, 4, numba.int64)
+    n_rows, dim = given[2], given[3]
+    x = numba.carray(pointer(given[0]), (n_rows, dim), numba.uint16)
+    out = numba.carray(pointer(given[1]), (n_rows, dim), FLOAT)
+    for row in range(*part_of_thread(n_rows)):
+        for i in range(dim):
+            out[row, i] = bfloat16(x[row, i])
+
+
+@compiled_once()
+def to_bfloat16(data):
+    """Write a thread's part of some rows in bfloat16; ``data`` is as for ``to_float32``."""
+    given = numba.carray(data, 4, numba.int64)
+    n_rows, dim = given[2], given[3]
+    x = numba.carray(pointer(given[0]), (n_rows, dim), FLOAT)
+    out = numba.carray(pointer(given[1]), (n_rows, dim), numba.uint16)
+    for row in range(*part_of_thread(n_rows)):
+        for i in range(dim):
+            out[row, i] = rounded(x[row, i])
+
+
+_barrier = openmp().GOMP_barrier
+_barrier.argtypes, _barrier.restype = [], None
+
+
+@intrinsic
+def _call(typing, function, data):
+    """Call a function at an address with a pointer."""
+
+    def generate(context, build, signature, args):
+        kind = ir.FunctionType(ir.VoidType(), [I8.as_pointer()])
+        function = build.inttoptr(args[0], kind.as_pointer())
+        build.call(function, [build.inttoptr(args[1], I8.as_pointer())])
+        return context.get_dummy_value()
+
+    return numba.void(INTEGER, INTEGER), generate
+
+
+@compiled_once()
+def replay(data):
+    """Call functions in each thread, one after another: the next when all are through with one.
+
+    ``data`` points to the number of functions, then to each one's address and its data's.
+    """
+    n_calls = numba.carray(data, 1, numba.int64)[0]
+    calls = numba.carray(data, 1 + 2 * n_calls, numba.int64)
+    for i in range(1, 1 + 2 * n_calls, 2):
+        _call(calls[i], calls[i + 1])
+        _barrier()
 
 
 @compiled_once("contract")

@@ -1,0 +1,193 @@
+"""Decoding steps on a CPU, recorded and replayed."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from processes import forked
+
+from llama import Llama
+from llama.engine import graphs
+from llama.errors import NotFinite
+from llama.layers.batch import Segment
+from llama.layers.kernels import compiled
+from llama.layers.kernels.openmp import in_parallel, recording
+
+WIDE = {"dim": 512, "n_heads": 8, "n_kv_heads": 2, "n_layers": 2}
+PROMPTS = [[1, 300, 301], [1, *range(400, 430)], [1, 9], [1, *range(500, 505)]]
+
+
+@pytest.fixture(autouse=True)
+def numba(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("numba")
+    if compiled.numba_code() is None:
+        pytest.skip("numba's code is for x86 and Linux")
+    monkeypatch.setattr(compiled, "TILED", 1)
+
+
+@pytest.fixture
+def build(checkpoint_dir: Callable[..., Path]) -> Callable[..., Llama]:
+    path = checkpoint_dir(torch.bfloat16, **WIDE)
+
+    def make(**options: object) -> Llama:
+        options = {"max_seq_len": 128, "max_batch_size": 4, **options}
+        return Llama.build(path, device="cpu", dtype=torch.bfloat16, **options)
+
+    return make
+
+
+def steps_of(llama: Llama) -> graphs.DecodingSteps:
+    assert llama.engine.decode is not None
+    return llama.engine.decode
+
+
+def decode(llama: Llama, ids: list[int], segments: list[Segment]) -> torch.Tensor:
+    steps = steps_of(llama)
+    assert steps.supports(segments)
+    return steps(torch.tensor(ids), segments, *map(torch.tensor, steps.places(segments)))
+
+
+def check(llama: Llama, ids: list[int], segments: list[Segment]) -> None:
+    """Check that a step has the network's own logits, whether it is recorded or replayed."""
+    expected = llama.model.forward_ragged(torch.tensor(ids), segments)
+    for _ in range(2):
+        assert torch.equal(decode(llama, ids, segments), expected)
+
+
+@pytest.mark.parametrize("quantize", [None, "int8", "int4"])
+def test_steps_have_the_networks_logits(build: Callable[..., Llama], quantize: str | None) -> None:
+    """A failure means other tokens than those of the network as it is."""
+    llama = build(quantize=quantize, **({"group_size": 32} if quantize == "int4" else {}))
+    llama.generate(PROMPTS, 1)
+    check(llama, [7], [Segment(2, 2, 1)])
+    check(llama, [7, 8, 9], [Segment(0, 3, 1), Segment(3, 6, 1), Segment(1, 31, 1)])
+    check(llama, [5, 6, 7, 8], [Segment(1, 31, 4)])  # a draft
+    check(llama, [9], [Segment(1, 40, 1)])  # another position
+    check(llama, [5] * 12, [Segment(0, 3, 12)])
+
+
+def test_the_engine_replays_and_has_the_tokens_that_it_has_without(
+    build: Callable[..., Llama],
+) -> None:
+    """A failure means that steps wait for Python, or that tokens change with the way there."""
+    llama, other = build(), build()
+    other.engine.decode = None
+    prompts = [*PROMPTS, *(prompt[:0:-1] for prompt in PROMPTS)]  # four wait for a slot
+    replayed = llama.generate(prompts, 24, temperature=0, logprobs=True)
+    assert {n for n, _ in steps_of(llama)._graphs} == {1, 4}
+    assert other.generate(prompts, 24, temperature=0, logprobs=True) == replayed
+    two = [PROMPTS[0], PROMPTS[3]]
+    assert other.generate(two, 9, temperature=0) == llama.generate(two, 9, temperature=0)
+    assert {n for n, _ in steps_of(llama)._graphs} == {1, 2, 4}
+
+
+def test_steps_beyond_compiled_attention_are_the_networks_own(
+    build: Callable[..., Llama], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A failure means that a long text's steps attend to a part of it."""
+    monkeypatch.setattr(graphs, "MOST_POSITIONS", 40)
+    llama = build()
+    assert steps_of(llama).supports([Segment(0, 39, 1)])
+    assert not steps_of(llama).supports([Segment(0, 40, 1)])
+    assert not steps_of(llama).supports([Segment(0, 3, compiled.FEW_TOKENS + 1)])
+    found = llama.generate(PROMPTS, 24, temperature=0)
+    llama.engine.decode = None
+    assert llama.generate(PROMPTS, 24, temperature=0) == found
+
+
+@pytest.mark.parametrize("change", ["weights", "norm", "cache", "threads"])
+def test_a_network_that_has_changed_is_recorded_again(
+    build: Callable[..., Llama], change: str
+) -> None:
+    """A failure means that steps read the weights that a network had before, or freed memory."""
+    llama, before = build(), torch.get_num_threads()
+    model = llama.model
+    llama.generate(PROMPTS, 2)
+    decode(llama, [7], [Segment(0, 0, 1)])
+    try:
+        if change == "weights":
+            model.load_state_dict({n: w * 1.5 for n, w in model.state_dict().items()})
+        elif change == "norm":
+            weight = torch.full_like(model.layers[1].ffn_norm.weight, 3)
+            model.layers[1].ffn_norm.weight = torch.nn.Parameter(weight, requires_grad=False)
+        elif change == "cache":
+            model.allocate_buffers(torch.device("cpu"), torch.bfloat16)
+        else:
+            torch.set_num_threads(before + 2)
+        check(llama, [7], [Segment(0, 0, 1)])
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_hooks_see_every_step(build: Callable[..., Llama]) -> None:
+    """A failure means that someone who looks at activations sees none while tokens are decoded."""
+    llama, seen = build(), []
+    llama.generate(PROMPTS[:1], 4, temperature=0)
+    layer = llama.model.layers[1]
+    hook = layer.register_forward_hook(lambda *args: seen.append(args[2]))
+    found = llama.generate(PROMPTS[:1], 4, temperature=0)
+    assert len(seen) == 4 and seen[-1].shape == (1, 512)
+    hook.remove()
+    assert llama.generate(PROMPTS[:1], 4, temperature=0) == found
+    assert len(seen) == 4
+
+
+def test_a_copy_has_steps_of_its_own(build: Callable[..., Llama]) -> None:
+    llama = build()
+    llama.generate(PROMPTS[:1], 2)
+    other = copy.deepcopy(llama.model)
+    with torch.no_grad():
+        other.norm.weight.mul_(2)
+    check(llama, [7], [Segment(0, 0, 1)])
+    steps = graphs.decoding_steps(other)
+    assert steps is not None
+    segments = [Segment(0, 0, 1)]
+    places = map(torch.tensor, steps.places(segments))
+    doubled = steps(torch.tensor([7]), segments, *places)
+    assert torch.equal(doubled, other.forward_ragged(torch.tensor([7]), segments))
+    assert not torch.equal(doubled, decode(llama, [7], segments))
+
+
+def test_what_is_not_compiled_is_not_recorded(
+    build: Callable[..., Llama], checkpoint_dir: Callable[..., Path]
+) -> None:
+    """A failure means that a step reads numbers as those of another form."""
+    assert build(kv_cache_dtype="int8").engine.decode is None
+    assert Llama.build(device="cpu", dtype=torch.bfloat16).engine.decode is None  # a narrow one
+    path = checkpoint_dir(torch.float32, name="float32", **WIDE)
+    assert Llama.build(path, device="cpu", dtype=torch.float32).engine.decode is None
+
+
+def test_not_a_number_is_reported(build: Callable[..., Llama]) -> None:
+    llama = build()
+    llama.generate(PROMPTS[:1], 4, temperature=0)
+    with torch.no_grad():
+        llama.model.layers[0].ffn_norm.weight.fill_(torch.nan)
+    with pytest.raises(NotFinite, match="not finite"):
+        llama.generate(PROMPTS[:1], 4, temperature=0)
+
+
+def test_calls_are_recorded_in_their_thread_and_order() -> None:
+    """A failure means that a replay computes what another thread did, or in another order."""
+    code = compiled._tokens_code().add()
+    x = torch.ones(8, 512, dtype=torch.bfloat16)
+    out = torch.zeros_like(x)
+    places = [t.data_ptr() for t in (x, x, out)]
+    assert recording.calls is None
+    in_parallel(code.address, *places, *x.shape)
+    assert recording.calls is None and (out == 2).all()
+
+
+def test_recording_imports_no_compiler(checkpoint_dir: Callable[..., Path]) -> None:
+    """A failure means that a first token waits a second for PyTorch's compiler to be imported."""
+    path = checkpoint_dir(torch.bfloat16, **WIDE)
+    code = (
+        "import sys, torch; from llama import Llama\n"
+        "llama = Llama.build(sys.argv[1], device='cpu', dtype=torch.bfloat16, max_seq_len=64)\n"
+        "llama.generate([[1, 2]], 3)\n"
+        "print(len(llama.engine.decode._graphs), 'torch._dynamo' in sys.modules)"
+    )
+    done = forked("-c", code, str(path))
+    assert done.stdout.split() == ["1", "False"], done.stdout + done.stderr
