@@ -53,17 +53,31 @@ class Ours:
     def generate(self, prompt: list[int], length: int) -> int:
         return len(self.llama.generate([prompt], length, temperature=0)[0][0])
 
-    def products(self) -> None:
-        """Do the products of a decoding step alone."""
+    def products(self) -> Callable[[], object]:
+        """Return a function that does the products of a decoding step alone.
+
+        They are recorded where steps are.
+        """
         import torch
 
+        from llama.layers.kernels.graphs import CpuGraph
         from llama.layers.linear import fused_linear
 
         model = self.llama.model
+        groups = list(model.linear_groups())
+        dtype = model.norm.weight.dtype
+        inputs = {g: torch.ones(1, g[0].in_features, dtype=dtype) for g in groups}
+
+        @torch.inference_mode()
+        def multiply(_: torch.Tensor) -> torch.Tensor:
+            return [fused_linear(inputs[layers], *layers)[-1] for layers in groups][-1]
+
+        nothing = torch.empty(0)
+        if self.llama.engine.decode is None:
+            return lambda: multiply(nothing)
         with torch.inference_mode():
-            for layers in model.linear_groups():
-                width = layers[0].in_features
-                fused_linear(torch.ones(1, width, dtype=model.norm.weight.dtype), *layers)
+            graph = CpuGraph(multiply, nothing, model)
+        return torch.inference_mode()(lambda: graph(nothing))
 
     def step(self, bsz: int, kv_len: int) -> None:
         """Decode one token of each of some sequences; the time is independent of which ones."""
@@ -72,13 +86,17 @@ class Ours:
         from llama.layers.batch import Segment
 
         segments = [Segment(slot, kv_len, 1) for slot in range(bsz)]
-        self.llama.model.forward_ragged(torch.full((bsz,), 5), segments)
+        tokens, decode = torch.full((bsz,), 5), self.llama.engine.decode
+        if decode is not None and decode.supports(segments):
+            decode(tokens, segments, *map(torch.tensor, decode.places(segments)))
+        else:
+            self.llama.model.forward_ragged(tokens, segments)
 
     def details(self) -> dict[str, float]:
         """Return what is measured of this library only, from cases that take turns."""
         kv_len = PROMPT // 8
         cases = {
-            "products": self.products,
+            "products": self.products(),
             "one": lambda: self.step(1, kv_len),
             "batch": lambda: self.step(BATCH, kv_len),
         }

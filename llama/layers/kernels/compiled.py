@@ -30,7 +30,8 @@ from llama.layers.quantization import Grouped, StoredWeight
 
 # Up to which compiled code is faster than widening the weight, in groups or plain.
 FEW_TOKENS, FEW_OF_PLAIN = 32, 16
-FEW_OF_TILES = 4  # rows of int8 inputs up to which it is faster than oneDNN
+# Rows of inputs in eight bits, and in bfloat16, up to which it is faster than oneDNN.
+FEW_OF_TILES, FEW_OF_HALVES = 8, 4
 WIDE = 512  # elements of a token from which code for them is worth compiling
 # Up to which positions compiled attention is as fast as PyTorch's, with 8 queries for a key.
 MOST_POSITIONS = 4096

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from llama.layers.capability import cpu_has_amx, fast_dtype
 from llama.layers.kernels import digits
 from llama.layers.kernels.base import Kernel
-from llama.layers.kernels.compiled import FEW_OF_TILES, Tiles
+from llama.layers.kernels.compiled import FEW_OF_HALVES, FEW_OF_TILES, Tiles
 from llama.layers.quantization import Form, Grouped, StoredWeight, hadamard, rotate
 
 # Before torch 2.11 there is no public way to ask.
@@ -56,7 +56,8 @@ class OneDnn(Kernel):
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         n_tokens = x.shape[0]
-        if n_tokens == 1 and self._tiles is not None and x.dtype == torch.bfloat16:
+        is_few = n_tokens <= FEW_OF_HALVES and self._tiles is not None
+        if is_few and x.dtype == torch.bfloat16:
             return self._tiles.product(x)
         if n_tokens < type(self).min_tokens:
             x = F.pad(x, (0, 0, 0, type(self).min_tokens - n_tokens))

@@ -18,7 +18,6 @@ from llama.layers.kernels.compiled import BLOCK, HAS_VNNI
 from llama.layers.kernels.openmp import openmp
 
 AHEAD = 2048  # bytes of a weight that are fetched before they are read
-
 I8, I16, I32, I64, F32 = *(ir.IntType(n) for n in (8, 16, 32, 64)), ir.FloatType()
 INTEGER, FLOAT, ZERO = numba.types.int64, numba.float32, numba.float32(0)
 
@@ -223,7 +222,7 @@ def product(kind: Kind) -> int:
     (``round_inputs``) and of outputs, float32, (n_tokens, n_rows), then to the numbers of rows,
     blocks, groups and tokens.
     """
-    one, four = (_dot(kind, n) for n in (1, 4))
+    one, four, eight = (_dot(kind, n) for n in (1, 4, 8))
 
     @numba.cfunc(numba.void(numba.types.voidptr))
     def rows_of_thread(data):
@@ -231,7 +230,9 @@ def product(kind: Kind) -> int:
         addresses, sizes = to_fixed_tuple(given[:8], 8), to_fixed_tuple(given[8:11], 3)
         n_tokens = given[11]
         for row in range(*part_of_thread(given[8])):
-            for token in range(0, n_tokens // 4 * 4, 4):
+            for token in range(0, n_tokens // 8 * 8, 8):
+                eight(addresses, sizes, row, token)
+            for token in range(n_tokens // 8 * 8, n_tokens // 4 * 4, 4):
                 four(addresses, sizes, row, token)
             for token in range(n_tokens // 4 * 4, n_tokens):
                 one(addresses, sizes, row, token)

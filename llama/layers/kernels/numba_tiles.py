@@ -143,13 +143,12 @@ def product(kind: Kind) -> int:
         places, n_tokens = to_fixed_tuple(given[:6], 6), given[6]
         for tile in range(*part_of_thread(given[4])):
             token = 0
-            if is_int8:
-                while n_tokens - token >= 4:
-                    four(places, tile, token)
-                    token += 4
-                while n_tokens - token >= 2:
-                    two(places, tile, token)
-                    token += 2
+            while n_tokens - token >= 4:
+                four(places, tile, token)
+                token += 4
+            while n_tokens - token >= 2:
+                two(places, tile, token)
+                token += 2
             while token < n_tokens:
                 one(places, tile, token)
                 token += 1
@@ -163,7 +162,6 @@ def _tile(kind: Kind, n_tokens: int):
     """Return a function that writes the sums of a tile's products with some tokens."""
     width, is_int8, _ = kind
     size, element = (4, I32) if is_int8 else (2, F32)  # inputs in 32 bits, and what is added up
-    n_parts = 1 if is_int8 else 2  # products of these, which have sums of their own
     vectors = range(width // LANES)
 
     @intrinsic
@@ -194,10 +192,7 @@ def _tile(kind: Kind, n_tokens: int):
         tiles = at(tiles, build.mul(tile, n_steps), 4 * width)
         tokens = [build.add(token, I64(i)) for i in range(n_tokens)]
         inputs = [at(x, build.mul(each, n_steps), 4) for each in tokens]
-        sums = [
-            [[vector.zeros(LANES, element) for _ in range(n_parts)] for _ in vectors]
-            for _ in tokens
-        ]
+        sums = [[vector.zeros(LANES, element) for _ in vectors] for _ in tokens]
         with for_range(build, n_steps) as loop:
             place = at(tiles, loop.index, 4 * width)
             weights = [parts(vector.load(place, I64(i), I32, LANES)) for i in vectors]
@@ -206,13 +201,12 @@ def _tile(kind: Kind, n_tokens: int):
             for own, start in zip(sums, inputs, strict=True):
                 words = vector.spread(vector.load(start, loop.index, I32, 1), [0] * LANES)
                 for i, some in enumerate(parts(words)):
-                    for totals, weight in zip(own, weights, strict=True):
-                        add(totals[i], weight[i], some)
+                    for total, weight in zip(own, weights, strict=True):
+                        add(total, weight[i], some)
         for each, own in zip(tokens, sums, strict=True):
             place = at(at(out, build.mul(each, n_tiles), 4 * width), tile, 4 * width)
-            for i, totals in zip(vectors, own, strict=True):
-                some = [build.load(total) for total in totals]
-                result = some[0] if is_int8 else build.fadd(*some)
+            for i, total in zip(vectors, own, strict=True):
+                result = build.load(total)
                 pointer = build.inttoptr(at(place, I64(i), 4 * LANES), result.type.as_pointer())
                 build.store(result, pointer, align=4)
         return context.get_dummy_value()
