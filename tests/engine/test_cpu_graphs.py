@@ -171,7 +171,7 @@ def test_not_a_number_is_reported(build: Callable[..., Llama]) -> None:
 
 def test_calls_are_recorded_in_their_thread_and_order() -> None:
     """A failure means that a replay computes what another thread did, or in another order."""
-    code = compiled._tokens_code().add()
+    code = compiled.tokens_code().add()
     x = torch.ones(8, 512, dtype=torch.bfloat16)
     out = torch.zeros_like(x)
     places = [t.data_ptr() for t in (x, x, out)]

@@ -65,7 +65,7 @@ def _attention_code() -> Any:
 
 
 @functools.cache
-def _tokens_code() -> Any:
+def tokens_code() -> Any:
     return importlib.import_module("llama.layers.kernels.numba_tokens")
 
 
@@ -137,7 +137,7 @@ class Compiled(plain.Widened):
         return [part.data_ptr() + row * part.shape[1] * part.itemsize for part in parts]
 
 
-def _is_read(*tensors: torch.Tensor) -> bool:
+def is_read(*tensors: torch.Tensor) -> bool:
     """Return whether compiled code reads tensors.
 
     They are bfloat16 on a CPU, have rows without gaps in them, and aren't trained.
@@ -150,14 +150,14 @@ def _is_read(*tensors: torch.Tensor) -> bool:
 def has_rms_norm(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Return whether rows, (n_rows, dim), are normalised by compiled code."""
     is_wide = x.dim() == 2 and x.shape[1:] == weight.shape and len(weight) >= WIDE
-    return is_wide and x.is_contiguous() and _is_read(x, weight)
+    return is_wide and x.is_contiguous() and is_read(x, weight)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Return normalised rows: an operator of PyTorch takes longer to call than to compute."""
     out, bits = torch.empty_like(x), int.from_bytes(struct.pack("<f", eps), "little")
     places = x.data_ptr(), weight.data_ptr(), out.data_ptr()
-    by_rows(_tokens_code().rms_norm(), len(x), *places, *x.shape, bits)
+    by_rows(tokens_code().rms_norm(), len(x), *places, *x.shape, bits)
     return out
 
 
@@ -165,14 +165,14 @@ def has_swiglu(gate: torch.Tensor, up: torch.Tensor) -> bool:
     """Return whether compiled code reads two parts of rows, each (n_rows, dim)."""
     is_wide = gate.dim() == 2 and gate.shape[1] >= WIDE
     are_alike = gate.shape == up.shape and gate.stride() == up.stride()
-    return is_wide and are_alike and _is_read(gate, up)
+    return is_wide and are_alike and is_read(gate, up)
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """Return ``silu(gate) * up`` of rows, (n_rows, dim), which lie equally far from each other."""
     out = gate.new_empty(gate.shape)
     places = gate.data_ptr(), up.data_ptr(), out.data_ptr()
-    by_rows(_tokens_code().swiglu(), len(gate), *places, *gate.shape, gate.stride(0))
+    by_rows(tokens_code().swiglu(), len(gate), *places, *gate.shape, gate.stride(0))
     return out
 
 
@@ -190,7 +190,7 @@ def has_rotation(
         (batch.positions, torch.int64),
     )
     fit = all(part.dtype == dtype and part.is_contiguous() for part, dtype in others)
-    return fit and xqkv.is_contiguous() and _is_read(xqkv, kv_cache.k)
+    return fit and xqkv.is_contiguous() and is_read(xqkv, kv_cache.k)
 
 
 def rotate(
@@ -213,7 +213,7 @@ def rotate(
     some = (xqkv, freqs_cis, batch.slots, batch.positions, xq, keys, values)
     sizes = (len(batch.slots), xq.shape[1], n_kv_heads, head_dim, len(keys), keys.shape[2])
     places = [part.data_ptr() for part in some]
-    by_rows(_tokens_code().rotate(), sizes[0], *places, *sizes)
+    by_rows(tokens_code().rotate(), sizes[0], *places, *sizes)
     return xq
 
 
@@ -227,7 +227,7 @@ def has_attention(q: torch.Tensor, kv_cache: KVCache, batch: RaggedBatch) -> boo
     fits = head_dim % (2 * SCORES) == 0 and head_dim <= 256 and keys.shape[2] >= SCORES
     are_few = all(call.kv_len <= MOST_POSITIONS for call in batch.calls)
     are_whole = all(x.dtype == torch.int64 for x in (batch.slots, batch.positions))
-    return fits and are_few and are_whole and q.is_contiguous() and _is_read(q, keys)
+    return fits and are_few and are_whole and q.is_contiguous() and is_read(q, keys)
 
 
 def attend(q: torch.Tensor, kv_cache: KVCache, batch: RaggedBatch) -> torch.Tensor:
@@ -368,39 +368,7 @@ class Bfloat16(plain.Joined):
         return out.to(x.dtype)
 
 
-def operate(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
-    """Return what an operator of PyTorch does, done by compiled code; None where it has none."""
-    tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
-    fit = all(x.is_cpu and x.is_contiguous() and x.dim() > 1 for x in tensors)
-    if kwargs or not tensors or not fit:
-        return None
-    first, last = tensors[0], args[-1]
-    is_sum = func is torch.ops.aten.add.Tensor and len(tensors) == len(args) == 2
-    if is_sum and first.shape == last.shape and _is_read(first, last):
-        return _by_rows(_tokens_code().add(), torch.empty_like(first), *tensors)
-    pair = len(args) == 2 and (first.dtype, last)
-    if func is torch.ops.aten.to.dtype and pair == (torch.bfloat16, torch.float32):
-        return _by_rows(_tokens_code().to_float32(), torch.empty_like(first, dtype=last), first)
-    if func is torch.ops.aten.to.dtype and pair == (torch.float32, torch.bfloat16):
-        return _by_rows(_tokens_code().to_bfloat16(), torch.empty_like(first, dtype=last), first)
-    return None
-
-
-def replay_code() -> int:
-    """Return the address of code that calls functions one after another."""
-    address: int = _tokens_code().replay().address
-    return address
-
-
-def _by_rows(function: Any, out: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
-    """Call a function that writes a tensor, given others of its shape."""
-    rows = out.flatten(0, -2)
-    places = [x.data_ptr() for x in (*tensors, out)]
-    by_rows(function, len(rows), *places, *rows.shape)
-    return out
-
-
 def _compile_tokens_code() -> None:
-    code = _tokens_code()
+    code = tokens_code()
     for function in (code.rms_norm, code.swiglu, code.rotate):
         function()

@@ -56,8 +56,8 @@ class OneDnn(Kernel):
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         n_tokens = x.shape[0]
-        is_few = n_tokens <= FEW_OF_HALVES and self._tiles is not None
-        if is_few and x.dtype == torch.bfloat16:
+        is_few = n_tokens <= FEW_OF_HALVES and x.dtype == torch.bfloat16
+        if is_few and self._tiles is not None:
             return self._tiles.product(x)
         if n_tokens < type(self).min_tokens:
             x = F.pad(x, (0, 0, 0, type(self).min_tokens - n_tokens))

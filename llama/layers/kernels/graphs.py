@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from llama import parallel
-from llama.layers.kernels import compiled
-from llama.layers.kernels.openmp import in_parallel, recording
+from llama.layers.kernels.compiled import is_read, tokens_code
+from llama.layers.kernels.openmp import by_rows, in_parallel, recording
 
 
 class CudaGraph:
@@ -149,7 +149,7 @@ class _Recorder:
         kwargs = kwargs or {}
         calls = recording.calls
         assert calls is not None
-        out = compiled.operate(func, args, kwargs)
+        out = _operate(func, args, kwargs)
         if out is None:
             n_before = len(calls)
             out = func(*args, **kwargs)
@@ -165,6 +165,32 @@ class _Recorder:
 
 class _Operators(_Recorder, TorchDispatchMode):
     """Of two classes, since PyTorch imports its compiler for a mode that has the method itself."""
+
+
+def _operate(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
+    """Return what an operator of PyTorch does, done by compiled code; None where it has none."""
+    tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
+    fit = all(x.is_cpu and x.is_contiguous() and x.dim() > 1 for x in tensors)
+    if kwargs or not tensors or not fit:
+        return None
+    first, last = tensors[0], args[-1]
+    is_sum = func is torch.ops.aten.add.Tensor and len(tensors) == len(args) == 2
+    if is_sum and first.shape == last.shape and is_read(first, last):
+        return _by_rows(tokens_code().add(), torch.empty_like(first), *tensors)
+    pair = len(args) == 2 and (first.dtype, last)
+    if func is torch.ops.aten.to.dtype and pair == (torch.bfloat16, torch.float32):
+        return _by_rows(tokens_code().to_float32(), torch.empty_like(first, dtype=last), first)
+    if func is torch.ops.aten.to.dtype and pair == (torch.float32, torch.bfloat16):
+        return _by_rows(tokens_code().to_bfloat16(), torch.empty_like(first, dtype=last), first)
+    return None
+
+
+def _by_rows(function: Any, out: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
+    """Call a function that writes a tensor, given others of its shape."""
+    rows = out.flatten(0, -2)
+    places = [x.data_ptr() for x in (*tensors, out)]
+    by_rows(function, len(rows), *places, *rows.shape)
+    return out
 
 
 _EMPTY = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
@@ -206,7 +232,7 @@ class _Replay:
         self._calls = calls  # which own the data
         places = (place for address, data in calls for place in (address, ctypes.addressof(data)))
         self._values = len(calls), *places
-        self._code = compiled.replay_code()
+        self._code = tokens_code().replay().address
 
     def __call__(self) -> None:
         in_parallel(self._code, *self._values)
