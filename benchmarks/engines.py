@@ -76,7 +76,7 @@ class Ours:
         if self.llama.engine.decode is None:
             return lambda: multiply(nothing)
         with torch.inference_mode():
-            graph = CpuGraph(multiply, nothing, model)
+            graph = CpuGraph(multiply, nothing, CpuGraph.pool(model))
         return torch.inference_mode()(lambda: graph(nothing))
 
     def step(self, bsz: int, kv_len: int) -> None:

@@ -12,6 +12,7 @@ import os
 import shutil
 import sys
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,9 +22,9 @@ from llama import parallel
 from llama.cli import progress
 from llama.layers.batch import RaggedBatch, Segment, token_places
 from llama.layers.capability import Capability
-from llama.layers.kernels import has_attention
 from llama.layers.kernels.compiled import FEW_TOKENS, MOST_POSITIONS
 from llama.layers.kernels.graphs import CpuGraph, CudaGraph
+from llama.layers.kernels.openmp import release_team
 from llama.layers.varlen import MAX_DRAFT, Varlen
 from llama.model import Transformer
 
@@ -61,6 +62,7 @@ def decoding_steps(model: Transformer, compile: bool = False) -> "DecodingSteps 
     finally:
         if compile or model.capability.kind == "cuda":  # else its memory isn't touched
             model.clear_cache()
+        release_team()
     logger.info("prepared decoding steps in %.1f seconds", time.monotonic() - start)
     return steps
 
@@ -68,11 +70,8 @@ def decoding_steps(model: Transformer, compile: bool = False) -> "DecodingSteps 
 def _can_record(model: Transformer) -> bool:
     if model.capability.kind == "cuda":
         return parallel.can_capture()
-    attention: Any = model.layers[0].attention
-    q = attention.cache.k.new_empty(1, attention.n_local_heads, attention.head_dim)
-    place = torch.zeros(1, dtype=torch.long)
     is_alone = model.capability.kind == "cpu" and parallel.world_size() == 1
-    return is_alone and has_attention(q, attention.cache, RaggedBatch(place, place, ()))
+    return is_alone and CpuGraph.fits(model.layers[0].attention)
 
 
 def check_compiler(capability: Capability) -> None:
@@ -130,7 +129,7 @@ class DecodingSteps:
         self.max_tokens = most
         # SDPA reads all of it. FlashAttention reads what is filled, but divides the length among
         # processors: where a quarter of it is filled, three quarters of them would have no work.
-        self.lengths = [_FIRST_LENGTH]
+        self.lengths = [last if self._on_cpu else _FIRST_LENGTH]
         while self.lengths[-1] < last:
             self.lengths.append(2 * self.lengths[-1])
         self.lengths[-1] = last
@@ -216,7 +215,8 @@ class DecodingSteps:
             return self._step(inputs, kv_len)
         key = (inputs.shape[1], kv_len)
         if key not in self._graphs:
-            step = functools.partial(self._step, kv_len=kv_len)
+            own: Any = weakref.proxy(self)  # without a circle of references
+            step = functools.partial(DecodingSteps._step, own, kv_len=kv_len)
             self._graphs[key] = self._kind(step, inputs, self._pool)
         return self._graphs[key](inputs)
 

@@ -1,6 +1,8 @@
 """Decoding steps on a CPU, recorded and replayed."""
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +15,9 @@ from llama.engine import graphs
 from llama.errors import NotFinite
 from llama.layers.batch import Segment
 from llama.layers.kernels import compiled
+from llama.layers.kernels import graphs as kernel_graphs
 from llama.layers.kernels.openmp import in_parallel, recording
+from llama.model import RMSNorm
 
 WIDE = {"dim": 512, "n_heads": 8, "n_kv_heads": 2, "n_layers": 2}
 PROMPTS = [[1, 300, 301], [1, *range(400, 430)], [1, 9], [1, *range(500, 505)]]
@@ -97,7 +101,7 @@ def test_steps_beyond_compiled_attention_are_the_networks_own(
     assert llama.generate(PROMPTS, 24, temperature=0) == found
 
 
-@pytest.mark.parametrize("change", ["weights", "norm", "cache", "threads"])
+@pytest.mark.parametrize("change", ["weights", "norm", "data", "module", "cache", "threads"])
 def test_a_network_that_has_changed_is_recorded_again(
     build: Callable[..., Llama], change: str
 ) -> None:
@@ -112,6 +116,12 @@ def test_a_network_that_has_changed_is_recorded_again(
         elif change == "norm":
             weight = torch.full_like(model.layers[1].ffn_norm.weight, 3)
             model.layers[1].ffn_norm.weight = torch.nn.Parameter(weight, requires_grad=False)
+        elif change == "data":
+            model.norm.weight.data = torch.full_like(model.norm.weight, 3)
+        elif change == "module":
+            weight = torch.full((512,), 3.0, dtype=torch.bfloat16)
+            model.norm = RMSNorm(512, 1e-5)
+            model.norm.weight = torch.nn.Parameter(weight, requires_grad=False)
         elif change == "cache":
             model.allocate_buffers(torch.device("cpu"), torch.bfloat16)
         else:
@@ -132,6 +142,75 @@ def test_hooks_see_every_step(build: Callable[..., Llama]) -> None:
     hook.remove()
     assert llama.generate(PROMPTS[:1], 4, temperature=0) == found
     assert len(seen) == 4
+
+
+def test_what_hooks_change_is_not_recorded(build: Callable[..., Llama]) -> None:
+    """A failure means that a change of activations lasts after its hook was removed."""
+    llama, segments = build(), [Segment(0, 3, 1), Segment(1, 6, 1)]
+    llama.generate(PROMPTS, 1)
+    hook = llama.model.layers[1].register_forward_hook(lambda *args: args[2] * -3)
+    steered = llama.model.forward_ragged(torch.tensor([7, 8]), segments)
+    assert torch.equal(decode(llama, [7, 8], segments), steered)  # not recorded before
+    hook.remove()
+    assert not torch.equal(decode(llama, [7, 8], segments), steered)
+    check(llama, [7, 8], segments)
+
+
+def test_a_step_that_takes_too_much_memory_is_not_kept(
+    build: Callable[..., Llama], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A failure means that copies of all weights stay, where a kernel widens these."""
+    monkeypatch.setattr(kernel_graphs, "_MOST", 1 << 16)
+    llama = build()
+    check(llama, [7], [Segment(0, 0, 1)])
+    check(llama, [7], [Segment(0, 1, 1)])
+    [graph] = steps_of(llama)._graphs.values()
+    assert graph._parts is None and recording.calls is None
+
+
+def test_graphs_share_memory(build: Callable[..., Llama]) -> None:
+    """A failure means that a server's memory grows with each number of streams."""
+    llama = build()
+    llama.generate(PROMPTS, 1)
+    check(llama, [7] * 12, [Segment(1, 31, 12)])
+    memory, sizes = steps_of(llama)._pool, []
+    for n in range(1, 12):
+        check(llama, [7] * n, [Segment(1, 31, n)])
+        sizes.append(sum(map(len, memory._chunks)))
+    assert sizes[0] == sizes[-1] > 0
+    check(llama, [9] * 12, [Segment(1, 31, 12)])
+
+
+def test_an_interrupted_record_is_not_replayed(build: Callable[..., Llama]) -> None:
+    """A failure means that steps read freed weights after Ctrl-C."""
+    llama = build()
+    model, segments = llama.model, [Segment(0, 0, 1)]
+    decode(llama, [7], segments)
+    model.load_state_dict({n: w * 1.5 for n, w in model.state_dict().items()})
+    original = model.layers[1].forward
+
+    def interrupt(*args: object) -> torch.Tensor:
+        raise KeyboardInterrupt
+
+    model.layers[1].forward = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        decode(llama, [7], segments)
+    assert recording.calls is None
+    model.layers[1].forward = original
+    check(llama, [7], segments)
+
+
+def test_a_model_that_is_let_go_leaves_memory_at_once(build: Callable[..., Llama]) -> None:
+    """A failure means that the next model may not fit beside it."""
+    llama = build()
+    llama.generate(PROMPTS[:1], 4)
+    model = weakref.ref(llama.model)
+    gc.disable()
+    try:
+        del llama
+        assert model() is None
+    finally:
+        gc.enable()
 
 
 def test_a_copy_has_steps_of_its_own(build: Callable[..., Llama]) -> None:

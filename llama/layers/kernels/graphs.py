@@ -8,12 +8,17 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from llama import parallel
-from llama.layers.kernels.compiled import is_read, tokens_code
+from llama.layers.batch import RaggedBatch
+from llama.layers.kernels.compiled import has_attention, is_read, tokens_code
 from llama.layers.kernels.openmp import by_rows, in_parallel, recording
+
+_MOST = 1 << 28  # bytes that a graph may keep
+_CHUNK, _LINE = 1 << 20, 64
 
 
 class CudaGraph:
@@ -68,42 +73,104 @@ class CpuGraph:
     Args:
         step: takes ``inputs`` and returns logits; no tensor's values decide what it computes.
         inputs: of any values; the graph reads where they are.
-        pool: the network of the step.
+        pool: the memory that all graphs of a network share.
     """
 
     def __init__(
-        self, step: Callable[[torch.Tensor], torch.Tensor], inputs: torch.Tensor, pool: nn.Module
+        self, step: Callable[[torch.Tensor], torch.Tensor], inputs: torch.Tensor, pool: "Memory"
     ):
-        self._step, self._inputs, self._network = step, inputs.clone(), pool
-        self._record()
+        self._step, self._inputs, self._memory = step, inputs.clone(), pool
+        self._used, self._n_threads = _Used(pool.network), 0  # not recorded yet
+        self._parts: list[Callable[[], None]] | None = None
 
     @staticmethod
-    def pool(network: nn.Module) -> nn.Module:
-        """Return the network: each of its graphs has memory of its own."""
-        return network
+    def fits(attention: Any) -> bool:
+        """Return whether a layer's attention is compiled code, which reads positions."""
+        q = attention.cache.k.new_empty(1, attention.n_local_heads, attention.head_dim)
+        place = torch.zeros(1, dtype=torch.long, device="cpu")
+        return has_attention(q, attention.cache, RaggedBatch(place, place, ()))
+
+    @staticmethod
+    def pool(network: nn.Module) -> "Memory":
+        """Return memory for graphs of a network, of which one runs at a time."""
+        return Memory(network)
 
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Return the logits of inputs, until the graph is replayed."""
+        """Return the logits of inputs, until any graph of the pool is replayed."""
         if self._used.have_hooks():  # someone wants to know what modules compute
             return self._step(inputs)
         self._inputs.copy_(inputs)
         if self._n_threads != torch.get_num_threads() or not self._used.are_same():
             self._record()
+            return self._logits
+        if self._parts is None:
+            return self._step(inputs)
         for part in self._parts:
             part()
         return self._logits
 
     def _record(self) -> None:
-        """Compute the step, and record how."""
-        self._used, self._n_threads = _Used(self._network), torch.get_num_threads()
+        """Compute the step, and record how, if its tensors fit into memory."""
+        used, n_threads, parts = _Used(self._memory.network), torch.get_num_threads(), None
         recording.calls = []
         try:
-            with _Operators() as operators:
+            with _Operators(self._memory) as operators:
                 self._logits = self._step(self._inputs)
+            parts = list(_parts(recording.calls))
+        except _TooLarge:
+            recording.calls = None
+            self._logits = self._step(self._inputs)
         finally:
-            calls, recording.calls = recording.calls, None
+            recording.calls = None
+        # Only now, so that an interrupted record isn't replayed, nor reads what is freed.
+        self._used, self._n_threads, self._parts = used, n_threads, parts
         self._kept = operators.kept  # tensors that calls read and write
-        self._parts = list(_parts(calls))
+
+
+class _TooLarge(RuntimeError):
+    """The tensors of a step take more memory than a graph may keep."""
+
+
+class Memory:
+    """Memory that the graphs of a network share, of which one runs at a time.
+
+    Attributes:
+        network: whose graphs they are.
+        left: bytes that a graph which is being recorded may still take.
+    """
+
+    def __init__(self, network: nn.Module):
+        self.network = network
+        self._chunks: list[torch.Tensor] = []
+        self.begin()
+
+    def begin(self) -> None:
+        """Begin with another graph."""
+        self._place, self._offset, self.left = 0, 0, _MOST
+
+    def copy(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return a tensor's values in this memory, where it may be kept.
+
+        Raises:
+            _TooLarge: the graph has taken too much.
+        """
+        n_bytes = -(-tensor.nbytes // _LINE) * _LINE
+        self.left -= n_bytes
+        if self.left < 0:
+            raise _TooLarge
+        if not tensor.is_contiguous() or tensor.is_mkldnn:
+            return tensor
+        while True:
+            if self._place == len(self._chunks):
+                size = max(n_bytes, _CHUNK)
+                self._chunks.append(torch.empty(size, dtype=torch.uint8, device="cpu"))
+            chunk = self._chunks[self._place]
+            if self._offset + n_bytes <= len(chunk):
+                break
+            self._place, self._offset = self._place + 1, 0
+        own = chunk[self._offset : self._offset + tensor.nbytes]
+        self._offset += n_bytes
+        return own.view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
 
 class _Used:
@@ -116,21 +183,25 @@ class _Used:
         modules = list(network.modules())
         owners = [(vars(module), "kernel") for module in modules if "kernel" in vars(module)]
         for module in modules:
-            for own in (module._parameters, module._buffers):
+            for own in (module._parameters, module._buffers, module._modules):
                 owners += [(own, name) for name in own]
         self._owners, self._names = zip(*owners, strict=True)
         self._parts = [own[name] for own, name in owners]
         self._memory = [x.detach() for x in self._parts if isinstance(x, torch.Tensor)]
+        self._weights = [x for x in self._parts if isinstance(x, nn.Parameter) and x.numel()]
+        self._places = [x.data_ptr() for x in self._weights]
         self._hooks = [module._forward_hooks for module in modules]
         self._hooks += [module._forward_pre_hooks for module in modules]
 
     def are_same(self) -> bool:
         """Return whether the network still has them."""
-        return all(map(operator.is_, map(dict.get, self._owners, self._names), self._parts))
+        found = map(dict.get, self._owners, self._names)
+        have_places = [x.data_ptr() for x in self._weights] == self._places  # not of another's data
+        return have_places and all(map(operator.is_, found, self._parts))
 
     def have_hooks(self) -> bool:
         """Return whether a module calls functions of a caller's."""
-        return any(self._hooks)
+        return any(self._hooks) or _has_any_global_hook()
 
 
 class _Recorder:
@@ -139,8 +210,10 @@ class _Recorder:
     Views and new tensors aren't recorded: they stay as they are.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, memory: Memory) -> None:
         super().__init__()
+        memory.begin()
+        self._memory = memory
         self.kept: list[torch.Tensor] = []  # what operators returned
 
     def __torch_dispatch__(
@@ -156,6 +229,8 @@ class _Recorder:
             assert len(calls) == n_before, f"{func} calls compiled code"
             given = {_place(x) for x in _tensors((args, kwargs))}
             news = [x for x in _tensors(out) if _place(x) not in given]
+            if isinstance(out, torch.Tensor) and news:
+                out = self._memory.copy(out)
             is_empty = func.overloadpacket.__name__ in _EMPTY
             if func._schema.is_mutable or (news and not is_empty):
                 calls.append((_operator(func, args, kwargs, out, bool(news)), None))
