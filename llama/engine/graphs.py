@@ -2,7 +2,7 @@
 
 Prompts of all lengths aren't worth it; a decoding step always looks the same. On CUDA it is
 recorded as one graph for a few numbers of tokens and a few lengths of the cache, and replayed; on a
-CPU when a number of tokens first comes up, where attention is compiled code. With
+CPU when a number of tokens has come up a few times, where attention is compiled code. With
 ``compile=True`` its layers become compiled code first.
 """
 

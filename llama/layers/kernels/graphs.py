@@ -18,6 +18,7 @@ from llama.layers.kernels.compiled import has_attention, is_read, tokens_code
 from llama.layers.kernels.openmp import by_rows, in_parallel, recording
 
 _MOST = 1 << 28  # bytes that a graph may keep
+_OFTEN = 4  # times that a step comes up until it is recorded
 _CHUNK, _LINE = 1 << 20, 64
 
 
@@ -82,6 +83,8 @@ class CpuGraph:
         self._step, self._inputs, self._memory = step, inputs.clone(), pool
         self._used, self._n_threads = _Used(pool.network), 0  # not recorded yet
         self._parts: list[Callable[[], None]] | None = None
+        # Steps of several tokens are recorded, in the time of another one, once they are common.
+        self._n_more = _OFTEN - 1 if inputs.shape[-1] > 1 else 0
 
     @staticmethod
     def fits(attention: Any) -> bool:
@@ -97,7 +100,8 @@ class CpuGraph:
 
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
         """Return the logits of inputs, until any graph of the pool is replayed."""
-        if self._used.have_hooks():  # someone wants to know what modules compute
+        is_rare, self._n_more = self._n_more > 0, self._n_more - 1
+        if is_rare or self._used.have_hooks():  # someone wants to know what modules compute
             return self._step(inputs)
         self._inputs.copy_(inputs)
         if self._n_threads != torch.get_num_threads() or not self._used.are_same():
