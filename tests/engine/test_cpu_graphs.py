@@ -161,7 +161,7 @@ def test_a_step_that_takes_too_much_memory_is_not_kept(
     build: Callable[..., Llama], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A failure means that copies of all weights stay, where a kernel widens these."""
-    monkeypatch.setattr(kernel_graphs, "_MOST", 1 << 16)
+    monkeypatch.setattr(kernel_graphs, "_MOST", 1 << 10)
     llama = build()
     check(llama, [7], [Segment(0, 0, 1)])
     check(llama, [7], [Segment(0, 1, 1)])
