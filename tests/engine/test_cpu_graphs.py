@@ -169,9 +169,10 @@ def test_a_step_that_takes_too_much_memory_is_not_kept(
     assert graph._parts is None and recording.calls is None
 
 
-def test_graphs_share_memory(build: Callable[..., Llama]) -> None:
+@pytest.mark.parametrize("quantize", [None, "int8", "int4"])
+def test_graphs_share_memory(build: Callable[..., Llama], quantize: str | None) -> None:
     """A failure means that a server's memory grows with each number of streams."""
-    llama = build()
+    llama = build(quantize=quantize, **({"group_size": 32} if quantize == "int4" else {}))
     llama.generate(PROMPTS, 1)
     check(llama, [7] * 12, [Segment(1, 31, 12)])
     memory, sizes = steps_of(llama)._pool, []
@@ -180,6 +181,14 @@ def test_graphs_share_memory(build: Callable[..., Llama]) -> None:
         sizes.append(sum(map(len, memory._chunks)))
     assert sizes[0] == sizes[-1] > 0
     check(llama, [9] * 12, [Segment(1, 31, 12)])
+    model = llama.model
+    shared = [*memory._chunks, *model.buffers(), *(x for x in model.parameters() if x.numel())]
+    known = {x.untyped_storage().data_ptr() for x in shared}
+    for graph in steps_of(llama)._graphs.values():
+        known.add(graph._inputs.untyped_storage().data_ptr())
+        own = {x.untyped_storage().data_ptr(): x for x in graph._kept if x.numel()}
+        sizes = [x.nbytes for place, x in own.items() if place not in known]
+        assert sum(sizes) < 1000, sizes
 
 
 def test_an_interrupted_record_is_not_replayed(build: Callable[..., Llama]) -> None:

@@ -226,7 +226,7 @@ class _Recorder:
         kwargs = kwargs or {}
         calls = recording.calls
         assert calls is not None
-        out = _operate(func, args, kwargs)
+        out = _operate(func, args, kwargs, self._memory)
         if out is None:
             n_before = len(calls)
             out = func(*args, **kwargs)
@@ -246,7 +246,9 @@ class _Operators(_Recorder, TorchDispatchMode):
     """Of two classes, since PyTorch imports its compiler for a mode that has the method itself."""
 
 
-def _operate(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
+def _operate(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], memory: Memory
+) -> torch.Tensor | None:
     """Return what an operator of PyTorch does, done by compiled code; None where it has none."""
     tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
     fit = all(x.is_cpu and x.is_contiguous() and x.dim() > 1 for x in tensors)
@@ -255,12 +257,14 @@ def _operate(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.
     first, last = tensors[0], args[-1]
     is_sum = func is torch.ops.aten.add.Tensor and len(tensors) == len(args) == 2
     if is_sum and first.shape == last.shape and is_read(first, last):
-        return _by_rows(tokens_code().add(), torch.empty_like(first), *tensors)
+        return _by_rows(tokens_code().add(), memory.copy(torch.empty_like(first)), *tensors)
     pair = len(args) == 2 and (first.dtype, last)
     if func is torch.ops.aten.to.dtype and pair == (torch.bfloat16, torch.float32):
-        return _by_rows(tokens_code().to_float32(), torch.empty_like(first, dtype=last), first)
+        out = memory.copy(torch.empty_like(first, dtype=last))
+        return _by_rows(tokens_code().to_float32(), out, first)
     if func is torch.ops.aten.to.dtype and pair == (torch.float32, torch.bfloat16):
-        return _by_rows(tokens_code().to_bfloat16(), torch.empty_like(first, dtype=last), first)
+        out = memory.copy(torch.empty_like(first, dtype=last))
+        return _by_rows(tokens_code().to_bfloat16(), out, first)
     return None
 
 
