@@ -23,6 +23,7 @@ from llama import Llama, ModelArgs, Tokenizer, Transformer, parallel
 from llama.convert import convert
 from llama.engine import runner
 from llama.generation import TINY
+from llama.layers.kernels.compiled import numba_code
 
 pytest_plugins = ["browser_page"]  # the fixtures of the page's tests
 
@@ -83,6 +84,13 @@ def make_model(seed: int = 0, **params: object) -> Transformer:
             else:
                 parameter.normal_(std=0.2, generator=generator)
     return model
+
+
+@pytest.fixture
+def needs_numba() -> None:
+    pytest.importorskip("numba")
+    if numba_code() is None:
+        pytest.skip("numba's code is for x86 and Linux")
 
 
 @pytest.fixture

@@ -99,8 +99,9 @@ class DecodingSteps:
     """Decoding steps of a model, in as few shapes as possible.
 
     A graph has 1, 2, 4, 8 … tokens, each of which attends on its own: of different sequences, or of
-    one sequence's draft. What is missing repeats the last token, which changes nothing. Compiled
-    code without graphs covers as many of the first slots instead.
+    one sequence's draft. What is missing repeats the last token, which changes nothing. On a CPU a
+    graph has any number of tokens, up to 32. Compiled code without graphs covers 1, 2, 4, 8 … of
+    the first slots instead.
 
     Args:
         model: whose steps they are.

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import threading
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -24,10 +25,7 @@ PROMPTS = [[1, 300, 301], [1, *range(400, 430)], [1, 9], [1, *range(500, 505)]]
 
 
 @pytest.fixture(autouse=True)
-def numba(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("numba")
-    if compiled.numba_code() is None:
-        pytest.skip("numba's code is for x86 and Linux")
+def tiles(needs_numba: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "TILED", 1)
 
 
@@ -262,11 +260,29 @@ def test_calls_are_recorded_in_their_thread_and_order() -> None:
     """A failure means that a replay computes what another thread did, or in another order."""
     code = compiled.tokens_code().add()
     x = torch.ones(8, 512, dtype=torch.bfloat16)
-    out = torch.zeros_like(x)
-    places = [t.data_ptr() for t in (x, x, out)]
-    assert recording.calls is None
-    in_parallel(code.address, *places, *x.shape)
-    assert recording.calls is None and (out == 2).all()
+    outs = [torch.zeros_like(x) for _ in range(3)]
+
+    def add(first: torch.Tensor, second: torch.Tensor, out: torch.Tensor) -> None:
+        in_parallel(code.address, *(t.data_ptr() for t in (first, second, out)), *x.shape)
+
+    recording.calls = calls = []
+    try:
+        add(x, x, outs[0])
+        other = threading.Thread(target=add, args=(x, x, outs[2]))
+        other.start()
+        other.join()
+        add(outs[0], outs[0], outs[1])
+    finally:
+        recording.calls = None
+    add(x, x, outs[2])
+    assert [out[0, 0].item() for out in outs] == [2, 4, 2]
+    assert len(calls) == 2
+    x.fill_(3)
+    for out in outs:
+        out.fill_(7)
+    [replay] = kernel_graphs._parts(calls)
+    replay()
+    assert [out[0, 0].item() for out in outs] == [6, 12, 7]
 
 
 def test_recording_imports_no_compiler(checkpoint_dir: Callable[..., Path]) -> None:

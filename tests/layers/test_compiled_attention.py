@@ -14,11 +14,7 @@ BF16 = torch.bfloat16
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def numba() -> None:
-    pytest.importorskip("numba")
-    if compiled.numba_code() is None:
-        pytest.skip("numba's code is for x86 and Linux")
+pytestmark = pytest.mark.usefixtures("needs_numba")
 
 
 def filled(n_kv_heads: int, max_seq_len: int, head_dim: int, seed: int = 0) -> KVCache:

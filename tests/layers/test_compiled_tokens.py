@@ -18,11 +18,7 @@ from llama.model import Transformer, apply_rotary_emb
 BF16 = torch.bfloat16
 
 
-@pytest.fixture(autouse=True)
-def numba() -> None:
-    pytest.importorskip("numba")
-    if compiled.numba_code() is None:
-        pytest.skip("numba's code is for x86 and Linux")
+pytestmark = pytest.mark.usefixtures("needs_numba")
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -15,10 +15,7 @@ SHAPES = [(64, 64), (100, 128), (97, 192), (600, 1024)]
 
 
 @pytest.fixture(autouse=True)
-def numba(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("numba")
-    if compiled.numba_code() is None:
-        pytest.skip("numba's code is for x86 and Linux")
+def numba(needs_numba: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "TILED", 1)
 
 

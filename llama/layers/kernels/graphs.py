@@ -68,8 +68,8 @@ class CudaGraph:
 class CpuGraph:
     """A step on a CPU as calls of compiled code, which replay in one, and other operators.
 
-    Python and PyTorch need 0.2 milliseconds for a layer besides its products: as long as these for
-    a network of 135 million weights, and a tenth of it for one of a billion.
+    Between products Python and small operators take a time that doesn't depend on the weights: as
+    long as the products of a small network, a tenth of a large one's.
 
     Args:
         step: takes ``inputs`` and returns logits; no tensor's values decide what it computes.
