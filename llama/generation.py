@@ -133,6 +133,7 @@ class Llama:
             kv_cache_dtype,
             chat_template,
             tool_format,
+            compile,
         )
         model, tokenizer, chat, recommended = load_model(config)
         llama = Llama(model, tokenizer, seed, chat)

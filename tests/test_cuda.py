@@ -11,6 +11,7 @@ import json
 import statistics
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,10 +21,10 @@ from conftest import make_model
 from processes import script, torchrun
 
 from llama import Llama, SamplingParams
+from llama.checkpoint.backend import check_compiler
 from llama.checkpoint.save import save
 from llama.checkpoint.sharding import cache_bytes, parameter_count
 from llama.convert import convert
-from llama.engine.graphs import check_compiler
 from llama.generation import TINY
 from llama.layers.batch import Segment
 from llama.layers.capability import Capability
@@ -270,12 +271,16 @@ def test_graphs_follow_the_length(tmp_path: Path) -> None:
         check_answers(ours, theirs, [ids[:length]], 48)
 
 
-@pytest.mark.slow
-def test_compiled_steps(reference: Llama) -> None:
+def needs_compiler() -> None:
     try:
         check_compiler(Capability.of(DEVICE))
     except RuntimeError as error:
         pytest.skip(str(error))
+
+
+@pytest.mark.slow
+def test_compiled_steps(reference: Llama) -> None:
+    needs_compiler()
     compiled = build(max_batch_size=2, compile=True)
     assert compiled.engine.decode is not None
     check_answers(compiled, reference, PROMPTS, 64)
@@ -289,12 +294,19 @@ FORMS = [
     Grouped("int8", 16, has_zeros=False),
     Grouped("int8", 0, has_zeros=False),
     Grouped("float8", 128, has_zeros=False, scale_dtype=torch.float32),
+    Grouped("float8", 0, has_zeros=False, scale_dtype=torch.float32),
 ]
 
 
+@pytest.mark.parametrize(
+    "compiles", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["", "compiled"]
+)
 @pytest.mark.parametrize("form", FORMS, ids=repr)
-def test_products_of_files_forms(form: Grouped) -> None:
+def test_products_of_files_forms(form: Grouped, compiles: bool) -> None:
     """A failure means that a quantised file has other logits than its weights stand for."""
+    if compiles:
+        needs_compiler()
+        torch._dynamo.reset()  # all these shapes would be too many of one function
     generator = torch.Generator().manual_seed(5)
     stored = {}
     for name, shape in form.shapes(96, 512).items():
@@ -306,10 +318,13 @@ def test_products_of_files_forms(form: Grouped) -> None:
         stored["order"] = torch.randperm(512, generator=generator).int()
     weight = form.dequantize(stored)
     on_device = {name: part.to(DEVICE) for name, part in stored.items()}
-    kernel = make_kernel(on_device, form, torch.bfloat16, 1, Capability.of(DEVICE))
+    capability = replace(Capability.of(DEVICE), compiles=compiles)
+    kernel = make_kernel(on_device, form, torch.bfloat16, 1, capability)
+    step = torch.compile(lambda x: kernel(x), dynamic=False, fullgraph=True)
     for n_rows in (1, 7, 100, 200):
         x = torch.randn(n_rows, 512, generator=generator).bfloat16()
-        found, wanted = kernel(x.to(DEVICE)).float().cpu(), x.float() @ weight.T
+        product = step if compiles and n_rows < 100 else kernel
+        found, wanted = product(x.to(DEVICE)).float().cpu(), x.float() @ weight.T
         error = (found - wanted).norm() / wanted.norm()
         assert error <= 0.01, f"{n_rows} rows by {type(kernel)}: {error:.3f}"
     kept = kernel.stored()

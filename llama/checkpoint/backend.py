@@ -1,6 +1,9 @@
-"""The choice of an attention backend, while a model is loaded."""
+"""The choice of an attention backend, and the check for a compiler, while a model is loaded."""
 
 import logging
+import os
+import shutil
+import sys
 
 import torch
 
@@ -84,3 +87,24 @@ def _difference(heads: tuple[int, int, int], device: torch.device, sdpa: Sdpa) -
         if not error < 0.05:
             return f"it is wrong by {error:.2g} while {name}"
     return ""
+
+
+def check_compiler(capability: Capability) -> None:
+    """Raise ``RuntimeError``, saying what is missing, unless PyTorch can compile for a device."""
+    if capability.kind == "mps":
+        raise RuntimeError("compile=True is for CUDA and CPUs: leave it out on MPS")
+    if capability.kind == "cuda":
+        from torch.utils._triton import has_triton
+
+        if not has_triton():
+            raise RuntimeError(
+                "compile=True on CUDA needs Triton (pip install triton) and a GPU that it supports"
+            )
+        return
+    usual = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+    compiler = os.environ.get("CXX", usual)
+    if shutil.which(compiler) is None:
+        raise RuntimeError(
+            f"compile=True on a CPU needs a C++ compiler, and there is no {compiler} in PATH: "
+            "install one (Debian: apt-get install g++), name yours in CXX, or leave compile out"
+        )

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from dataclasses import replace
 
 import torch
 
@@ -42,6 +43,7 @@ def load(
     device: torch.device,
     dtype: torch.dtype | None,
     int8_cache: bool = False,
+    compiles: bool = False,
 ) -> Transformer:
     """Build the network and fill this rank's part of it from any number of parts.
 
@@ -54,6 +56,7 @@ def load(
         dtype: the dtype of weights and cache; None chooses by checkpoint and device
             (``choose_dtype``).
         int8_cache: store the cache in eight bits instead.
+        compiles: whether kernels on CUDA may compile code.
 
     Raises:
         MemoryError: weights and cache need more memory than the device has.
@@ -75,6 +78,7 @@ def load(
     still_mapped = _fill(model, checkpoint, args, device, dtype)
     backend = choose_backend(args, ranks, dtype, device, int8_cache)
     model.allocate_buffers(device, dtype, int8_cache, backend)
+    model.capability = replace(model.capability, compiles=compiles and device.type == "cuda")
     _pack(model, still_mapped)
     if device.type == "cpu":
         keep_freed()

@@ -13,6 +13,7 @@ from llama.chat.formats import choose_chat
 from llama.chat.layout import ChatFormat
 from llama.checkpoint import apply_adapter, open_checkpoint
 from llama.checkpoint.adapters import read_adapter
+from llama.checkpoint.backend import check_compiler
 from llama.checkpoint.base import (
     chosen_scheme,
     quantized,
@@ -27,6 +28,7 @@ from llama.checkpoint.recognition import clear_errors, explain_texts
 from llama.checkpoint.sharding import quantized_count
 from llama.cli import progress
 from llama.errors import LARGEST, short
+from llama.layers.capability import Capability
 from llama.logits.recommended import Recommended, recommended_sampling
 from llama.model import Transformer
 from llama.tokenizer import BaseTokenizer
@@ -56,6 +58,7 @@ class LoadConfig:
     kv_cache_dtype: str | None = None
     chat_template: str | Path | None = None
     tool_format: str | None = None
+    compile: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.ckpt_dir, str | Path):
@@ -102,6 +105,8 @@ def load_model(
             f"is {n_ranks}: leave it out, or start with "
             f"torchrun --nproc_per_node {config.model_parallel_size}"
         )
+    if config.compile:
+        check_compiler(Capability.of(device))
     ckpt_dir = Path(config.ckpt_dir)
     source = open_checkpoint(ckpt_dir)
     for adapter in config.adapters:
@@ -126,7 +131,7 @@ def load_model(
         show = progress(quantized_count(args, scheme.forms(args)), "quantising", "weights")
         source = quantized(source, args, scheme, show, device)
     int8_cache = config.kv_cache_dtype == "int8"
-    model = load(source, args, device, config.dtype, int8_cache)
+    model = load(source, args, device, config.dtype, int8_cache, config.compile)
     return model, tokenizer, chat, recommended_sampling(source.files, ckpt_dir)
 
 

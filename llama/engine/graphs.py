@@ -8,9 +8,6 @@ CPU when a number of tokens has come up a few times, where attention is compiled
 
 import functools
 import logging
-import os
-import shutil
-import sys
 import time
 import weakref
 from collections.abc import Callable, Sequence
@@ -21,7 +18,6 @@ import torch
 from llama import parallel
 from llama.cli import progress
 from llama.layers.batch import RaggedBatch, Segment, token_places
-from llama.layers.capability import Capability
 from llama.layers.kernels.compiled import FEW_TOKENS, MOST_POSITIONS
 from llama.layers.kernels.graphs import CpuGraph, CudaGraph
 from llama.layers.kernels.openmp import release_team
@@ -42,18 +38,17 @@ def decoding_steps(model: Transformer, compile: bool = False) -> "DecodingSteps 
 
     Returns:
         None where there is nothing to record or compile.
-
-    Raises:
-        RuntimeError: PyTorch can't compile here; says what is missing.
     """
-    if compile:
-        check_compiler(model.capability)
     if model.params.labels is not None or not (compile or _can_record(model)):
         return None  # a classifier decodes nothing
     start = time.monotonic()
     steps = DecodingSteps(model, compile)
     try:
         steps.prepare()
+        if model.capability.compiles:  # what prompts use, before the first one waits for it
+            n = min(256, model.params.max_seq_len)
+            tokens = model.freqs_cis.new_zeros(n, dtype=torch.long)
+            model.hidden_states(tokens, [Segment(0, 0, n)])
     except RuntimeError as error:  # out of memory, or a kernel that can't be recorded
         if compile or parallel.world_size() > 1:  # where other ranks would wait
             raise
@@ -72,27 +67,6 @@ def _can_record(model: Transformer) -> bool:
         return parallel.can_capture()
     is_alone = model.capability.kind == "cpu" and parallel.world_size() == 1
     return is_alone and CpuGraph.fits(model.layers[0].attention)
-
-
-def check_compiler(capability: Capability) -> None:
-    """Raise ``RuntimeError``, saying what is missing, unless PyTorch can compile for a device."""
-    if capability.kind == "mps":
-        raise RuntimeError("compile=True is for CUDA and CPUs: leave it out on MPS")
-    if capability.kind == "cuda":
-        from torch.utils._triton import has_triton
-
-        if not has_triton():
-            raise RuntimeError(
-                "compile=True on CUDA needs Triton (pip install triton) and a GPU that it supports"
-            )
-        return
-    usual = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
-    compiler = os.environ.get("CXX", usual)
-    if shutil.which(compiler) is None:
-        raise RuntimeError(
-            f"compile=True on a CPU needs a C++ compiler, and there is no {compiler} in PATH: "
-            "install one (Debian: apt-get install g++), name yours in CXX, or leave compile out"
-        )
 
 
 class DecodingSteps:
@@ -150,7 +124,6 @@ class DecodingSteps:
     @torch.inference_mode()
     def prepare(self) -> None:
         """Record or compile all steps."""
-        device = self._model.freqs_cis.device
         counts, last = self._counts, self._model.params.max_seq_len
         counts = counts[:1] if self._on_cpu and self._is_recorded else counts
         # Compiled code for CPUs needs two lengths to take any; behind a prompt they are 2 at least.
@@ -159,7 +132,7 @@ class DecodingSteps:
             # From the largest on, whose memory the others share.
             for i, n in enumerate(reversed(counts)):
                 for j, kv_len in enumerate(reversed(lengths)):
-                    positions = torch.zeros(n, dtype=torch.long, device=device)
+                    positions = self._model.freqs_cis.new_zeros(n, dtype=torch.long)
                     positions[0] = kv_len - 1
                     inputs = torch.stack((torch.zeros_like(positions), positions * 0, positions))
                     self._run(inputs, kv_len)

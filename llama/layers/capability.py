@@ -15,11 +15,13 @@ class Capability:
         kind: "cpu", "cuda" or "mps".
         compute: CUDA's compute capability; (0, 0) elsewhere.
         varlen_dtypes: those in which PyTorch's FlashAttention takes lengths from tensors.
+        compiles: whether kernels on CUDA may compile code (``compile=True``).
     """
 
     kind: str = "cpu"
     compute: tuple[int, int] = (0, 0)
     varlen_dtypes: tuple[torch.dtype, ...] = ()
+    compiles: bool = False
 
     @staticmethod
     @functools.cache

@@ -12,6 +12,8 @@ from conftest import make_model
 from engine_client import check_sequences_come_and_go
 
 from llama import Llama
+from llama.checkpoint import pretrained
+from llama.checkpoint.backend import check_compiler
 from llama.engine import graphs
 from llama.layers.batch import Segment
 from llama.layers.capability import Capability
@@ -138,14 +140,16 @@ def test_compiled_models_are_freed_at_once() -> None:
 
 
 def test_a_machine_without_a_compiler_is_told_so(monkeypatch) -> None:
+    """Before its weights are read, which can take minutes."""
     monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.setattr(pretrained, "open_checkpoint", lambda path: pytest.fail("it was read"))
     with pytest.raises(RuntimeError, match=r"C\+\+ compiler.*install one.*or leave compile out"):
         Llama.build(device="cpu", compile=True)
 
 
 def test_other_devices_are_told_what_is_missing(monkeypatch) -> None:
     with pytest.raises(RuntimeError, match="MPS"):
-        graphs.check_compiler(Capability("mps"))
+        check_compiler(Capability("mps"))
     monkeypatch.setattr("torch.utils._triton.has_triton", lambda: False)
     with pytest.raises(RuntimeError, match="needs Triton"):
-        graphs.check_compiler(Capability("cuda"))
+        check_compiler(Capability("cuda"))

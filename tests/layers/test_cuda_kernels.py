@@ -12,11 +12,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from llama import Transformer
 from llama.checkpoint.rounding import round_weight
 from llama.layers.capability import Capability
-from llama.layers.kernels import cuda, make_kernel, plain
+from llama.layers.kernels import cuda, make_kernel, plain, widening
 from llama.layers.linear import ParallelLinear, pack
 from llama.layers.quantization import Form, Grouped, Rotated, StoredWeight
 
 H100 = Capability("cuda", (9, 0))
+COMPILING = Capability("cuda", (9, 0), compiles=True)
 T4 = Capability("cuda", (7, 5))
 META = torch.device("meta")
 BF16 = torch.bfloat16
@@ -34,6 +35,35 @@ def int8_kernel(dtype: torch.dtype) -> tuple[cuda.Int8, torch.Tensor]:
     kernel = make_kernel(stored, form, dtype, block, H100)
     assert type(kernel) is cuda.Int8
     return kernel, form.dequantize(stored, block)
+
+
+def random_stored(form: Grouped, out_features: int = 48, in_features: int = 256) -> StoredWeight:
+    """Codes of all values of a form, with scales and zeros of either sign."""
+    generator = torch.Generator().manual_seed(2)
+    stored = {}
+    for name, shape in form.shapes(out_features, in_features).items():
+        codes = torch.randint(-100, 100, shape, generator=generator)
+        part = codes if name == "weight" else codes / 1000
+        stored[name] = part.to(form.dtypes()[name])
+    return stored
+
+
+@pytest.fixture
+def compilations(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[object]]:
+    """What was compiled, by a compiler that leaves code to PyTorch's operators."""
+    compile, graphs = torch.compile, []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    monkeypatch.setattr(
+        torch, "compile", lambda *args, **how: compile(*args, backend=backend, **how)
+    )
+    widening._written.cache_clear()
+    torch._dynamo.reset()
+    yield graphs
+    widening._written.cache_clear()
 
 
 class Bytes(TorchDispatchMode):
@@ -56,6 +86,7 @@ class Bytes(TorchDispatchMode):
         return out
 
 
+FLOAT8 = Grouped("float8", 0, has_zeros=False, scale_dtype=torch.float32)
 # The products of one of Llama 2 7B's layers: wq, wk and wv; wo; w1 and w3; w2.
 SHAPES_7B = [(12288, 4096), (4096, 4096), (22016, 4096), (4096, 11008)]
 
@@ -81,6 +112,7 @@ def test_few_tokens_read_little_more_than_the_weights(n_tokens: int) -> None:
     """A failure means that decoding waits for more memory than quantised weights have."""
     assert bytes_per_weight(Rotated(), n_tokens) <= 1.1
     assert bytes_per_weight(Grouped(), n_tokens) <= 0.7
+    assert bytes_per_weight(FLOAT8, n_tokens) <= 1.25  # each token is two rows
 
 
 class TestInt8:
@@ -138,13 +170,17 @@ class TestInt8:
 class Tinygemm:
     """The int4 operators of CUDA with an order of their own, on the CPU."""
 
-    def __init__(self, seed: int, spoil: bool = False):
-        self.seed, self.spoil = seed, spoil
+    def __init__(self, seed: int, spoil: bool = False, alike: bool = False):
+        self.seed, self.spoil, self.alike = seed, spoil, alike
         self.rows: list[int] = []
 
     def permutation(self, inner_tiles: int) -> torch.Tensor:
+        """Of all codes of a tile, or alike of each output's, as PyTorch's has it."""
         generator = torch.Generator().manual_seed(self.seed)
-        return torch.randperm(128 * inner_tiles, generator=generator)
+        if not self.alike:
+            return torch.randperm(128 * inner_tiles, generator=generator)
+        inputs = torch.randperm(16 * inner_tiles, generator=generator)
+        return (torch.arange(8)[:, None] * len(inputs) + inputs).flatten()
 
     def pack(self, weight: torch.Tensor, inner_tiles: int) -> torch.Tensor:
         n, k = len(weight), 2 * weight.shape[1]
@@ -229,12 +265,7 @@ class TestInt4:
     )
     def test_other_forms_are_digits_of_four_bits(self, tinygemm: Tinygemm, form: Grouped) -> None:
         """A failure means that a GPU gives other logits for a quantised file, or other codes."""
-        generator = torch.Generator().manual_seed(2)
-        stored = {}
-        for name, shape in form.shapes(48, 256).items():
-            codes = torch.randint(-100, 100, shape, generator=generator)
-            part = codes if name == "weight" else codes / 1000
-            stored[name] = part.to(form.dtypes()[name])
+        stored = random_stored(form)
         kernel = make_kernel(stored, form, BF16, 1, H100)
         assert type(kernel) is cuda.Int4
         assert all(torch.equal(kernel.stored()[name], part) for name, part in stored.items())
@@ -247,15 +278,58 @@ class TestInt4:
             assert (out.float() - expected).norm() / expected.norm() < 6e-3
         assert set(tinygemm.rows) == {1, 16}
 
+    @pytest.mark.parametrize("alike", [True, False])
+    @pytest.mark.parametrize(
+        ("form", "in_features"),
+        [
+            (Grouped("int4", 16), 256),
+            (Grouped("int4", 32, has_zeros=False), 192),
+            (Grouped("int4", 32), 96),
+            (Grouped("int4", 64), 256),
+            (Grouped("int4", 256), 256),
+            (Grouped("int4", 0, has_zeros=False), 384),
+        ],
+        ids=repr,
+    )
+    def test_compiled_code_widens_the_same_weights(
+        self,
+        form: Grouped,
+        in_features: int,
+        alike: bool,
+        monkeypatch: pytest.MonkeyPatch,
+        compilations: list[object],
+    ) -> None:
+        """A failure means that a prompt's logits are wrong with ``compile=True``."""
+        monkeypatch.setattr(widening, "ROOM", 17 * in_features)  # 16 outputs; the last are fewer
+        widening._room.cache_clear()
+        operators = Tinygemm(3, alike=alike)
+        for _ in install(operators, monkeypatch):
+            stored = random_stored(form, 44, in_features)
+            kernel = make_kernel(stored, form, BF16, 1, COMPILING)
+            assert type(kernel) is cuda.Int4
+            for n_tokens in (1, 12, 25, 193):
+                x = random_weight(n_tokens, in_features, seed=n_tokens).to(BF16)
+                out, expected = kernel(x), x.float() @ form.dequantize(stored).T
+                assert (out.float() - expected).norm() / expected.norm() < 6e-3
+            assert set(operators.rows) == {1, 12}
+            assert len(compilations) == 2 * alike  # one for each number of outputs
+
     def test_an_order_that_loses_codes_is_not_used(self, monkeypatch: pytest.MonkeyPatch) -> None:
         for _ in install(Tinygemm(0, spoil=True), monkeypatch):
             kernel = make_kernel(int4_stored((16, 128)), Grouped(group_size=32), BF16, 1, H100)
             assert type(kernel) is plain.Widened
 
-    @pytest.mark.parametrize("dtype", [BF16, torch.float16, torch.float32])
-    @pytest.mark.parametrize("group_size", [0, 128])
-    def test_float8_is_widened_to_the_dtype_of_the_inputs(
-        self, group_size: int, dtype: torch.dtype
+    @pytest.mark.parametrize(
+        ("group_size", "dtype", "capability"),
+        [
+            (128, BF16, H100),
+            (0, torch.float16, H100),
+            (0, torch.float32, H100),
+            (0, BF16, Capability("cuda", (8, 0))),
+        ],
+    )
+    def test_float8_that_has_no_operator_is_widened_to_the_dtype_of_the_inputs(
+        self, group_size: int, dtype: torch.dtype, capability: Capability
     ) -> None:
         """A failure means that a GPU gives other logits for a checkpoint in float8."""
         form = Grouped("float8", group_size, False, torch.float32)
@@ -263,7 +337,7 @@ class TestInt4:
         weight = random_weight(*shapes["weight"]).mul(50).to(torch.float8_e4m3fn)
         [name] = form.scale_names
         stored = {"weight": weight, name: random_weight(*shapes[name], seed=3).abs() / 100}
-        kernel = make_kernel(stored, form, dtype, 1, H100)
+        kernel = make_kernel(stored, form, dtype, 1, capability)
         assert type(kernel) is plain.Widened
         x = random_weight(3, 256, seed=4).to(dtype)
         out, expected = kernel(x), x.float() @ form.dequantize(stored).T
@@ -296,6 +370,108 @@ class TestInt4:
             if dim % (64 * ranks) == hidden % (64 * ranks) == 0:  # no group is cut
                 weight = torch.empty(8, width // 2, dtype=torch.uint8, device=META)
                 assert cuda.Int4.supports(weight, BF16, H100), width
+
+
+def float8_kernel(capability: Capability = H100) -> tuple[cuda.Float8, torch.Tensor]:
+    """A kernel and the float32 weight that it multiplies by."""
+    weight = random_weight(48, 256).mul(50).to(torch.float8_e4m3fn)
+    stored = {"weight": weight, "scale": random_weight(48, 1, seed=3).abs() / 100}
+    kernel = make_kernel(stored, FLOAT8, BF16, 1, capability)
+    assert type(kernel) is cuda.Float8
+    assert kernel.stored() is stored
+    return kernel, FLOAT8.dequantize(stored)
+
+
+class TestFloat8:
+    @pytest.mark.parametrize("capability", [H100, COMPILING], ids=["", "compiled"])
+    def test_products_are_those_of_the_widened_weight(
+        self, capability: Capability, compilations: list[object]
+    ) -> None:
+        """As exact as bfloat16's, of inputs of any size and spread."""
+        kernel, exact = float8_kernel(capability)
+        for n_tokens in (1, 2, 64, 65, 200):  # the last two are widened
+            x = random_weight(n_tokens, 256, seed=n_tokens) ** 5  # from 1e-10 to 1e3
+            x = (x * torch.logspace(-20, 20, n_tokens)[:, None]).to(BF16)
+            out, expected = kernel(x), x.double() @ exact.double().T
+            assert out.dtype == BF16
+            assert out.is_contiguous()
+            errors = (out.double() - expected).norm(dim=1) / expected.norm(dim=1)
+            assert errors.max() < (3e-3 if n_tokens <= 64 else 5e-3)
+        rows = torch.tensor([47, 0])
+        assert torch.equal(kernel.weights(rows), exact[rows])
+        assert len(compilations) == capability.compiles
+
+    def test_inputs_are_exact_sums(self) -> None:
+        """A failure means that a part of bfloat16's bits is lost."""
+        x = (random_weight(9, 256) * torch.logspace(-30, 30, 9)[:, None]).to(BF16)
+        both, step = cuda._split(x)
+        high, low = (part.float() for part in both.chunk(2))
+        sums = (high + low / 16) * step
+        near = x.abs() > x.abs().amax(1, keepdim=True) * 2**-12
+        assert torch.equal(sums[near], x.float()[near])
+        errors = (sums - x.float()).abs() / x.float().abs().amax(1, keepdim=True)
+        assert errors.max() < 2**-19
+
+    def test_zeros_give_zeros_and_not_a_number_stays_one(self) -> None:
+        kernel, _ = float8_kernel()
+        x = torch.zeros(4, 256, dtype=BF16)
+        x[1, 5], x[2, 5] = math.nan, math.inf
+        out = kernel(x)
+        assert torch.equal(out[[0, 3]], torch.zeros(2, 48, dtype=BF16))
+        assert not out[[1, 2]].isfinite().any()
+
+    def test_the_compiler_sees_one_graph(self) -> None:
+        """A failure means that compiled steps stop at each product."""
+        kernel, _ = float8_kernel(COMPILING)
+        compiled = torch.compile(kernel.product, fullgraph=True, backend="aot_eager")
+        x = random_weight(3, 256).to(BF16)
+        assert torch.equal(compiled(x), kernel(x))
+
+
+class TestFused:
+    @pytest.mark.parametrize("dtype", [BF16, torch.float16])
+    @pytest.mark.parametrize(
+        "form",
+        [
+            Grouped("int8", 32, has_zeros=False),
+            Grouped("int8", 16, has_zeros=False),
+            Grouped("int8", 128),
+            Grouped("int8", 0),
+            Grouped("int8", 128, ordered=True),
+            Grouped("float8", 128, has_zeros=False, scale_dtype=torch.float32),
+        ],
+        ids=repr,
+    )
+    def test_products_are_those_of_the_dequantised_weight(
+        self,
+        form: Grouped,
+        dtype: torch.dtype,
+        monkeypatch: pytest.MonkeyPatch,
+        compilations: list[object],
+    ) -> None:
+        """Of prompts and of compiled steps; the latter see one graph."""
+        monkeypatch.setattr(widening, "ROOM", 20 * 256)  # of 48 outputs in three parts
+        widening._room.cache_clear()
+        stored = random_stored(form)
+        if form.ordered:
+            stored["order"] = torch.randperm(256, generator=torch.Generator().manual_seed(4)).int()
+        exact = form.dequantize(stored)
+        kernel = make_kernel(dict(stored), form, dtype, 1, COMPILING)
+        assert type(kernel.kernel if form.ordered else kernel) is cuda.Fused
+        kept = kernel.stored()
+        assert all(torch.equal(kept[name].float(), part.float()) for name, part in stored.items())
+        for n_tokens in (1, 4, 5, 200):
+            x = random_weight(n_tokens, 256, seed=n_tokens).to(dtype)
+            out, expected = kernel(x), x.float() @ exact.T
+            assert out.dtype == dtype
+            assert (out.float() - expected).norm() / expected.norm() < 6e-3
+        assert len(compilations) == 1  # 16 outputs each
+        step = torch.compile(kernel.product, fullgraph=True, dynamic=False)
+        for n_tokens in (1, 4, 5):
+            x = random_weight(n_tokens, 256, seed=n_tokens).to(dtype)
+            expected = x.float() @ exact.T
+            assert (step(x).float() - expected).norm() / expected.norm() < 6e-3
+        assert len(compilations) == 4
 
 
 def plain_model(**params: object) -> Transformer:

@@ -114,9 +114,16 @@ def _grouped(
         return cpu.int8_kernel()(stored, form, 1)
     if half and on_cpu and Compiled.supports(form, stored["weight"]):
         return Compiled(stored, form, capability)
+    fused = None
+    if half and capability.compiles and form.codes != "int4":
+        fused = cuda.Fused(stored, form, dtype, capability)
+    if cuda.Float8.supports(form, stored["weight"], dtype, capability):
+        return cuda.Float8(stored, fused or plain.Widened(stored, form, capability))
+    if fused:
+        return fused
     if half and Digits.supports(form, stored["weight"]):
         if on_cpu and cpu.int4_tile():
             return cpu.Int4(stored, form)
         if cuda.Int4.supports(stored["weight"], dtype, capability):
-            return cuda.Int4(stored, form)
+            return cuda.Int4(stored, form, capability)
     return plain.Widened(stored, form, capability)

@@ -6,12 +6,20 @@ import torch
 import torch.nn.functional as F
 
 from llama.layers.capability import Capability
-from llama.layers.kernels import digits
+from llama.layers.kernels import digits, plain
 from llama.layers.kernels.base import Kernel
+from llama.layers.kernels.widening import (
+    Widening,
+    dequantizing,
+    sums_of_words,
+    widening_tiles,
+)
 from llama.layers.quantization import Grouped, StoredWeight, hadamard, rotate
 
 INT8_TOKENS = 1024  # that are multiplied at a time: their sums have four bytes, then four more
-FEW_TOKENS = 192  # up to which the int4 operator is faster than widening the weight (H200)
+# Tokens up to which an operator is faster than widening the weight, by compiled code or without
+# (H200), and those up to which compiled sums are.
+FEW_TOKENS, FEW_COMPILED, FEW_FLOAT8, FEW_SUMS = 192, 24, 64, 4
 INT4_WEIGHTS = 1 << 25  # that are widened at a time, in about 150 MB
 
 
@@ -62,14 +70,91 @@ class Int8(Kernel):
         return rotate(rotated, self._matrix.float())
 
 
+class Float8(plain.Stored):
+    """Inputs as sums of two float8 rows, times float8 weights, a row of which shares a scale.
+
+    Two numbers of four bits hold the eight of bfloat16, so products are as exact as those of
+    widened weights, by which many tokens are multiplied.
+    """
+
+    def __init__(self, stored: StoredWeight, many: Kernel):
+        super().__init__(stored)
+        self._many = many  # reads the same weight
+        self._one = torch.ones((), device=stored["weight"].device)
+
+    @staticmethod
+    def supports(
+        form: Grouped, weight: torch.Tensor, dtype: torch.dtype, capability: Capability
+    ) -> bool:
+        """Return whether ``torch._scaled_mm`` takes a weight and inputs of a dtype."""
+        if capability.kind != "cuda" or capability.compute < (8, 9) or dtype != torch.bfloat16:
+            return False
+        fits = all(size % 16 == 0 for size in weight.shape)
+        return fits and form == Grouped("float8", 0, False, form.scale_dtype)
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        if len(x) > FEW_FLOAT8:
+            return self._many.product(x)
+        both, step = _split(x)
+        weight, scale = self._stored["weight"].T, self._stored["scale"][:, 0]
+        sums = torch._scaled_mm(both, weight, self._one, self._one, out_dtype=torch.float32)
+        high, low = sums.chunk(2)
+        out = torch.empty_like(high, dtype=x.dtype)
+        return torch.mul(high.add(low, alpha=1 / 16) * scale, step, out=out)
+
+    def weights(self, rows: torch.Tensor) -> torch.Tensor:
+        return self._many.weights(rows)
+
+
+def _split(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return float8 rows, (2 n, in_features), whose ``high + low / 16`` is ``x / step``."""
+    largest = torch.linalg.vector_norm(x, torch.inf, dim=1, keepdim=True, dtype=torch.float32)
+    # A power of two, so that it is exact: of the largest, which it brings to 64 and more.
+    powers = (largest.view(torch.int32) & 0x7F800000).view(torch.float32)
+    step = powers.div_(64).clamp_(min=1e-36)
+    scaled = x / step
+    high = scaled.to(torch.float8_e4m3fn)
+    low = scaled.sub_(high.float()).mul_(16).to(torch.float8_e4m3fn)
+    return torch.cat((high, low)), step
+
+
+class Fused(plain.Widened):
+    """Weights of eight bits that compiled code widens: of few tokens while it adds up products."""
+
+    def __init__(
+        self, stored: StoredWeight, form: Grouped, dtype: torch.dtype, capability: Capability
+    ):
+        super().__init__(stored, form, capability)
+        weight, *scales = self._parts = [stored[name] for name in ("weight", *form.scale_names)]
+        widen = dequantizing(form, dtype)
+        self._widening = Widening(widen, self._rows, *weight.shape)
+        fits = form.codes == "int8" and weight.shape[1] // scales[0].shape[1] % 4 == 0
+        self._words = weight.view(torch.int32) if fits else None
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.compiler.is_compiling() or len(x) > FEW_SUMS:
+            return self._widening.product(x)
+        if self._words is not None:
+            return sums_of_words(x, self._words, *self._parts[1:]).to(x.dtype)
+        weight = self.weights(slice(None))
+        return torch.stack([(weight * row).sum(1) for row in x.float()]).to(x.dtype)
+
+    def _rows(self, rows: slice) -> list[torch.Tensor | None]:
+        return [part[rows] for part in self._parts]
+
+
 class Int4(digits.Int4):
     """PyTorch's "tinygemm" operator; for many tokens some of the weight is widened at a time.
 
     It keeps tiles of 8 outputs and 128 inputs together, or of 64 or 32 inputs where these divide
-    the width; their order is found by ``nibble_order``.
+    the width; their order is found by ``nibble_order``. Compiled code leaves a tile's inputs in
+    that order, and brings the tokens' into it.
     """
 
-    few_tokens = FEW_TOKENS
+    def __init__(self, stored: StoredWeight, form: Grouped, capability: Capability):
+        self._compiles = capability.compiles
+        self.few_tokens = FEW_COMPILED if self._compiles else FEW_TOKENS
+        super().__init__(stored, form)
 
     @staticmethod
     def supports(weight: torch.Tensor, dtype: torch.dtype, capability: Capability) -> bool:
@@ -84,6 +169,10 @@ class Int4(digits.Int4):
         order = nibble_order(inner_tiles, codes.device)
         assert order is not None  # as ``supports`` says
         self._order = order
+        self._inputs = tile_inputs(order) if self._compiles else None
+        if self._inputs is not None:
+            widen = widening_tiles(self._digits.width)
+            self._widening = Widening(widen, self._tiles, self.out_features, codes.shape[1])
 
     def _multiply(self, x: torch.Tensor, both: torch.Tensor) -> torch.Tensor:
         return torch._weight_int4pack_mm(
@@ -91,12 +180,22 @@ class Int4(digits.Int4):
         )
 
     def _widen(self, x: torch.Tensor) -> torch.Tensor:
+        if self._inputs is not None:
+            x = x.unflatten(1, (-1, len(self._inputs)))[:, :, self._inputs].flatten(1)
+            return self._widening.product(x)
         out = x.new_empty(len(x), self.out_features)
         n_rows = max(8, INT4_WEIGHTS // x.shape[1] // 8 * 8)
         for first in range(0, self.out_features, n_rows):
             rows = slice(first, min(first + n_rows, self.out_features))
             out[:, rows] = F.linear(x, self._widened(rows, x.dtype))
         return out
+
+    def _tiles(self, rows: slice) -> list[torch.Tensor | None]:
+        """Return what ``widening_tiles`` takes for some outputs."""
+        tiles = slice(rows.start // 8, -(-rows.stop // 8))
+        both = self._both[:, :, 8 * tiles.start : 8 * tiles.stop]
+        scales, zeros = self._digits.scales(both)
+        return [self._packed[tiles], self._inputs, scales.T, None if zeros is None else zeros.T]
 
     def _widened(self, rows: slice, dtype: torch.dtype) -> torch.Tensor:
         """Return the weight of some outputs, shape (their number, in_features)."""
@@ -116,6 +215,20 @@ class Int4(digits.Int4):
             return _unpack(self._packed, self._order)
         tiles = _unpack(self._packed[rows // 8], self._order).unflatten(0, (-1, 8))
         return tiles[torch.arange(len(rows), device=rows.device), rows % 8]
+
+
+def tile_inputs(order: torch.Tensor) -> torch.Tensor | None:
+    """Return the input of each place in a tile whose outputs lie one after the other, all alike.
+
+    Args:
+        order: ``nibble_order``'s.
+
+    Returns:
+        None if tiles aren't like that.
+    """
+    first = order.view(8, -1)[0]
+    rows = torch.arange(8, device=order.device)[:, None] * len(first)
+    return first.argsort() if torch.equal(order, (rows + first).flatten()) else None
 
 
 def _inner_tiles(in_features: int) -> int:

@@ -11,7 +11,9 @@ _WIDENED = 1 << 20  # weights that a CPU widens at a time
 _AMX_ROWS = 1024  # outputs that it widens with AMX: with 512 their products take twice as long
 
 
-class _Plain(Kernel):
+class Stored(Kernel):
+    """Keeps a weight's tensors as they are."""
+
     def __init__(self, stored: StoredWeight):
         super().__init__(stored)
         self._stored = stored
@@ -20,7 +22,7 @@ class _Plain(Kernel):
         return self._stored
 
 
-class Joined(_Plain):
+class Joined(Stored):
     """Unquantised weights of layers that read the same input, in one product."""
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
@@ -30,7 +32,7 @@ class Joined(_Plain):
         return self._stored["weight"][rows].float()
 
 
-class Int8(_Plain):
+class Int8(Stored):
     """Widened before they are multiplied; with one token, while they are.
 
     The latter by PyTorch's operator, or by compiled code for a sum of products.
@@ -59,7 +61,7 @@ class Int8(_Plain):
         return rotate(rotated, self._matrix.float())
 
 
-class Widened(_Plain):
+class Widened(Stored):
     """Widened some rows at a time, which stay in a CPU's cache, in float32.
 
     Products are in the dtype of the inputs where a CPU is fast at it, else in float32 too. A GPU
