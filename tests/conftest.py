@@ -23,7 +23,7 @@ from llama import Llama, ModelArgs, Tokenizer, Transformer, parallel
 from llama.convert import convert
 from llama.engine import runner
 from llama.generation import TINY
-from llama.layers.kernels.compiled import numba_code
+from llama.layers.kernels.machine_code import has_numba
 
 pytest_plugins = ["browser_page"]  # the fixtures of the page's tests
 
@@ -89,7 +89,7 @@ def make_model(seed: int = 0, **params: object) -> Transformer:
 @pytest.fixture
 def needs_numba() -> None:
     pytest.importorskip("numba")
-    if numba_code() is None:
+    if not has_numba():
         pytest.skip("numba's code is for x86 and Linux")
 
 

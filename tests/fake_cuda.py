@@ -142,7 +142,7 @@ def pretend(setattr: Callable[..., None]) -> None:
     """Take CUDA's branches from here on; ``setattr`` is the builtin, or monkeypatch's."""
     setattr(Capability, "of", staticmethod(lambda device: H100))
     setattr(graphs, "CudaGraph", ReplayedGraph)
-    setattr(compiled, "numba_code", lambda: None)  # whose calls graphs wouldn't record
+    setattr(compiled, "has_numba", lambda: False)  # whose calls graphs wouldn't record
 
 
 def n_replays(steps: graphs.DecodingSteps | None) -> int:

@@ -52,6 +52,9 @@ class Weights(Mapping[str, torch.Tensor]):
         shapes: the tensors' shapes by name, known before anything is read.
         read: returns the tensor of a name.
         mapped: returns the mapped tensors that a name's tensor is made from.
+
+    Attributes:
+        places: where ``read`` may put a name's tensor, instead of making a new one.
     """
 
     def __init__(
@@ -62,6 +65,7 @@ class Weights(Mapping[str, torch.Tensor]):
     ):
         self.shapes = dict(shapes)
         self.mapped = mapped
+        self.places: dict[str, torch.Tensor] = {}
         self._read = read
 
     @staticmethod

@@ -106,6 +106,7 @@ def open_gguf(path: Path) -> Checkpoint:
     zeros = {name: shape for missing in biased.values() for name, shape in (missing or {}).items()}
     reader = _Reader(tensors, zeros)
     weights = Weights(reader.shapes, reader.read, reader.mapped)
+    reader.places = weights.places
     text = tokenizer_files(metadata, str(paths[0]))
     if sampling := gguf_sampling(metadata):
         ends = json.loads(text.get("generation_config.json", b"{}"))
@@ -149,6 +150,7 @@ class _Reader:
         # kept that was read.
         self._module = ""
         self._parts: StoredWeight = {}
+        self.places: Mapping[str, torch.Tensor] = {}  # as of ``Weights``
 
     def stored_as(self, name: str) -> Stored:
         """Return the tensor of which a parameter is a part."""
@@ -164,7 +166,12 @@ class _Reader:
         module, _, part = name.rpartition(".")
         if module != self._module or part not in self._parts:
             self._module = module
-            self._parts = codes_of(tensor.kind, tensor.raw, tensor.shape)
+            places = {
+                part: self.places[key]
+                for part in self.forms[module].dtypes()
+                if (key := f"{module}.{part}") in self.places
+            }
+            self._parts = codes_of(tensor.kind, tensor.raw, tensor.shape, places)
         return self._parts.pop(part)
 
     def mapped(self, name: str) -> Sequence[torch.Tensor]:

@@ -6,7 +6,7 @@ middle of their range, where a zero that is rounded costs the least.
 Source: https://github.com/ggml-org/ggml (src/ggml-common.h, src/ggml-quants.c)
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 
 import torch
@@ -28,13 +28,19 @@ def form_of_kind(kind: str) -> Grouped | None:
     return KINDS[kind][0] if kind in KINDS else None
 
 
-def codes_of(kind: str, raw: torch.Tensor, shape: Sequence[int]) -> StoredWeight:
+def codes_of(
+    kind: str,
+    raw: torch.Tensor,
+    shape: Sequence[int],
+    places: Mapping[str, torch.Tensor] | None = None,
+) -> StoredWeight:
     """Return a weight as its form stores it.
 
     Args:
         kind: the type's name, of which there is a form (``form_of_kind``).
         raw: the blocks' bytes, uint8, shape (n_bytes,).
         shape: (out_features, in_features).
+        places: where to put some of its tensors.
     """
     form, block, decode = KINDS[kind]
     n_blocks = prod(shape) // block
@@ -42,7 +48,7 @@ def codes_of(kind: str, raw: torch.Tensor, shape: Sequence[int]) -> StoredWeight
     stored = {
         name: torch.empty(size, dtype=dtypes[name])
         for name, size in form.shapes(shape[0], shape[1]).items()
-    }
+    } | dict(places or {})
     targets = [stored[name].view(n_blocks, -1) for name in ("weight", *form.scale_names)]
     step = _CHUNK // block
     blocks = raw.view(n_blocks, -1)

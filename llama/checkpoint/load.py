@@ -27,7 +27,7 @@ from llama.checkpoint.sharding import (
 )
 from llama.cli import progress
 from llama.layers.capability import Capability, cpu_has_bf16
-from llama.layers.kernels.compiled import numba_code
+from llama.layers.kernels.machine_code import has_numba
 from llama.layers.kernels.openmp import limit_threads, release_team
 from llama.layers.quantization import Grouped
 from llama.model import Transformer
@@ -105,13 +105,16 @@ def _fill(
     rank, ranks = parallel.rank(), parallel.world_size()
     tensors: dict[str, torch.Tensor] = {}
     still_mapped = set()
+    places = _places(model, device)
+    if device.type == "cpu" and ranks == len(checkpoint.parts) == 1:
+        checkpoint.parts[0].places.update(places)
     for name in model.state_dict():
         if name.startswith("output.") and args.tie_word_embeddings and ranks == 1:
             tensors[name] = tensors[name.replace("output", "tok_embeddings")]
             continue
         part = checkpoint.rank_part(name, args, rank, ranks)
         part = part.to(device, _stored_dtype(model, name, dtype)).contiguous()
-        mapped = checkpoint.mapped(name)
+        mapped, place = checkpoint.mapped(name), places.get(name)
         is_mapped = any(shares_memory(part, tensor) for tensor in mapped)
         is_output = args.tie_word_embeddings and "tok_embeddings" not in model.forms
         is_read_whole = is_output and name == "tok_embeddings.weight"
@@ -120,13 +123,37 @@ def _fill(
         if is_mapped and not is_read_whole:
             still_mapped.add(part.data_ptr())
         else:
-            if is_mapped or part.untyped_storage().nbytes() > part.nbytes:
+            if place is not None:
+                part = part if shares_memory(part, place) else place.copy_(part)
+            elif is_mapped or part.untyped_storage().nbytes() > part.nbytes:
                 part = part.clone()  # of a tensor that was made whole, keep this rank's part only
             release(mapped)
         tensors[name] = part
+    checkpoint.parts[0].places.clear()
     model.load_state_dict(tensors, assign=True)
     model.requires_grad_(False)
     return still_mapped
+
+
+def _places(model: Transformer, device: torch.device) -> dict[str, torch.Tensor]:
+    """Return where to put quantised weights that kernels join: one below the other.
+
+    What a kernel would join later, in memory of its own, the system would have to clear.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    places = {}
+    for layers in model.linear_groups():
+        for form in {layer.form for layer in layers if layer.form}:
+            alike = [layer for layer in layers if layer.form == form]
+            for part, dtype in form.dtypes().items():
+                shapes = [getattr(layer, part).shape for layer in alike]
+                if len(alike) == 1 or part == "order":
+                    continue
+                n_rows = [shape[0] for shape in shapes]
+                joined = torch.empty(sum(n_rows), shapes[0][1], dtype=dtype, device=device)
+                for layer, place in zip(alike, joined.split(n_rows), strict=True):
+                    places[f"{names[layer]}.{part}"] = place
+    return places
 
 
 def _stored_dtype(model: Transformer, name: str, dtype: torch.dtype) -> torch.dtype:
@@ -173,7 +200,7 @@ def _has_fast_operators(checkpoint: Checkpoint, args: ModelArgs, device: torch.d
         return False
     if checkpoint.forms:
         return any(isinstance(form, Grouped) for form in checkpoint.forms.values())
-    return weight_bytes(args, torch.bfloat16) >= _COMPILED and numba_code() is not None
+    return weight_bytes(args, torch.bfloat16) >= _COMPILED and has_numba()
 
 
 def has_fast_bf16(device: torch.device) -> bool:

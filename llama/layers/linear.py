@@ -201,6 +201,18 @@ def _have_one_form(first: ParallelLinear, second: ParallelLinear) -> bool:
     return order is None or other is None or torch.equal(order, other)
 
 
+def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return matrices one below the other; where they lie so, as a view."""
+    end = parts[0].data_ptr()
+    for part in parts:
+        shares = part.untyped_storage().data_ptr() == parts[0].untyped_storage().data_ptr()
+        if not (shares and part.is_contiguous() and part.data_ptr() == end):
+            return torch.cat(tuple(parts))
+        end += part.nbytes
+    shape = (sum(len(part) for part in parts), *parts[0].shape[1:])
+    return parts[0].as_strided(shape, parts[0].stride())
+
+
 def _packed(layers: Sequence[ParallelLinear], capability: Capability) -> Kernel | None:
     first, form = layers[0], layers[0].form
     kind = None
@@ -212,7 +224,7 @@ def _packed(layers: Sequence[ParallelLinear], capability: Capability) -> Kernel 
     joined = own[0]
     if len(layers) > 1:
         joined = {
-            name: part if name == "order" else torch.cat([stored[name] for stored in own])
+            name: part if name == "order" else _joined([stored[name] for stored in own])
             for name, part in joined.items()
         }
     if kind is not None:

@@ -27,6 +27,7 @@ from llama.checkpoint.load import load as load_network
 from llama.checkpoint.params import make_args
 from llama.checkpoint.rounding import make_scheme
 from llama.convert import convert
+from llama.layers import linear as linear_layers
 from llama.layers.quantization import Grouped, StoredWeight
 from llama.tokenizers import load_tokenizer
 
@@ -136,6 +137,28 @@ def test_a_mixed_file_keeps_each_tensors_own_type(tmp_path: Path, tied: bool) ->
     converted = open_checkpoint(tmp_path / "converted")
     assert converted.forms == ckpt.forms
     assert_same_logits(load(converted), reference(values, {}, **sizes))
+
+
+def test_weights_are_decoded_where_kernels_join_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A failure means that loading takes memory, and the time to clear it, twice."""
+    sizes = {**BIG, "tied": False}
+    values = write_gguf(tmp_path / "model.gguf", Kind.Q4_K, kinds=MIXED, **sizes)
+    joined: list[int] = []
+    join = linear_layers._joined
+
+    def counted(parts: list[torch.Tensor]) -> torch.Tensor:
+        whole = join(parts)
+        assert whole.data_ptr() == parts[0].data_ptr()
+        assert torch.equal(whole, torch.cat(parts))
+        joined.append(len(parts))
+        return whole
+
+    monkeypatch.setattr(linear_layers, "_joined", counted)
+    model = load(open_gguf(tmp_path / "model.gguf"))
+    assert joined == [2, 2, 2, 2, 2, 2] * model.params.n_layers  # wq and wk, w1 and w3: 3 tensors
+    assert_same_logits(model, reference(values, {}, **sizes))
 
 
 @pytest.mark.parametrize("name", ["Q4_0", "Q4_K", "Q6_K"])

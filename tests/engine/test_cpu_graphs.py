@@ -15,7 +15,7 @@ from llama import Llama
 from llama.engine import graphs
 from llama.errors import NotFinite
 from llama.layers.batch import Segment
-from llama.layers.kernels import compiled
+from llama.layers.kernels import compiled, machine_code
 from llama.layers.kernels import graphs as kernel_graphs
 from llama.layers.kernels.openmp import in_parallel, recording
 from llama.model import RMSNorm
@@ -258,7 +258,7 @@ def test_not_a_number_is_reported(build: Callable[..., Llama]) -> None:
 
 def test_calls_are_recorded_in_their_thread_and_order() -> None:
     """A failure means that a replay computes what another thread did, or in another order."""
-    code = compiled.tokens_code().add()
+    code = machine_code.code("numba_tokens", "add")
     x = torch.ones(8, 512, dtype=torch.bfloat16)
     outs = [torch.zeros_like(x) for _ in range(3)]
 

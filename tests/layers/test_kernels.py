@@ -86,7 +86,7 @@ def errors(
 
 @pytest.fixture
 def without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiled, "numba_code", lambda: None)
+    monkeypatch.setattr(compiled, "has_numba", lambda: False)
 
 
 @pytest.mark.parametrize("form", FORMS, ids=repr)
@@ -225,7 +225,7 @@ class TestCompiled:
     @pytest.fixture(autouse=True)
     def numba(self) -> None:
         pytest.importorskip("numba")
-        if compiled.numba_code() is None:
+        if not compiled.has_numba():
             pytest.skip("numba's code is for x86 and Linux")
 
     @pytest.mark.parametrize(
@@ -405,7 +405,7 @@ def test_a_slow_dtype_is_multiplied_and_attended_in_float32(
 @pytest.fixture
 def plain_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     """A processor without instructions for bfloat16, with numba."""
-    if compiled.numba_code() is None:
+    if not compiled.has_numba():
         pytest.skip("numba or AVX2 is missing")
     monkeypatch.setattr(compiled, "cpu_has_bf16", lambda: False)
     monkeypatch.setattr(cpu.OneDnn, "is_fastest_for", lambda weight: False)

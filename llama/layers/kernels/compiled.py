@@ -10,13 +10,10 @@ PyTorch's int4 operator in groups of 32, and 4.4 times in groups of 16; by eight
 """
 
 import ctypes
-import functools
-import importlib
 import itertools
 import struct
 from collections.abc import Mapping
 from math import gcd
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +21,8 @@ import torch.nn.functional as F
 from llama.layers.batch import RaggedBatch
 from llama.layers.capability import Capability, cpu_has_bf16, fast_dtype
 from llama.layers.kernels import plain
-from llama.layers.kernels.openmp import by_rows, in_parallel, openmp
+from llama.layers.kernels.machine_code import code, has_numba
+from llama.layers.kernels.openmp import by_rows, in_parallel
 from llama.layers.kv_cache import KVCache
 from llama.layers.quantization import Grouped, StoredWeight
 
@@ -43,32 +41,6 @@ HAS_VNNI = all(_CAPABILITIES.get(name) for name in ("avx512_vnni", "avx512_vl"))
 SCORES = 16 if HAS_VNNI else 8  # of attention, in a vector
 
 
-@functools.cache
-def numba_code() -> Any:
-    """Return the module of compiled code; None where numba, AVX2 or the team is missing."""
-    if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512") or not openmp():
-        return None
-    try:
-        return importlib.import_module("llama.layers.kernels.numba_code")
-    except ImportError:  # an optional package
-        return None
-
-
-@functools.cache
-def _tiles_code() -> Any:
-    return importlib.import_module("llama.layers.kernels.numba_tiles")
-
-
-@functools.cache
-def _attention_code() -> Any:
-    return importlib.import_module("llama.layers.kernels.numba_attention")
-
-
-@functools.cache
-def tokens_code() -> Any:
-    return importlib.import_module("llama.layers.kernels.numba_tokens")
-
-
 class Compiled(plain.Widened):
     """Weights as they are stored, by which few tokens are multiplied in compiled code."""
 
@@ -85,11 +57,10 @@ class Compiled(plain.Widened):
         # Blocks of a group are a power of two, or all.
         shift = 0 if in_halves else (group_size // BLOCK - 1).bit_length()
         self._n_sums = n_blocks * (2 if in_halves else 1)
-        code = numba_code()
-        kind = code.Kind(self._is_int4, in_halves, shift, form.has_zeros, gcd(n_blocks, 8))
-        self._product = code.product(kind)
-        code.round_inputs()  # compiled before the first prompt, as what follows
-        code.widen(fast_dtype(torch.bfloat16))
+        kind = (self._is_int4, in_halves, shift, form.has_zeros, gcd(n_blocks, 8))
+        self._product = code("numba_code", "product", *kind).address
+        code("numba_code", "round_inputs")  # compiled before the first prompt, as what follows
+        code("numba_code", "widen", fast_dtype(torch.bfloat16) == torch.bfloat16)
         _compile_tokens_code()
 
     @staticmethod
@@ -100,7 +71,7 @@ class Compiled(plain.Widened):
         n_inputs = weight.shape[1] * (2 if form.codes == "int4" else 1)
         size = form.group_size
         fits = size == 0 or (size >= 16 and size & (size - 1) == 0)
-        return fits and n_inputs % BLOCK == 0 and numba_code() is not None
+        return fits and n_inputs % BLOCK == 0 and has_numba()
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         if len(x) > FEW_TOKENS:
@@ -111,7 +82,7 @@ class Compiled(plain.Widened):
         rounded = x.new_empty(ends.pop(), dtype=torch.uint8)
         places = [rounded.data_ptr() + end for end in ends]
         kind = (n_tokens, n_blocks, self._n_sums // n_blocks, self._is_int4)
-        by_rows(numba_code().round_inputs(), n_tokens, wide.data_ptr(), *places, *kind)
+        by_rows(code("numba_code", "round_inputs"), n_tokens, wide.data_ptr(), *places, *kind)
         out = wide.new_empty(n_tokens, self.out_features)
         sizes = [self.out_features, n_blocks, self._n_groups, n_tokens]
         in_parallel(self._product, *self._places(), *places, out.data_ptr(), *sizes)
@@ -126,8 +97,8 @@ class Compiled(plain.Widened):
         out = torch.empty(last - first, self._n_inputs, dtype=dtype, device="cpu")
         sizes = [len(out), self._n_groups, self._n_inputs // self._n_groups]
         flags = self._is_int4, self._form.has_zeros
-        code = numba_code().widen(dtype)
-        in_parallel(code, *self._places(first), out.data_ptr(), *sizes, *flags)
+        write = code("numba_code", "widen", dtype == torch.bfloat16).address
+        in_parallel(write, *self._places(first), out.data_ptr(), *sizes, *flags)
         return out
 
     def _places(self, row: int = 0) -> list[int]:
@@ -144,7 +115,7 @@ def is_read(*tensors: torch.Tensor) -> bool:
     """
     is_half = all(x.dtype == torch.bfloat16 and x.is_cpu and x.stride(-1) == 1 for x in tensors)
     is_trained = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-    return is_half and not is_trained and numba_code() is not None
+    return is_half and not is_trained and has_numba()
 
 
 def has_rms_norm(x: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -157,7 +128,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Return normalised rows: an operator of PyTorch takes longer to call than to compute."""
     out, bits = torch.empty_like(x), int.from_bytes(struct.pack("<f", eps), "little")
     places = x.data_ptr(), weight.data_ptr(), out.data_ptr()
-    by_rows(tokens_code().rms_norm(), len(x), *places, *x.shape, bits)
+    by_rows(code("numba_tokens", "rms_norm"), len(x), *places, *x.shape, bits)
     return out
 
 
@@ -172,7 +143,7 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """Return ``silu(gate) * up`` of rows, (n_rows, dim), which lie equally far from each other."""
     out = gate.new_empty(gate.shape)
     places = gate.data_ptr(), up.data_ptr(), out.data_ptr()
-    by_rows(tokens_code().swiglu(), len(gate), *places, *gate.shape, gate.stride(0))
+    by_rows(code("numba_tokens", "swiglu"), len(gate), *places, *gate.shape, gate.stride(0))
     return out
 
 
@@ -213,7 +184,7 @@ def rotate(
     some = (xqkv, freqs_cis, batch.slots, batch.positions, xq, keys, values)
     sizes = (len(batch.slots), xq.shape[1], n_kv_heads, head_dim, len(keys), keys.shape[2])
     places = [part.data_ptr() for part in some]
-    by_rows(tokens_code().rotate(), sizes[0], *places, *sizes)
+    by_rows(code("numba_tokens", "rotate"), sizes[0], *places, *sizes)
     return xq
 
 
@@ -243,8 +214,8 @@ def attend(q: torch.Tensor, kv_cache: KVCache, batch: RaggedBatch) -> torch.Tens
     scores = q.new_empty(torch.get_num_threads() * most, dtype=torch.float32)
     some = (q, batch.slots, batch.positions, keys, kv_cache.v, scores, out)
     sizes = (*q.shape[:2], *keys.shape[1:3], most)
-    code = _attention_code().attend(q.shape[2])
-    in_parallel(code, *(part.data_ptr() for part in some), *sizes)
+    address = code("numba_attention", "attend", q.shape[2]).address
+    in_parallel(address, *(part.data_ptr() for part in some), *sizes)
     return out
 
 
@@ -260,11 +231,10 @@ class Tiles:
         self._packed, self._shape = packed, weight.shape  # the former owns the memory
         self._address = torch.ops.mkldnn.data_ptr(packed)
         self._width, self._is_int8 = width, weight.dtype == torch.int8
-        self._code = _tiles_code()
         # Compiled before the first prompt.
-        self._code.product(self._code.Kind(width, self._is_int8, True))
+        code("numba_tiles", "product", width, self._is_int8, True)
         if self._is_int8:
-            self._code.round_tokens()
+            code("numba_tiles", "round_tokens")
         _compile_tokens_code()
 
     @staticmethod
@@ -272,7 +242,7 @@ class Tiles:
         """Return the tiles of a packed weight; None where it is small or its order another."""
         (n_outputs, n_inputs), size = weight.shape, 4 // weight.itemsize
         fits = weight.numel() >= TILED and n_inputs % 64 == 0 and HAS_VNNI
-        if not (fits and hasattr(torch.ops.mkldnn, "data_ptr") and numba_code()):
+        if not (fits and hasattr(torch.ops.mkldnn, "data_ptr") and has_numba()):
             return None
         some = torch.arange(0, n_outputs, 61)  # each place in a tile, if they are many
         address, n_bytes = torch.ops.mkldnn.data_ptr(packed), torch.ops.mkldnn._nbytes(packed)
@@ -316,7 +286,15 @@ class Tiles:
         codes = x.new_empty(n_digits * n_tokens, n_inputs, dtype=torch.uint8)
         scales = x.new_empty(n_digits * n_tokens)
         places = [part.data_ptr() for part in (x, rotated, codes, scales)]
-        by_rows(self._code.round_tokens(), n_tokens, *places, n_tokens, n_inputs, n_digits, size)
+        by_rows(
+            code("numba_tiles", "round_tokens"),
+            n_tokens,
+            *places,
+            n_tokens,
+            n_inputs,
+            n_digits,
+            size,
+        )
         others = [part.data_ptr() for part in (scales, scale, added)]
         out = self._multiply(codes, len(codes), dtype if n_digits == 1 else torch.float32, *others)
         return out if n_digits == 1 else (out[:n_tokens] + out[n_tokens:]).to(dtype)
@@ -329,9 +307,9 @@ class Tiles:
         sums = x.new_empty(n_tokens, n_tiles * self._width, dtype=torch.float32)
         is_half = dtype == torch.bfloat16
         out = torch.empty_like(sums, dtype=dtype) if is_half else sums
-        kind = self._code.Kind(self._width, self._is_int8, is_half)
+        kind = (self._width, self._is_int8, is_half)
         places = [self._address, x.data_ptr(), sums.data_ptr(), out.data_ptr()]
-        product = self._code.product(kind)
+        product = code("numba_tiles", "product", *kind).address
         in_parallel(product, *places, n_tiles, n_inputs, n_tokens, *others)
         if out.shape[1] > n_outputs:
             out = out[:, :n_outputs].contiguous()
@@ -348,14 +326,14 @@ class Bfloat16(plain.Joined):
 
     def __init__(self, stored: StoredWeight):
         super().__init__(stored)
-        numba_code().bfloat16_product()  # compiled before the first prompt
+        code("numba_code", "bfloat16_product")  # compiled before the first prompt
         _compile_tokens_code()
 
     @staticmethod
     def is_fastest_for(weight: torch.Tensor) -> bool:
         """Return whether a weight is multiplied fastest by compiled code."""
         fits = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
-        return fits and not cpu_has_bf16() and numba_code() is not None
+        return fits and not cpu_has_bf16() and has_numba()
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         weight = self._stored["weight"]
@@ -364,11 +342,10 @@ class Bfloat16(plain.Joined):
         wide = x.float().contiguous()
         out = wide.new_empty(len(x), self.out_features)
         places = [part.data_ptr() for part in (weight, wide, out)]
-        in_parallel(numba_code().bfloat16_product().address, *places, *weight.shape, len(x))
+        in_parallel(code("numba_code", "bfloat16_product").address, *places, *weight.shape, len(x))
         return out.to(x.dtype)
 
 
 def _compile_tokens_code() -> None:
-    code = tokens_code()
-    for function in (code.rms_norm, code.swiglu, code.rotate):
-        function()
+    for function in ("rms_norm", "swiglu", "rotate"):
+        code("numba_tokens", function)

@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_leaves
 
 from llama import parallel
 from llama.layers.batch import RaggedBatch
-from llama.layers.kernels.compiled import has_attention, is_read, tokens_code
+from llama.layers.kernels.compiled import has_attention, is_read
+from llama.layers.kernels.machine_code import code
 from llama.layers.kernels.openmp import by_rows, in_parallel, recording
 
 _MOST = 1 << 28  # bytes that a graph may keep
@@ -257,14 +258,14 @@ def _operate(
     first, last = tensors[0], args[-1]
     is_sum = func is torch.ops.aten.add.Tensor and len(tensors) == len(args) == 2
     if is_sum and first.shape == last.shape and is_read(first, last):
-        return _by_rows(tokens_code().add(), memory.copy(torch.empty_like(first)), *tensors)
+        return _by_rows(code("numba_tokens", "add"), memory.copy(torch.empty_like(first)), *tensors)
     pair = len(args) == 2 and (first.dtype, last)
     if func is torch.ops.aten.to.dtype and pair == (torch.bfloat16, torch.float32):
         out = memory.copy(torch.empty_like(first, dtype=last))
-        return _by_rows(tokens_code().to_float32(), out, first)
+        return _by_rows(code("numba_tokens", "to_float32"), out, first)
     if func is torch.ops.aten.to.dtype and pair == (torch.float32, torch.bfloat16):
         out = memory.copy(torch.empty_like(first, dtype=last))
-        return _by_rows(tokens_code().to_bfloat16(), out, first)
+        return _by_rows(code("numba_tokens", "to_bfloat16"), out, first)
     return None
 
 
@@ -315,7 +316,7 @@ class _Replay:
         self._calls = calls  # which own the data
         places = (place for address, data in calls for place in (address, ctypes.addressof(data)))
         self._values = len(calls), *places
-        self._code = tokens_code().replay().address
+        self._code = code("numba_tokens", "replay").address
 
     def __call__(self) -> None:
         in_parallel(self._code, *self._values)

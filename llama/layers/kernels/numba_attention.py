@@ -31,8 +31,8 @@ from llama.layers.kernels.numba_tokens import exp
 
 
 @functools.cache
-def attend(head_dim: int) -> int:
-    """Return the address of a function that attends from a thread's part of the query heads.
+def attend(head_dim):
+    """Return a function that attends from a thread's part of the query heads.
 
     Its argument points to the addresses of what is read, then of what is written:
 
@@ -66,7 +66,7 @@ def attend(head_dim: int) -> int:
             inverse = _softmax(scores[:length], scale)
             write_sum(own, given[4] + place, length, inverse, given[6] + head * size)
 
-    return heads_of_thread.address
+    return heads_of_thread
 
 
 @numba.njit(fastmath={"nnan", "nsz", "reassoc"})  # a NaN is added again below

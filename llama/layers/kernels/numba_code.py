@@ -2,28 +2,28 @@
 
 # mypy: ignore-errors
 
-import ctypes
 import functools
 from typing import NamedTuple
 
 import numba
 import numpy as np
-import torch
 from llvmlite import ir
 from numba.core.cgutils import alloca_once_value, for_range, get_or_insert_function, unpack_tuple
 from numba.extending import intrinsic
 from numba.np.unsafe.ndarray import to_fixed_tuple
 
 from llama.layers.kernels.compiled import BLOCK, HAS_VNNI
-from llama.layers.kernels.openmp import openmp
+from llama.layers.kernels.machine_code import add_symbols
 
 AHEAD = 2048  # bytes of a weight that are fetched before they are read
 I8, I16, I32, I64, F32 = *(ir.IntType(n) for n in (8, 16, 32, 64)), ir.FloatType()
 INTEGER, FLOAT, ZERO = numba.types.int64, numba.float32, numba.float32(0)
 
-thread_number, _thread_count = openmp().omp_get_thread_num, openmp().omp_get_num_threads
-for _function in (thread_number, _thread_count):
-    _function.argtypes, _function.restype = [], ctypes.c_int
+add_symbols()
+thread_number, _thread_count = (
+    numba.types.ExternalFunction(f"llama_thread_{name}", numba.int32())
+    for name in ("number", "count")
+)
 
 
 class Kind(NamedTuple):
@@ -147,14 +147,13 @@ def _same(value):
 
 
 @functools.cache
-def widen(dtype):
-    """Return the address of a function that writes a thread's part of some rows' weights.
+def widen(is_half):
+    """Return a function that writes a thread's part of some rows' weights.
 
-    Its argument points to the addresses of codes, scales, zeros and weights, of a dtype, then to
-    the numbers of rows, groups and inputs of a group, to whether codes have four bits, and whether
-    zeros count.
+    Its argument points to the addresses of codes, scales, zeros and weights, bfloat16 or float32,
+    then to the numbers of rows, groups and inputs of a group, to whether codes have four bits, and
+    whether zeros count.
     """
-    is_half = dtype == torch.bfloat16
     kind, written = (numba.uint16, rounded) if is_half else (FLOAT, _same)
 
     @numba.cfunc(numba.void(numba.types.voidptr))
@@ -180,7 +179,7 @@ def widen(dtype):
                     for i in range(width):
                         own[i] = written(FLOAT(numba.int8(some[i])) * scale + zero)
 
-    return rows_of_thread.address
+    return rows_of_thread
 
 
 @compiled_once("reassoc", "nsz", "contract")
@@ -215,14 +214,14 @@ def bfloat16_product(data):
 
 
 @functools.cache
-def product(kind: Kind) -> int:
-    """Return the address of a function that computes a thread's part of the outputs.
+def product(*kind):
+    """Return a function that computes a thread's part of the outputs, of weights of a ``Kind``.
 
     Its argument points to the addresses of codes, scales and zeros of weights, then of inputs
     (``round_inputs``) and of outputs, float32, (n_tokens, n_rows), then to the numbers of rows,
     blocks, groups and tokens.
     """
-    one, four, eight = (_dot(kind, n) for n in (1, 4, 8))
+    one, four, eight = (_dot(Kind(*kind), n) for n in (1, 4, 8))
 
     @numba.cfunc(numba.void(numba.types.voidptr))
     def rows_of_thread(data):
@@ -237,7 +236,7 @@ def product(kind: Kind) -> int:
             for token in range(n_tokens // 4 * 4, n_tokens):
                 one(addresses, sizes, row, token)
 
-    return rows_of_thread.address
+    return rows_of_thread
 
 
 def _dot(kind: Kind, n_tokens: int):

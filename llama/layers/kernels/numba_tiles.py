@@ -109,8 +109,8 @@ def round_tokens(data):
 
 
 @functools.cache
-def product(kind: Kind) -> int:
-    """Return the address of a function that computes a thread's part of the outputs.
+def product(*kind):
+    """Return a function that computes a thread's part of the outputs, of tiles of a ``Kind``.
 
     Its argument points to the addresses of tiles, of inputs, (n_tokens, n_inputs), and of what is
     written, sums of 32 bits and outputs, both (n_tokens, n_tiles * width), then to the numbers of
@@ -118,7 +118,7 @@ def product(kind: Kind) -> int:
     the scales of tokens, of those of outputs, and of what is added to an output's sum, int32.
     """
     width, is_int8, is_half = kind
-    one, two, four = (_tile(kind, n) for n in (1, 2, 4))
+    one, two, four = (_tile(Kind(*kind), n) for n in (1, 2, 4))
     written = numba.uint16 if is_half else FLOAT
 
     @numba.njit
@@ -155,7 +155,7 @@ def product(kind: Kind) -> int:
             for token in range(n_tokens):
                 finish(given, tile * width, token)
 
-    return tiles_of_thread.address
+    return tiles_of_thread
 
 
 def _tile(kind: Kind, n_tokens: int):

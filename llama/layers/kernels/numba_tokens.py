@@ -23,7 +23,6 @@ from llama.layers.kernels.numba_code import (
     pointer,
     rounded,
 )
-from llama.layers.kernels.openmp import openmp
 
 # Of the series of 2 ** x.
 C0, C1, C2, C3, C4, C5, C6 = (FLOAT(math.log(2) ** k / math.factorial(k)) for k in range(7))
@@ -129,8 +128,7 @@ def to_bfloat16(data):
             out[row, i] = rounded(x[row, i])
 
 
-_barrier = openmp().GOMP_barrier
-_barrier.argtypes, _barrier.restype = [], None
+_barrier = numba.types.ExternalFunction("llama_barrier", numba.void())
 
 
 @intrinsic

@@ -55,7 +55,7 @@ def by_rows(function: Any, n_rows: int, *values: int) -> None:
     if n_rows > 4:
         in_parallel(function.address, *values)
     else:
-        function.ctypes(_data(function.address, values))
+        function.call(_data(function.address, values))
 
 
 def in_parallel(address: int, *values: int) -> None:
