@@ -16,7 +16,7 @@ from llama.layers.capability import cpu_has_amx
 from llama.layers.kv_cache import KVCache
 from llama.layers.varlen import Varlen
 
-_CPU_SPAN = 64  # tokens of a prompt in one attention call on a CPU
+_CPU_SPAN = 128 if cpu_has_amx() else 64  # tokens of a prompt in one attention call on a CPU
 
 
 def ragged_attention(q: torch.Tensor, kv_cache: KVCache, batch: RaggedBatch) -> torch.Tensor:

@@ -108,12 +108,14 @@ PLACES = [(3, 7), (0, 0), (1, 9), (2, 4), (2, 5), (2, 6)]  # slots and positions
 @pytest.mark.parametrize(("n_heads", "n_kv_heads", "head_dim"), [(8, 2, 64), (9, 9, 32)])
 @pytest.mark.parametrize("n_tokens", [1, 6])
 @pytest.mark.parametrize("n_padding", [0, 3])
+@pytest.mark.parametrize("gap", [0, 32])  # between rows, as a padded weight leaves them
 def test_a_rotation_writes_the_cache_as_pytorch_does(
-    n_heads: int, n_kv_heads: int, head_dim: int, n_tokens: int, n_padding: int
+    n_heads: int, n_kv_heads: int, head_dim: int, n_tokens: int, n_padding: int, gap: int
 ) -> None:
     """A failure means that tokens attend to keys at other places, or turned by other angles."""
     n_rows, heads = n_tokens + n_padding, (n_heads, n_kv_heads)
-    xqkv = random(n_rows, n_heads + 2 * n_kv_heads, head_dim)
+    width = (n_heads + 2 * n_kv_heads) * head_dim
+    xqkv = random(n_rows, width + gap)[:, :width].unflatten(1, (-1, head_dim))
     angles = torch.arange(n_rows * head_dim // 2).view(n_rows, -1) * 0.1
     freqs_cis = torch.stack((angles.cos(), angles.sin()), dim=-1)
     batch = places(*PLACES[:n_tokens])

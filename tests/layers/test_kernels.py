@@ -14,7 +14,7 @@ from processes import wait_until
 
 from llama import Llama
 from llama.checkpoint import load
-from llama.layers.capability import Capability, fast_dtype
+from llama.layers.capability import Capability, cpu_has_amx, fast_dtype
 from llama.layers.kernels import (
     compiled,
     cpu,
@@ -462,3 +462,24 @@ def test_large_plain_checkpoints_are_computed_in_bfloat16(
     prompts = [[1, 300, 301, 302]]
     ours, theirs = (each.model(torch.tensor(prompts), 0) for each in (llama, exact))
     torch.testing.assert_close(ours.float(), theirs, atol=0.3, rtol=0.1)
+
+
+@pytest.mark.parametrize("n_tokens", [1, 4, 5, 32, 33, 200])
+@pytest.mark.parametrize("shape", [(2048, 64), (4096, 128), (2080, 64)])
+def test_rows_that_share_places_in_the_cache_are_padded(
+    shape: tuple[int, int], n_tokens: int
+) -> None:
+    """A failure means that a padded weight gives other products, or comes back with its padding."""
+    generator = torch.Generator().manual_seed(6)
+    weight = torch.randn(shape, generator=generator).bfloat16()
+    if not cpu.OneDnn.is_fastest_for(weight):
+        pytest.skip("needs bfloat16 in hardware")
+    kernel = cpu.OneDnn({"weight": weight})
+    assert kernel._is_padded == (cpu_has_amx() and shape[0] != 2080)
+    x = torch.randn(n_tokens, shape[1], generator=generator).bfloat16()
+    out, expected = kernel.product(x), x.float() @ weight.float().T
+    assert out.shape == expected.shape
+    torch.testing.assert_close(out.float(), expected, rtol=2**-7, atol=0.05)
+    assert torch.equal(kernel.stored()["weight"], weight)
+    rows = torch.tensor([shape[0] - 1, 0])
+    assert torch.equal(kernel.weights(rows), weight[rows].float())

@@ -161,7 +161,7 @@ def has_rotation(
         (batch.positions, torch.int64),
     )
     fit = all(part.dtype == dtype and part.is_contiguous() for part, dtype in others)
-    return fit and xqkv.is_contiguous() and is_read(xqkv, kv_cache.k)
+    return fit and xqkv.stride(1) == xqkv.shape[2] and is_read(xqkv, kv_cache.k)
 
 
 def rotate(
@@ -182,7 +182,8 @@ def rotate(
     (n_tokens, n_all, head_dim), n_kv_heads = xqkv.shape, keys.shape[1]
     xq = xqkv.new_empty(n_tokens, n_all - 2 * n_kv_heads, head_dim)
     some = (xqkv, freqs_cis, batch.slots, batch.positions, xq, keys, values)
-    sizes = (len(batch.slots), xq.shape[1], n_kv_heads, head_dim, len(keys), keys.shape[2])
+    sizes = [len(batch.slots), xq.shape[1], n_kv_heads, head_dim, len(keys), keys.shape[2]]
+    sizes.append(xqkv.stride(0))
     places = [part.data_ptr() for part in some]
     by_rows(code("numba_tokens", "rotate"), sizes[0], *places, *sizes)
     return xq

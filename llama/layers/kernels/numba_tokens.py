@@ -170,32 +170,37 @@ def rotate(data):
     - queries, bfloat16, (n_tokens, n_heads, head_dim).
     - cached keys and values, bfloat16, (n_slots, n_kv_heads, max_seq_len, head_dim).
 
-    then to the numbers of tokens, heads, key/value heads, elements of a head, slots and positions.
+    then to the numbers of tokens, heads, key/value heads, elements of a head, slots and positions,
+    and to how far rows of the first lie from each other.
     """
-    given = numba.carray(data, 13, numba.int64)
+    given = numba.carray(data, 14, numba.int64)
     n_tokens, n_heads, n_kv_heads, head_dim = given[7], given[8], given[9], given[10]
-    n_all, size = n_heads + 2 * n_kv_heads, (given[11], n_kv_heads, given[12], head_dim)
-    x = numba.carray(pointer(given[0]), (n_tokens, n_all, head_dim), numba.uint16)
-    freqs = numba.carray(pointer(given[1]), (n_tokens, head_dim), FLOAT)
+    # Pairs are one number, whose lower half is the first of both.
+    half = head_dim // 2
+    size = (given[11], n_kv_heads, given[12], half)
+    freqs = numba.carray(pointer(given[1]), (n_tokens, half, 2), FLOAT)
     slots = numba.carray(pointer(given[2]), (n_tokens,), numba.int64)
     positions = numba.carray(pointer(given[3]), (n_tokens,), numba.int64)
-    queries = numba.carray(pointer(given[4]), (n_tokens, n_heads, head_dim), numba.uint16)
-    keys = numba.carray(pointer(given[5]), size, numba.uint16)
-    values = numba.carray(pointer(given[6]), size, numba.uint16)
+    queries = numba.carray(pointer(given[4]), (n_tokens, n_heads, half), numba.uint32)
+    keys = numba.carray(pointer(given[5]), size, numba.uint32)
+    values = numba.carray(pointer(given[6]), size, numba.uint32)
     for token in range(*part_of_thread(n_tokens)):
         slot, position, angles = slots[token], positions[token], freqs[token]
+        n_all = n_heads + 2 * n_kv_heads
+        x = numba.carray(pointer(given[0] + 2 * token * given[13]), (n_all, half), numba.uint32)
         for head in range(n_heads):
-            _rotate(x[token, head], angles, queries[token, head])
+            _rotate(x[head], angles, queries[token, head])
         for head in range(n_kv_heads):
-            _rotate(x[token, n_heads + head], angles, keys[slot, head, position])
-            value, cached = x[token, n_heads + n_kv_heads + head], values[slot, head, position]
-            for i in range(head_dim):
+            _rotate(x[n_heads + head], angles, keys[slot, head, position])
+            value, cached = x[n_heads + n_kv_heads + head], values[slot, head, position]
+            for i in range(half):
                 cached[i] = value[i]
 
 
 @numba.njit(fastmath={"contract"})
 def _rotate(pairs, angles, out):
-    for i in range(0, len(pairs), 2):
-        real, imag, cos, sin = bfloat16(pairs[i]), bfloat16(pairs[i + 1]), angles[i], angles[i + 1]
-        out[i] = rounded(real * cos - imag * sin)
-        out[i + 1] = rounded(real * sin + imag * cos)
+    for i in range(len(pairs)):
+        pair, cos, sin = pairs[i], angles[i, 0], angles[i, 1]
+        real, imag = bfloat16(numba.uint16(pair)), bfloat16(numba.uint16(pair >> 16))
+        first, second = rounded(real * cos - imag * sin), rounded(real * sin + imag * cos)
+        out[i] = numba.uint32(first) | numba.uint32(second) << numba.uint32(16)
