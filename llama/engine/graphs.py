@@ -48,7 +48,7 @@ def decoding_steps(model: Transformer, compile: bool = False) -> "DecodingSteps 
         if model.capability.compiles:  # what prompts use, before the first one waits for it
             n = min(256, model.params.max_seq_len)
             tokens = model.freqs_cis.new_zeros(n, dtype=torch.long)
-            model.hidden_states(tokens, [Segment(0, 0, n)])
+            model.forward_ragged(tokens, [Segment(0, 0, n)], tokens[:1])
     except RuntimeError as error:  # out of memory, or a kernel that can't be recorded
         if compile or parallel.world_size() > 1:  # where other ranks would wait
             raise

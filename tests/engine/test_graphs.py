@@ -4,7 +4,9 @@ import logging
 import shutil
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -153,3 +155,24 @@ def test_other_devices_are_told_what_is_missing(monkeypatch) -> None:
     monkeypatch.setattr("torch.utils._triton.has_triton", lambda: False)
     with pytest.raises(RuntimeError, match="needs Triton"):
         check_compiler(Capability("cuda"))
+
+
+@pytest.mark.parametrize("max_seq_len", [16, 300])
+def test_what_prompts_compile_is_compiled_while_building(
+    max_seq_len: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A failure means that the first prompt waits for a compiler, its output's product included."""
+    model = make_model(max_seq_len=max_seq_len)
+    model.capability = replace(model.capability, compiles=True)
+    monkeypatch.setattr(graphs.DecodingSteps, "__init__", lambda *args: None)
+    monkeypatch.setattr(graphs.DecodingSteps, "prepare", lambda self: None)
+    shapes = []
+    forward = model.forward_ragged
+
+    def counted(*args: Any) -> torch.Tensor:
+        shapes.append((len(args[0]), len(forward(*args))))
+        return forward(*args)
+
+    monkeypatch.setattr(model, "forward_ragged", counted)
+    assert graphs.decoding_steps(model, compile=True) is not None
+    assert shapes == [(min(256, max_seq_len), 1)]

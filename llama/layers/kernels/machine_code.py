@@ -13,6 +13,7 @@ import importlib.util
 import json
 import os
 import re
+import sys
 import tempfile
 from collections.abc import Iterable
 from importlib import metadata
@@ -92,6 +93,7 @@ def _folder() -> Path:
         digest.update(source.read_bytes())
     settings = {name: value for name, value in os.environ.items() if name.startswith("NUMBA_")}
     others = (
+        sys.version,
         *(metadata.version(package) for package in ("numba", "llvmlite")),
         *(binding.get_host_cpu_name(), binding.get_host_cpu_features().flatten()),
         *(compiled.BLOCK, compiled.HAS_VNNI, compiled.SCORES, sorted(settings.items())),

@@ -5,9 +5,10 @@ code reads its codes once. Calling such code takes a third of a millisecond of P
 recorded as a CUDA graph for each weight. All write to the same memory, one after the other.
 """
 
+import contextlib
 import functools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -51,9 +52,9 @@ class Widening:
         return F.linear(x, self._widen(*self._parts(rows))[: rows.stop - rows.start])
 
     def _multiply(self, x: torch.Tensor, rows: slice) -> torch.Tensor:
-        with _room(x.device, x.dtype) as room:
-            n_rows = rows.stop - rows.start
-            weights = room.weights[: n_rows * self._in_features].view(n_rows, -1)
+        n_rows = rows.stop - rows.start
+        with _room(x.device, x.dtype).alone() as room:
+            weights = room[: n_rows * self._in_features].view(n_rows, -1)
             if rows.start not in self._graphs:
                 write = functools.partial(_written(self._widen), weights, *self._parts(rows))
                 self._graphs[rows.start] = _recorded(write, x.device)
@@ -67,19 +68,20 @@ class _Room:
     def __init__(self, device: torch.device, dtype: torch.dtype):
         with torch.inference_mode(False):  # so that it can be written in any mode
             self.weights = torch.empty(ROOM, device=device, dtype=dtype)
-        self._lock = threading.Lock()
+        self._lock, self._device = threading.Lock(), device
         self._used = torch.cuda.Event() if device.type == "cuda" else None
 
-    def __enter__(self) -> "_Room":
-        self._lock.acquire()
-        if self._used is not None:
-            self._used.wait()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._used is not None:
-            self._used.record()
-        self._lock.release()
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[torch.Tensor]:
+        """Give the memory to one thread, whose stream waits for the one before."""
+        with self._lock:
+            if self._used is None:
+                yield self.weights
+                return
+            with torch.cuda.device(self._device):  # whose graphs and streams are the current ones
+                self._used.wait()
+                yield self.weights
+                self._used.record()
 
 
 @functools.cache
@@ -102,10 +104,9 @@ def _recorded(write: Callable[[], None], device: torch.device) -> Callable[[], N
     write()  # compiles it
     if device.type != "cuda":
         return write
-    with torch.cuda.device(device):
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            write()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        write()
     return graph.replay
 
 
