@@ -80,14 +80,16 @@ def heard(lines: list[str]) -> Iterator[None]:
     logged: list[logging.LogRecord] = []
     handler = logging.Handler()
     handler.emit = logged.append  # type: ignore[method-assign, assignment]
+    levels = attention.level, graphs.level
     for logger in (attention, graphs):
         logger.setLevel(logging.INFO)
         logger.addHandler(handler)
     try:
         yield
     finally:
-        for logger in (attention, graphs):
+        for logger, level in zip((attention, graphs), levels, strict=True):
             logger.removeHandler(handler)
+            logger.setLevel(level)
         lines += [record.getMessage() for record in logged if record.name == attention.name]
         lines += [record.getMessage() for record in logged if record.name == graphs.name][-1:]
 

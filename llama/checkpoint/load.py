@@ -75,7 +75,11 @@ def load(
     with torch.device("meta"):
         model = Transformer(args)
         model.quantize(forms, dtype)
-    still_mapped = _fill(model, checkpoint, args, device, dtype)
+    try:
+        still_mapped = _fill(model, checkpoint, args, device, dtype)
+    finally:
+        for part in checkpoint.parts:
+            part.places.clear()
     backend = choose_backend(args, ranks, dtype, device, int8_cache)
     model.allocate_buffers(device, dtype, int8_cache, backend)
     model.capability = replace(model.capability, compiles=compiles and device.type == "cuda")
@@ -129,7 +133,6 @@ def _fill(
                 part = part.clone()  # of a tensor that was made whole, keep this rank's part only
             release(mapped)
         tensors[name] = part
-    checkpoint.parts[0].places.clear()
     model.load_state_dict(tensors, assign=True)
     model.requires_grad_(False)
     return still_mapped

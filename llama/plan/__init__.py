@@ -132,7 +132,9 @@ def _details(
 ) -> Iterator[str]:
     """Yield the lines about the fastest division."""
     args, needs, length = best.network.args, best.needs, work.n_context
-    prompt = prompt_cost(best.network, machines, best.ranks, length, needs.prefill_tokens)
+    prompt = prompt_cost(
+        best.network, machines, best.ranks, length, needs.prefill_tokens, work.compile
+    )
     yield f"fastest: a copy on {best.ranks} of {machines.n_devices}"
     yield f"a step of {args.max_batch_size}: {_seconds(best.step)}"
     yield f"a prompt of {length:,}: {_seconds(prompt)}"

@@ -57,6 +57,13 @@ _CUDA = {
     "int4 in groups": Rates(0.74, 0.55, _LAYER, _COMPILED, 5.7, 170, 0.0085),
     "int8 in groups": Rates(0.74, 0.55, _LAYER, _COMPILED, 5.7, 85, 0.0085),  # two planes of four
     "float8 in groups": Rates(0.055, 0.45, _LAYER, _COMPILED),  # widened in every pass
+    "float8": Rates(0.49, 0.45, 140e-6, _COMPILED, widened=0.062),  # whole rows
+}
+_CUDA_COMPILED = {  # by compiled code for prompts, and for few tokens with eight bits
+    **_CUDA,
+    "int4 in groups": _CUDA["int4 in groups"]._replace(widened=0.018),
+    "int8 in groups": Rates(0.31, 0.55, _LAYER, _COMPILED, few=94, widened=0.21),
+    "float8": _CUDA["float8"]._replace(widened=0.6),
 }
 _PROCESSOR = Rates(0.85, 0.85, 700e-6, 700e-6)
 _CPU = {
@@ -65,8 +72,12 @@ _CPU = {
     "int4 in groups": _PROCESSOR._replace(widened=0.16),
     "int8 in groups": _PROCESSOR._replace(widened=0.16),
     "float8 in groups": _PROCESSOR._replace(read=0.1),  # widened in every pass; not measured
+    "float8": _PROCESSOR._replace(read=0.1),
 }
-_RATES = {"cuda": _CUDA, "cpu": _CPU}
+_RATES = {
+    **{("cuda", False): _CUDA, ("cuda", True): _CUDA_COMPILED},
+    **{("cpu", False): _CPU, ("cpu", True): _CPU},
+}
 _CACHED = {"cuda": 0.6, "cpu": 0.8}  # of the bandwidth
 _GATHERED = 0.033  # on CUDA, of a cache that FlashAttention can't read
 _ATTENTION = {"cuda": 0.35, "cpu": 0.85}  # of the operations per second
@@ -87,6 +98,7 @@ class Device:
         link: bytes per second to the machine's other GPUs, in each direction.
         latency: seconds of an all-reduce of few bytes among them.
         kind: "cuda" or "cpu".
+        has_float8: whether it multiplies float8 (compute capability 8.9 or higher).
     """
 
     name: str
@@ -97,17 +109,18 @@ class Device:
     link: float = math.inf
     latency: float = 0.0
     kind: str = "cuda"
+    has_float8: bool = True
 
 
 GB = 0.98 * 2**30  # bytes of a data sheet's, less what the driver takes
 _NVLINK, _PCIE = 20e-6, 50e-6  # seconds; 20 agrees with gpt-fast's figures of eight A100s
 DEVICES = {
-    "a100": Device("A100 80GB", 80 * GB, 2.0e12, 312e12, 152e9, 300e9, _NVLINK),
+    "a100": Device("A100 80GB", 80 * GB, 2.0e12, 312e12, 152e9, 300e9, _NVLINK, has_float8=False),
     "h100": Device("H100", 80 * GB, 3.35e12, 989e12, 261e9, 450e9, _NVLINK),
     "h200": Device("H200", 140 * GB, 4.8e12, 989e12, 261e9, 450e9, _NVLINK),
     "l4": Device("L4", 22 * GB, 0.3e12, 121e12, 118e9, 25e9, _PCIE),
     "l40s": Device("L40S", 45 * GB, 0.864e12, 362e12, 358e9, 25e9, _PCIE),
-    "rtx3090": Device("RTX 3090", 24 * GB, 0.936e12, 71e12, 139e9, 25e9, _PCIE),
+    "rtx3090": Device("RTX 3090", 24 * GB, 0.936e12, 71e12, 139e9, 25e9, _PCIE, has_float8=False),
     "rtx4090": Device("RTX 4090", 24 * GB, 1.0e12, 165e12, 323e9, 25e9, _PCIE),
     "cpu": Device("CPU", 16 * GB, 50e9, 0.5e12, kind="cpu"),
 }
@@ -181,7 +194,8 @@ def _parts(network: Network, ranks: int) -> Iterator[_Part]:
 def _kind(form: Form | None) -> str:
     if form is None:
         return "plain"
-    return "int8" if isinstance(form, Rotated) else f"{form.name} in groups"
+    is_whole = isinstance(form, Rotated) or (form.name == "float8" and not form.group_size)
+    return form.name if is_whole else f"{form.name} in groups"
 
 
 def read_bytes(network: Network, ranks: int = 1) -> float:
@@ -254,7 +268,8 @@ def cost(
     in_layers = sum(part.n_weights for part in parts if not part.is_output)
     weights = arithmetic = kernels = 0.0
     for part in parts:
-        rates = _RATES[device.kind][part.kind]
+        is_slow = part.kind == "float8" and on_cuda and not device.has_float8
+        rates = _RATES[device.kind, compile]["float8 in groups" if is_slow else part.kind]
         read, speed = rates.read * device.bandwidth, rates.arithmetic * flops
         if work.n_tokens <= FEW:
             read = min(read, rates.codes * device.cycles)
@@ -265,7 +280,8 @@ def cost(
         n_tokens = work.n_outputs if part.is_output else work.n_tokens
         arithmetic += 2 * part.n_weights * n_tokens / speed
         if not part.is_output:
-            seconds = rates.compiled if compile else rates.kernels
+            # Prompts of all lengths aren't compiled.
+            seconds = rates.compiled if compile and work.n_tokens <= FEW else rates.kernels
             kernels += args.n_layers * seconds * part.n_weights / in_layers
     if not on_cuda:
         width = (args.dim + args.hidden_dim) * network.dtype.itemsize
@@ -281,11 +297,16 @@ def cost(
 
 
 def prompt_cost(
-    network: Network, machines: Machines, ranks: int, length: int, n_tokens: int
+    network: Network,
+    machines: Machines,
+    ranks: int,
+    length: int,
+    n_tokens: int,
+    compile: bool = False,
 ) -> Cost:
     """Return the seconds of reading a prompt, ``n_tokens`` at most in a pass."""
     pieces = (
         Pass.piece(start, min(n_tokens, length - start)) for start in range(0, length, n_tokens)
     )
-    costs = [cost(network, machines, ranks, piece) for piece in pieces]
+    costs = [cost(network, machines, ranks, piece, compile) for piece in pieces]
     return Cost(*(sum(seconds) for seconds in zip(*costs, strict=True)))

@@ -1,6 +1,10 @@
 """Kernels for CUDA, whose arithmetic and bytes are tested on any machine."""
 
+import contextlib
+import functools
+import gc
 import math
+import weakref
 from collections.abc import Iterator
 
 import pytest
@@ -301,7 +305,7 @@ class TestInt4:
     ) -> None:
         """A failure means that a prompt's logits are wrong with ``compile=True``."""
         monkeypatch.setattr(widening, "ROOM", 17 * in_features)  # 16 outputs; the last are fewer
-        widening._room.cache_clear()
+        widening._rooms.clear()
         operators = Tinygemm(3, alike=alike)
         for _ in install(operators, monkeypatch):
             stored = random_stored(form, 44, in_features)
@@ -451,7 +455,7 @@ class TestFused:
     ) -> None:
         """Of prompts and of compiled steps; the latter see one graph."""
         monkeypatch.setattr(widening, "ROOM", 20 * 256)  # of 48 outputs in three parts
-        widening._room.cache_clear()
+        widening._rooms.clear()
         stored = random_stored(form)
         if form.ordered:
             stored["order"] = torch.randperm(256, generator=torch.Generator().manual_seed(4)).int()
@@ -472,6 +476,29 @@ class TestFused:
             expected = x.float() @ exact.T
             assert (step(x).float() - expected).norm() / expected.norm() < 6e-3
         assert len(compilations) == 4
+
+
+def test_a_recorded_graph_owns_what_it_reads(
+    compilations: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A failure means that scales are read from memory that other tensors have by then."""
+
+    class Graph:
+        replayed = 0
+
+        def replay(self) -> None:
+            Graph.replayed += 1
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda *args, **how: contextlib.nullcontext())
+    scales = torch.ones(3)
+    alive = weakref.ref(scales)
+    replay = widening._recorded(functools.partial(torch.add, scales, 1), torch.device("cuda"))
+    del scales
+    gc.collect()
+    assert alive() is not None
+    replay()
+    assert Graph.replayed == 1
 
 
 def plain_model(**params: object) -> Transformer:

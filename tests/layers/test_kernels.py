@@ -483,3 +483,15 @@ def test_rows_that_share_places_in_the_cache_are_padded(
     assert torch.equal(kernel.stored()["weight"], weight)
     rows = torch.tensor([shape[0] - 1, 0])
     assert torch.equal(kernel.weights(rows), weight[rows].float())
+
+
+def test_the_compiler_is_told_how_a_padded_product_lies() -> None:
+    """A failure means that ``compile=True`` fails for more sequences than compiled code takes."""
+    weight = torch.randn(2048, 64).bfloat16()
+    if not cpu.OneDnn.is_fastest_for(weight):
+        pytest.skip("needs bfloat16 in hardware")
+    kernel, x = cpu.OneDnn({"weight": weight}), torch.randn(40, 64).bfloat16()
+    out = torch.compile(lambda x: kernel(x) + 1, backend="aot_eager")(x)
+    torch.testing.assert_close(out, kernel(x) + 1)
+    number = torch.tensor(kernel.number)
+    assert torch.ops.llama.product(x, number, 2048).is_contiguous()

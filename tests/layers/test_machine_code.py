@@ -43,11 +43,11 @@ print("numba" in sys.modules)
 """
 
 
-def run(cache: Path, **more: str) -> list[str]:
+def run(cache: Path, code: str = RUN, **more: str) -> list[str]:
     """Run all in a process of its own, and return what it prints; "numba" is its last line."""
     environment = {**os.environ, "XDG_CACHE_HOME": str(cache), "OMP_NUM_THREADS": "2", **more}
     done = subprocess.run(
-        [sys.executable, "-c", RUN], env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.split()
@@ -66,10 +66,37 @@ def test_the_next_process_needs_no_numba(tmp_path: Path) -> None:
         path.write_bytes(path.read_bytes()[:-1])
     assert run(tmp_path) == first
     assert run(tmp_path) == second
-    folder.chmod(0o777)
-    assert run(tmp_path) == first
-    assert run(tmp_path, NUMBA_OPT="1")[2:] == first[2:]
-    assert len(list(folder.parent.iterdir())) == 2  # of another setting
+    for place in (folder.parent, next(folder.iterdir())):
+        mode = place.stat().st_mode
+        place.chmod(0o777)
+        assert run(tmp_path) == first
+        place.chmod(mode)
+    # Another setting's is another's; what is old goes then.
+    os.utime(folder, (0, 0))
+    assert run(tmp_path, NUMBA_OPT="1", NUMBA_NUM_THREADS="1")[2:] == first[2:]
+    [other] = folder.parent.iterdir()
+    assert other.name != folder.name
+
+
+def test_code_is_kept_whatever_mask_files_have(tmp_path: Path) -> None:
+    """A failure means that users whose files their group may write compile at each start."""
+    code = "import os; os.umask(0o002)\n" + RUN
+    assert run(tmp_path, code)[-1] == "True"
+    assert run(tmp_path, code)[-1] == "False"
+
+
+def test_a_link_is_not_followed(tmp_path: Path) -> None:
+    path = tmp_path / "llama" / "code" / "folder" / "file"
+    path.parent.mkdir(parents=True)
+    for place in (path.parents[2], path.parents[1], path.parent):
+        place.chmod(0o700)
+    path.write_bytes(b"code")
+    path.chmod(0o600)
+    assert machine_code._read(path) == b"code"
+    path.rename(path.with_name("other"))
+    path.symlink_to("other")
+    with pytest.raises(OSError, match="symbolic links"):
+        machine_code._read(path)
 
 
 def test_without_a_place_for_it_code_is_compiled(tmp_path: Path) -> None:
@@ -90,6 +117,19 @@ def test_code_that_calls_what_is_missing_is_not_loaded(name: str, is_there: bool
     else:
         with pytest.raises(KeyError, match=name):
             machine_code._provide([name])
+
+
+def test_a_cache_that_cannot_be_looked_into_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A failure means that such a user, as in many a container, can't load a model."""
+
+    def refuse(self: Path, **options: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "stat", refuse)
+    machine_code.has_numba.cache_clear()
+    assert machine_code.has_numba()
 
 
 def test_a_function_is_one_for_the_process() -> None:

@@ -55,7 +55,7 @@ _library.define("product(Tensor x, Tensor number, int out_features) -> Tensor")
 
 
 def _product(x: torch.Tensor, number: torch.Tensor, out_features: int) -> torch.Tensor:
-    return _opaque[int(number)].product(x)
+    return _opaque[int(number)].product(x).contiguous()  # as the compiler is told
 
 
 def _product_shape(x: torch.Tensor, number: torch.Tensor, out_features: int) -> torch.Tensor:

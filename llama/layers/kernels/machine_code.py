@@ -13,8 +13,10 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
@@ -24,6 +26,7 @@ import torch
 
 from llama.layers.kernels.openmp import openmp
 
+_OLD = 90 * 24 * 3600  # seconds
 _OF_OPENMP = {
     "llama_thread_number": "omp_get_thread_num",
     "llama_thread_count": "omp_get_num_threads",
@@ -51,7 +54,7 @@ def has_numba() -> bool:
     if not has_avx2 or not openmp() or importlib.util.find_spec("numba") is None:
         return False
     try:
-        if not _folder().is_dir():
+        if not os.path.isdir(_folder()):  # also where it can't be looked for
             importlib.import_module(f"{__package__}.numba_code")
     except ImportError:  # it doesn't go with another package
         return False
@@ -91,10 +94,15 @@ def _folder() -> Path:
     digest = hashlib.sha256()
     for source in sorted(Path(__file__).parent.glob("numba_*.py")):
         digest.update(source.read_bytes())
-    settings = {name: value for name, value in os.environ.items() if name.startswith("NUMBA_")}
+    unlike = ("NUMBA_CACHE_DIR", "NUMBA_DEBUG_CACHE", "NUMBA_NUM_THREADS")  # jobs have their own
+    settings = {
+        name: value
+        for name, value in os.environ.items()
+        if name.startswith("NUMBA_") and name not in unlike
+    }
     others = (
         sys.version,
-        *(metadata.version(package) for package in ("numba", "llvmlite")),
+        *(metadata.version(package) for package in ("numba", "llvmlite", "numpy")),
         *(binding.get_host_cpu_name(), binding.get_host_cpu_features().flatten()),
         *(compiled.BLOCK, compiled.HAS_VNNI, compiled.SCORES, sorted(settings.items())),
     )
@@ -115,11 +123,7 @@ def _load(path: Path) -> Code:
     """
     from llvmlite import binding
 
-    for place in (path, path.parent):
-        status = place.stat()
-        if status.st_uid != os.getuid() or status.st_mode & 0o022:
-            raise PermissionError(f"{place} isn't this user's alone")
-    head, _, machine_code = path.read_bytes().partition(b"\n")
+    head, _, machine_code = _read(path).partition(b"\n")
     about = json.loads(head)
     if about["sha256"] != hashlib.sha256(machine_code).hexdigest():
         raise ValueError(f"{path} isn't whole")
@@ -131,6 +135,26 @@ def _load(path: Path) -> Code:
     engine.add_object_file(binding.ObjectFileRef.from_data(machine_code))
     engine.finalize_object()
     return Code.at(engine.get_function_address(about["function"]), engine)
+
+
+def _read(path: Path) -> bytes:
+    """Return what a file holds, if it and its folders below the cache are this user's alone.
+
+    Each is opened in the one above, which nobody else can change.
+    """
+    place = os.open(path.parents[3], os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        for name in path.parts[-4:]:
+            kind = 0 if name == path.name else os.O_DIRECTORY
+            above, place = place, os.open(name, os.O_RDONLY | os.O_NOFOLLOW | kind, dir_fd=place)
+            os.close(above)
+            status = os.fstat(place)
+            if status.st_uid != os.getuid() or status.st_mode & 0o022:
+                raise PermissionError(f"{name} of {path} isn't this user's alone")
+        with open(place, "rb", closefd=False) as file:
+            return file.read()
+    finally:
+        os.close(place)
 
 
 def _provide(names: Iterable[str]) -> None:
@@ -163,8 +187,16 @@ def _store(path: Path, made: Any) -> None:
         "calls": sorted(name for name in calls if not name.startswith("llvm.")),
         "sha256": hashlib.sha256(machine_code).hexdigest(),
     }
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    path.parents[3].mkdir(parents=True, exist_ok=True)
+    for folder in (path.parents[2], path.parents[1]):
+        folder.mkdir(mode=0o700, exist_ok=True)
+    if not path.parent.exists():
+        path.parent.mkdir(mode=0o700, exist_ok=True)
+        for other in path.parents[1].iterdir():  # of versions that were replaced
+            if time.time() - other.stat().st_mtime > _OLD:
+                shutil.rmtree(other, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as directory:
         whole = Path(directory) / path.name
         whole.write_bytes(json.dumps(about).encode() + b"\n" + machine_code)
+        whole.chmod(0o600)
         whole.replace(path)  # which other processes see all at once

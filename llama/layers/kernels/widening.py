@@ -9,6 +9,7 @@ import contextlib
 import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +41,8 @@ class Widening:
         n_rows = max(8, ROOM // in_features // 8 * 8)  # a multiple of the int4 operator's tiles
         firsts = range(0, out_features, n_rows)
         self._rows = [slice(first, min(first + n_rows, out_features)) for first in firsts]
-        self._graphs: dict[int, Callable[[], None]] = {}
+        self._graphs: dict[int, Callable[[], object]] = {}
+        self._room: _Room | None = None  # to which the graphs write
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """Return ``x @ weight.T``: (n_tokens, in_features) to (n_tokens, out_features)."""
@@ -53,7 +55,8 @@ class Widening:
 
     def _multiply(self, x: torch.Tensor, rows: slice) -> torch.Tensor:
         n_rows = rows.stop - rows.start
-        with _room(x.device, x.dtype).alone() as room:
+        self._room = self._room or _room(x.device, x.dtype)
+        with self._room.alone() as room:
             weights = room[: n_rows * self._in_features].view(n_rows, -1)
             if rows.start not in self._graphs:
                 write = functools.partial(_written(self._widen), weights, *self._parts(rows))
@@ -84,9 +87,15 @@ class _Room:
                 self._used.record()
 
 
-@functools.cache
+_rooms: dict[tuple[torch.device, torch.dtype], _Room] = {}
+_rooms_lock = threading.Lock()
+
+
 def _room(device: torch.device, dtype: torch.dtype) -> _Room:
-    return _Room(device, dtype)
+    with _rooms_lock:
+        if (device, dtype) not in _rooms:
+            _rooms[device, dtype] = _Room(device, dtype)
+        return _rooms[device, dtype]
 
 
 @functools.cache
@@ -99,15 +108,22 @@ def _written(widen: Callable[..., torch.Tensor]) -> Callable[..., None]:
     return torch.compile(write, dynamic=False)
 
 
-def _recorded(write: Callable[[], None], device: torch.device) -> Callable[[], None]:
+def _recorded(write: Callable[[], object], device: torch.device) -> Callable[[], object]:
     """Return a call's kernels as a CUDA graph; elsewhere, the call."""
-    write()  # compiles it
+    # All forms and shapes count together; any more than the limit would not be compiled.
+    with torch._dynamo.config.patch(cache_size_limit=4096, accumulated_cache_size_limit=4096):
+        write()
     if device.type != "cuda":
         return write
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         write()
-    return graph.replay
+    return functools.partial(_replay, graph, write)
+
+
+def _replay(graph: Any, write: object) -> None:
+    """Replay a graph, of which ``write`` owns what it reads."""
+    graph.replay()
 
 
 @functools.cache
