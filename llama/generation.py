@@ -100,14 +100,13 @@ class Llama:
             adapter: a directory with a LoRA adapter to merge in, or several in order.
             chat_format: how dialogs are written, one of ``llama.chat.formats.FORMATS``; by default
                 as the checkpoint's own template says, else as Meta's models were trained.
-            compile: compile decoding steps (CUDA and CPU), which needs Triton or a C++ compiler.
+            compile: compile decoding steps and, on CUDA, how prompts widen a file's weights; needs
+                Triton, or a C++ compiler on a CPU.
             quantize: "int8", "int4" (about 4.8 bits), or "none" to widen a quantised checkpoint.
             group_size: how many weights share a scale in int4: 32, 64, 128 or 256; by default 64,
                 and more bits, up to llama.cpp's Q4_K_M, for the weights that need them most.
-            kv_cache_dtype: "int8" halves the cache's memory, and makes steps after a long text
-                slower; by default it is ``dtype``.
-            chat_template: a template in Jinja's language, or its file, in place of the
-                checkpoint's own.
+            kv_cache_dtype: "int8" halves the cache, with slower steps after a long text.
+            chat_template: a Jinja template, or its file, in place of the checkpoint's own.
             tool_format: "hermes" describes tools in the system message, for chat formats without a
                 place for them (``llama.chat.hermes``).
 

@@ -61,7 +61,7 @@ def test_the_next_process_needs_no_numba(tmp_path: Path) -> None:
     [folder] = (tmp_path / "llama" / "code").iterdir()
     assert len(list(folder.iterdir())) == 4  # and no temporary ones
     assert folder.stat().st_mode & 0o077 == 0
-    # Code that isn't whole, and code that others could have written, is compiled anew.
+    # Code that isn't whole, and code that others could have written, is compiled again.
     for path in folder.iterdir():
         path.write_bytes(path.read_bytes()[:-1])
     assert run(tmp_path) == first
