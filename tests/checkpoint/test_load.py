@@ -54,12 +54,13 @@ MEMORY = """
 import sys, torch
 from llama import Llama
 from llama.checkpoint.sharding import weight_bytes
-from llama.layers.kernels.machine_code import code, has_numba
+from llama.layers.kernels.machine_code import has_numba
 def peak():
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
 if has_numba():
-    code("numba_code", "round_inputs")  # a compiler takes as much whatever the weights' size
+    from llama.layers.kernels import numba_code
+    numba_code.round_inputs()  # a compiler takes as much whatever the weights' size
 before = peak()
 llama = Llama.build(sys.argv[1], max_seq_len=64, device="cpu", dtype=torch.bfloat16)
 needed = weight_bytes(llama.model.params, torch.bfloat16)
