@@ -6,7 +6,6 @@ float32 once the others' bits are gone, and stay in vectors of their own.
 
 # mypy: ignore-errors
 
-import functools
 import math
 
 import numba
@@ -30,7 +29,6 @@ from llama.layers.kernels.numba_code import (
 from llama.layers.kernels.numba_tokens import exp
 
 
-@functools.cache
 def attend(head_dim):
     """Return a function that attends from a thread's part of the query heads.
 

@@ -146,7 +146,6 @@ def _same(value):
     return value
 
 
-@functools.cache
 def widen(is_half):
     """Return a function that writes a thread's part of some rows' weights.
 
@@ -213,7 +212,6 @@ def bfloat16_product(data):
             out[token, row] = total
 
 
-@functools.cache
 def product(*kind):
     """Return a function that computes a thread's part of the outputs, of weights of a ``Kind``.
 

@@ -2,7 +2,6 @@
 
 # mypy: ignore-errors
 
-import functools
 from typing import NamedTuple
 
 import numba
@@ -108,7 +107,6 @@ def round_tokens(data):
                 rest[i] = numba.int32((some[i] * scale - first) * (2 * levels) + above)
 
 
-@functools.cache
 def product(*kind):
     """Return a function that computes a thread's part of the outputs, of tiles of a ``Kind``.
 

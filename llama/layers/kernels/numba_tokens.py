@@ -176,7 +176,7 @@ def rotate(data):
     given = numba.carray(data, 14, numba.int64)
     n_tokens, n_heads, n_kv_heads, head_dim = given[7], given[8], given[9], given[10]
     # Pairs are one number, whose lower half is the first of both.
-    half = head_dim // 2
+    half, n_all = head_dim // 2, n_heads + 2 * n_kv_heads
     size = (given[11], n_kv_heads, given[12], half)
     freqs = numba.carray(pointer(given[1]), (n_tokens, half, 2), FLOAT)
     slots = numba.carray(pointer(given[2]), (n_tokens,), numba.int64)
@@ -186,7 +186,6 @@ def rotate(data):
     values = numba.carray(pointer(given[6]), size, numba.uint32)
     for token in range(*part_of_thread(n_tokens)):
         slot, position, angles = slots[token], positions[token], freqs[token]
-        n_all = n_heads + 2 * n_kv_heads
         x = numba.carray(pointer(given[0] + 2 * token * given[13]), (n_all, half), numba.uint32)
         for head in range(n_heads):
             _rotate(x[head], angles, queries[token, head])

@@ -1,8 +1,8 @@
 """Weights that compiled code widens, for CUDA with ``compile=True``.
 
 PyTorch widens a weight by a dozen operators, each of which reads and writes all of it; compiled
-code reads its codes once. Calling such code takes a third of a millisecond of Python, so that it is
-recorded as a CUDA graph for each weight. All write to the same memory, one after the other.
+code reads its codes once. Calling such code from Python takes some tenths of a millisecond, so it
+is recorded as a CUDA graph for each weight. All write to the same memory, one after the other.
 """
 
 import contextlib
