@@ -56,7 +56,7 @@ def kernels_of(form: Form, dtype: torch.dtype, stored: StoredWeight) -> Iterator
         if digits.Digits.supports(form, stored["weight"]) and cpu.int4_tile():
             yield cpu.Int4(stored, form)
         if compiled.Compiled.supports(form, stored["weight"]):
-            yield compiled.Compiled(stored, form, Capability())
+            yield compiled.Compiled(stored, form)
         yield plain.Widened(stored, form, Capability())
     else:
         yield make_kernel(stored, form, dtype, block, Capability())

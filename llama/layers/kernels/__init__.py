@@ -113,7 +113,7 @@ def _grouped(
     if half and on_cpu and form.codes == "int8" and not form.group_size and cpu.HAS_FBGEMM:
         return cpu.int8_kernel()(stored, form, 1)
     if half and on_cpu and Compiled.supports(form, stored["weight"]):
-        return Compiled(stored, form, capability)
+        return Compiled(stored, form)
     fused = None
     if half and capability.compiles and form.codes != "int4":
         fused = cuda.Fused(stored, form, dtype, capability)

@@ -13,14 +13,14 @@ import ctypes
 import itertools
 import struct
 from collections.abc import Mapping
-from math import gcd
 
 import torch
 import torch.nn.functional as F
 
 from llama.layers.batch import RaggedBatch
-from llama.layers.capability import Capability, cpu_has_bf16, fast_dtype
+from llama.layers.capability import cpu_has_amx, cpu_has_bf16
 from llama.layers.kernels import plain
+from llama.layers.kernels.base import Kernel
 from llama.layers.kernels.machine_code import code, has_numba
 from llama.layers.kernels.openmp import by_rows, in_parallel
 from llama.layers.kv_cache import KVCache
@@ -28,6 +28,8 @@ from llama.layers.quantization import Grouped, StoredWeight
 
 # Up to which compiled code is faster than widening the weight, in groups or plain.
 FEW_TOKENS, FEW_OF_PLAIN = 32, 16
+FEW_IN_GROUPS = 128  # up to which it is faster than widening them, with AMX
+WIDENED, WIDENED_ROWS = 1 << 22, 1024  # weights that are widened at a time, or outputs
 # Rows of inputs in eight bits, and in bfloat16, up to which it is faster than oneDNN.
 FEW_OF_TILES, FEW_OF_HALVES = 8, 4
 WIDE = 512  # elements of a token from which code for them is worth compiling
@@ -38,29 +40,39 @@ BLOCK = 32  # inputs that share a scale
 _CAPABILITIES: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
 # Instructions that add four products of eight bits.
 HAS_VNNI = all(_CAPABILITIES.get(name) for name in ("avx512_vnni", "avx512_vl"))
-SCORES = 16 if HAS_VNNI else 8  # of attention, in a vector
+LANES = 16 if HAS_VNNI else 8  # of 32 bits in a vector
+TILE = 2 * LANES  # outputs of a weight in groups that lie side by side
 
 
-class Compiled(plain.Widened):
-    """Weights as they are stored, by which few tokens are multiplied in compiled code."""
+class Compiled(Kernel):
+    """Weights in groups, in the order of tiles, multiplied by compiled code in integers.
+
+    With AMX many tokens are multiplied by some outputs' weights at a time, widened to bfloat16.
+    """
 
     opaque = True
 
-    def __init__(self, stored: StoredWeight, form: Grouped, capability: Capability):
-        stored = {name: part.contiguous() for name, part in stored.items()}
-        super().__init__(stored, form, capability)
-        self._is_int4 = form.codes == "int4"
+    def __init__(self, stored: StoredWeight, form: Grouped):
+        super().__init__(stored)
+        self._form, self._is_int4 = form, form.codes == "int4"
         self._n_inputs = stored["weight"].shape[1] * (2 if self._is_int4 else 1)
         self._n_groups = stored[form.scale_names[0]].shape[1]
+        # Codes are multiplied without signs.
+        self._mask = 0x80808080 if HAS_VNNI and not self._is_int4 else 0
+        self._stored = {
+            name: _in_tiles(part, self._mask if name == "weight" else 0)
+            for name, part in stored.items()
+        }
         n_blocks, group_size = self._n_inputs // BLOCK, self._n_inputs // self._n_groups
         in_halves = group_size < BLOCK
         # Blocks of a group are a power of two, or all.
         shift = 0 if in_halves else (group_size // BLOCK - 1).bit_length()
         self._n_sums = n_blocks * (2 if in_halves else 1)
-        kind = (self._is_int4, in_halves, shift, form.has_zeros, gcd(n_blocks, 8))
-        self._product = code("numba_code", "product", *kind).address
+        kind = (self._is_int4, in_halves, shift, form.has_zeros)
+        self._product = code("numba_groups", "product", *kind).address
         code("numba_code", "round_inputs")  # compiled before the first prompt, as what follows
-        code("numba_code", "widen", fast_dtype(torch.bfloat16) == torch.bfloat16)
+        if cpu_has_amx():
+            code("numba_groups", "widen", self._is_int4)
         _compile_tokens_code()
 
     @staticmethod
@@ -74,38 +86,80 @@ class Compiled(plain.Widened):
         return fits and n_inputs % BLOCK == 0 and has_numba()
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
-        if len(x) > FEW_TOKENS:
-            return super().product(x)
-        wide, n_tokens, n_blocks = x.float().contiguous(), len(x), self._n_inputs // BLOCK
+        n_tokens, n_blocks = len(x), self._n_inputs // BLOCK
+        if n_tokens > FEW_IN_GROUPS and x.dtype == torch.bfloat16 and cpu_has_amx():
+            return self._widened_product(x)
+        wide = x.float().contiguous()
         sizes = [self._n_inputs, 4 * n_blocks, 4 * self._n_sums, 4 * self._n_sums]
         ends = [n_tokens * end for end in (0, *itertools.accumulate(sizes))]
         rounded = x.new_empty(ends.pop(), dtype=torch.uint8)
         places = [rounded.data_ptr() + end for end in ends]
         kind = (n_tokens, n_blocks, self._n_sums // n_blocks, self._is_int4)
         by_rows(code("numba_code", "round_inputs"), n_tokens, wide.data_ptr(), *places, *kind)
-        out = wide.new_empty(n_tokens, self.out_features)
-        sizes = [self.out_features, n_blocks, self._n_groups, n_tokens]
+        n_rows = len(self._stored["weight"]) * TILE
+        out = wide.new_empty(n_tokens, n_rows)
+        sizes = [n_rows, n_blocks, self._n_groups, n_tokens]
         in_parallel(self._product, *self._places(), *places, out.data_ptr(), *sizes)
+        if n_rows > self.out_features:
+            out = out[:, : self.out_features].contiguous()
         return out.to(x.dtype)
 
-    def _products(self, x: torch.Tensor, rows: slice) -> torch.Tensor:
-        return F.linear(x, self.widened(rows, x.dtype))
-
-    def widened(self, rows: slice, dtype: torch.dtype) -> torch.Tensor:
-        """Return some rows of the weight in float32 or bfloat16."""
-        first, last, _ = rows.indices(self.out_features)
-        out = torch.empty(last - first, self._n_inputs, dtype=dtype, device="cpu")
-        sizes = [len(out), self._n_groups, self._n_inputs // self._n_groups]
-        flags = self._is_int4, self._form.has_zeros
-        write = code("numba_code", "widen", dtype == torch.bfloat16).address
-        in_parallel(write, *self._places(first), out.data_ptr(), *sizes, *flags)
+    def _widened_product(self, x: torch.Tensor) -> torch.Tensor:
+        out, n_tiles = x.new_empty(len(x), self.out_features), len(self._stored["weight"])
+        step = max(WIDENED_ROWS, WIDENED // self._n_inputs) // TILE
+        for tile in range(0, n_tiles, step):
+            some = min(step, n_tiles - tile)
+            weight = x.new_empty(self._n_inputs, some * TILE)
+            sizes = [some, self._n_groups, self._n_inputs // self._n_groups]
+            address = code("numba_groups", "widen", self._is_int4).address
+            places = [*self._places(tile), weight.data_ptr()]
+            in_parallel(address, *places, *sizes, self._form.has_zeros)
+            first, last = tile * TILE, min((tile + some) * TILE, self.out_features)
+            out[:, first:last] = (x @ weight)[:, : last - first]
         return out
 
-    def _places(self, row: int = 0) -> list[int]:
-        """Return the addresses of a row's codes, scales and zeros."""
+    def _places(self, tile: int = 0) -> list[int]:
+        """Return the addresses of a tile's codes, scales and zeros."""
         names = self._form.scale_names
         parts = [self._stored[name] for name in ("weight", names[0], names[-1])]
-        return [part.data_ptr() + row * part.shape[1] * part.itemsize for part in parts]
+        return [part.data_ptr() + tile * part.stride(0) * part.itemsize for part in parts]
+
+    def stored(self) -> StoredWeight:
+        parts = {
+            name: part.transpose(1, 2).flatten(0, 1)[: self.out_features]
+            for name, part in self._stored.items()
+        }
+        return self._restored(parts)
+
+    def weights(self, rows: torch.Tensor) -> torch.Tensor:
+        parts = {name: part[rows // TILE, :, rows % TILE] for name, part in self._stored.items()}
+        return self._form.dequantize(self._restored(parts))
+
+    def _restored(self, parts: StoredWeight) -> StoredWeight:
+        """Return rows of the tiles' words and scales as a checkpoint stores them."""
+        mask = self._mask - (1 << 32 if self._mask >> 31 else 0)
+        codes = (parts["weight"] ^ mask).view(self._form.dtypes()["weight"])
+        return {**parts, "weight": codes}
+
+
+def _in_tiles(part: torch.Tensor, mask: int) -> torch.Tensor:
+    """Bring rows of codes or scales into the order of tiles, (n_tiles, n_elements, TILE).
+
+    They are changed where they are, unless they lie in a file.
+    """
+    missing = -len(part) % TILE
+    if missing:
+        part = F.pad(part, (0, 0, 0, missing))
+    elif not (part.is_contiguous() and part.untyped_storage().resizable()):
+        part = part.clone(memory_format=torch.contiguous_format)
+    if part.itemsize == 1:
+        part = part.view(torch.int32)
+    n_tiles, width = len(part) // TILE, part.shape[1]
+    n_bytes = torch.get_num_threads() * TILE * width * part.itemsize
+    scratch = torch.empty(n_bytes, dtype=torch.uint8, device="cpu")
+    sizes = (n_tiles, width, mask, scratch.data_ptr())
+    in_parallel(code("numba_groups", "order", part.itemsize).address, part.data_ptr(), *sizes)
+    return part.view(n_tiles, width, TILE)
 
 
 def is_read(*tensors: torch.Tensor) -> bool:
@@ -196,7 +250,7 @@ def has_attention(q: torch.Tensor, kv_cache: KVCache, batch: RaggedBatch) -> boo
         return False
     if n_tokens > FEW_TOKENS or n_tokens > len(batch.slots) or n_heads * head_dim < WIDE:
         return False
-    fits = head_dim % (2 * SCORES) == 0 and head_dim <= 256 and keys.shape[2] >= SCORES
+    fits = head_dim % (2 * LANES) == 0 and head_dim <= 256 and keys.shape[2] >= LANES
     are_few = all(call.kv_len <= MOST_POSITIONS for call in batch.calls)
     are_whole = all(x.dtype == torch.int64 for x in (batch.slots, batch.positions))
     return fits and are_few and are_whole and q.is_contiguous() and is_read(q, keys)

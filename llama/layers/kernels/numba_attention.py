@@ -13,7 +13,7 @@ from llvmlite import ir
 from numba.core.cgutils import for_range
 from numba.extending import intrinsic
 
-from llama.layers.kernels.compiled import SCORES
+from llama.layers.kernels.compiled import LANES
 from llama.layers.kernels.numba_code import (
     F32,
     FLOAT,
@@ -57,8 +57,8 @@ def attend(head_dim):
             token, n_rep = head // n_heads, n_heads // n_kv_heads
             length, kv_head = positions[token] + 1, head % n_heads // n_rep
             place = (slots[token] * n_kv_heads + kv_head) * max_seq_len * size
-            for some in range(0, length, SCORES):
-                first = min(some, max_seq_len - SCORES)  # scores beyond the length aren't read
+            for some in range(0, length, LANES):
+                first = min(some, max_seq_len - LANES)  # scores beyond the length aren't read
                 keys = given[3] + place + first * size
                 write_scores(given[0] + head * size, keys, own + 4 * first)
             inverse = _softmax(scores[:length], scale)
@@ -86,20 +86,20 @@ def _softmax(some, scale):
 
 
 class _Rows(Vectors):
-    """Makes instructions for rows of bfloat16, read in ``SCORES`` lanes."""
+    """Makes instructions for rows of bfloat16, read in ``LANES`` lanes."""
 
     def __init__(self, build, head_dim):
         super().__init__(build)
-        self.size, self.n_words = I64(2 * head_dim), head_dim // 2 // SCORES
+        self.size, self.n_words = I64(2 * head_dim), head_dim // 2 // LANES
 
     def every(self, number):
-        return self.constant(I32, [number] * SCORES)
+        return self.constant(I32, [number] * LANES)
 
     def row(self, address, index):
         """Return the vectors of a row: even elements, odd ones, again even ones and so on."""
         place, parts = self.build.add(address, self.build.mul(index, self.size)), []
         for i in range(self.n_words):
-            words = self.load(place, I64(i), I32, SCORES)
+            words = self.load(place, I64(i), I32, LANES)
             parts.append(self.floats(self.build.shl(words, self.every(16))))
             parts.append(self.floats(self.build.and_(words, self.every(-1 << 16))))
         return parts
@@ -107,14 +107,14 @@ class _Rows(Vectors):
     def dot(self, first, second):
         total = self.build.fmul(first[0], second[0])
         for one, other in zip(first[1:], second[1:], strict=True):
-            total = self.call(f"fma.v{SCORES}f32", total.type, one, other, total)
+            total = self.call(f"fma.v{LANES}f32", total.type, one, other, total)
         return total
 
     def rounded(self, even, odd):
         """Return words of even and odd elements, rounded as ``numba_code.rounded`` does."""
         build, halves = self.build, []
         for some in (even, odd):
-            bits = build.bitcast(some, ir.VectorType(I32, SCORES))
+            bits = build.bitcast(some, ir.VectorType(I32, LANES))
             last = build.and_(build.lshr(bits, self.every(16)), self.every(1))
             halves.append(build.add(bits, build.add(last, self.every(0x7FFF))))
         upper = build.and_(halves[1], self.every(-1 << 16))
@@ -122,7 +122,7 @@ class _Rows(Vectors):
 
 
 def _scores(head_dim):
-    """Return a function that writes the products of a query with ``SCORES`` keys."""
+    """Return a function that writes the products of a query with ``LANES`` keys."""
 
     @intrinsic
     def write(typing, query, keys, out):
@@ -131,8 +131,8 @@ def _scores(head_dim):
     def generate(context, build, signature, args):
         vector = _Rows(build, head_dim)
         query = vector.row(args[0], I64(0))
-        sums = [vector.dot(vector.row(args[1], I64(i)), query) for i in range(SCORES)]
-        pairs = [vector.constant(I32, range(odd, 2 * SCORES, 2)) for odd in (0, 1)]
+        sums = [vector.dot(vector.row(args[1], I64(i)), query) for i in range(LANES)]
+        pairs = [vector.constant(I32, range(odd, 2 * LANES, 2)) for odd in (0, 1)]
         while len(sums) > 1:  # the lanes of neighbours are added, until each lane is a sum
             both = zip(sums[::2], sums[1::2], strict=True)
             sums = [build.fadd(*(build.shuffle_vector(*b, lanes) for lanes in pairs)) for b in both]
@@ -151,8 +151,8 @@ def _weighted_sum(head_dim):
 
     def generate(context, build, signature, args):
         weights, values, length, factor, out = args
-        vector, every = _Rows(build, head_dim), [0] * SCORES
-        sums = [vector.zeros(SCORES) for _ in range(head_dim // SCORES)]
+        vector, every = _Rows(build, head_dim), [0] * LANES
+        sums = [vector.zeros(LANES) for _ in range(head_dim // LANES)]
         with for_range(build, length) as loop:
             weight = vector.spread(vector.load(weights, loop.index, F32, 1), every)
             for total, value in zip(sums, vector.row(values, loop.index), strict=True):
@@ -161,7 +161,7 @@ def _weighted_sum(head_dim):
         rows = [build.fmul(build.load(total), vector.spread(factor, every)) for total in sums]
         for i in range(0, len(rows), 2):
             words = vector.rounded(*rows[i : i + 2])
-            place = build.add(out, I64(2 * i * SCORES))
+            place = build.add(out, I64(2 * i * LANES))
             build.store(words, build.inttoptr(place, words.type.as_pointer()), align=2)
         return context.get_dummy_value()
 

@@ -10,6 +10,7 @@ from numba.core.cgutils import for_range, unpack_tuple
 from numba.extending import intrinsic
 from numba.np.unsafe.ndarray import to_fixed_tuple
 
+from llama.layers.kernels.compiled import LANES
 from llama.layers.kernels.numba_code import (
     AHEAD,
     F32,
@@ -25,7 +26,6 @@ from llama.layers.kernels.numba_code import (
     rounded,
 )
 
-LANES = 16  # outputs in a vector
 LEVELS = 127  # of an input on either side of zero
 
 
@@ -195,7 +195,7 @@ def _tile(kind: Kind, n_tokens: int):
             place = at(tiles, loop.index, 4 * width)
             weights = [parts(vector.load(place, I64(i), I32, LANES)) for i in vectors]
             for i in vectors:
-                vector.prefetch(place, I64(i), 4 * LANES, AHEAD)
+                vector.prefetch(build.add(place, I64(4 * LANES * i + AHEAD)))
             for own, start in zip(sums, inputs, strict=True):
                 words = vector.spread(vector.load(start, loop.index, I32, 1), [0] * LANES)
                 for i, some in enumerate(parts(words)):
