@@ -28,7 +28,7 @@ from llama.layers.quantization import Grouped, StoredWeight
 
 # Up to which compiled code is faster than widening the weight, in groups or plain.
 FEW_TOKENS, FEW_OF_PLAIN = 32, 16
-FEW_IN_GROUPS = 128  # up to which it is faster than widening them, with AMX
+FEW_IN_GROUPS = 96  # up to which it is faster than widening them, with AMX
 WIDENED, WIDENED_ROWS = 1 << 22, 1024  # weights that are widened at a time, or outputs
 # Rows of inputs in eight bits, and in bfloat16, up to which it is faster than oneDNN.
 FEW_OF_TILES, FEW_OF_HALVES = 8, 4
