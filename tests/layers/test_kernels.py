@@ -2,9 +2,13 @@
 
 import math
 import os
+import subprocess
+import sys
+import textwrap
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -263,6 +267,71 @@ class TestCompiled:
         assert max(errors(kernel, exact, BF16)) < 0.015
         one = torch.eye(in_features, dtype=BF16)  # whose product is the weight
         assert torch.equal(kernel._widened_product(one), exact.bfloat16().T)
+
+    @pytest.mark.parametrize("rows", [32, 64])
+    def test_weights_are_widened_in_parts(self, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A failure means that prompts of a large network get other weights than single tokens."""
+        monkeypatch.setattr(compiled, "WIDENED", 1)
+        monkeypatch.setattr(compiled, "WIDENED_ROWS", rows)
+        form = Grouped("int4", 32)
+        stored = random_weight(form)
+        exact = form.dequantize(stored)
+        found = compiled.Compiled(stored, form)._widened_product(torch.eye(IN_FEATURES, dtype=BF16))
+        assert torch.equal(found, exact.bfloat16().T)
+
+    @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+    def test_rotated_weights_without_amx(
+        self, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A failure means that ``quantize="int8"`` gives other logits, or changes its inputs."""
+        monkeypatch.setattr(compiled, "cpu_has_amx", lambda: False)
+        form, generator = Rotated(), torch.Generator().manual_seed(0)
+        stored = {
+            "weight": torch.randint(-127, 128, (100, IN_FEATURES), generator=generator),
+            "scale": torch.rand(100, 1, generator=generator),
+        }
+        stored["weight"] = stored["weight"].to(torch.int8)
+        exact = form.dequantize(stored, 64)
+        own = {name: part.clone() for name, part in stored.items()}
+        kernel = make_kernel(own, form, dtype, 64, Capability())
+        assert type(kernel) is compiled.Compiled
+        assert max(errors(kernel, exact, dtype)) < 0.01
+        assert all(torch.equal(kernel.stored()[name], part) for name, part in stored.items())
+        assert torch.equal(kernel.weights(torch.tensor([99, 3])), exact[[99, 3]])
+        x = torch.randn(3, IN_FEATURES, generator=generator).to(dtype)
+        before = x.clone()
+        together = kernel(x)
+        assert torch.equal(x, before)
+        assert torch.equal(together, torch.cat([kernel(row[None]) for row in x]))
+
+    def test_a_weight_in_a_file_is_not_changed(self, tmp_path: Path) -> None:
+        """A failure means that a weight is read again, as it was, once its memory is released."""
+        form, path = Grouped("int4", 32, has_zeros=False), tmp_path / "weight"
+        stored = random_weight(form, out_features=128)
+        stored["weight"].numpy().tofile(path)
+        n_bytes = stored["weight"].numel()
+        mapped = torch.from_file(str(path), shared=False, size=n_bytes, dtype=torch.uint8)
+        mapped = mapped.view_as(stored["weight"])
+        compiled.Compiled({**stored, "weight": mapped}, form)
+        assert torch.equal(mapped, stored["weight"])
+
+    def test_vectors_of_256_bits_compute_the_same(self) -> None:
+        """A failure means that a processor without AVX-512 gets other logits."""
+        script = """
+            from llama.layers.kernels import compiled
+            compiled.HAS_VNNI, compiled.LANES, compiled.TILE = False, 8, 16
+            from test_kernels import *
+            TestCompiled().test_a_tokens_product_does_not_depend_on_the_others()
+            for form in FORMS:
+                if form.codes != "float8" and (form.group_size or form.codes == "int4"):
+                    TestCompiled().test_products_are_those_of_the_dequantised_weight(form)
+        """
+        paths = os.pathsep.join([*sys.path, str(Path(__file__).parent)])
+        command = [sys.executable, "-c", textwrap.dedent(script)]
+        done = subprocess.run(
+            command, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
 
     def test_any_number_of_threads_computes_every_output(self) -> None:
         """A failure means that outputs are left as they were, or written twice."""

@@ -71,6 +71,8 @@ def make_kernel(
     weight = stored["weight"]
     if isinstance(form, Grouped):
         return _grouped(stored, form, dtype, capability)
+    if on_cpu and Compiled.supports(form, weight):
+        return Compiled(stored, form, block_size)
     if on_cpu and cpu.HAS_FBGEMM:
         return cpu.int8_kernel()(stored, form, block_size)
     if cuda.Int8.supports(weight, capability):

@@ -24,7 +24,7 @@ from llama.layers.kernels.base import Kernel
 from llama.layers.kernels.machine_code import code, has_numba
 from llama.layers.kernels.openmp import by_rows, in_parallel
 from llama.layers.kv_cache import KVCache
-from llama.layers.quantization import Grouped, StoredWeight
+from llama.layers.quantization import Form, Grouped, Rotated, StoredWeight
 
 # Up to which compiled code is faster than widening the weight, in groups or plain.
 FEW_TOKENS, FEW_OF_PLAIN = 32, 16
@@ -48,12 +48,20 @@ class Compiled(Kernel):
     """Weights in groups, in the order of tiles, multiplied by compiled code in integers.
 
     With AMX many tokens are multiplied by some outputs' weights at a time, widened to bfloat16.
+
+    Args:
+        stored: the weight's tensors, which are changed where they are.
+        form: in groups, or rotated.
+        block_size: how many inputs the weight was rotated by.
     """
 
     opaque = True
 
-    def __init__(self, stored: StoredWeight, form: Grouped):
+    def __init__(self, stored: StoredWeight, form: Form, block_size: int = 1):
         super().__init__(stored)
+        self._own_form, self._block_size = form, block_size
+        if isinstance(form, Rotated):
+            form = Grouped("int8", 0, has_zeros=False, scale_dtype=torch.float32)
         self._form, self._is_int4 = form, form.codes == "int4"
         self._n_inputs = stored["weight"].shape[1] * (2 if self._is_int4 else 1)
         self._n_groups = stored[form.scale_names[0]].shape[1]
@@ -68,16 +76,22 @@ class Compiled(Kernel):
         # Blocks of a group are a power of two, or all.
         shift = 0 if in_halves else (group_size // BLOCK - 1).bit_length()
         self._n_sums = n_blocks * (2 if in_halves else 1)
-        kind = (self._is_int4, in_halves, shift, form.has_zeros)
+        is_half = form.scale_dtype == torch.bfloat16
+        kind = (self._is_int4, in_halves, shift, form.has_zeros, is_half)
         self._product = code("numba_groups", "product", *kind).address
         code("numba_code", "round_inputs")  # compiled before the first prompt, as what follows
-        if cpu_has_amx():
+        if cpu_has_amx() and is_half:
             code("numba_groups", "widen", self._is_int4)
         _compile_tokens_code()
 
     @staticmethod
-    def supports(form: Grouped, weight: torch.Tensor) -> bool:
-        """Return whether code for weights of a form can be compiled here."""
+    def supports(form: Form, weight: torch.Tensor) -> bool:
+        """Return whether code for weights of a form can be compiled here.
+
+        With AMX oneDNN's order is the fastest for rotated ones.
+        """
+        if isinstance(form, Rotated):
+            return weight.shape[1] % BLOCK == 0 and not cpu_has_amx() and has_numba()
         if form.codes == "float8" or form.scale_dtype != torch.bfloat16:
             return False
         n_inputs = weight.shape[1] * (2 if form.codes == "int4" else 1)
@@ -90,11 +104,13 @@ class Compiled(Kernel):
         if n_tokens > FEW_IN_GROUPS and x.dtype == torch.bfloat16 and cpu_has_amx():
             return self._widened_product(x)
         wide = x.float().contiguous()
+        if wide.data_ptr() == x.data_ptr() and self._block_size > 1:
+            wide = wide.clone()  # to be rotated
         sizes = [self._n_inputs, 4 * n_blocks, 4 * self._n_sums, 4 * self._n_sums]
         ends = [n_tokens * end for end in (0, *itertools.accumulate(sizes))]
         rounded = x.new_empty(ends.pop(), dtype=torch.uint8)
         places = [rounded.data_ptr() + end for end in ends]
-        kind = (n_tokens, n_blocks, self._n_sums // n_blocks, self._is_int4)
+        kind = (n_tokens, n_blocks, self._n_sums // n_blocks, self._is_int4, self._block_size)
         by_rows(code("numba_code", "round_inputs"), n_tokens, wide.data_ptr(), *places, *kind)
         n_rows = len(self._stored["weight"]) * TILE
         out = wide.new_empty(n_tokens, n_rows)
@@ -133,7 +149,7 @@ class Compiled(Kernel):
 
     def weights(self, rows: torch.Tensor) -> torch.Tensor:
         parts = {name: part[rows // TILE, :, rows % TILE] for name, part in self._stored.items()}
-        return self._form.dequantize(self._restored(parts))
+        return self._own_form.dequantize(self._restored(parts), self._block_size)
 
     def _restored(self, parts: StoredWeight) -> StoredWeight:
         """Return rows of the tiles' words and scales as a checkpoint stores them."""

@@ -63,13 +63,29 @@ def part_of_thread(n_rows):
     return n_rows * thread // count, n_rows * (thread + 1) // count
 
 
+@numba.njit(error_model="numpy")
+def rotate_blocks(some, size, out):
+    """Multiply blocks by the Hadamard matrix of a size, by sums and differences of their halves."""
+    scale = FLOAT(1) / np.sqrt(FLOAT(size))
+    for i in range(len(some)):
+        out[i] = some[i] * scale
+    half = 1
+    while half < size:
+        for first in range(0, len(some), 2 * half):
+            for i in range(first, first + half):
+                low, high = out[i], out[i + half]
+                out[i], out[i + half] = low + high, low - high
+        half *= 2
+
+
 @compiled_once("reassoc", "nsz")
 def round_inputs(data):
-    """Round a thread's part of the tokens' inputs to eight bits, in blocks of 32.
+    """Rotate a thread's part of the tokens' inputs, and round them to eight bits in blocks of 32.
 
     ``data`` points to the addresses of inputs, float32, (n_tokens, n_inputs), and of what is
     written, then to the numbers of tokens and blocks, to how many groups a block has at least, one
-    or two, and to whether the weight has codes of four bits:
+    or two, to whether the weight has codes of four bits, and to how many inputs are rotated
+    together, where they are, a power of two:
 
     - codes, int8, the shape of the inputs. For int4 a block's even inputs lie before its odd ones,
       as the lower bits of its bytes and the upper ones.
@@ -78,7 +94,8 @@ def round_inputs(data):
       their values or 128, what a group's sum is too much.
     - sums of inputs, float32, (n_tokens, groups), which zeros are multiplied by.
     """
-    places, sizes = numba.carray(data, 9, numba.int64)[:5], numba.carray(data, 9, numba.int64)[5:]
+    given = numba.carray(data, 10, numba.int64)
+    places, sizes, rotated = given[:5], given[5:9], given[9]
     n_tokens, n_blocks, halves, is_int4 = sizes[0], sizes[1], sizes[2], sizes[3] != 0
     x = numba.carray(pointer(places[0]), (n_tokens, n_blocks, BLOCK), numba.float32)
     codes = numba.carray(pointer(places[1]), (n_tokens, n_blocks, BLOCK), numba.int8)
@@ -86,7 +103,10 @@ def round_inputs(data):
     offsets = numba.carray(pointer(places[3]), (n_tokens, n_blocks, halves), numba.int32)
     sums = numba.carray(pointer(places[4]), (n_tokens, n_blocks, halves), numba.float32)
     size, above = BLOCK // halves, FLOAT(8) if is_int4 else FLOAT(128)
+    rows = numba.carray(pointer(places[0]), (n_tokens, n_blocks * BLOCK), numba.float32)
     for token in range(*part_of_thread(n_tokens)):
+        if rotated > 1:
+            rotate_blocks(rows[token], rotated, rows[token])
         for block in range(n_blocks):
             some, own = x[token, block], codes[token, block]
             largest, total = ZERO, ZERO

@@ -40,6 +40,7 @@ class Kind(NamedTuple):
     in_halves: bool  # whether groups are of 16 inputs, two in a block
     shift: int  # 2 ** shift blocks, or halves of one, are a group
     has_zeros: bool
+    is_half: bool  # whether scales and zeros are bfloat16, else float32
 
 
 def order(n_bytes):
@@ -195,8 +196,14 @@ def _multiply(kind: Kind, n_tokens: int):
 
         words, scales_of = of_tokens(0, I32, WORDS), of_tokens(1, F32, 1)
         offsets_of, sums_of = of_tokens(2, I32, halves), of_tokens(3, F32, halves)
-        codes = at(codes, tile, n_blocks, n_words * TILE * 4)
-        scales, zeros = (at(part, tile, n_groups, TILE * 2) for part in (scales, zeros))
+
+        def numbers(address, index):
+            if kind.is_half:
+                return vector.bfloat16(address, index, LANES)
+            return vector.load(address, index, F32, LANES)
+
+        codes, n_bytes = at(codes, tile, n_blocks, n_words * TILE * 4), 2 if kind.is_half else 4
+        scales, zeros = (at(part, tile, n_groups, TILE * n_bytes) for part in (scales, zeros))
         totals = [[vector.zeros(LANES) for _ in parts] for _ in tokens]
         with for_range(build, n_blocks) as loop:
             block = loop.index
@@ -219,14 +226,14 @@ def _multiply(kind: Kind, n_tokens: int):
                 x_sums = sums_of(element) if kind.has_zeros else None
                 for part in parts:
                     index = at(I64(part), group, len(parts))
-                    scale = vector.bfloat16(scales, index, LANES)
+                    scale = numbers(scales, index)
                     for total, some, offset, factor in zip(
                         totals, own, offsets, x_scales, strict=True
                     ):
                         result = sums.end(some[part], offset)
                         vector.add_product(total[part], result, build.fmul(scale, factor))
                     if kind.has_zeros:
-                        zero = vector.bfloat16(zeros, index, LANES)
+                        zero = numbers(zeros, index)
                         for total, x_sum in zip(totals, x_sums, strict=True):
                             vector.add_product(total[part], zero, x_sum)
         for each, some in zip(tokens, totals, strict=True):

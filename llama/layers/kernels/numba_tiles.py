@@ -23,6 +23,7 @@ from llama.layers.kernels.numba_code import (
     compiled_once,
     part_of_thread,
     pointer,
+    rotate_blocks,
     rounded,
 )
 
@@ -53,21 +54,6 @@ def _zero_or_nan(some):
     return total
 
 
-@numba.njit(error_model="numpy")
-def _rotate(some, size, out):
-    """Multiply blocks by the Hadamard matrix of a size, by sums and differences of their halves."""
-    scale = FLOAT(1) / np.sqrt(FLOAT(size))
-    for i in range(len(some)):
-        out[i] = some[i] * scale
-    half = 1
-    while half < size:
-        for first in range(0, len(some), 2 * half):
-            for i in range(first, first + half):
-                low, high = out[i], out[i + half]
-                out[i], out[i + half] = low + high, low - high
-        half *= 2
-
-
 @compiled_once()
 def round_tokens(data):
     """Rotate a thread's part of the tokens' inputs, and round them to ``LEVELS`` around zero.
@@ -92,7 +78,7 @@ def round_tokens(data):
         some, own, rest = x[token], codes[0, token], codes[n_digits - 1, token]
         if size > 1:
             some = rotated[token]
-            _rotate(x[token], size, some)
+            rotate_blocks(x[token], size, some)
         largest = max(_largest(some), FLOAT(1e-30))
         scale = levels / largest
         scales[0, token] = largest / levels + _zero_or_nan(some)
