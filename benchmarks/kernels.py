@@ -13,7 +13,7 @@ import torch
 
 from llama import cli
 from llama.layers.capability import Capability
-from llama.layers.kernels import Kernel, compiled, cpu, digits, make_kernel, plain
+from llama.layers.kernels import Kernel, cpu, digits, groups, make_kernel, plain
 from llama.layers.quantization import Form, Grouped, Rotated, StoredWeight
 
 FORMS: list[tuple[str, Form]] = [
@@ -55,8 +55,8 @@ def kernels_of(form: Form, dtype: torch.dtype, stored: StoredWeight) -> Iterator
     if isinstance(form, Grouped) and dtype == torch.bfloat16 and form.group_size:
         if digits.Digits.supports(form, stored["weight"]) and cpu.int4_tile():
             yield cpu.Int4(stored, form)
-        if compiled.Compiled.supports(form, stored["weight"]):
-            yield compiled.Compiled(stored, form)
+        if groups.Groups.supports(form, stored["weight"]):
+            yield groups.Groups(stored, form)
         yield plain.Widened(stored, form, Capability())
     else:
         yield make_kernel(stored, form, dtype, block, Capability())

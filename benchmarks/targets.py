@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from llama.layers.capability import cpu_abilities
+
 Engines = Mapping[str, Mapping[str, float]]  # each engine's medians
 
 
@@ -63,9 +65,8 @@ TARGETS = (
 
 def capabilities() -> list[str]:
     """Return which of the processor's units matter here, the best first."""
-    try:
-        found: Mapping[str, object] = torch.cpu.get_capabilities()
-    except AttributeError:  # before torch 2.11
+    found = cpu_abilities()
+    if not found:  # before torch 2.11
         return [torch.backends.cpu.get_cpu_capability()]
     names = {
         "amx_bf16": "AMX",

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from llama.engine import graphs
 from llama.layers.capability import Capability
-from llama.layers.kernels import compiled
+from llama.layers.kernels import compiled, groups
 
 # An H100 whose attention operator takes float32 too, so that tokens can be compared.
 H100 = Capability("cuda", (9, 0), (torch.float32, torch.float16, torch.bfloat16))
@@ -142,7 +142,8 @@ def pretend(setattr: Callable[..., None]) -> None:
     """Take CUDA's branches from here on; ``setattr`` is the builtin, or monkeypatch's."""
     setattr(Capability, "of", staticmethod(lambda device: H100))
     setattr(graphs, "CudaGraph", ReplayedGraph)
-    setattr(compiled, "has_numba", lambda: False)  # whose calls graphs wouldn't record
+    for module in (compiled, groups):  # whose calls graphs wouldn't record
+        setattr(module, "has_numba", lambda: False)
 
 
 def n_replays(steps: graphs.DecodingSteps | None) -> int:

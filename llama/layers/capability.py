@@ -1,7 +1,7 @@
 """The abilities of a device with the installed PyTorch, by which operators are chosen."""
 
 import functools
-from collections.abc import Mapping
+import os
 from dataclasses import dataclass
 
 import torch
@@ -34,10 +34,31 @@ class Capability:
         return Capability("cuda", compute, dtypes)
 
 
-# Before torch 2.11 there is no public way to ask, and float32 is the safe answer. Asked here, since
-# compiled code can't ask.
-_CAPABILITIES: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
-_HAS_BF16 = any(_CAPABILITIES.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+def cpu_abilities() -> dict[str, object]:
+    """Return what this processor can do, as far as PyTorch and oneDNN may use it.
+
+    ``ATEN_CPU_CAPABILITY`` and ``ONEDNN_MAX_CPU_ISA`` limit them, as to find out how fast a
+    processor without some instructions would be.
+    """
+    # Before torch 2.11 there is no public way to ask, and float32 is the safe answer.
+    found = dict(getattr(torch.cpu, "get_capabilities", dict)())
+    most = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "")).upper()
+    is_limited = most not in ("", "ALL", "DEFAULT")
+    has_512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    without = {
+        "amx": (is_limited and "AMX" not in most) or not has_512,
+        "avx512": (is_limited and "512" not in most) or not has_512,
+        "avx512_bf16": most in ("AVX512_CORE", "AVX512_CORE_VNNI"),
+        "avx512_vnni": most == "AVX512_CORE",
+    }
+    for name in found:
+        if any(is_without and name.startswith(units) for units, is_without in without.items()):
+            found[name] = False
+    return found
+
+
+CPU = cpu_abilities()  # asked for here, since compiled code can't ask
+_HAS_BF16 = any(CPU.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def cpu_has_bf16() -> bool:
@@ -47,7 +68,7 @@ def cpu_has_bf16() -> bool:
 
 def cpu_has_amx() -> bool:
     """Return whether this processor has units for matrices of bfloat16."""
-    return bool(_CAPABILITIES.get("amx_bf16"))
+    return bool(CPU.get("amx_bf16"))
 
 
 def fast_dtype(dtype: torch.dtype) -> torch.dtype:

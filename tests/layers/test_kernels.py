@@ -23,6 +23,7 @@ from llama.layers.kernels import (
     compiled,
     cpu,
     digits,
+    groups,
     make_kernel,
     openmp,
     plain,
@@ -91,6 +92,7 @@ def errors(
 @pytest.fixture
 def without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "has_numba", lambda: False)
+    monkeypatch.setattr(groups, "has_numba", lambda: False)
 
 
 @pytest.mark.parametrize("form", FORMS, ids=repr)
@@ -245,7 +247,7 @@ class TestCompiled:
         """A failure means that single tokens get other logits than prompts."""
         stored = random_weight(form)
         kernel = kernel_of(form, BF16, stored)
-        assert type(inner(kernel)) is compiled.Compiled
+        assert type(inner(kernel)) is groups.Groups
         assert max(errors(kernel, form.dequantize(stored), BF16)) < 0.012
         assert all(torch.equal(kernel.stored()[name], part) for name, part in stored.items())
 
@@ -263,7 +265,7 @@ class TestCompiled:
         """A failure means that a network of an unusual width gets other logits."""
         stored = random_weight(form, in_features=in_features)
         exact = form.dequantize(stored)
-        kernel = compiled.Compiled(stored, form)
+        kernel = groups.Groups(stored, form)
         assert max(errors(kernel, exact, BF16)) < 0.015
         one = torch.eye(in_features, dtype=BF16)  # whose product is the weight
         assert torch.equal(kernel._widened_product(one), exact.bfloat16().T)
@@ -271,12 +273,12 @@ class TestCompiled:
     @pytest.mark.parametrize("rows", [32, 64])
     def test_weights_are_widened_in_parts(self, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
         """A failure means that prompts of a large network get other weights than single tokens."""
-        monkeypatch.setattr(compiled, "WIDENED", 1)
-        monkeypatch.setattr(compiled, "WIDENED_ROWS", rows)
+        monkeypatch.setattr(groups, "WIDENED", 1)
+        monkeypatch.setattr(groups, "WIDENED_ROWS", rows)
         form = Grouped("int4", 32)
         stored = random_weight(form)
         exact = form.dequantize(stored)
-        found = compiled.Compiled(stored, form)._widened_product(torch.eye(IN_FEATURES, dtype=BF16))
+        found = groups.Groups(stored, form)._widened_product(torch.eye(IN_FEATURES, dtype=BF16))
         assert torch.equal(found, exact.bfloat16().T)
 
     @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
@@ -284,7 +286,7 @@ class TestCompiled:
         self, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A failure means that ``quantize="int8"`` gives other logits, or changes its inputs."""
-        monkeypatch.setattr(compiled, "cpu_has_amx", lambda: False)
+        monkeypatch.setattr(groups, "cpu_has_amx", lambda: False)
         form, generator = Rotated(), torch.Generator().manual_seed(0)
         stored = {
             "weight": torch.randint(-127, 128, (100, IN_FEATURES), generator=generator),
@@ -294,7 +296,7 @@ class TestCompiled:
         exact = form.dequantize(stored, 64)
         own = {name: part.clone() for name, part in stored.items()}
         kernel = make_kernel(own, form, dtype, 64, Capability())
-        assert type(kernel) is compiled.Compiled
+        assert type(kernel) is groups.Groups
         assert max(errors(kernel, exact, dtype)) < 0.01
         assert all(torch.equal(kernel.stored()[name], part) for name, part in stored.items())
         assert torch.equal(kernel.weights(torch.tensor([99, 3])), exact[[99, 3]])
@@ -312,7 +314,7 @@ class TestCompiled:
         n_bytes = stored["weight"].numel()
         mapped = torch.from_file(str(path), shared=False, size=n_bytes, dtype=torch.uint8)
         mapped = mapped.view_as(stored["weight"])
-        compiled.Compiled({**stored, "weight": mapped}, form)
+        groups.Groups({**stored, "weight": mapped}, form)
         assert torch.equal(mapped, stored["weight"])
 
     def test_vectors_of_256_bits_compute_the_same(self) -> None:

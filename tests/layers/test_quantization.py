@@ -28,7 +28,7 @@ from llama.checkpoint.sharding import full_shapes, parameter_count, stored_bytes
 from llama.convert import convert
 from llama.generation import TINY
 from llama.layers.capability import Capability
-from llama.layers.kernels import compiled, cpu, make_kernel
+from llama.layers.kernels import compiled, cpu, groups, make_kernel
 from llama.layers.linear import ParallelEmbedding, ParallelLinear, pack
 from llama.layers.quantization import Form, Grouped, Rotated, hadamard, rotate
 from llama.perplexity import main
@@ -103,6 +103,7 @@ def test_modules_equal_their_dequantised_form(
 ) -> None:
     """Every kernel of PyTorch's operators, every module, few rows and many, against float32."""
     monkeypatch.setattr(compiled, "has_numba", lambda: False)
+    monkeypatch.setattr(groups, "has_numba", lambda: False)
     if kernel == "plain":
         monkeypatch.setattr(cpu, "HAS_FBGEMM", False)
         monkeypatch.setattr(cpu, "int4_tile", lambda: 0)

@@ -10,13 +10,13 @@ from llama.layers.kernels import compiled, cpu, cuda, plain
 from llama.layers.kernels.base import Kernel
 from llama.layers.kernels.compiled import (
     Bfloat16,
-    Compiled,
     attend,
     has_attention,
     has_rotation,
     rotate,
 )
 from llama.layers.kernels.digits import Digits, Ordered
+from llama.layers.kernels.groups import Groups
 from llama.layers.quantization import Form, Grouped, StoredWeight
 
 __all__ = [
@@ -71,8 +71,8 @@ def make_kernel(
     weight = stored["weight"]
     if isinstance(form, Grouped):
         return _grouped(stored, form, dtype, capability)
-    if on_cpu and Compiled.supports(form, weight):
-        return Compiled(stored, form, block_size)
+    if on_cpu and Groups.supports(form, weight):
+        return Groups(stored, form, block_size)
     if on_cpu and cpu.HAS_FBGEMM:
         return cpu.int8_kernel()(stored, form, block_size)
     if cuda.Int8.supports(weight, capability):
@@ -114,8 +114,8 @@ def _grouped(
     half = dtype != torch.float32  # else products are exact
     if half and on_cpu and form.codes == "int8" and not form.group_size and cpu.HAS_FBGEMM:
         return cpu.int8_kernel()(stored, form, 1)
-    if half and on_cpu and Compiled.supports(form, stored["weight"]):
-        return Compiled(stored, form)
+    if half and on_cpu and Groups.supports(form, stored["weight"]):
+        return Groups(stored, form)
     fused = None
     if half and capability.compiles and form.codes != "int4":
         fused = cuda.Fused(stored, form, dtype, capability)

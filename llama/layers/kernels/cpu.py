@@ -3,19 +3,15 @@
 import functools
 import threading
 import warnings
-from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
 
-from llama.layers.capability import cpu_has_amx, fast_dtype
+from llama.layers.capability import CPU, cpu_has_amx, fast_dtype
 from llama.layers.kernels import digits
 from llama.layers.kernels.base import Kernel
 from llama.layers.kernels.compiled import FEW_OF_HALVES, FEW_OF_TILES, FEW_TOKENS, Tiles
 from llama.layers.quantization import Form, Grouped, StoredWeight, hadamard, rotate
-
-# Before torch 2.11 there is no public way to ask.
-_CAPABILITIES: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
 
 # FBGEMM's int8 kernels read a packed weight once for up to eight tokens, at most of the memory's
 # speed, where oneDNN's and PyTorch's own reach 0.6 of it.
@@ -23,7 +19,7 @@ HAS_FBGEMM = "fbgemm" in torch.backends.quantized.supported_engines
 
 # Quantisation levels of an input on either side of zero. Before VNNI two products of eight bits
 # are added in sixteen, which half as many levels can't overflow.
-LEVELS = 127 if _CAPABILITIES.get("avx512_vnni") else 63
+LEVELS = 127 if CPU.get("avx512_vnni") else 63
 
 _SMALLEST = 1e-30  # of a token's largest input, whose inverse is finite
 
@@ -55,7 +51,7 @@ class OneDnn(Kernel):
     @staticmethod
     def is_fastest_for(weight: torch.Tensor) -> bool:
         """Return whether a weight is multiplied fastest in oneDNN's order."""
-        has_bf16 = bool(_CAPABILITIES.get("avx512_bf16")) and torch.backends.mkldnn.is_available()
+        has_bf16 = bool(CPU.get("avx512_bf16")) and torch.backends.mkldnn.is_available()
         return weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and has_bf16
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
@@ -167,7 +163,7 @@ class OneDnnInt8(Int8):
     @functools.cache
     def is_fastest() -> bool:
         """Return whether the processor has AMX, and oneDNN gives weights back as they were."""
-        if not _CAPABILITIES.get("amx_int8") or not torch.backends.mkldnn.is_available():
+        if not CPU.get("amx_int8") or not torch.backends.mkldnn.is_available():
             return False
         weight = torch.arange(-127, 128).view(15, 17).repeat(6, 7).to(torch.int8)
         packed = torch.ops.onednn.qlinear_prepack(weight, None)

@@ -1,4 +1,4 @@
-"""The code that ``compiled.Compiled`` has numba compile, for weights in groups.
+"""The code that ``groups.Groups`` has numba compile.
 
 They lie in tiles of ``TILE`` outputs, in which the same words of 32 bits of each row are side by
 side, and so are the same scales. So a vector has inputs of as many outputs, sums of a block are

@@ -1,0 +1,154 @@
+"""Weights in groups on x86 processors, by code that numba compiles (``llama[fast]``).
+
+Inputs are rounded to eight bits in blocks of 32, each with a scale of its own, as llama.cpp does,
+and multiplied in integers. Groups of 16 take hardly longer than groups of 32.
+"""
+
+import itertools
+
+import torch
+import torch.nn.functional as F
+
+from llama.layers.capability import cpu_has_amx
+from llama.layers.kernels.base import Kernel
+from llama.layers.kernels.compiled import BLOCK, HAS_VNNI, TILE, compile_tokens_code
+from llama.layers.kernels.machine_code import code, has_numba
+from llama.layers.kernels.openmp import by_rows, in_parallel
+from llama.layers.quantization import Form, Grouped, Rotated, StoredWeight
+
+FEW_IN_GROUPS = 96  # tokens from which on widening is faster, with AMX
+WIDENED, WIDENED_ROWS = 1 << 22, 1024  # weights, or outputs, that are widened at a time
+
+
+class Groups(Kernel):
+    """Weights in groups, in the order of tiles, multiplied by compiled code in integers.
+
+    With AMX many tokens are multiplied by some outputs' weights at a time, widened to bfloat16.
+
+    Args:
+        stored: the weight's tensors, which are changed where they are.
+        form: in groups, or rotated.
+        block_size: how many inputs the weight was rotated by.
+    """
+
+    opaque = True
+
+    def __init__(self, stored: StoredWeight, form: Form, block_size: int = 1):
+        super().__init__(stored)
+        self._own_form, self._block_size = form, block_size
+        if isinstance(form, Rotated):
+            form = Grouped("int8", 0, has_zeros=False, scale_dtype=torch.float32)
+        self._form, self._is_int4 = form, form.codes == "int4"
+        self._n_inputs = stored["weight"].shape[1] * (2 if self._is_int4 else 1)
+        self._n_groups = stored[form.scale_names[0]].shape[1]
+        # Codes are multiplied without signs.
+        self._mask = 0x80808080 if HAS_VNNI and not self._is_int4 else 0
+        self._stored = {
+            name: _in_tiles(part, self._mask if name == "weight" else 0)
+            for name, part in stored.items()
+        }
+        n_blocks, group_size = self._n_inputs // BLOCK, self._n_inputs // self._n_groups
+        in_halves = group_size < BLOCK
+        # Blocks of a group are a power of two, or all.
+        shift = 0 if in_halves else (group_size // BLOCK - 1).bit_length()
+        self._n_sums = n_blocks * (2 if in_halves else 1)
+        is_half = form.scale_dtype == torch.bfloat16
+        kind = (self._is_int4, in_halves, shift, form.has_zeros, is_half)
+        self._product = code("numba_groups", "product", *kind).address
+        code("numba_code", "round_inputs")  # compiled before the first prompt, as what follows
+        if cpu_has_amx() and is_half:
+            code("numba_groups", "widen", self._is_int4)
+        compile_tokens_code()
+
+    @staticmethod
+    def supports(form: Form, weight: torch.Tensor) -> bool:
+        """Return whether code for weights of a form can be compiled here.
+
+        With AMX oneDNN's order is the fastest for rotated ones.
+        """
+        if isinstance(form, Rotated):
+            return weight.shape[1] % BLOCK == 0 and not cpu_has_amx() and has_numba()
+        if form.codes == "float8" or form.scale_dtype != torch.bfloat16:
+            return False
+        n_inputs = weight.shape[1] * (2 if form.codes == "int4" else 1)
+        size = form.group_size
+        fits = size == 0 or (size >= 16 and size & (size - 1) == 0)
+        return fits and n_inputs % BLOCK == 0 and has_numba()
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        n_tokens, n_blocks = len(x), self._n_inputs // BLOCK
+        if n_tokens > FEW_IN_GROUPS and x.dtype == torch.bfloat16 and cpu_has_amx():
+            return self._widened_product(x)
+        wide = x.float().contiguous()
+        if wide.data_ptr() == x.data_ptr() and self._block_size > 1:
+            wide = wide.clone()  # to be rotated
+        sizes = [self._n_inputs, 4 * n_blocks, 4 * self._n_sums, 4 * self._n_sums]
+        ends = [n_tokens * end for end in (0, *itertools.accumulate(sizes))]
+        rounded = x.new_empty(ends.pop(), dtype=torch.uint8)
+        places = [rounded.data_ptr() + end for end in ends]
+        kind = (n_tokens, n_blocks, self._n_sums // n_blocks, self._is_int4, self._block_size)
+        by_rows(code("numba_code", "round_inputs"), n_tokens, wide.data_ptr(), *places, *kind)
+        n_rows = len(self._stored["weight"]) * TILE
+        out = wide.new_empty(n_tokens, n_rows)
+        sizes = [n_rows, n_blocks, self._n_groups, n_tokens]
+        in_parallel(self._product, *self._places(), *places, out.data_ptr(), *sizes)
+        if n_rows > self.out_features:
+            out = out[:, : self.out_features].contiguous()
+        return out.to(x.dtype)
+
+    def _widened_product(self, x: torch.Tensor) -> torch.Tensor:
+        out, n_tiles = x.new_empty(len(x), self.out_features), len(self._stored["weight"])
+        step = max(WIDENED_ROWS, WIDENED // self._n_inputs) // TILE
+        for tile in range(0, n_tiles, step):
+            some = min(step, n_tiles - tile)
+            weight = x.new_empty(self._n_inputs, some * TILE)
+            sizes = [some, self._n_groups, self._n_inputs // self._n_groups]
+            address = code("numba_groups", "widen", self._is_int4).address
+            places = [*self._places(tile), weight.data_ptr()]
+            in_parallel(address, *places, *sizes, self._form.has_zeros)
+            first, last = tile * TILE, min((tile + some) * TILE, self.out_features)
+            out[:, first:last] = (x @ weight)[:, : last - first]
+        return out
+
+    def _places(self, tile: int = 0) -> list[int]:
+        """Return the addresses of a tile's codes, scales and zeros."""
+        names = self._form.scale_names
+        parts = [self._stored[name] for name in ("weight", names[0], names[-1])]
+        return [part.data_ptr() + tile * part.stride(0) * part.itemsize for part in parts]
+
+    def stored(self) -> StoredWeight:
+        parts = {
+            name: part.transpose(1, 2).flatten(0, 1)[: self.out_features]
+            for name, part in self._stored.items()
+        }
+        return self._restored(parts)
+
+    def weights(self, rows: torch.Tensor) -> torch.Tensor:
+        parts = {name: part[rows // TILE, :, rows % TILE] for name, part in self._stored.items()}
+        return self._own_form.dequantize(self._restored(parts), self._block_size)
+
+    def _restored(self, parts: StoredWeight) -> StoredWeight:
+        """Return rows of the tiles' words and scales as a checkpoint stores them."""
+        mask = self._mask - (1 << 32 if self._mask >> 31 else 0)
+        codes = (parts["weight"] ^ mask).view(self._form.dtypes()["weight"])
+        return {**parts, "weight": codes}
+
+
+def _in_tiles(part: torch.Tensor, mask: int) -> torch.Tensor:
+    """Bring rows of codes or scales into the order of tiles, (n_tiles, n_elements, TILE).
+
+    They are changed where they are, unless they lie in a file.
+    """
+    missing = -len(part) % TILE
+    if missing:
+        part = F.pad(part, (0, 0, 0, missing))
+    elif not (part.is_contiguous() and part.untyped_storage().resizable()):
+        part = part.clone(memory_format=torch.contiguous_format)
+    if part.itemsize == 1:
+        part = part.view(torch.int32)
+    n_tiles, width = len(part) // TILE, part.shape[1]
+    n_bytes = torch.get_num_threads() * TILE * width * part.itemsize
+    scratch = torch.empty(n_bytes, dtype=torch.uint8, device="cpu")
+    sizes = (n_tiles, width, mask, scratch.data_ptr())
+    in_parallel(code("numba_groups", "order", part.itemsize).address, part.data_ptr(), *sizes)
+    return part.view(n_tiles, width, TILE)
