@@ -218,9 +218,12 @@ class Transformer(nn.Module):
         for layers in self.linear_groups():
             self.pack_group(layers)
 
-    def pack_group(self, layers: tuple[ParallelLinear, ...]) -> bool:
-        """Pack one of ``linear_groups``; return whether kernels took over all its weights."""
-        packed = pack(layers, self.capability)
+    def pack_group(self, layers: tuple[ParallelLinear, ...], owned: bool = False) -> bool:
+        """Pack one of ``linear_groups``; return whether kernels took over all its weights.
+
+        Those that are ``owned``, which nobody else reads, may be changed where they are.
+        """
+        packed = pack(layers, self.capability, owned)
         self.min_tokens = max([self.min_tokens, *(kernel.min_tokens for kernel in packed)])
         if packed and layers[0].is_shared and packed[0].reads_rows:
             self.tok_embeddings.give_to(packed[0], slice(None))

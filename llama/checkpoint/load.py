@@ -76,14 +76,14 @@ def load(
         model = Transformer(args)
         model.quantize(forms, dtype)
     try:
-        still_mapped = _fill(model, checkpoint, args, device, dtype)
+        still_mapped, own = _fill(model, checkpoint, args, device, dtype)
     finally:
         for part in checkpoint.parts:
             part.places.clear()
     backend = choose_backend(args, ranks, dtype, device, int8_cache)
     model.allocate_buffers(device, dtype, int8_cache, backend)
     model.capability = replace(model.capability, compiles=compiles and device.type == "cuda")
-    _pack(model, still_mapped)
+    _pack(model, still_mapped, own)
     if device.type == "cpu":
         keep_freed()
         limit_threads()
@@ -100,15 +100,16 @@ def _fill(
     args: ModelArgs,
     device: torch.device,
     dtype: torch.dtype,
-) -> set[int]:
+) -> tuple[set[int], set[int]]:
     """Replace a model's meta tensors with this rank's part of the weights.
 
     Returns:
-        The addresses of those that lie in mapped files.
+        The addresses of those that lie in mapped files, and of those that nobody else reads.
     """
     rank, ranks = parallel.rank(), parallel.world_size()
     tensors: dict[str, torch.Tensor] = {}
-    still_mapped = set()
+    still_mapped: set[int] = set()
+    own: set[int] = set()
     places = _places(model, device)
     if device.type == "cpu" and ranks == len(checkpoint.parts) == 1:
         checkpoint.parts[0].places.update(places)
@@ -129,19 +130,20 @@ def _fill(
         else:
             if place is not None:
                 part = part if shares_memory(part, place) else place.copy_(part)
+                own.add(part.data_ptr())
             elif is_mapped or part.untyped_storage().nbytes() > part.nbytes:
                 part = part.clone()  # of a tensor that was made whole, keep this rank's part only
             release(mapped)
         tensors[name] = part
     model.load_state_dict(tensors, assign=True)
     model.requires_grad_(False)
-    return still_mapped
+    return still_mapped, own
 
 
 def _places(model: Transformer, device: torch.device) -> dict[str, torch.Tensor]:
-    """Return where to put quantised weights that kernels join: one below the other.
+    """Return where to put quantised weights: those that kernels join, one below the other.
 
-    What a kernel would join later, in memory of its own, the system would have to clear.
+    What a kernel would join or copy later, the system would have to clear memory for.
     """
     names = {module: name for name, module in model.named_modules()}
     places = {}
@@ -150,12 +152,13 @@ def _places(model: Transformer, device: torch.device) -> dict[str, torch.Tensor]
             alike = [layer for layer in layers if layer.form == form]
             for part, dtype in form.dtypes().items():
                 shapes = [getattr(layer, part).shape for layer in alike]
-                if len(alike) == 1 or part == "order":
+                if part == "order" or (len(alike) == 1 and device.type != "cpu"):
                     continue
                 n_rows = [shape[0] for shape in shapes]
                 joined = torch.empty(sum(n_rows), shapes[0][1], dtype=dtype, device=device)
                 for layer, place in zip(alike, joined.split(n_rows), strict=True):
-                    places[f"{names[layer]}.{part}"] = place
+                    name = "tok_embeddings" if layer.is_shared else names[layer]
+                    places[f"{name}.{part}"] = place
     return places
 
 
@@ -166,13 +169,13 @@ def _stored_dtype(model: Transformer, name: str, dtype: torch.dtype) -> torch.dt
     return form.dtypes().get(part, dtype) if form else dtype
 
 
-def _pack(model: Transformer, still_mapped: set[int]) -> None:
+def _pack(model: Transformer, still_mapped: set[int], own: set[int]) -> None:
     """Give the weights to their kernels, and release what was mapped or made on the way."""
     groups = list(model.linear_groups())
     with progress(len(groups), "packing weights", "groups") as show:
         for n, layers in enumerate(groups):
             weights = [weight for layer in layers for weight in layer.parameters()]
-            if model.pack_group(layers):
+            if model.pack_group(layers, all(weight.data_ptr() in own for weight in weights)):
                 release(weight for weight in weights if weight.data_ptr() in still_mapped)
                 del weights
                 trim()  # the gaps that plain weights leave are too small for what comes next

@@ -170,12 +170,15 @@ def joined_linear(x: torch.Tensor, *layers: ParallelLinear) -> torch.Tensor:
     return kernel(x)
 
 
-def pack(layers: Sequence[ParallelLinear], capability: Capability) -> list[Kernel]:
+def pack(
+    layers: Sequence[ParallelLinear], capability: Capability, owned: bool = False
+) -> list[Kernel]:
     """Give layers that multiply the same input kernels, which take over their weights.
 
     Args:
         layers: linear layers; those whose weights have one form share a kernel.
         capability: of the weights' device.
+        owned: whether nobody else reads the weights, so that they may be changed where they are.
 
     Returns:
         The kernels; none where the stored weights are multiplied as they are.
@@ -190,7 +193,7 @@ def pack(layers: Sequence[ParallelLinear], capability: Capability) -> list[Kerne
                 break
         else:
             alike.append([layer])
-    kernels = [_packed(some, capability) for some in alike]
+    kernels = [_packed(some, capability, owned) for some in alike]
     return [kernel for kernel in kernels if kernel is not None]
 
 
@@ -213,7 +216,7 @@ def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     return parts[0].as_strided(shape, parts[0].stride())
 
 
-def _packed(layers: Sequence[ParallelLinear], capability: Capability) -> Kernel | None:
+def _packed(layers: Sequence[ParallelLinear], capability: Capability, owned: bool) -> Kernel | None:
     first, form = layers[0], layers[0].form
     kind = None
     if form is None:
@@ -231,7 +234,9 @@ def _packed(layers: Sequence[ParallelLinear], capability: Capability) -> Kernel 
         kernel = kind(joined)
     else:
         assert form is not None
-        kernel = make_kernel(joined, form, first.dtype, first.block_size, capability)
+        is_copied = joined["weight"].data_ptr() != own[0]["weight"].data_ptr()
+        owned = owned or is_copied
+        kernel = make_kernel(joined, form, first.dtype, first.block_size, capability, owned)
     row = 0
     for layer, stored in zip(layers, own, strict=True):
         n_rows = len(stored["weight"])

@@ -41,7 +41,7 @@ FORMS = [
     *(Grouped("float8", size, False, F32) for size in (0, 128)),
 ]
 IN_FEATURES = 1024
-N_TOKENS = (1, 4, 5, 70)
+N_TOKENS = (1, 4, 5, 130)
 
 
 def random_weight(
@@ -306,23 +306,27 @@ class TestCompiled:
         assert torch.equal(x, before)
         assert torch.equal(together, torch.cat([kernel(row[None]) for row in x]))
 
-    def test_a_weight_in_a_file_is_not_changed(self, tmp_path: Path) -> None:
-        """A failure means that a weight is read again, as it was, once its memory is released."""
-        form, path = Grouped("int4", 32, has_zeros=False), tmp_path / "weight"
-        stored = random_weight(form, out_features=128)
-        stored["weight"].numpy().tofile(path)
-        n_bytes = stored["weight"].numel()
-        mapped = torch.from_file(str(path), shared=False, size=n_bytes, dtype=torch.uint8)
-        mapped = mapped.view_as(stored["weight"])
-        groups.Groups({**stored, "weight": mapped}, form)
-        assert torch.equal(mapped, stored["weight"])
+    @pytest.mark.parametrize("out_features", [100, 128])
+    @pytest.mark.parametrize("owned", [False, True])
+    def test_only_owned_weights_are_changed(self, out_features: int, owned: bool) -> None:
+        """A failure means that a checkpoint that was read isn't the same any more."""
+        form = Grouped("int4", 32)
+        stored = random_weight(form, out_features=out_features)
+        own = {name: part.clone() for name, part in stored.items()}
+        exact = form.dequantize(stored)
+        kernel = groups.Groups(own, form, owned=owned)
+        assert max(errors(kernel, exact, BF16)) < 0.012
+        back = kernel.stored()
+        assert all(torch.equal(back[name], part) for name, part in stored.items())
+        is_same = all(torch.equal(own[name], part) for name, part in stored.items())
+        is_changed = owned and not out_features % groups.TILE  # else it is padded, in a copy
+        assert is_same == (not is_changed)
 
     def test_vectors_of_256_bits_compute_the_same(self) -> None:
         """A failure means that a processor without AVX-512 gets other logits."""
         script = """
-            from llama.layers.kernels import compiled
-            compiled.HAS_VNNI, compiled.LANES, compiled.TILE = False, 8, 16
             from test_kernels import *
+            assert compiled.LANES == 8
             TestCompiled().test_a_tokens_product_does_not_depend_on_the_others()
             for form in FORMS:
                 if form.codes != "float8" and (form.group_size or form.codes == "int4"):
@@ -331,7 +335,10 @@ class TestCompiled:
         paths = os.pathsep.join([*sys.path, str(Path(__file__).parent)])
         command = [sys.executable, "-c", textwrap.dedent(script)]
         done = subprocess.run(
-            command, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True
+            command,
+            env={**os.environ, "PYTHONPATH": paths, "ONEDNN_MAX_CPU_ISA": "AVX2"},
+            capture_output=True,
+            text=True,
         )
         assert done.returncode == 0, done.stderr
 
@@ -361,7 +368,9 @@ class TestCompiled:
         torch.set_num_threads(4)
         library.omp_set_max_active_levels(0)  # one thread
         try:
-            assert max(errors(kernel, form.dequantize(stored), BF16)) < 0.012
+            # Of more tokens PyTorch's own product is wrong then, with AMX.
+            few = [n for n in N_TOKENS if n <= groups.FEW_IN_GROUPS]
+            assert max(errors(kernel, form.dequantize(stored), BF16, few)) < 0.012
         finally:
             library.omp_set_max_active_levels(levels)
             torch.set_num_threads(before)

@@ -57,22 +57,24 @@ def make_kernel(
     dtype: torch.dtype,
     block_size: int,
     capability: Capability,
+    owned: bool = False,
 ) -> Kernel:
     """Return the fastest kernel for a quantised weight on its device.
 
     Args:
-        stored: the weight's tensors, which the kernel takes over.
+        stored: the weight's tensors, which the kernel may keep.
         form: how it is stored.
         dtype: of the inputs.
         block_size: how many inputs the weight was rotated by (int8).
         capability: of the device.
+        owned: whether nobody else reads the tensors, which the kernel may then change.
     """
     on_cpu = capability.kind == "cpu"
     weight = stored["weight"]
     if isinstance(form, Grouped):
-        return _grouped(stored, form, dtype, capability)
+        return _grouped(stored, form, dtype, capability, owned)
     if on_cpu and Groups.supports(form, weight):
-        return Groups(stored, form, block_size)
+        return Groups(stored, form, block_size, owned)
     if on_cpu and cpu.HAS_FBGEMM:
         return cpu.int8_kernel()(stored, form, block_size)
     if cuda.Int8.supports(weight, capability):
@@ -104,18 +106,18 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 
 
 def _grouped(
-    stored: StoredWeight, form: Grouped, dtype: torch.dtype, capability: Capability
+    stored: StoredWeight, form: Grouped, dtype: torch.dtype, capability: Capability, owned: bool
 ) -> Kernel:
     if form.ordered:
         others = {name: part for name, part in stored.items() if name != "order"}
-        kernel = _grouped(others, replace(form, ordered=False), dtype, capability)
+        kernel = _grouped(others, replace(form, ordered=False), dtype, capability, owned)
         return Ordered(kernel, stored["order"])
     on_cpu = capability.kind == "cpu"
     half = dtype != torch.float32  # else products are exact
     if half and on_cpu and form.codes == "int8" and not form.group_size and cpu.HAS_FBGEMM:
         return cpu.int8_kernel()(stored, form, 1)
     if half and on_cpu and Groups.supports(form, stored["weight"]):
-        return Groups(stored, form)
+        return Groups(stored, form, owned=owned)
     fused = None
     if half and capability.compiles and form.codes != "int4":
         fused = cuda.Fused(stored, form, dtype, capability)

@@ -9,14 +9,14 @@ import itertools
 import torch
 import torch.nn.functional as F
 
-from llama.layers.capability import cpu_has_amx
+from llama.layers.capability import CPU, cpu_has_amx
 from llama.layers.kernels.base import Kernel
 from llama.layers.kernels.compiled import BLOCK, HAS_VNNI, TILE, compile_tokens_code
 from llama.layers.kernels.machine_code import code, has_numba
 from llama.layers.kernels.openmp import by_rows, in_parallel
 from llama.layers.quantization import Form, Grouped, Rotated, StoredWeight
 
-FEW_IN_GROUPS = 96  # tokens from which on widening is faster, with AMX
+FEW_IN_GROUPS = 96  # tokens up to which integers are faster than widening, with AMX
 WIDENED, WIDENED_ROWS = 1 << 22, 1024  # weights, or outputs, that are widened at a time
 
 
@@ -26,14 +26,15 @@ class Groups(Kernel):
     With AMX many tokens are multiplied by some outputs' weights at a time, widened to bfloat16.
 
     Args:
-        stored: the weight's tensors, which are changed where they are.
+        stored: the weight's tensors.
         form: in groups, or rotated.
         block_size: how many inputs the weight was rotated by.
+        owned: whether nobody else reads the tensors, which are then changed where they are.
     """
 
     opaque = True
 
-    def __init__(self, stored: StoredWeight, form: Form, block_size: int = 1):
+    def __init__(self, stored: StoredWeight, form: Form, block_size: int = 1, owned: bool = False):
         super().__init__(stored)
         self._own_form, self._block_size = form, block_size
         if isinstance(form, Rotated):
@@ -41,12 +42,6 @@ class Groups(Kernel):
         self._form, self._is_int4 = form, form.codes == "int4"
         self._n_inputs = stored["weight"].shape[1] * (2 if self._is_int4 else 1)
         self._n_groups = stored[form.scale_names[0]].shape[1]
-        # Codes are multiplied without signs.
-        self._mask = 0x80808080 if HAS_VNNI and not self._is_int4 else 0
-        self._stored = {
-            name: _in_tiles(part, self._mask if name == "weight" else 0)
-            for name, part in stored.items()
-        }
         n_blocks, group_size = self._n_inputs // BLOCK, self._n_inputs // self._n_groups
         in_halves = group_size < BLOCK
         # Blocks of a group are a power of two, or all.
@@ -54,20 +49,30 @@ class Groups(Kernel):
         self._n_sums = n_blocks * (2 if in_halves else 1)
         is_half = form.scale_dtype == torch.bfloat16
         kind = (self._is_int4, in_halves, shift, form.has_zeros, is_half)
+        # Compiled before the weight is changed, and before the first prompt.
         self._product = code("numba_groups", "product", *kind).address
-        code("numba_code", "round_inputs")  # compiled before the first prompt, as what follows
-        if cpu_has_amx() and is_half:
+        code("numba_code", "round_inputs")
+        self._is_widened = cpu_has_amx() and is_half
+        if self._is_widened:
             code("numba_groups", "widen", self._is_int4)
         compile_tokens_code()
+        # Codes are multiplied without signs.
+        self._mask = 0x80808080 if HAS_VNNI and not self._is_int4 else 0
+        self._stored = {
+            name: _in_tiles(part, self._mask if name == "weight" else 0, owned)
+            for name, part in stored.items()
+        }
 
     @staticmethod
     def supports(form: Form, weight: torch.Tensor) -> bool:
         """Return whether code for weights of a form can be compiled here.
 
-        With AMX oneDNN's order is the fastest for rotated ones.
+        With AMX oneDNN's order is the fastest for rotated ones. Before torch 2.11, which doesn't
+        tell what the processor can do, FBGEMM finds out.
         """
         if isinstance(form, Rotated):
-            return weight.shape[1] % BLOCK == 0 and not cpu_has_amx() and has_numba()
+            fits = weight.shape[1] % BLOCK == 0 and bool(CPU) and not cpu_has_amx()
+            return fits and has_numba()
         if form.codes == "float8" or form.scale_dtype != torch.bfloat16:
             return False
         n_inputs = weight.shape[1] * (2 if form.codes == "int4" else 1)
@@ -77,7 +82,7 @@ class Groups(Kernel):
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         n_tokens, n_blocks = len(x), self._n_inputs // BLOCK
-        if n_tokens > FEW_IN_GROUPS and x.dtype == torch.bfloat16 and cpu_has_amx():
+        if self._is_widened and n_tokens > FEW_IN_GROUPS and x.dtype == torch.bfloat16:
             return self._widened_product(x)
         wide = x.float().contiguous()
         if wide.data_ptr() == x.data_ptr() and self._block_size > 1:
@@ -124,7 +129,8 @@ class Groups(Kernel):
         return self._restored(parts)
 
     def weights(self, rows: torch.Tensor) -> torch.Tensor:
-        parts = {name: part[rows // TILE, :, rows % TILE] for name, part in self._stored.items()}
+        tiles, places = rows // TILE, rows % TILE
+        parts = {name: part[tiles, :, places] for name, part in self._stored.items()}
         return self._own_form.dequantize(self._restored(parts), self._block_size)
 
     def _restored(self, parts: StoredWeight) -> StoredWeight:
@@ -134,15 +140,19 @@ class Groups(Kernel):
         return {**parts, "weight": codes}
 
 
-def _in_tiles(part: torch.Tensor, mask: int) -> torch.Tensor:
+def _in_tiles(part: torch.Tensor, mask: int, owned: bool) -> torch.Tensor:
     """Bring rows of codes or scales into the order of tiles, (n_tiles, n_elements, TILE).
 
-    They are changed where they are, unless they lie in a file.
+    Args:
+        part: the rows.
+        mask: what each word of codes is combined with.
+        owned: whether to change them where they are.
     """
+    order = code("numba_groups", "order", 4 if part.itemsize == 1 else part.itemsize)
     missing = -len(part) % TILE
     if missing:
         part = F.pad(part, (0, 0, 0, missing))
-    elif not (part.is_contiguous() and part.untyped_storage().resizable()):
+    elif not (owned and part.is_contiguous()):
         part = part.clone(memory_format=torch.contiguous_format)
     if part.itemsize == 1:
         part = part.view(torch.int32)
@@ -150,5 +160,5 @@ def _in_tiles(part: torch.Tensor, mask: int) -> torch.Tensor:
     n_bytes = torch.get_num_threads() * TILE * width * part.itemsize
     scratch = torch.empty(n_bytes, dtype=torch.uint8, device="cpu")
     sizes = (n_tiles, width, mask, scratch.data_ptr())
-    in_parallel(code("numba_groups", "order", part.itemsize).address, part.data_ptr(), *sizes)
+    in_parallel(order.address, part.data_ptr(), *sizes)
     return part.view(n_tiles, width, TILE)

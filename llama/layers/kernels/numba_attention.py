@@ -9,7 +9,6 @@ float32 once the others' bits are gone, and stay in vectors of their own.
 import math
 
 import numba
-from llvmlite import ir
 from numba.core.cgutils import for_range
 from numba.extending import intrinsic
 
@@ -111,14 +110,10 @@ class _Rows(Vectors):
         return total
 
     def rounded(self, even, odd):
-        """Return words of even and odd elements, rounded as ``numba_code.rounded`` does."""
-        build, halves = self.build, []
-        for some in (even, odd):
-            bits = build.bitcast(some, ir.VectorType(I32, LANES))
-            last = build.and_(build.lshr(bits, self.every(16)), self.every(1))
-            halves.append(build.add(bits, build.add(last, self.every(0x7FFF))))
-        upper = build.and_(halves[1], self.every(-1 << 16))
-        return build.or_(build.lshr(halves[0], self.every(16)), upper)
+        """Return words of even and odd elements, rounded to bfloat16."""
+        build, (first, second) = self.build, (self.rounded_up(x, LANES) for x in (even, odd))
+        upper = build.and_(second, self.every(-1 << 16))
+        return build.or_(build.lshr(first, self.every(16)), upper)
 
 
 def _scores(head_dim):

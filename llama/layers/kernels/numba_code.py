@@ -85,7 +85,7 @@ def round_inputs(data):
     ``data`` points to the addresses of inputs, float32, (n_tokens, n_inputs), and of what is
     written, then to the numbers of tokens and blocks, to how many groups a block has at least, one
     or two, to whether the weight has codes of four bits, and to how many inputs are rotated
-    together, where they are, a power of two:
+    together, in place, where they are, a power of two:
 
     - codes, int8, the shape of the inputs. For int4 a block's even inputs lie before its odd ones,
       as the lower bits of its bytes and the upper ones.
@@ -219,6 +219,13 @@ class Vectors:
         function = get_or_insert_function(self.build.module, kind, "llvm.prefetch.p0")
         where = (I32(1), I32(3)) if is_written else (I32(0), I32(2))
         self.build.call(function, [pointer, *where, I32(1)])
+
+    def rounded_up(self, some, n):
+        """Return float32's bits, of which the upper half is rounded as ``rounded`` does."""
+        bits = self.build.bitcast(some, ir.VectorType(I32, n))
+        upper, one, below = (self.constant(I32, [number] * n) for number in (16, 1, 0x7FFF))
+        odd = self.build.and_(self.build.lshr(bits, upper), one)
+        return self.build.add(bits, self.build.add(odd, below))
 
     def spread(self, some, lanes):
         """Return the elements of a vector at some places."""

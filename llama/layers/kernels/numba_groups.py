@@ -1,6 +1,6 @@
 """The code that ``groups.Groups`` has numba compile.
 
-They lie in tiles of ``TILE`` outputs, in which the same words of 32 bits of each row are side by
+Weights lie in tiles of ``TILE`` outputs, in which the same words of 32 bits of each row are side by
 side, and so are the same scales. So a vector has inputs of as many outputs, sums of a block are
 scaled once, and memory is read from one end to the other.
 """
@@ -260,13 +260,9 @@ class _Fields(Vectors):
         return build.sitofp(codes, ir.VectorType(F32, LANES))
 
     def rounded(self, some):
-        """Return bfloat16's bits, rounded as ``numba_code.rounded`` does."""
-        build = self.build
-        bits = build.bitcast(some, ir.VectorType(I32, LANES))
-        upper, one, below = (self.constant(I32, [n] * LANES) for n in (16, 1, 0x7FFF))
-        odd = build.and_(build.lshr(bits, upper), one)
-        bits = build.lshr(build.add(bits, build.add(odd, below)), upper)
-        return build.trunc(bits, ir.VectorType(I16, LANES))
+        """Return bfloat16's bits."""
+        bits = self.build.lshr(self.rounded_up(some, LANES), self.constant(I32, [16] * LANES))
+        return self.build.trunc(bits, ir.VectorType(I16, LANES))
 
 
 class _Sums(Vectors):
