@@ -175,7 +175,10 @@ def _pack(model: Transformer, still_mapped: set[int], own: set[int]) -> None:
     with progress(len(groups), "packing weights", "groups") as show:
         for n, layers in enumerate(groups):
             weights = [weight for layer in layers for weight in layer.parameters()]
-            if model.pack_group(layers, all(weight.data_ptr() in own for weight in weights)):
+            stored = [part for layer in layers for part in layer.stored().items()]
+            owned = all(part.data_ptr() in own for name, part in stored if name != "order")
+            del stored
+            if model.pack_group(layers, owned):
                 release(weight for weight in weights if weight.data_ptr() in still_mapped)
                 del weights
                 trim()  # the gaps that plain weights leave are too small for what comes next
