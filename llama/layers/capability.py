@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +35,10 @@ class Capability:
         return Capability("cuda", compute, dtypes)
 
 
+_BF16 = "BF16|FP16|AMX|AVX10|ALL|DEFAULT"  # oneDNN's names of sets that have such instructions
+_SETS = {"amx": "AMX|ALL|DEFAULT", "avx512": "512|ALL|DEFAULT", "avx512_bf16": _BF16}
+
+
 def cpu_abilities() -> dict[str, object]:
     """Return what this processor can do, as far as PyTorch and oneDNN may use it.
 
@@ -42,19 +47,10 @@ def cpu_abilities() -> dict[str, object]:
     """
     # Before torch 2.11 there is no public way to ask, and float32 is the safe answer.
     found = dict(getattr(torch.cpu, "get_capabilities", dict)())
-    most = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "")).upper()
-    is_limited = most not in ("", "ALL", "DEFAULT")
-    has_512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
-    without = {
-        "amx": (is_limited and "AMX" not in most) or not has_512,
-        "avx512": (is_limited and "512" not in most) or not has_512,
-        "avx512_bf16": most in ("AVX512_CORE", "AVX512_CORE_VNNI"),
-        "avx512_vnni": most == "AVX512_CORE",
-    }
-    for name in found:
-        if any(is_without and name.startswith(units) for units, is_without in without.items()):
-            found[name] = False
-    return found
+    most = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or "ALL"
+    sets = most.upper() if torch.backends.cpu.get_cpu_capability() == "AVX512" else "AVX2"
+    without = tuple(units for units, names in _SETS.items() if not re.search(names, sets))
+    return {name: not name.startswith(without) and value for name, value in found.items()}
 
 
 CPU = cpu_abilities()  # asked for here, since compiled code can't ask

@@ -138,6 +138,9 @@ class ParallelLinear(_Stored):
         return out if self.bias is None else out + self.bias
 
 
+Layers = Sequence[ParallelLinear]
+
+
 def fused_linear(x: torch.Tensor, *layers: ParallelLinear) -> Sequence[torch.Tensor]:
     """Multiply the same ``x`` by several layers' weights, in one product where a kernel has them.
 
@@ -170,9 +173,7 @@ def joined_linear(x: torch.Tensor, *layers: ParallelLinear) -> torch.Tensor:
     return kernel(x)
 
 
-def pack(
-    layers: Sequence[ParallelLinear], capability: Capability, owned: bool = False
-) -> list[Kernel]:
+def pack(layers: Layers, capability: Capability, owned: bool = False) -> list[Kernel]:
     """Give layers that multiply the same input kernels, which take over their weights.
 
     Args:
@@ -193,8 +194,7 @@ def pack(
                 break
         else:
             alike.append([layer])
-    kernels = [_packed(some, capability, owned) for some in alike]
-    return [kernel for kernel in kernels if kernel is not None]
+    return [kernel for some in alike if (kernel := _packed(some, capability, owned))]
 
 
 def _have_one_form(first: ParallelLinear, second: ParallelLinear) -> bool:
@@ -224,18 +224,15 @@ def _packed(layers: Sequence[ParallelLinear], capability: Capability, owned: boo
         if kind is None:
             return None
     own = [layer.stored() for layer in layers]
-    joined = own[0]
-    if len(layers) > 1:
-        joined = {
-            name: part if name == "order" else _joined([stored[name] for stored in own])
-            for name, part in joined.items()
-        }
+    joined = {
+        name: part if name == "order" else _joined([stored[name] for stored in own])
+        for name, part in own[0].items()
+    }
     if kind is not None:
         kernel = kind(joined)
     else:
         assert form is not None
-        is_copied = joined["weight"].data_ptr() != own[0]["weight"].data_ptr()
-        owned = owned or is_copied
+        owned = owned or joined["weight"].data_ptr() != own[0]["weight"].data_ptr()  # a copy
         kernel = make_kernel(joined, form, first.dtype, first.block_size, capability, owned)
     row = 0
     for layer, stored in zip(layers, own, strict=True):
