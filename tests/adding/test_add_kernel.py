@@ -38,12 +38,17 @@ class GroupSums(Kernel):
 
 
 def choose(
-    stored: StoredWeight, form: Form, dtype: torch.dtype, block_size: int, capability: Capability
+    stored: StoredWeight,
+    form: Form,
+    dtype: torch.dtype,
+    block_size: int,
+    capability: Capability,
+    owned: bool,
 ) -> Kernel:
     """Choose as ``make_kernel`` would with two more lines at its beginning."""
     if GroupSums.supports(form, dtype, capability):
         return GroupSums(stored, form)
-    return make_kernel(stored, form, dtype, block_size, capability)
+    return make_kernel(stored, form, dtype, block_size, capability, owned)
 
 
 def test_its_tokens_are_the_plain_kernel_s(monkeypatch: pytest.MonkeyPatch) -> None:
