@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,14 @@ from processes import forked, script
 
 from llama.checkpoint.base import Checkpoint, Weights, quantized, widened
 from llama.checkpoint.forms import forms_params, read_forms
+from llama.checkpoint.load import load
 from llama.checkpoint.meta import open_meta
 from llama.checkpoint.rounding import Scheme, make_scheme, round_weight
 from llama.checkpoint.save import save
 from llama.checkpoint.sharding import form_of, full_shapes
 from llama.convert import convert
 from llama.generation import TINY
+from llama.layers.batch import Segment
 from llama.layers.linear import ParallelEmbedding
 from llama.layers.quantization import Form, Grouped, Rotated
 
@@ -97,6 +100,25 @@ def test_weights_are_rounded_on_the_device_that_is_named(form: Form) -> None:
     for name in result.parts[0]:
         assert torch.equal(result.rank_part(name, model.params, 0, 1), result.parts[0][name])
     assert done[-1] > 0
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("form", [Rotated(), Grouped(group_size=32)], ids=str)
+def test_loading_changes_no_checkpoint_in_memory(form: Form, tied: bool) -> None:
+    """A failure means that what is loaded or saved after it has scrambled weights."""
+    args = make_model(dim=128, vocab_size=768, multiple_of=64, tie_word_embeddings=tied).params
+    weights = {name: torch.randn(shape) for name, shape in full_shapes(args).items()}
+    source = Checkpoint("test", {}, [Weights.of(weights)], ["test"], torch.float32)
+    rounded = quantized(source, args, Scheme(form), lambda count: None)
+    tensors = dict(rounded.parts[0])
+    before = {name: part.clone() for name, part in tensors.items()}
+    whole = replace(rounded, parts=[Weights.of(tensors)], read_part=None)
+    tokens, found = torch.arange(9), []
+    for _ in range(2):
+        network = load(whole, args, torch.device("cpu"), torch.bfloat16)
+        found.append(network.forward_ragged(tokens, [Segment(0, 0, len(tokens))]))
+    assert torch.equal(*found)
+    assert all(torch.equal(part, before[name]) for name, part in tensors.items())
 
 
 ORDERED = Grouped("int4", 32, False, torch.float16, True)
