@@ -5,6 +5,7 @@ import time
 from dataclasses import replace
 
 import torch
+from torch import nn
 
 from llama import parallel
 from llama.args import ModelArgs
@@ -121,11 +122,8 @@ def _fill(
         part = part.to(device, _stored_dtype(model, name, dtype)).contiguous()
         mapped, place = checkpoint.mapped(name), places.get(name)
         is_mapped = any(shares_memory(part, tensor) for tensor in mapped)
-        is_output = args.tie_word_embeddings and "tok_embeddings" not in model.forms
-        is_read_whole = is_output and name == "tok_embeddings.weight"
-        # A tensor that needs no change stays mapped: it is read when it is used, never copied. An
-        # output that every token reads is copied: the pages of files are small.
-        if is_mapped and not is_read_whole:
+        # A tensor that needs no change stays mapped: it is read when it is used, never copied.
+        if is_mapped:
             still_mapped.add(part.data_ptr())
         else:
             if place is not None:
@@ -182,6 +180,12 @@ def _pack(model: Transformer, still_mapped: set[int], own: set[int]) -> None:
                 release(weight for weight in weights if weight.data_ptr() in still_mapped)
                 del weights
                 trim()  # the gaps that plain weights leave are too small for what comes next
+            elif layers[0].is_shared and weights[0].data_ptr() in still_mapped:
+                # Every token reads the output, and the pages of files are small.
+                copy = weights[0].detach().clone()
+                for layer in (model.output, model.tok_embeddings):
+                    layer.weight = nn.Parameter(copy, requires_grad=False)
+                release(weights)
             show(n + 1)
 
 

@@ -15,7 +15,7 @@ from llama import Llama
 from llama.engine import graphs
 from llama.errors import NotFinite
 from llama.layers.batch import Segment
-from llama.layers.kernels import compiled, machine_code
+from llama.layers.kernels import compiled, machine_code, tiles
 from llama.layers.kernels import graphs as kernel_graphs
 from llama.layers.kernels.openmp import in_parallel, recording
 from llama.model import RMSNorm
@@ -25,8 +25,8 @@ PROMPTS = [[1, 300, 301], [1, *range(400, 430)], [1, 9], [1, *range(500, 505)]]
 
 
 @pytest.fixture(autouse=True)
-def tiles(needs_numba: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiled, "TILED", 1)
+def small_weights(needs_numba: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles, "TILED", 1)
 
 
 @pytest.fixture
@@ -97,6 +97,18 @@ def test_steps_beyond_compiled_attention_are_the_networks_own(
     found = llama.generate(PROMPTS, 24, temperature=0)
     llama.engine.decode = None
     assert llama.generate(PROMPTS, 24, temperature=0) == found
+
+
+def test_several_sequences_are_replayed_without_python(build: Callable[..., Llama]) -> None:
+    """A failure means that each layer's products of some sequences wait for Python."""
+    if not compiled.HAS_AMX:
+        pytest.skip("the processor lacks AMX")
+    llama = build(max_batch_size=8)
+    segments = [Segment(slot, 3, 1) for slot in range(8)]
+    check(llama, [*range(5, 13)], segments)
+    graph = list(steps_of(llama)._graphs.values())[-1]  # the others are of one token
+    calls = [part for part in graph._parts if isinstance(part, kernel_graphs._Replay)]
+    assert len(calls) <= 3  # with oneDNN there are some for each layer
 
 
 @pytest.mark.parametrize("change", ["weights", "norm", "data", "module", "cache", "threads"])

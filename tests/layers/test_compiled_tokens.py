@@ -19,6 +19,7 @@ from llama.layers.kernels import (
     rms_norm,
     rotate,
     swiglu,
+    tiles,
 )
 from llama.layers.kv_cache import KVCache
 from llama.layers.quantization import Rotated
@@ -182,7 +183,7 @@ def test_a_default_device_or_dtype_changes_nothing() -> None:
         KVCache((1, 2, 8, 64), BF16, torch.device("cpu")),
     )
     xqkv, freqs_cis, batch = random(1, 12, 64), torch.ones(1, 32, 2), places((0, 3))
-    matrix, kernels = random(512, 512), [compiled.Bfloat16]
+    matrix, kernels = random(512, 512), [tiles.Bfloat16]
     if cpu.OneDnn.is_fastest_for(matrix):
         kernels.append(cpu.OneDnn)
     made = [kind({"weight": matrix}) for kind in kernels]

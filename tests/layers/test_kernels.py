@@ -28,6 +28,7 @@ from llama.layers.kernels import (
     openmp,
     plain,
     plain_kernel,
+    tiles,
 )
 from llama.layers.kernels.base import Kernel
 from llama.layers.quantization import Form, Grouped, Rotated, StoredWeight
@@ -331,6 +332,8 @@ class TestCompiled:
             for form in FORMS:
                 if form.codes != "float8" and (form.group_size or form.codes == "int4"):
                     TestCompiled().test_products_are_those_of_the_dequantised_weight(form)
+            for shape in PLAIN_SHAPES:
+                test_plain_weights_are_read_in_bfloat16(shape, None)
         """
         paths = os.pathsep.join([*sys.path, str(Path(__file__).parent)])
         command = [sys.executable, "-c", textwrap.dedent(script)]
@@ -484,25 +487,29 @@ def plain_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     """A processor without instructions for bfloat16, with numba."""
     if not compiled.has_numba():
         pytest.skip("numba or AVX2 is missing")
-    monkeypatch.setattr(compiled, "cpu_has_bf16", lambda: False)
+    monkeypatch.setattr(tiles, "cpu_has_bf16", lambda: False)
     monkeypatch.setattr(cpu.OneDnn, "is_fastest_for", lambda weight: False)
 
 
-@pytest.mark.parametrize("shape", [(100, 1024), (3, 41), (1, 1)], ids=str)
+PLAIN_SHAPES = [(100, 1024), (3, 42), (1, 2)]
+
+
+@pytest.mark.parametrize("shape", PLAIN_SHAPES, ids=str)
 def test_plain_weights_are_read_in_bfloat16(shape: tuple[int, int], plain_bf16: None) -> None:
     """A failure means that a plain checkpoint gives other logits with AVX2 alone, or twice the
     bytes."""
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
     kind = plain_kernel(weight, 1, True, Capability())
-    assert kind is compiled.Bfloat16
+    assert kind is tiles.Bfloat16
     kernel = kind({"weight": weight})
-    assert kernel.stored()["weight"].data_ptr() == weight.data_ptr()
-    for n_tokens in (1, 3, 4, 7, 33):
+    assert torch.equal(kernel.stored()["weight"], weight)
+    assert torch.equal(kernel.weights(torch.tensor([0, len(weight) - 1])), weight[[0, -1]].float())
+    for n_tokens in (1, 3, 4, 7, 16, 133):
         x = torch.randn(n_tokens, shape[1]).bfloat16()
         torch.testing.assert_close(
             kernel(x), (x.float() @ weight.float().T).bfloat16(), atol=1e-2, rtol=1e-2
         )
-        assert torch.equal(kernel(x)[:1], kernel(x[:1])) or n_tokens > compiled.FEW_OF_PLAIN
+        assert torch.equal(kernel(x)[-1:], kernel(x[-1:]))
     x[0, 0] = torch.nan
     assert kernel(x[:1]).isnan().all() and not kernel(x[1:3]).isnan().any()
 
@@ -512,12 +519,12 @@ def test_a_shared_weight_lies_in_memory_once(plain_bf16: None) -> None:
     model = make_model(tie_word_embeddings=True).to(BF16).requires_grad_(False)
     model.output.weight = model.tok_embeddings.weight
     model.allocate_buffers(torch.device("cpu"), BF16)
-    tokens, place = torch.tensor([[3, 1, 2]]), model.output.weight.data_ptr()
+    tokens = torch.tensor([[3, 1, 2]])
     expected, vectors = model.forward(tokens), model.tok_embeddings(tokens)
     model.pack()
     kernel = model.output.kernel
-    assert type(kernel) is compiled.Bfloat16 and model.tok_embeddings.kernel is kernel
-    assert kernel.stored()["weight"].data_ptr() == place
+    assert type(kernel) is tiles.Bfloat16 and model.tok_embeddings.kernel is kernel
+    assert not model.output.weight.numel() and not model.tok_embeddings.weight.numel()
     assert torch.equal(model.tok_embeddings(tokens), vectors)
     torch.testing.assert_close(model.forward(tokens), expected, atol=0.05, rtol=0.05)
 
@@ -532,7 +539,7 @@ def test_large_plain_checkpoints_are_computed_in_bfloat16(
     monkeypatch.setattr(load, "_COMPILED", 0)
     llama = Llama.build(device="cpu")
     kinds = {type(layer.kernel) for layers in llama.model.linear_groups() for layer in layers}
-    assert kinds == {compiled.Bfloat16}
+    assert kinds == {tiles.Bfloat16}
     assert llama.model.norm.weight.dtype == BF16
     assert llama.model.tok_embeddings(torch.tensor([1])).dtype == BF16
     exact = Llama.build(device="cpu", dtype=F32)

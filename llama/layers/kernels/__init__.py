@@ -8,15 +8,10 @@ import torch.nn.functional as F
 from llama.layers.capability import Capability
 from llama.layers.kernels import compiled, cpu, cuda, plain
 from llama.layers.kernels.base import Kernel
-from llama.layers.kernels.compiled import (
-    Bfloat16,
-    attend,
-    has_attention,
-    has_rotation,
-    rotate,
-)
+from llama.layers.kernels.compiled import attend, has_attention, has_rotation, rotate
 from llama.layers.kernels.digits import Digits, Ordered
 from llama.layers.kernels.groups import Groups
+from llama.layers.kernels.tiles import Bfloat16, Tiles
 from llama.layers.quantization import Form, Grouped, StoredWeight
 
 __all__ = [
@@ -41,13 +36,13 @@ def plain_kernel(
     Args:
         weight: one of the layers'.
         n_layers: how many read the same inputs.
-        is_shared: whether the weight is another module's too, so that a packed copy of it would be
-            a second one.
+        is_shared: whether the weight is another module's too, which then needs some of its rows:
+            else a packed copy of it would be a second one.
     """
     if capability.kind == "cuda":
         return plain.Joined if n_layers > 1 and not is_shared else None
     if cpu.OneDnn.is_fastest_for(weight):
-        return None if is_shared else cpu.OneDnn
+        return cpu.OneDnn if not is_shared or Tiles.are_worth(weight) else None
     return Bfloat16 if Bfloat16.is_fastest_for(weight) else None
 
 

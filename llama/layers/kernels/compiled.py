@@ -1,33 +1,30 @@
-"""Code that numba compiles for x86 processors (``llama[fast]``): few tokens, and small operators.
+"""Code that numba compiles for x86 processors (``llama[fast]``): what lies between products.
 
-Few tokens are multiplied by plain weights and by those in oneDNN's order; ``groups.py`` has those
-in groups.
+``tiles.py`` multiplies by plain weights and by those in oneDNN's order, ``groups.py`` by those in
+groups.
 """
 
-import ctypes
 import struct
 
 import torch
+import torch.nn.functional as F
 
 from llama.layers.batch import RaggedBatch
-from llama.layers.capability import CPU, cpu_has_bf16
-from llama.layers.kernels import plain
+from llama.layers.capability import CPU, cpu_has_amx
 from llama.layers.kernels.machine_code import code, has_numba
 from llama.layers.kernels.openmp import by_rows, in_parallel
 from llama.layers.kv_cache import KVCache
-from llama.layers.quantization import StoredWeight
 
-FEW_TOKENS = 32  # whose attention is compiled
-FEW_OF_PLAIN = 16  # up to which compiled code is faster than widening a plain weight
-# Rows of inputs in eight bits, and in bfloat16, up to which it is faster than oneDNN.
-FEW_OF_TILES, FEW_OF_HALVES = 8, 4
+FEW_TOKENS = 32  # whose attention is compiled, and AMX's products
 WIDE = 512  # elements of a token from which code for them is worth compiling
 # Up to which positions compiled attention is as fast as PyTorch's, with 8 queries for a key.
 MOST_POSITIONS = 4096
-TILED = 1 << 18  # elements of the smallest weight that is worth a second of compiling
 BLOCK = 32  # inputs that share a scale
 # Instructions that add four products of eight bits.
 HAS_VNNI = all(CPU.get(name) for name in ("avx512_vnni", "avx512_vl"))
+# Whether the system lets this process use AMX, which is asked for here.
+HAS_AMX = HAS_VNNI and cpu_has_amx() and getattr(torch.cpu, "_init_amx", bool)()
+ROWS = 16  # tokens that AMX multiplies at once
 LANES = 16 if HAS_VNNI else 8  # of 32 bits in a vector
 TILE = 2 * LANES  # outputs of a weight in groups that lie side by side
 
@@ -144,133 +141,30 @@ def attend(q: torch.Tensor, kv_cache: KVCache, batch: RaggedBatch) -> torch.Tens
     return out
 
 
-class Tiles:
-    """A weight in oneDNN's order, which compiled code reads for few tokens.
-
-    It is read at the speed of memory; oneDNN, which doesn't prefetch, reaches 0.85 of that. The
-    order isn't documented, but found in the packed weight: tiles of 32 or 64 outputs, in which the
-    inputs of 32 bits lie together.
-    """
-
-    def __init__(self, packed: torch.Tensor, weight: torch.Tensor, width: int):
-        self._packed, self._shape = packed, weight.shape  # the former owns the memory
-        self._address = torch.ops.mkldnn.data_ptr(packed)
-        self._width, self._is_int8 = width, weight.dtype == torch.int8
-        # Compiled before the first prompt.
-        code("numba_tiles", "product", width, self._is_int8, True)
-        if self._is_int8:
-            code("numba_tiles", "round_tokens")
-        compile_tokens_code()
-
-    @staticmethod
-    def find(packed: torch.Tensor, weight: torch.Tensor) -> "Tiles | None":
-        """Return the tiles of a packed weight; None where it is small or its order another."""
-        (n_outputs, n_inputs), size = weight.shape, 4 // weight.itemsize
-        fits = weight.numel() >= TILED and n_inputs % 64 == 0 and HAS_VNNI
-        if not (fits and hasattr(torch.ops.mkldnn, "data_ptr") and has_numba()):
-            return None
-        some = torch.arange(0, n_outputs, 61)  # each place in a tile, if they are many
-        address, n_bytes = torch.ops.mkldnn.data_ptr(packed), torch.ops.mkldnn._nbytes(packed)
-        memory, fitting = (ctypes.c_char * n_bytes).from_address(address), []
-        for width in (64, 32):
-            n_tiles = -(-n_outputs // width)
-            count = n_tiles * width * n_inputs
-            if count * weight.itemsize <= n_bytes:
-                tiles = torch.frombuffer(memory, dtype=weight.dtype, count=count)
-                tiles = tiles.view(n_tiles, n_inputs // size, width, size)
-                found = tiles[some // width, :, some % width].flatten(1)
-                if torch.equal(found, weight[some]):
-                    fitting.append(width)
-        # A weight whose outputs are all alike doesn't tell.
-        return Tiles(packed, weight, fitting[0]) if len(fitting) == 1 else None
-
-    def product(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the product of inputs with a weight, both in bfloat16."""
-        return self._multiply(x.contiguous(), len(x), x.dtype)
-
-    def int8_product(
-        self,
-        x: torch.Tensor,
-        size: int,
-        scale: torch.Tensor,
-        added: torch.Tensor,
-        dtype: torch.dtype,
-    ) -> torch.Tensor:
-        """Return the product of inputs, rounded to ``cpu.LEVELS``, with a weight of eight bits.
-
-        Args:
-            x: float32.
-            size: how many inputs are rotated together; if they aren't, they have two digits.
-            scale: of each output, float32, padded to whole tiles, as the next.
-            added: to the sum of each output, int32, as digits are above their values.
-            dtype: of the product.
-        """
-        x, (n_tokens, n_inputs) = x.contiguous(), x.shape
-        n_digits = 2 if size == 1 else 1
-        rotated = x if size == 1 else torch.empty_like(x)
-        codes = x.new_empty(n_digits * n_tokens, n_inputs, dtype=torch.uint8)
-        scales = x.new_empty(n_digits * n_tokens)
-        places = [part.data_ptr() for part in (x, rotated, codes, scales)]
-        by_rows(
-            code("numba_tiles", "round_tokens"),
-            n_tokens,
-            *places,
-            n_tokens,
-            n_inputs,
-            n_digits,
-            size,
-        )
-        others = [part.data_ptr() for part in (scales, scale, added)]
-        out = self._multiply(codes, len(codes), dtype if n_digits == 1 else torch.float32, *others)
-        return out if n_digits == 1 else (out[:n_tokens] + out[n_tokens:]).to(dtype)
-
-    def _multiply(
-        self, x: torch.Tensor, n_tokens: int, dtype: torch.dtype, *others: int
-    ) -> torch.Tensor:
-        n_outputs, n_inputs = self._shape
-        n_tiles = -(-n_outputs // self._width)
-        sums = x.new_empty(n_tokens, n_tiles * self._width, dtype=torch.float32)
-        is_half = dtype == torch.bfloat16
-        out = torch.empty_like(sums, dtype=dtype) if is_half else sums
-        kind = (self._width, self._is_int8, is_half)
-        places = [self._address, x.data_ptr(), sums.data_ptr(), out.data_ptr()]
-        product = code("numba_tiles", "product", *kind).address
-        in_parallel(product, *places, n_tiles, n_inputs, n_tokens, *others)
-        if out.shape[1] > n_outputs:
-            out = out[:, :n_outputs].contiguous()
-        return out if is_half else out.to(dtype)
-
-
-class Bfloat16(plain.Joined):
-    """A plain weight in bfloat16, for processors without instructions for it.
-
-    Few tokens read it as it is, where PyTorch's operators widen it first. Sums are in float32.
-    """
-
-    opaque = True
-
-    def __init__(self, stored: StoredWeight):
-        super().__init__(stored)
-        code("numba_code", "bfloat16_product")  # compiled before the first prompt
-        compile_tokens_code()
-
-    @staticmethod
-    def is_fastest_for(weight: torch.Tensor) -> bool:
-        """Return whether a weight is multiplied fastest by compiled code."""
-        fits = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
-        return fits and not cpu_has_bf16() and has_numba()
-
-    def product(self, x: torch.Tensor) -> torch.Tensor:
-        weight = self._stored["weight"]
-        if len(x) > FEW_OF_PLAIN:
-            return plain.linear(x, weight)
-        wide = x.float().contiguous()
-        out = wide.new_empty(len(x), self.out_features)
-        places = [part.data_ptr() for part in (weight, wide, out)]
-        in_parallel(code("numba_code", "bfloat16_product").address, *places, *weight.shape, len(x))
-        return out.to(x.dtype)
-
-
 def compile_tokens_code() -> None:
     for function in ("rms_norm", "swiglu", "rotate"):
         code("numba_tokens", function)
+
+
+def in_tiles(part: torch.Tensor, mask: int = 0, owned: bool = False) -> torch.Tensor:
+    """Bring rows of words or scales into the order of tiles, (n_tiles, n_elements, TILE).
+
+    Args:
+        part: the rows; of codes four are a word.
+        mask: what each word is combined with.
+        owned: whether to change them where they are.
+    """
+    order = code("numba_code", "order", 4 if part.itemsize == 1 else part.itemsize)
+    missing = -len(part) % TILE
+    if missing:
+        part = F.pad(part, (0, 0, 0, missing))
+    elif not (owned and part.is_contiguous()):
+        part = part.clone(memory_format=torch.contiguous_format)
+    if part.itemsize == 1:
+        part = part.view(torch.int32)
+    n_tiles, width = len(part) // TILE, part.shape[1]
+    n_bytes = torch.get_num_threads() * TILE * width * part.itemsize
+    scratch = torch.empty(n_bytes, dtype=torch.uint8, device="cpu")
+    sizes = (n_tiles, width, mask, scratch.data_ptr())
+    in_parallel(order.address, part.data_ptr(), *sizes)
+    return part.view(n_tiles, width, TILE)

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from llama.layers.capability import CPU, cpu_has_amx, fast_dtype
 from llama.layers.kernels import digits
 from llama.layers.kernels.base import Kernel
-from llama.layers.kernels.compiled import FEW_OF_HALVES, FEW_OF_TILES, FEW_TOKENS, Tiles
+from llama.layers.kernels.compiled import FEW_TOKENS
+from llama.layers.kernels.tiles import FEW_OF_TILES, Tiles
 from llama.layers.quantization import Form, Grouped, StoredWeight, hadamard, rotate
 
 # FBGEMM's int8 kernels read a packed weight once for up to eight tokens, at most of the memory's
@@ -45,6 +46,7 @@ class OneDnn(Kernel):
         padded = F.pad(weight, (0, 0, 0, 32)) if self._is_padded else weight
         self._packed = torch.ops.mkldnn._reorder_linear_weight(padded, None)
         self._tiles = Tiles.find(self._packed, weight)
+        self.reads_rows = self._tiles is not None
         if self._tiles is not None:
             self.min_tokens = 1
 
@@ -56,7 +58,7 @@ class OneDnn(Kernel):
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         n_tokens = x.shape[0]
-        is_few = n_tokens <= FEW_OF_HALVES and x.dtype == torch.bfloat16
+        is_few = n_tokens <= FEW_OF_TILES and x.dtype == torch.bfloat16
         if is_few and self._tiles is not None:
             return self._tiles.product(x)
         if n_tokens < type(self).min_tokens:
@@ -74,7 +76,8 @@ class OneDnn(Kernel):
         return {"weight": self._packed.to_dense()[: self.out_features]}
 
     def weights(self, rows: torch.Tensor) -> torch.Tensor:
-        return self.stored()["weight"][rows].float()
+        some = self.stored()["weight"][rows] if self._tiles is None else self._tiles.rows(rows)
+        return some.float()
 
 
 _fbgemm_packing = threading.Lock()  # FBGEMM's order is chosen by a setting of the process

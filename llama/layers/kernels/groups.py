@@ -7,11 +7,10 @@ and multiplied in integers. Groups of 16 take hardly longer than groups of 32.
 import itertools
 
 import torch
-import torch.nn.functional as F
 
 from llama.layers.capability import CPU, cpu_has_amx
 from llama.layers.kernels.base import Kernel
-from llama.layers.kernels.compiled import BLOCK, HAS_VNNI, TILE, compile_tokens_code
+from llama.layers.kernels.compiled import BLOCK, HAS_VNNI, TILE, compile_tokens_code, in_tiles
 from llama.layers.kernels.machine_code import code, has_numba
 from llama.layers.kernels.openmp import by_rows, in_parallel
 from llama.layers.quantization import Form, Grouped, Rotated, StoredWeight
@@ -59,7 +58,7 @@ class Groups(Kernel):
         # Codes are multiplied without signs.
         self._mask = 0x80808080 if HAS_VNNI and not self._is_int4 else 0
         self._stored = {
-            name: _in_tiles(part, self._mask if name == "weight" else 0, owned)
+            name: in_tiles(part, self._mask if name == "weight" else 0, owned)
             for name, part in stored.items()
         }
 
@@ -138,27 +137,3 @@ class Groups(Kernel):
         mask = self._mask - (1 << 32 if self._mask >> 31 else 0)
         codes = (parts["weight"] ^ mask).view(self._form.dtypes()["weight"])
         return {**parts, "weight": codes}
-
-
-def _in_tiles(part: torch.Tensor, mask: int, owned: bool) -> torch.Tensor:
-    """Bring rows of codes or scales into the order of tiles, (n_tiles, n_elements, TILE).
-
-    Args:
-        part: the rows.
-        mask: what each word of codes is combined with.
-        owned: whether to change them where they are.
-    """
-    order = code("numba_groups", "order", 4 if part.itemsize == 1 else part.itemsize)
-    missing = -len(part) % TILE
-    if missing:
-        part = F.pad(part, (0, 0, 0, missing))
-    elif not (owned and part.is_contiguous()):
-        part = part.clone(memory_format=torch.contiguous_format)
-    if part.itemsize == 1:
-        part = part.view(torch.int32)
-    n_tiles, width = len(part) // TILE, part.shape[1]
-    n_bytes = torch.get_num_threads() * TILE * width * part.itemsize
-    scratch = torch.empty(n_bytes, dtype=torch.uint8, device="cpu")
-    sizes = (n_tiles, width, mask, scratch.data_ptr())
-    in_parallel(order.address, part.data_ptr(), *sizes)
-    return part.view(n_tiles, width, TILE)

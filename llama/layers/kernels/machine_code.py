@@ -104,13 +104,8 @@ def _folder() -> Path:
         sys.version,
         *(metadata.version(package) for package in ("numba", "llvmlite", "numpy")),
         *(binding.get_host_cpu_name(), binding.get_host_cpu_features().flatten()),
-        *(
-            compiled.BLOCK,
-            compiled.HAS_VNNI,
-            compiled.LANES,
-            compiled.TILE,
-            sorted(settings.items()),
-        ),
+        *(compiled.BLOCK, compiled.HAS_AMX, compiled.HAS_VNNI, compiled.LANES, compiled.TILE),
+        sorted(settings.items()),
     )
     digest.update(repr(others).encode())
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")

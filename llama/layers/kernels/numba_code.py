@@ -1,4 +1,4 @@
-"""The code that numba compiles for weights as they are stored, and what all such code needs."""
+"""The code that numba compiles to bring inputs and weights into order, and what all code needs."""
 
 # mypy: ignore-errors
 
@@ -10,7 +10,7 @@ from llvmlite import ir
 from numba.core.cgutils import alloca_once_value, get_or_insert_function
 from numba.extending import intrinsic
 
-from llama.layers.kernels.compiled import BLOCK
+from llama.layers.kernels.compiled import BLOCK, TILE
 from llama.layers.kernels.machine_code import add_symbols
 
 AHEAD = 2048  # bytes of a weight that are fetched before they are read
@@ -149,35 +149,32 @@ def rounded(typing, value):
     return numba.uint16(FLOAT), generate
 
 
-@compiled_once("reassoc", "nsz", "contract")
-def bfloat16_product(data):
-    """Write a thread's part of the products with a plain weight.
+def order(n_bytes):
+    """Return a function that brings a thread's part of the rows into the order of tiles, in place.
 
-    ``data`` points to the addresses of the weight, bfloat16, (n_rows, n_inputs), of inputs and of
-    outputs, float32, (n_tokens, …), then to the numbers of rows, inputs and tokens.
+    Its argument points to the address of rows, of words or of scales with ``n_bytes``, to the
+    numbers of tiles and of a row's elements, to what words are combined with, and to the address of
+    a tile's memory for each thread.
     """
-    given = numba.carray(data, 6, numba.int64)
-    n_rows, n_inputs, n_tokens = given[3], given[4], given[5]
-    weight = numba.carray(pointer(given[0]), (n_rows, n_inputs), numba.uint16)
-    x = numba.carray(pointer(given[1]), (n_tokens, n_inputs), numba.float32)
-    out = numba.carray(pointer(given[2]), (n_tokens, n_rows), numba.float32)
-    for row in range(*part_of_thread(n_rows)):
-        own, fours = weight[row], n_tokens // 4 * 4
-        for token in range(0, fours, 4):
-            first, second, third, fourth = ZERO, ZERO, ZERO, ZERO
-            for i in range(n_inputs):
-                value = bfloat16(own[i])
-                first += value * x[token, i]
-                second += value * x[token + 1, i]
-                third += value * x[token + 2, i]
-                fourth += value * x[token + 3, i]
-            out[token, row], out[token + 1, row] = first, second
-            out[token + 2, row], out[token + 3, row] = third, fourth
-        for token in range(fours, n_tokens):
-            total = ZERO
-            for i in range(n_inputs):
-                total += bfloat16(own[i]) * x[token, i]
-            out[token, row] = total
+    kind = {2: numba.uint16, 4: numba.uint32}[n_bytes]
+
+    @numba.cfunc(numba.void(numba.types.voidptr))
+    def tiles_of_thread(data):
+        given = numba.carray(data, 5, numba.int64)
+        n_tiles, width, mask = given[1], given[2], kind(given[3])
+        rows = numba.carray(pointer(given[0]), (n_tiles, TILE * width), kind)
+        own = given[4] + thread_number() * TILE * width * n_bytes
+        copy = numba.carray(pointer(own), (TILE, width), kind)
+        for tile in range(*part_of_thread(n_tiles)):
+            some = rows[tile]
+            for row in range(TILE):
+                for i in range(width):
+                    copy[row, i] = some[row * width + i] ^ mask
+            for i in range(width):
+                for row in range(TILE):
+                    some[i * TILE + row] = copy[row, i]
+
+    return tiles_of_thread
 
 
 class Vectors:

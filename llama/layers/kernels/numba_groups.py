@@ -26,8 +26,6 @@ from llama.layers.kernels.numba_code import (
     INTEGER,
     Vectors,
     part_of_thread,
-    pointer,
-    thread_number,
 )
 
 WORDS = BLOCK // 4  # of a block's inputs
@@ -41,34 +39,6 @@ class Kind(NamedTuple):
     shift: int  # 2 ** shift blocks, or halves of one, are a group
     has_zeros: bool
     is_half: bool  # whether scales and zeros are bfloat16, else float32
-
-
-def order(n_bytes):
-    """Return a function that brings a thread's part of the rows into the order of tiles, in place.
-
-    Its argument points to the address of rows, of words or of scales with ``n_bytes``, to the
-    numbers of tiles and of a row's elements, to what words are combined with, and to the address of
-    a tile's memory for each thread.
-    """
-    kind = {2: numba.uint16, 4: numba.uint32}[n_bytes]
-
-    @numba.cfunc(numba.void(numba.types.voidptr))
-    def tiles_of_thread(data):
-        given = numba.carray(data, 5, numba.int64)
-        n_tiles, width, mask = given[1], given[2], kind(given[3])
-        rows = numba.carray(pointer(given[0]), (n_tiles, TILE * width), kind)
-        own = given[4] + thread_number() * TILE * width * n_bytes
-        copy = numba.carray(pointer(own), (TILE, width), kind)
-        for tile in range(*part_of_thread(n_tiles)):
-            some = rows[tile]
-            for row in range(TILE):
-                for i in range(width):
-                    copy[row, i] = some[row * width + i] ^ mask
-            for i in range(width):
-                for row in range(TILE):
-                    some[i * TILE + row] = copy[row, i]
-
-    return tiles_of_thread
 
 
 def widen(is_int4):

@@ -1,20 +1,23 @@
-"""The code that ``compiled.Tiles`` has numba compile, for AVX-512."""
+"""The code that ``compiled.Tiles`` has numba compile."""
 
 # mypy: ignore-errors
 
+import functools
 from typing import NamedTuple
 
 import numba
 import numpy as np
-from numba.core.cgutils import for_range, unpack_tuple
+from llvmlite import ir
+from numba.core.cgutils import alloca_once, for_range, unpack_tuple
 from numba.extending import intrinsic
 from numba.np.unsafe.ndarray import to_fixed_tuple
 
-from llama.layers.kernels.compiled import LANES
+from llama.layers.kernels.compiled import LANES, ROWS
 from llama.layers.kernels.numba_code import (
     AHEAD,
     F32,
     FLOAT,
+    I8,
     I32,
     I64,
     INTEGER,
@@ -27,6 +30,7 @@ from llama.layers.kernels.numba_code import (
     rounded,
 )
 
+TOKENS = 48  # whose inputs stay in the cache from one tile to the next
 LEVELS = 127  # of an input on either side of zero
 
 
@@ -36,6 +40,7 @@ class Kind(NamedTuple):
     width: int  # outputs of a tile
     is_int8: bool  # whether weights have eight bits; else they are bfloat16, as inputs then are
     is_half: bool  # whether outputs are written in bfloat16, not in float32
+    has_amx: bool  # whether that multiplies
 
 
 @numba.njit(fastmath={"nnan", "nsz", "reassoc"})  # a NaN is restored below
@@ -97,55 +102,167 @@ def product(*kind):
     """Return a function that computes a thread's part of the outputs, of tiles of a ``Kind``.
 
     Its argument points to the addresses of tiles, of inputs, (n_tokens, n_inputs), and of what is
-    written, sums of 32 bits and outputs, both (n_tokens, n_tiles * width), then to the numbers of
-    tiles, inputs and tokens. For eight bits inputs are uint8, and three more addresses follow: of
-    the scales of tokens, of those of outputs, and of what is added to an output's sum, int32.
+    written, sums of 32 bits and outputs, both (n_tokens, n_tiles * width), to the numbers of tiles,
+    inputs and tokens, and to the address of AMX's configuration. Inputs are bfloat16, without AMX
+    float32. For eight bits, with AMX alone, they are uint8, and three more addresses follow: of the
+    scales of tokens, of those of outputs, and of what is added to an output's sum, int32.
     """
-    width, is_int8, is_half = kind
-    one, two, four = (_tile(Kind(*kind), n) for n in (1, 2, 4))
+    kind = Kind(*kind)
+    return (_by_matrices if kind.has_amx else _by_vectors)(kind, _finish(kind))
+
+
+def _finish(kind: Kind):
+    """Return a function that writes a tile's outputs, given their sums."""
+    width, is_int8, is_half, _ = kind
     written = numba.uint16 if is_half else FLOAT
 
     @numba.njit
-    def finish(given, first, token):
+    def finish(given, first, begin, end):
         n_tokens, n_outputs = given[6], given[4] * width
         sums = numba.carray(
             pointer(given[2]), (n_tokens, n_outputs), numba.int32 if is_int8 else FLOAT
         )
         out = numba.carray(pointer(given[3]), (n_tokens, n_outputs), written)
-        for i in range(first, first + width):
-            result = sums[token, i]
-            if is_int8:
-                of_outputs = numba.carray(pointer(given[8]), (n_outputs,), FLOAT)
-                added = numba.carray(pointer(given[9]), (n_outputs,), numba.int32)
-                of_token = numba.carray(pointer(given[7]), (n_tokens,), FLOAT)[token]
-                result = FLOAT(result + added[i]) * of_outputs[i] * of_token
-            out[token, i] = rounded(result) if is_half else result
+        for token in range(begin, end):
+            for i in range(first, first + width):
+                result = sums[token, i]
+                if is_int8:
+                    of_outputs = numba.carray(pointer(given[9]), (n_outputs,), FLOAT)
+                    added = numba.carray(pointer(given[10]), (n_outputs,), numba.int32)
+                    of_token = numba.carray(pointer(given[8]), (n_tokens,), FLOAT)[token]
+                    result = FLOAT(result + added[i]) * of_outputs[i] * of_token
+                out[token, i] = rounded(result) if is_half else result
+
+    return finish
+
+
+def _by_matrices(kind: Kind, finish):
+    multiply, width = _matrix(kind), kind.width
+
+    @numba.cfunc(numba.void(numba.types.voidptr))
+    def tiles_of_thread(data):
+        given = numba.carray(data, 11, numba.int64)
+        places, n_tokens = to_fixed_tuple(given[:6], 6), given[6]
+        before = _space()
+        _keep(before)  # as others left AMX, who may go on with it
+        _configure(given[7])
+        for tile in range(*part_of_thread(given[4])):
+            for token in range(0, n_tokens, ROWS):
+                multiply(places, tile, max(min(token, n_tokens - ROWS), 0))
+            finish(given, tile * width, 0, n_tokens)
+        _configure(before)
+
+    return tiles_of_thread
+
+
+@intrinsic
+def _space(typing):
+    """Return the address of a configuration of AMX in the caller's own memory."""
+
+    def generate(context, build, signature, args):
+        return build.ptrtoint(alloca_once(build, ir.ArrayType(I8, 64)), I64)
+
+    return INTEGER(), generate
+
+
+def _on_memory(name):
+    """Return a function that calls an instruction with an address."""
+
+    @intrinsic
+    def call(typing, place):
+        def generate(context, build, signature, args):
+            pointer = build.inttoptr(args[0], I8.as_pointer())
+            Vectors(build).call(name, ir.VoidType(), pointer)
+            return context.get_dummy_value()
+
+        return numba.void(INTEGER), generate
+
+    return call
+
+
+_keep, _configure = _on_memory("x86.sttilecfg"), _on_memory("x86.ldtilecfg")
+
+
+def _matrix(kind: Kind):
+    """Return a function that writes the sums of a tile's products with up to ``ROWS`` tokens.
+
+    AMX's registers 0 to 3 hold sums, each of 16 outputs, 4 the inputs, and the others weights, of
+    16 words of each output.
+    """
+    width, is_int8, *_ = kind
+    parts, line = range(width // 16), 64
+
+    @intrinsic
+    def write(typing, places, tile, token):
+        return numba.void(places, INTEGER, INTEGER), generate
+
+    def generate(context, build, signature, args):
+        (tiles, x, out, _, n_tiles, n_inputs), tile, token = unpack_tuple(build, args[0]), *args[1:]
+        vector, n_bytes = Vectors(build), build.mul(n_inputs, I64(1 if is_int8 else 2))
+
+        def at(address, *sizes):
+            return build.add(address, functools.reduce(build.mul, sizes))
+
+        def call(name, *args):
+            vector.call(f"x86.{name}", ir.VoidType(), *args)
+
+        def move(name, register, place, pitch):
+            call(name, I8(register), build.inttoptr(place, I8.as_pointer()), pitch)
+
+        pitch = build.mul(n_tiles, I64(4 * width))  # bytes of a token's sums
+        tiles, x = at(tiles, tile, n_bytes, I64(width)), at(x, token, n_bytes)
+        out = at(at(out, token, pitch), tile, I64(4 * width))
+        for part in parts:
+            call("tilezero", I8(part))
+        with for_range(build, build.sdiv(n_bytes, I64(line))) as loop:
+            place = at(tiles, loop.index, I64(line * width))
+            move("tileloadd64", 4, at(x, loop.index, I64(line)), n_bytes)
+            for part in parts:
+                own, register = build.add(place, I64(line * part)), 5 + part % 3
+                move("tileloaddt164", register, own, I64(4 * width))
+                call("tdpbusd" if is_int8 else "tdpbf16ps", I8(part), I8(4), I8(register))
+                for ahead in range(16):  # twice as far as for vectors: it reads as much at once
+                    vector.prefetch(build.add(place, I64(line * (16 * part + ahead) + 2 * AHEAD)))
+        for part in parts:
+            move("tilestored64", part, build.add(out, I64(line * part)), pitch)
+        return context.get_dummy_value()
+
+    return write
+
+
+def _by_vectors(kind: Kind, finish):
+    width = kind.width
+    # As many sums fit into registers.
+    n_most = 6 if width == 2 * LANES else 4
+    one, two, four, most = (_vectors(width, n) for n in (1, 2, 4, n_most))
 
     @numba.cfunc(numba.void(numba.types.voidptr))
     def tiles_of_thread(data):
         given = numba.carray(data, 10, numba.int64)
         places, n_tokens = to_fixed_tuple(given[:6], 6), given[6]
-        for tile in range(*part_of_thread(given[4])):
-            token = 0
-            while n_tokens - token >= 4:
-                four(places, tile, token)
-                token += 4
-            while n_tokens - token >= 2:
-                two(places, tile, token)
-                token += 2
-            while token < n_tokens:
-                one(places, tile, token)
-                token += 1
-            for token in range(n_tokens):
-                finish(given, tile * width, token)
+        for begin in range(0, n_tokens, TOKENS):
+            end = min(begin + TOKENS, n_tokens)
+            for tile in range(*part_of_thread(given[4])):
+                token = begin
+                while end - token >= n_most:
+                    most(places, tile, token)
+                    token += n_most
+                while end - token >= 4:
+                    four(places, tile, token)
+                    token += 4
+                while end - token >= 2:
+                    two(places, tile, token)
+                    token += 2
+                while token < end:
+                    one(places, tile, token)
+                    token += 1
+                finish(given, tile * width, begin, end)
 
     return tiles_of_thread
 
 
-def _tile(kind: Kind, n_tokens: int):
+def _vectors(width: int, n_tokens: int):
     """Return a function that writes the sums of a tile's products with some tokens."""
-    width, is_int8, _ = kind
-    size, element = (4, I32) if is_int8 else (2, F32)  # inputs in 32 bits, and what is added up
     vectors = range(width // LANES)
 
     @intrinsic
@@ -154,39 +271,32 @@ def _tile(kind: Kind, n_tokens: int):
 
     def generate(context, build, signature, args):
         (tiles, x, out, _, n_tiles, n_inputs), tile, token = unpack_tuple(build, args[0]), *args[1:]
-        vector, n_steps = Vectors(build), build.sdiv(n_inputs, I64(size))
+        vector, n_words = Vectors(build), build.sdiv(n_inputs, I64(2))
+        shift, mask = (vector.constant(I32, [n] * LANES) for n in (16, -1 << 16))
 
         def at(address, index, n_bytes):
             return build.add(address, build.mul(index, I64(n_bytes)))
 
-        def parts(words):
-            """Return what is multiplied: of bfloat16, the upper half of float32, either number."""
-            if is_int8:
-                return [words]
-            shift, mask = (vector.constant(I32, [n] * LANES) for n in (16, -1 << 16))
-            return [vector.floats(build.shl(words, shift)), vector.floats(build.and_(words, mask))]
-
-        def add(total, weight, some):
-            if is_int8:
-                name, before = "x86.avx512.vpdpbusd.512", build.load(total)
-                build.store(vector.call(name, some.type, before, some, weight), total)
-            else:
-                vector.add_product(total, weight, some)
-
-        tiles = at(tiles, build.mul(tile, n_steps), 4 * width)
+        tiles = at(tiles, build.mul(tile, n_words), 4 * width)
         tokens = [build.add(token, I64(i)) for i in range(n_tokens)]
-        inputs = [at(x, build.mul(each, n_steps), 4) for each in tokens]
-        sums = [[vector.zeros(LANES, element) for _ in vectors] for _ in tokens]
-        with for_range(build, n_steps) as loop:
+        inputs = [at(x, build.mul(each, n_inputs), 4) for each in tokens]
+        sums = [[vector.zeros(LANES) for _ in vectors] for _ in tokens]
+        with for_range(build, n_words) as loop:
             place = at(tiles, loop.index, 4 * width)
-            weights = [parts(vector.load(place, I64(i), I32, LANES)) for i in vectors]
-            for i in vectors:
-                vector.prefetch(build.add(place, I64(4 * LANES * i + AHEAD)))
+            words = [vector.load(place, I64(i), I32, LANES) for i in vectors]
+            # Bfloat16 is the upper half of float32.
+            weights = (
+                [vector.floats(build.shl(word, shift)) for word in words],
+                [vector.floats(build.and_(word, mask)) for word in words],
+            )
+            for ahead in range(AHEAD, AHEAD + 4 * width, 64):
+                vector.prefetch(build.add(place, I64(ahead)))
             for own, start in zip(sums, inputs, strict=True):
-                words = vector.spread(vector.load(start, loop.index, I32, 1), [0] * LANES)
-                for i, some in enumerate(parts(words)):
-                    for total, weight in zip(own, weights, strict=True):
-                        add(total, weight[i], some)
+                for i, halves in enumerate(weights):
+                    index = build.add(build.mul(loop.index, I64(2)), I64(i))
+                    some = vector.spread(vector.load(start, index, F32, 1), [0] * LANES)
+                    for total, weight in zip(own, halves, strict=True):
+                        vector.add_product(total, weight, some)
         for each, own in zip(tokens, sums, strict=True):
             place = at(at(out, build.mul(each, n_tiles), 4 * width), tile, 4 * width)
             for i, total in zip(vectors, own, strict=True):

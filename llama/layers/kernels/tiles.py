@@ -1,0 +1,183 @@
+"""Plain weights, and rows of eight bits, by code that numba compiles (``llama[fast]``).
+
+Outputs lie side by side, with 32 bits of each one's inputs: in oneDNN's order, which few tokens
+read, or, for x86 processors without instructions for bfloat16, in one that is made here.
+"""
+
+import ctypes
+import functools
+import struct
+from typing import Any
+
+import torch
+
+from llama.layers.capability import cpu_has_bf16
+from llama.layers.kernels.base import Kernel
+from llama.layers.kernels.compiled import (
+    FEW_TOKENS,
+    HAS_AMX,
+    HAS_VNNI,
+    ROWS,
+    compile_tokens_code,
+    in_tiles,
+)
+from llama.layers.kernels.machine_code import Code, code, has_numba
+from llama.layers.kernels.openmp import by_rows, in_parallel
+from llama.layers.quantization import StoredWeight
+
+# Rows of inputs up to which compiled code is faster than oneDNN.
+FEW_OF_TILES = FEW_TOKENS if HAS_AMX else 4
+TILED = 1 << 18  # elements of the smallest weight that is worth a second of compiling
+
+
+class Tiles:
+    """A weight whose outputs lie side by side.
+
+    Compiled code reads it at the speed of memory; oneDNN, which doesn't prefetch, reaches 0.85 of
+    that.
+
+    Args:
+        words: shape (n_tiles, n_words, width), int32: of ``width`` outputs the inputs of 32 bits.
+        weight: what they are of, shape (n_outputs, n_inputs), bfloat16 or int8.
+        packed: in oneDNN's order, if that is where the words are, which AMX may multiply.
+    """
+
+    def __init__(self, words: torch.Tensor, weight: torch.Tensor, packed: torch.Tensor | None):
+        self._words, self._shape, self._owner = words, weight.shape, packed
+        self._width, self._dtype = words.shape[2], weight.dtype
+        self._has_amx = HAS_AMX and packed is not None
+        # Compiled before the first prompt.
+        self._code(is_half=True)
+        if self._dtype == torch.int8:
+            code("numba_tiles", "round_tokens")
+        compile_tokens_code()
+
+    @staticmethod
+    def are_worth(weight: torch.Tensor) -> bool:
+        """Return whether compiled code reads a weight in oneDNN's order, if that is known."""
+        has_units = HAS_AMX if weight.dtype == torch.int8 else HAS_VNNI
+        fits = weight.shape[1] % 64 == 0 and weight.numel() >= TILED
+        return has_units and fits and hasattr(torch.ops.mkldnn, "data_ptr") and has_numba()
+
+    @staticmethod
+    def find(packed: torch.Tensor, weight: torch.Tensor) -> "Tiles | None":
+        """Return the tiles of a weight in oneDNN's order; None where it is small or another.
+
+        The order isn't documented, but found in the packed weight: tiles of 32 or 64 outputs.
+        """
+        if not Tiles.are_worth(weight):
+            return None
+        (n_outputs, n_inputs), size = weight.shape, 4 // weight.itemsize
+        some = torch.arange(0, n_outputs, 61)  # each place in a tile, if they are many
+        address, n_bytes = torch.ops.mkldnn.data_ptr(packed), torch.ops.mkldnn._nbytes(packed)
+        memory, fitting = (ctypes.c_char * n_bytes).from_address(address), []
+        for width in (64, 32):
+            n_tiles = -(-n_outputs // width)
+            count = n_tiles * width * n_inputs // size
+            if count * 4 <= n_bytes:
+                words = torch.frombuffer(memory, dtype=torch.int32, count=count)
+                tiles = Tiles(words.view(n_tiles, -1, width), weight, packed)
+                if torch.equal(tiles.rows(some), weight[some]):
+                    fitting.append(tiles)
+        # A weight whose outputs are all alike doesn't tell.
+        return fitting[0] if len(fitting) == 1 else None
+
+    def rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return some outputs' weights, shape (n,) to (n, n_inputs)."""
+        return self._words[rows // self._width, :, rows % self._width].view(self._dtype)
+
+    def weight(self) -> torch.Tensor:
+        """Return the weight."""
+        rows = self._words.transpose(1, 2).flatten(0, 1)[: self._shape[0]]
+        return rows.clone(memory_format=torch.contiguous_format).view(self._dtype)
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the product of inputs with a weight in bfloat16, in the inputs' dtype."""
+        wide = x.to(torch.bfloat16 if self._has_amx else torch.float32).contiguous()
+        return self._multiply(wide, len(x), torch.bfloat16).to(x.dtype)
+
+    def int8_product(
+        self,
+        x: torch.Tensor,
+        size: int,
+        scale: torch.Tensor,
+        added: torch.Tensor,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        """Return the product of inputs, rounded to ``cpu.LEVELS``, with a weight of eight bits.
+
+        Args:
+            x: float32.
+            size: how many inputs are rotated together; if they aren't, they have two digits.
+            scale: of each output, float32, padded to whole tiles, as the next.
+            added: to the sum of each output, int32, as digits are above their values.
+            dtype: of the product.
+        """
+        x, (n_tokens, n_inputs) = x.contiguous(), x.shape
+        n_digits = 2 if size == 1 else 1
+        rotated = x if size == 1 else torch.empty_like(x)
+        codes = x.new_empty(n_digits * n_tokens, n_inputs, dtype=torch.uint8)
+        scales = x.new_empty(n_digits * n_tokens)
+        places = [part.data_ptr() for part in (x, rotated, codes, scales)]
+        sizes = (n_tokens, n_inputs, n_digits, size)
+        by_rows(code("numba_tiles", "round_tokens"), n_tokens, *places, *sizes)
+        others = [part.data_ptr() for part in (scales, scale, added)]
+        out = self._multiply(codes, len(codes), dtype if n_digits == 1 else torch.float32, *others)
+        return out if n_digits == 1 else (out[:n_tokens] + out[n_tokens:]).to(dtype)
+
+    def _code(self, is_half: bool) -> Code:
+        is_int8 = self._dtype == torch.int8
+        return code("numba_tiles", "product", self._width, is_int8, is_half, self._has_amx)
+
+    def _multiply(
+        self, x: torch.Tensor, n_tokens: int, dtype: torch.dtype, *others: int
+    ) -> torch.Tensor:
+        n_outputs, n_inputs = self._shape
+        n_tiles = len(self._words)
+        sums = x.new_empty(n_tokens, n_tiles * self._width, dtype=torch.float32)
+        is_half = dtype == torch.bfloat16
+        out = torch.empty_like(sums, dtype=dtype) if is_half else sums
+        places = [part.data_ptr() for part in (self._words, x, sums, out)]
+        sizes = (n_tiles, n_inputs, n_tokens, ctypes.addressof(_configuration(n_tokens)))
+        in_parallel(self._code(is_half).address, *places, *sizes, *others)
+        if out.shape[1] > n_outputs:
+            out = out[:, :n_outputs].contiguous()
+        return out if is_half else out.to(dtype)
+
+
+@functools.cache
+def _configuration(n_tokens: int) -> Any:
+    """Return how AMX's registers are used for some tokens: their rows, each of 64 bytes."""
+    rows = [min(n_tokens, ROWS)] * 5 + [16] * 3  # of sums and inputs, of weights
+    return ctypes.create_string_buffer(
+        struct.pack("<2B14x16H16B", 1, 0, *[64] * 8, *[0] * 8, *rows, *[0] * 8)
+    )
+
+
+class Bfloat16(Kernel):
+    """A plain weight in bfloat16, for processors without instructions for it.
+
+    PyTorch's operators widen it first. Sums are in float32.
+    """
+
+    opaque = True
+
+    def __init__(self, stored: StoredWeight):
+        super().__init__(stored)
+        weight = stored["weight"]
+        self._tiles = Tiles(in_tiles(weight.contiguous().view(torch.int32)), weight, None)
+
+    @staticmethod
+    def is_fastest_for(weight: torch.Tensor) -> bool:
+        """Return whether a weight is multiplied fastest by compiled code."""
+        fits = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
+        return fits and weight.shape[1] % 2 == 0 and not cpu_has_bf16() and has_numba()
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        return self._tiles.product(x)
+
+    def stored(self) -> StoredWeight:
+        return {"weight": self._tiles.weight()}
+
+    def weights(self, rows: torch.Tensor) -> torch.Tensor:
+        return self._tiles.rows(rows).float()
