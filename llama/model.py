@@ -360,9 +360,9 @@ class Transformer(nn.Module):
         layers: Iterable[Callable[..., torch.Tensor]],
     ) -> torch.Tensor:
         """Return the last layer's output of token ids: (n_tokens,) to (n_tokens, dim)."""
-        padding = (0, max(0, self.min_tokens - len(tokens)))
-        freqs_cis = self.freqs_cis[F.pad(batch.positions, padding)]
-        h = self.tok_embeddings(F.pad(tokens, padding))  # (n_tokens, dim)
+        n_more = max(0, self.min_tokens - len(tokens))
+        ids, places = (F.pad(x, (0, n_more)) if n_more else x for x in (tokens, batch.positions))
+        freqs_cis, h = self.freqs_cis[places], self.tok_embeddings(ids)  # h: (n_tokens, dim)
         for layer in layers:
             h = layer(h, freqs_cis, batch)
         return h[: len(tokens)]

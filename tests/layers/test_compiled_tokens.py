@@ -247,3 +247,16 @@ def test_a_network_gives_the_logits_that_it_has_without(monkeypatch: pytest.Monk
     expected = logits()
     assert (found - expected).norm() < 0.02 * expected.norm()
     assert (others - expected).norm() > 0.1 * expected.norm()  # without a rotation
+
+
+@pytest.mark.parametrize("n_rows", [1, 3, 40])
+def test_rows_are_gathered_within_the_table(n_rows: int) -> None:
+    """A failure means that a token gets another one's vector, or reads memory behind the table."""
+    table = torch.arange(7 * 6, dtype=torch.int32).view(7, 6)
+    rows = torch.arange(n_rows) % 7
+    assert torch.equal(compiled.gather(table, rows, 7), table[rows])
+    tiles_ = torch.arange(2 * 6 * 4, dtype=torch.int32).view(2, 6, 4)
+    expected = tiles_.transpose(1, 2).flatten(0, 1)[rows]
+    assert torch.equal(compiled.gather(tiles_, rows, 7), expected)
+    outside = torch.tensor([-1, 7, 1 << 40])
+    assert torch.equal(compiled.gather(table, outside, 7), table[[0, 6, 6]])

@@ -146,6 +146,26 @@ def compile_tokens_code() -> None:
         code("numba_tokens", function)
 
 
+def gather(
+    table: torch.Tensor, rows: torch.Tensor, n_rows: int, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return copies of a table's rows, (n, n_words), int32.
+
+    Args:
+        table: contiguous, of words of 32 bits, (n_rows, n_words), or of tiles, (n_tiles, n_words,
+            width).
+        rows: numbers of rows, int64, shape (n,); one beyond the table is its last row's.
+        n_rows: of the table.
+        out: where to write them, if somewhere else than in new memory.
+    """
+    width, rows = table.shape[2] if table.dim() == 3 else 1, rows.contiguous()
+    if out is None:
+        out = torch.empty(len(rows), table.shape[1], dtype=torch.int32, device="cpu")
+    places = (table.data_ptr(), rows.data_ptr(), out.data_ptr())
+    by_rows(code("numba_tokens", "gather"), len(rows), *places, *out.shape, n_rows, width)
+    return out
+
+
 def in_tiles(part: torch.Tensor, mask: int = 0, owned: bool = False) -> torch.Tensor:
     """Bring rows of words or scales into the order of tiles, (n_tiles, n_elements, TILE).
 

@@ -14,9 +14,9 @@ from torch.utils._pytree import tree_leaves
 
 from llama import parallel
 from llama.layers.batch import RaggedBatch
-from llama.layers.kernels.compiled import has_attention, is_read
+from llama.layers.kernels.compiled import gather, has_attention, is_read
 from llama.layers.kernels.machine_code import code
-from llama.layers.kernels.openmp import by_rows, in_parallel, recording
+from llama.layers.kernels.openmp import by_rows, call_in_parallel, recording
 
 _MOST = 1 << 28  # bytes that a graph may keep
 _OFTEN = 4  # times that a step comes up until it is recorded
@@ -251,6 +251,9 @@ def _operate(
     func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], memory: Memory
 ) -> torch.Tensor | None:
     """Return what an operator of PyTorch does, done by compiled code; None where it has none."""
+    if func in _GATHERING:
+        rows = [args[1]] if isinstance(args[1], torch.Tensor) else args[1]
+        return _gathered(args[0], rows[0], memory) if len(rows) == 1 else None
     tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
     fit = all(x.is_cpu and x.is_contiguous() and x.dim() > 1 for x in tensors)
     if kwargs or not tensors or not fit:
@@ -269,6 +272,18 @@ def _operate(
     return None
 
 
+def _gathered(table: torch.Tensor, rows: torch.Tensor, memory: Memory) -> torch.Tensor | None:
+    """Return the rows of a table, copied by compiled code; None where it has none."""
+    are_numbers = rows.dtype == torch.int64 and rows.dim() == 1 and rows.is_contiguous()
+    are_words = table.dim() > 1 and table[0].nbytes % 4 == 0 and table.is_contiguous()
+    if not (are_numbers and are_words and table.is_cpu):
+        return None
+    words = table.flatten(1).view(torch.int32)
+    out = memory.copy(torch.empty(len(rows), words.shape[1], dtype=torch.int32, device="cpu"))
+    copies = gather(words, rows, len(table), out)
+    return copies.view(table.dtype).view(len(rows), *table.shape[1:])
+
+
 def _by_rows(function: Any, out: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
     """Call a function that writes a tensor, given others of its shape."""
     rows = out.flatten(0, -2)
@@ -277,6 +292,7 @@ def _by_rows(function: Any, out: torch.Tensor, *tensors: torch.Tensor) -> torch.
     return out
 
 
+_GATHERING = (torch.ops.aten.index.Tensor, torch.ops.aten.embedding.default)
 _EMPTY = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 
 
@@ -314,9 +330,9 @@ class _Replay:
 
     def __init__(self, calls: list[tuple[int, Any]]):
         self._calls = calls  # which own the data
-        places = (place for address, data in calls for place in (address, ctypes.addressof(data)))
-        self._values = len(calls), *places
+        places = [place for address, data in calls for place in (address, ctypes.addressof(data))]
+        self._data = (ctypes.c_int64 * (1 + len(places)))(len(calls), *places)
         self._code = code("numba_tokens", "replay").address
 
     def __call__(self) -> None:
-        in_parallel(self._code, *self._values)
+        call_in_parallel(self._code, self._data)

@@ -128,6 +128,27 @@ def to_bfloat16(data):
             out[row, i] = rounded(x[row, i])
 
 
+@compiled_once()
+def gather(data):
+    """Copy a thread's part of some rows of a table, or of tiles.
+
+    ``data`` points to the addresses of the table, (n_rows / width, n_words, width), in words of 32
+    bits, of the rows' numbers, int64, and of the copies, (n, n_words), then to the numbers of
+    copies, of words, of rows, and to the width. A number beyond the table is its last row's.
+    """
+    given = numba.carray(data, 7, numba.int64)
+    n, n_words, n_rows, width = given[3], given[4], given[5], given[6]
+    shape = (-(-n_rows // width), n_words, width)
+    table = numba.carray(pointer(given[0]), shape, numba.uint32)
+    numbers = numba.carray(pointer(given[1]), (n,), numba.int64)
+    out = numba.carray(pointer(given[2]), (n, n_words), numba.uint32)
+    for i in range(*part_of_thread(n)):
+        number = min(max(numbers[i], 0), n_rows - 1)
+        tile, place = number // width, number % width
+        for word in range(n_words):
+            out[i, word] = table[tile, word, place]
+
+
 _barrier = numba.types.ExternalFunction("llama_barrier", numba.void())
 
 

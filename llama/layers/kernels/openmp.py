@@ -60,8 +60,12 @@ def by_rows(function: Any, n_rows: int, *values: int) -> None:
 
 def in_parallel(address: int, *values: int) -> None:
     """Call a function with a pointer to some values in each of PyTorch's threads."""
+    call_in_parallel(address, _data(address, values))
+
+
+def call_in_parallel(address: int, data: Any) -> None:
+    """Call a function with a pointer to data in each of PyTorch's threads."""
     n_threads = ctypes.c_uint(torch.get_num_threads())
-    data = _data(address, values)
     openmp().GOMP_parallel(ctypes.c_void_p(address), data, n_threads, ctypes.c_uint(0))
 
 

@@ -19,10 +19,11 @@ from llama.layers.kernels.compiled import (
     HAS_VNNI,
     ROWS,
     compile_tokens_code,
+    gather,
     in_tiles,
 )
 from llama.layers.kernels.machine_code import Code, code, has_numba
-from llama.layers.kernels.openmp import by_rows, in_parallel
+from llama.layers.kernels.openmp import by_rows, in_parallel, recording
 from llama.layers.quantization import StoredWeight
 
 # Rows of inputs up to which compiled code is faster than oneDNN.
@@ -56,7 +57,7 @@ class Tiles:
     def are_worth(weight: torch.Tensor) -> bool:
         """Return whether compiled code reads a weight in oneDNN's order, if that is known."""
         has_units = HAS_AMX if weight.dtype == torch.int8 else HAS_VNNI
-        fits = weight.shape[1] % 64 == 0 and weight.numel() >= TILED
+        fits = weight[0].nbytes % 64 == 0 and weight.numel() >= TILED
         return has_units and fits and hasattr(torch.ops.mkldnn, "data_ptr") and has_numba()
 
     @staticmethod
@@ -84,6 +85,8 @@ class Tiles:
 
     def rows(self, rows: torch.Tensor) -> torch.Tensor:
         """Return some outputs' weights, shape (n,) to (n, n_inputs)."""
+        if recording.calls is not None and rows.dim() == 1:
+            return gather(self._words, rows, self._shape[0]).view(self._dtype)
         return self._words[rows // self._width, :, rows % self._width].view(self._dtype)
 
     def weight(self) -> torch.Tensor:
