@@ -12,6 +12,7 @@ from llama.args import ModelArgs
 from llama.layers.attention import Backend, Sdpa, ragged_attention
 from llama.layers.batch import Segment
 from llama.layers.capability import Capability
+from llama.layers.kernels import compile_prompts
 from llama.layers.kv_cache import KVCache
 from llama.layers.varlen import MAX_DRAFT, Varlen
 
@@ -46,6 +47,8 @@ def choose_backend(
             logger.info("attention by FlashAttention, of sequences of any lengths")
             return Varlen(args.max_seq_len)
         logger.warning("FlashAttention isn't used: %s", reason or "another rank can't")
+    if capability.kind == "cpu" and not int8_cache:
+        compile_prompts(dtype, n_heads, args.head_dim)
     logger.info("attention by scaled_dot_product_attention (%s)", reason)
     return sdpa
 

@@ -16,8 +16,6 @@ from llama.layers.capability import cpu_has_amx
 from llama.layers.kv_cache import KVCache
 from llama.layers.varlen import Varlen
 
-_CPU_SPAN = 128 if cpu_has_amx() else 64  # tokens of a prompt in one attention call on a CPU
-
 
 def ragged_attention(q: torch.Tensor, kv_cache: KVCache, batch: RaggedBatch) -> torch.Tensor:
     """Return softmax(q k^T / sqrt(head_dim)) v for each token and query head.
@@ -57,6 +55,8 @@ class Span(NamedTuple):
 
     def attend(self, q: torch.Tensor, kv_cache: KVCache) -> torch.Tensor:
         """Return the attention of its queries: (n_tokens, n_heads, head_dim), also of ``q``."""
+        if kernels.has_prompt_attention(q, kv_cache, self.slots):
+            return kernels.attend_prompt(q, kv_cache, self.slots, self.kv_len)
         keys, values = kv_cache.read(self.slots, self.kv_len)
         if self.kind == "mps":  # where strides gave wrong sums (pytorch issues 163597, 181133)
             q, keys, values = q.contiguous(), keys.contiguous(), values.contiguous()
@@ -80,6 +80,7 @@ class Sdpa:
         self._kind = kind
         self.dtype = dtype
         self._n_rep = n_rep if kind == "cpu" else 1
+        self._span = kernels.prompt_span(dtype)  # tokens of a prompt in one call on a CPU
 
     def layout(self, segments: Sequence[Segment], device: torch.device) -> RaggedBatch:
         """Return the batch of some segments, each of another slot."""
@@ -127,7 +128,7 @@ class Sdpa:
         On a CPU it is cut, since attention there also computes the scores that causality discards.
         """
         slot, start_pos, length = segment
-        step = min(_CPU_SPAN, length) if self._kind == "cpu" else length
+        step = min(self._span, length) if self._kind == "cpu" else length
         past = start_pos + (length - 1) // step * step  # of the last span
         whole = None  # a mask that ends in a triangle; each span's is a part of it
         if self._kind != "cuda":

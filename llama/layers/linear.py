@@ -198,10 +198,8 @@ def pack(layers: Layers, capability: Capability, owned: bool = False) -> list[Ke
 
 
 def _have_one_form(first: ParallelLinear, second: ParallelLinear) -> bool:
-    if first.form != second.form:
-        return False
-    order, other = (getattr(layer, "order", None) for layer in (first, second))
-    return order is None or other is None or torch.equal(order, other)
+    one, other = (getattr(layer, "order", None) for layer in (first, second))
+    return first.form == second.form and (one is None or other is None or torch.equal(one, other))
 
 
 def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -7,7 +7,13 @@ import torch
 
 from llama.layers.attention import Sdpa, ragged_attention
 from llama.layers.batch import RaggedBatch, Segment
-from llama.layers.kernels import attend, compiled, has_attention
+from llama.layers.kernels import (
+    attend,
+    attend_prompt,
+    compiled,
+    has_attention,
+    has_prompt_attention,
+)
 from llama.layers.kv_cache import KVCache
 
 BF16 = torch.bfloat16
@@ -109,3 +115,67 @@ def test_other_queries_are_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> N
     assert not has_attention(q.expand(4, -1, -1).contiguous(), cache, batch)  # three are padding
     monkeypatch.setattr(compiled, "MOST_POSITIONS", 40)
     assert not has_attention(q, cache, batch)
+
+
+@pytest.fixture
+def amx() -> None:
+    if not compiled.HAS_AMX:
+        pytest.skip("the processor lacks AMX")
+
+
+# Fewer tokens than a block and more, with an incomplete tile; past positions that end within keys.
+@pytest.mark.parametrize(("n_tokens", "past"), [(16, 0), (17, 63), (64, 64), (150, 0), (130, 41)])
+@pytest.mark.parametrize(
+    ("n_heads", "n_kv_heads", "head_dim"), [(9, 3, 64), (8, 8, 96), (16, 2, 128), (2, 1, 256)]
+)
+def test_prompts_are_exact_up_to_rounding(
+    n_heads: int, n_kv_heads: int, head_dim: int, n_tokens: int, past: int, amx: None
+) -> None:
+    """A failure means that a prompt is read otherwise, or sees what comes later."""
+    cache, kv_len = filled(n_kv_heads, 256, head_dim), past + n_tokens
+    cache.k[2, :, kv_len:], cache.v[2, :, kv_len:] = math.nan, math.nan
+    batch = Sdpa("cpu", BF16, n_heads // n_kv_heads).layout([Segment(2, past, n_tokens)], CPU)
+    generator = torch.Generator().manual_seed(n_tokens)
+    q = torch.randn(n_tokens, n_heads, head_dim, generator=generator).bfloat16()
+    assert has_prompt_attention(q, cache, slice(2, 3)) and len(batch.calls) == 1
+    found = attend_prompt(q, cache, slice(2, 3), kv_len)
+    expected = exact(q, cache, batch)
+    torch.testing.assert_close(found.double(), expected, rtol=2**-6, atol=2**-8)
+    difference = (found.double() - expected).norm() / expected.norm()
+    assert difference < 4e-3
+    if n_tokens > compiled.FEW_TOKENS:
+        assert torch.equal(ragged_attention(q, cache, batch), found)
+
+
+@pytest.mark.parametrize("factor", [1e4, 1e-30])
+def test_prompts_with_scores_of_any_size(factor: float, amx: None) -> None:
+    """A failure means zeros or NaNs where one position decides, or where all are alike."""
+    cache, batch = filled(8, 128, 64), laid_out([Segment(1, 40, 70)])
+    q = torch.randn(70, 8, 64, generator=torch.Generator().manual_seed(1)).mul(factor).bfloat16()
+    found = attend_prompt(q, cache, slice(1, 2), 110)
+    torch.testing.assert_close(found.double(), exact(q, cache, batch), rtol=2**-6, atol=2**-7)
+
+
+def test_a_prompts_nan_is_seen_from_there_on(amx: None) -> None:
+    """A failure means that broken numbers are hidden, or in what came before or in other heads."""
+    cache, q = filled(8, 128, 64), torch.ones(100, 8, 64, dtype=BF16)
+    cache.k[0, 2, 70] = math.nan
+    q[3, 5, 7] = math.nan
+    found = attend_prompt(q, cache, slice(0, 1), 100).isnan().all(dim=2)
+    expected = torch.zeros_like(found)
+    expected[70:, 2] = expected[3, 5] = True
+    assert torch.equal(found, expected)
+
+
+def test_other_prompts_are_left_to_pytorch(amx: None) -> None:
+    """A failure means that numbers of another form are read as bfloat16's bits."""
+    cache, q, slot = filled(8, 64, 64), torch.ones(16, 8, 64, dtype=BF16), slice(0, 1)
+    assert has_prompt_attention(q, cache, slot)
+    others = [KVCache((4, 8, 64, 64), BF16, CPU, int8=True)]
+    others.append(KVCache((4, 8, 64, 64), BF16, CPU, position_major=True))
+    others.append(KVCache((4, 8, 64, 64), torch.float32, CPU))
+    assert not any(has_prompt_attention(q, other, slot) for other in others)
+    queries = (q[:15], q.float(), q[..., :48].contiguous(), q[:, :4].contiguous(), q[:, ::2])
+    assert not any(has_prompt_attention(some, cache, slot) for some in queries)
+    assert not has_prompt_attention(q, cache, slice(0, 16))  # of 16 sequences
+    assert not has_prompt_attention(q, cache, torch.tensor([0]))

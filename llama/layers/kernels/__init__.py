@@ -8,7 +8,16 @@ import torch.nn.functional as F
 from llama.layers.capability import Capability
 from llama.layers.kernels import compiled, cpu, cuda, plain
 from llama.layers.kernels.base import Kernel
-from llama.layers.kernels.compiled import attend, has_attention, has_rotation, rotate
+from llama.layers.kernels.compiled import (
+    attend,
+    attend_prompt,
+    compile_prompts,
+    has_attention,
+    has_prompt_attention,
+    has_rotation,
+    prompt_span,
+    rotate,
+)
 from llama.layers.kernels.digits import Digits, Ordered
 from llama.layers.kernels.groups import Groups
 from llama.layers.kernels.tiles import Bfloat16, Tiles
@@ -17,11 +26,15 @@ from llama.layers.quantization import Form, Grouped, StoredWeight
 __all__ = [
     "Kernel",
     "attend",
+    "attend_prompt",
+    "compile_prompts",
     "has_attention",
+    "has_prompt_attention",
     "has_rotation",
     "make_kernel",
     "plain",
     "plain_kernel",
+    "prompt_span",
     "rms_norm",
     "rotate",
     "swiglu",

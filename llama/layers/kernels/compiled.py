@@ -4,7 +4,10 @@
 groups.
 """
 
+import ctypes
+import functools
 import struct
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +28,8 @@ HAS_VNNI = all(CPU.get(name) for name in ("avx512_vnni", "avx512_vl"))
 # Whether the system lets this process use AMX, which is asked for here.
 HAS_AMX = HAS_VNNI and cpu_has_amx() and getattr(torch.cpu, "_init_amx", bool)()
 ROWS = 16  # tokens that AMX multiplies at once
+# Keys whose scores are computed at a time, and tokens of a prompt for which they are ordered once.
+KEYS, TOKENS = 64, 64
 LANES = 16 if HAS_VNNI else 8  # of 32 bits in a vector
 TILE = 2 * LANES  # outputs of a weight in groups that lie side by side
 
@@ -144,6 +149,74 @@ def attend(q: torch.Tensor, kv_cache: KVCache, batch: RaggedBatch) -> torch.Tens
 def compile_tokens_code() -> None:
     for function in ("rms_norm", "swiglu", "rotate"):
         code("numba_tokens", function)
+
+
+def prompt_span(dtype: torch.dtype) -> int:
+    """Return how many tokens of a prompt attend at a time on a CPU.
+
+    PyTorch's operator also computes the scores that causality discards.
+    """
+    if HAS_AMX and dtype == torch.bfloat16 and has_numba():
+        return 512
+    return 128 if cpu_has_amx() else 64
+
+
+def compile_prompts(dtype: torch.dtype, n_heads: int, head_dim: int) -> None:
+    """Compile ``attend_prompt`` for some heads, if it serves them, before the first prompt."""
+    if HAS_AMX and dtype == torch.bfloat16 and _serves(n_heads, head_dim) and has_numba():
+        code("numba_prompts", "attend", head_dim)
+
+
+def _serves(n_heads: int, head_dim: int) -> bool:
+    return head_dim % 32 == 0 and n_heads * head_dim >= WIDE
+
+
+def has_prompt_attention(q: torch.Tensor, kv_cache: KVCache, slots: slice | torch.Tensor) -> bool:
+    """Return whether ``attend_prompt`` computes the attention of queries as it has, of one slot."""
+    (n_tokens, n_heads, head_dim), keys = q.shape, kv_cache.k
+    if not (HAS_AMX and isinstance(slots, slice) and slots.stop - slots.start == 1):
+        return False
+    if torch.compiler.is_compiling() or not keys.is_cpu or kv_cache.position_major:
+        return False
+    fits = n_tokens >= ROWS and _serves(n_heads, head_dim)
+    return fits and q.is_contiguous() and is_read(q, keys)
+
+
+def attend_prompt(
+    q: torch.Tensor, kv_cache: KVCache, slots: slice | torch.Tensor, kv_len: int
+) -> torch.Tensor:
+    """Return the attention of a sequence's last tokens, each to the positions up to its own.
+
+    Args:
+        q: shape (n_tokens, n_heads, head_dim).
+        kv_cache: of the layer, which holds the tokens' own keys and values.
+        slots: the sequence's alone.
+        kv_len: how many positions it has, these tokens' included.
+    """
+    [keys], [values] = kv_cache.k[slots], kv_cache.v[slots]
+    out = torch.empty_like(q)
+    (n_tokens, n_heads, head_dim), (n_kv_heads, max_seq_len, _) = q.shape, keys.shape
+    # Of keys and values in order, of scores and weights, and of each token's sums.
+    sizes = (
+        8 * KEYS * head_dim,
+        6 * ROWS * KEYS,
+        TOKENS * n_heads // n_kv_heads * 4 * (head_dim + 2),
+    )
+    n_bytes = 64 + sum(sizes)
+    memory = q.new_empty(torch.get_num_threads() * n_bytes, dtype=torch.uint8)
+    places = [part.data_ptr() for part in (q, keys, values, out, memory)]
+    others = (n_tokens, n_heads, n_kv_heads, max_seq_len, kv_len, n_bytes)
+    address = code("numba_prompts", "attend", head_dim).address
+    in_parallel(address, *places, ctypes.addressof(amx_registers(ROWS)), *others)
+    return out
+
+
+@functools.cache
+def amx_registers(n_tokens: int) -> Any:
+    """Return how AMX's registers are used for some tokens: their rows, each of 64 bytes."""
+    rows = [min(n_tokens, ROWS)] * 5 + [16] * 3  # of sums and inputs, of weights
+    sizes = [64] * 8 + [0] * 8, rows + [0] * 8
+    return ctypes.create_string_buffer(struct.pack("<2B14x16H16B", 1, 0, *sizes[0], *sizes[1]))
 
 
 def gather(

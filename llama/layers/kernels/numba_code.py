@@ -18,7 +18,7 @@ I8, I16, I32, I64, F32 = *(ir.IntType(n) for n in (8, 16, 32, 64)), ir.FloatType
 INTEGER, FLOAT, ZERO = numba.types.int64, numba.float32, numba.float32(0)
 
 add_symbols()
-thread_number, _thread_count = (
+thread_number, thread_count = (
     numba.types.ExternalFunction(f"llama_thread_{name}", numba.int32())
     for name in ("number", "count")
 )
@@ -59,7 +59,7 @@ def bfloat16(typing, bits):
 @numba.njit
 def part_of_thread(n_rows):
     """Return the first row of a thread's part and the first behind it."""
-    thread, count = thread_number(), _thread_count()
+    thread, count = thread_number(), thread_count()
     return n_rows * thread // count, n_rows * (thread + 1) // count
 
 

@@ -143,20 +143,20 @@ def _by_matrices(kind: Kind, finish):
     def tiles_of_thread(data):
         given = numba.carray(data, 11, numba.int64)
         places, n_tokens = to_fixed_tuple(given[:6], 6), given[6]
-        before = _space()
-        _keep(before)  # as others left AMX, who may go on with it
-        _configure(given[7])
+        before = space()
+        keep(before)  # as others left AMX, who may go on with it
+        configure(given[7])
         for tile in range(*part_of_thread(given[4])):
             for token in range(0, n_tokens, ROWS):
                 multiply(places, tile, max(min(token, n_tokens - ROWS), 0))
             finish(given, tile * width, 0, n_tokens)
-        _configure(before)
+        configure(before)
 
     return tiles_of_thread
 
 
 @intrinsic
-def _space(typing):
+def space(typing):
     """Return the address of a configuration of AMX in the caller's own memory."""
 
     def generate(context, build, signature, args):
@@ -180,7 +180,33 @@ def _on_memory(name):
     return call
 
 
-_keep, _configure = _on_memory("x86.sttilecfg"), _on_memory("x86.ldtilecfg")
+keep, configure = _on_memory("x86.sttilecfg"), _on_memory("x86.ldtilecfg")
+
+
+class Matrices(Vectors):
+    """Makes instructions of AMX, for registers of up to 16 rows of 64 bytes."""
+
+    def __init__(self, build, product="tdpbf16ps"):
+        super().__init__(build)
+        self.product = product
+
+    def clear(self, register):
+        self.call("x86.tilezero", ir.VoidType(), I8(register))
+
+    def load(self, register, place, pitch, is_read_once=False):
+        self._move("tileloaddt164" if is_read_once else "tileloadd64", register, place, pitch)
+
+    def store(self, register, place, pitch):
+        self._move("tilestored64", register, place, pitch)
+
+    def add_product(self, total, first, second):
+        """Add a product to a register; of the second each word belongs to another output."""
+        registers = (I8(register) for register in (total, first, second))
+        self.call(f"x86.{self.product}", ir.VoidType(), *registers)
+
+    def _move(self, name, register, place, pitch):
+        pointer = self.build.inttoptr(place, I8.as_pointer())
+        self.call(f"x86.{name}", ir.VoidType(), I8(register), pointer, pitch)
 
 
 def _matrix(kind: Kind):
@@ -203,28 +229,23 @@ def _matrix(kind: Kind):
         def at(address, *sizes):
             return build.add(address, functools.reduce(build.mul, sizes))
 
-        def call(name, *args):
-            vector.call(f"x86.{name}", ir.VoidType(), *args)
-
-        def move(name, register, place, pitch):
-            call(name, I8(register), build.inttoptr(place, I8.as_pointer()), pitch)
-
+        amx = Matrices(build, "tdpbusd" if is_int8 else "tdpbf16ps")
         pitch = build.mul(n_tiles, I64(4 * width))  # bytes of a token's sums
         tiles, x = at(tiles, tile, n_bytes, I64(width)), at(x, token, n_bytes)
         out = at(at(out, token, pitch), tile, I64(4 * width))
         for part in parts:
-            call("tilezero", I8(part))
+            amx.clear(part)
         with for_range(build, build.sdiv(n_bytes, I64(line))) as loop:
             place = at(tiles, loop.index, I64(line * width))
-            move("tileloadd64", 4, at(x, loop.index, I64(line)), n_bytes)
+            amx.load(4, at(x, loop.index, I64(line)), n_bytes)
             for part in parts:
                 own, register = build.add(place, I64(line * part)), 5 + part % 3
-                move("tileloaddt164", register, own, I64(4 * width))
-                call("tdpbusd" if is_int8 else "tdpbf16ps", I8(part), I8(4), I8(register))
+                amx.load(register, own, I64(4 * width), is_read_once=True)
+                amx.add_product(part, 4, register)
                 for ahead in range(16):  # twice as far as for vectors: it reads as much at once
                     vector.prefetch(build.add(place, I64(line * (16 * part + ahead) + 2 * AHEAD)))
         for part in parts:
-            move("tilestored64", part, build.add(out, I64(line * part)), pitch)
+            amx.store(part, build.add(out, I64(line * part)), pitch)
         return context.get_dummy_value()
 
     return write

@@ -5,9 +5,6 @@ read, or, for x86 processors without instructions for bfloat16, in one that is m
 """
 
 import ctypes
-import functools
-import struct
-from typing import Any
 
 import torch
 
@@ -17,7 +14,7 @@ from llama.layers.kernels.compiled import (
     FEW_TOKENS,
     HAS_AMX,
     HAS_VNNI,
-    ROWS,
+    amx_registers,
     compile_tokens_code,
     gather,
     in_tiles,
@@ -141,20 +138,11 @@ class Tiles:
         is_half = dtype == torch.bfloat16
         out = torch.empty_like(sums, dtype=dtype) if is_half else sums
         places = [part.data_ptr() for part in (self._words, x, sums, out)]
-        sizes = (n_tiles, n_inputs, n_tokens, ctypes.addressof(_configuration(n_tokens)))
+        sizes = (n_tiles, n_inputs, n_tokens, ctypes.addressof(amx_registers(n_tokens)))
         in_parallel(self._code(is_half).address, *places, *sizes, *others)
         if out.shape[1] > n_outputs:
             out = out[:, :n_outputs].contiguous()
         return out if is_half else out.to(dtype)
-
-
-@functools.cache
-def _configuration(n_tokens: int) -> Any:
-    """Return how AMX's registers are used for some tokens: their rows, each of 64 bytes."""
-    rows = [min(n_tokens, ROWS)] * 5 + [16] * 3  # of sums and inputs, of weights
-    return ctypes.create_string_buffer(
-        struct.pack("<2B14x16H16B", 1, 0, *[64] * 8, *[0] * 8, *rows, *[0] * 8)
-    )
 
 
 class Bfloat16(Kernel):
