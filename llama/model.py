@@ -234,6 +234,8 @@ class Transformer(nn.Module):
         was_packed = self._is_packed()
         result = super().load_state_dict(*args, **kwargs)
         if was_packed:
+            if self.params.n_outputs and self.output.is_shared:
+                self.output.load_state_dict(self.tok_embeddings.state_dict(), assign=True)
             self.pack()
         return result
 
@@ -310,10 +312,7 @@ class Transformer(nn.Module):
 
     @torch.inference_mode()
     def forward_ragged(
-        self,
-        tokens: torch.Tensor,
-        segments: Sequence[Segment],
-        select: torch.Tensor | None = None,
+        self, tokens: torch.Tensor, segments: Sequence[Segment], select: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Return logits as ``forward`` does, for sequences with different numbers of tokens.
 
@@ -332,10 +331,7 @@ class Transformer(nn.Module):
 
     @torch.inference_mode()
     def hidden_states(
-        self,
-        tokens: torch.Tensor,
-        segments: Sequence[Segment],
-        select: torch.Tensor | None = None,
+        self, tokens: torch.Tensor, segments: Sequence[Segment], select: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Return the last hidden states, normed: (n_tokens or len(select), dim).
 

@@ -38,7 +38,9 @@ def choose_backend(
         # It plans again for each length, and is wrong for few heads (pytorch issue 193893).
         torch.backends.cuda.enable_cudnn_sdp(False)
     n_heads, n_kv_heads = args.n_heads // ranks, max(args.kv_heads, ranks) // ranks
-    sdpa = Sdpa(capability.kind, dtype, n_heads // n_kv_heads)
+    is_compiled = capability.kind == "cpu" and not int8_cache
+    is_compiled = is_compiled and compile_prompts(dtype, n_heads, args.head_dim)
+    sdpa = Sdpa(capability.kind, dtype, n_heads // n_kv_heads, is_compiled)
     reason = "an int8 cache" if int8_cache else f"{dtype} on {capability.kind}"
     if dtype in capability.varlen_dtypes and not int8_cache:
         reason = _difference((n_heads, n_kv_heads, args.head_dim), device, sdpa)
@@ -47,8 +49,6 @@ def choose_backend(
             logger.info("attention by FlashAttention, of sequences of any lengths")
             return Varlen(args.max_seq_len)
         logger.warning("FlashAttention isn't used: %s", reason or "another rank can't")
-    if capability.kind == "cpu" and not int8_cache:
-        compile_prompts(dtype, n_heads, args.head_dim)
     logger.info("attention by scaled_dot_product_attention (%s)", reason)
     return sdpa
 

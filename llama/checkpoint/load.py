@@ -129,7 +129,7 @@ def _fill(
             if place is not None:
                 part = part if shares_memory(part, place) else place.copy_(part)
                 own.add(part.data_ptr())
-            elif is_mapped or part.untyped_storage().nbytes() > part.nbytes:
+            elif part.untyped_storage().nbytes() > part.nbytes:
                 part = part.clone()  # of a tensor that was made whole, keep this rank's part only
             release(mapped)
         tensors[name] = part
@@ -169,7 +169,8 @@ def _stored_dtype(model: Transformer, name: str, dtype: torch.dtype) -> torch.dt
 
 def _pack(model: Transformer, still_mapped: set[int], own: set[int]) -> None:
     """Give the weights to their kernels, and release what was mapped or made on the way."""
-    groups = list(model.linear_groups())
+    # The output first, which is the largest, while no other weight is in memory beside its copies.
+    groups = list(model.linear_groups())[::-1]
     with progress(len(groups), "packing weights", "groups") as show:
         for n, layers in enumerate(groups):
             weights = [weight for layer in layers for weight in layer.parameters()]

@@ -76,10 +76,7 @@ class Runner:
 
     @torch.inference_mode()
     def start(
-        self,
-        pieces: list[Piece],
-        decode: "DecodingSteps | None",
-        drawn: torch.Tensor | None = None,
+        self, pieces: list[Piece], decode: "DecodingSteps | None", drawn: torch.Tensor | None = None
     ) -> Pass:
         """Start a pass.
 

@@ -16,6 +16,8 @@ from llama.layers.capability import cpu_has_amx
 from llama.layers.kv_cache import KVCache
 from llama.layers.varlen import Varlen
 
+_CPU_SPAN = 128 if cpu_has_amx() else 64  # tokens of a prompt in one attention call on a CPU
+
 
 def ragged_attention(q: torch.Tensor, kv_cache: KVCache, batch: RaggedBatch) -> torch.Tensor:
     """Return softmax(q k^T / sqrt(head_dim)) v for each token and query head.
@@ -72,15 +74,16 @@ class Sdpa:
         dtype: of the queries.
         n_rep: how many query heads share a key head. On a CPU those of a prompt's tokens are then
             the rows of one matrix, 1.2 to 2 times as fast as one for each of them.
+        is_compiled: whether compiled code attends from prompts, which needs no mask.
     """
 
     position_major = False
 
-    def __init__(self, kind: str, dtype: torch.dtype, n_rep: int = 1):
+    def __init__(self, kind: str, dtype: torch.dtype, n_rep: int = 1, is_compiled: bool = False):
         self._kind = kind
         self.dtype = dtype
         self._n_rep = n_rep if kind == "cpu" else 1
-        self._span = kernels.prompt_span(dtype)  # tokens of a prompt in one call on a CPU
+        self._is_compiled = is_compiled
 
     def layout(self, segments: Sequence[Segment], device: torch.device) -> RaggedBatch:
         """Return the batch of some segments, each of another slot."""
@@ -128,10 +131,11 @@ class Sdpa:
         On a CPU it is cut, since attention there also computes the scores that causality discards.
         """
         slot, start_pos, length = segment
-        step = min(self._span, length) if self._kind == "cpu" else length
+        is_cut = self._kind == "cpu" and not self._is_compiled
+        step = min(_CPU_SPAN, length) if is_cut else length
         past = start_pos + (length - 1) // step * step  # of the last span
         whole = None  # a mask that ends in a triangle; each span's is a part of it
-        if self._kind != "cuda":
+        if is_cut or self._kind == "mps":
             whole = torch.zeros(self._n_rep, step, past + step, dtype=self.dtype, device=device)
             whole[:, :, past:] = whole.new_full((step, step), float("-inf")).triu_(1)
         for begin in range(0, length, step):
@@ -192,11 +196,14 @@ def _attend_many(
         rows = q.unflatten(1, (-1, n_rep)).permute(1, 2, 0, 3).flatten(1, 2)
         out = F.scaled_dot_product_attention(rows[None], keys, values, attn_mask=span.mask)
         return out[0].unflatten(1, (n_rep, -1)).permute(2, 0, 1, 3).flatten(1, 2)
+    mask, n_past = span.mask, span.kv_len - len(q)
+    if mask is None and n_past:  # compiled code, which left these to PyTorch, needs none
+        mask = torch.ones(len(q), span.kv_len, dtype=torch.bool, device="cpu").tril_(n_past)
     out = F.scaled_dot_product_attention(
         q.unflatten(1, (-1, n_rep)).permute(2, 1, 0, 3),  # (n_rep, n_kv_heads, n_tokens, head_dim)
         keys.expand(n_rep, -1, -1, -1),
         values.expand(n_rep, -1, -1, -1),
-        attn_mask=span.mask,
-        is_causal=span.mask is None,
+        attn_mask=mask,
+        is_causal=mask is None,
     )
     return out.permute(2, 1, 0, 3).flatten(1, 2)  # (n_tokens, n_heads, head_dim)

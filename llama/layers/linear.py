@@ -228,6 +228,8 @@ def _packed(layers: Sequence[ParallelLinear], capability: Capability, owned: boo
     }
     if kind is not None:
         kernel = kind(joined)
+        if first.is_shared and not kernel.reads_rows:
+            return None  # a second copy, which takes as much memory
     else:
         assert form is not None
         owned = owned or joined["weight"].data_ptr() != own[0]["weight"].data_ptr()  # a copy

@@ -99,6 +99,15 @@ def test_steps_beyond_compiled_attention_are_the_networks_own(
     assert llama.generate(PROMPTS, 24, temperature=0) == found
 
 
+def test_a_prompt_in_pieces(build: Callable[..., Llama], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A failure means that a long prompt crashes, or is read otherwise than a short one."""
+    llama, prompt = build(), [1, *range(300, 400)]
+    expected = llama.generate([prompt], 4, temperature=0)
+    monkeypatch.setattr(llama.model, "prefill_tokens", 40)
+    llama.reset_cache()
+    assert llama.generate([prompt], 4, temperature=0) == expected
+
+
 def test_several_sequences_are_replayed_without_python(build: Callable[..., Llama]) -> None:
     """A failure means that each layer's products of some sequences wait for Python."""
     if not compiled.HAS_AMX:

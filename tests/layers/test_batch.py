@@ -7,13 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention.bias import CausalBias
 
-from llama.layers.attention import Sdpa, Span
+from llama.layers.attention import _CPU_SPAN, Sdpa, Span
 from llama.layers.batch import Segment
-from llama.layers.kernels import prompt_span
 
 CPU = torch.device("cpu")
 F32 = torch.float32
-SPAN = prompt_span(F32)
 SHORT = st.integers(1, 3)
 SEGMENTS = st.lists(
     st.tuples(st.integers(0, 30), st.just(1) | SHORT | st.integers(60, 140)) | st.none(),
@@ -90,14 +88,14 @@ def test_no_mask_where_none_is_needed() -> None:
     """A failure means that the fast kernels, which take no mask, aren't used."""
     alike = spans_of([Segment(0, 8, 1), Segment(1, 8, 1)])
     assert [span.mask for span in alike] == [None]
-    first, second = spans_of([Segment(0, 0, SPAN + 1), Segment(1, 1, 2)])[::2]
+    first, second = spans_of([Segment(0, 0, _CPU_SPAN + 1), Segment(1, 1, 2)])[::2]
     assert first.mask is None and second.mask is not None
 
 
 def test_prompts_are_cut_on_a_cpu_alone() -> None:
     """A failure means quadratic work on CPUs, or many small calls on a GPU."""
     segments = [Segment(0, 0, 300)]
-    assert len(spans_of(segments)) == -(-300 // SPAN) > 2
+    assert len(spans_of(segments)) == -(-300 // _CPU_SPAN) > 2
     assert ends(spans_of(segments, "cuda")) == [(slice(0, 300), slice(0, 1), 300)]
 
 

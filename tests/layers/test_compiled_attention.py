@@ -10,6 +10,7 @@ from llama.layers.batch import RaggedBatch, Segment
 from llama.layers.kernels import (
     attend,
     attend_prompt,
+    compile_prompts,
     compiled,
     has_attention,
     has_prompt_attention,
@@ -134,10 +135,12 @@ def test_prompts_are_exact_up_to_rounding(
     """A failure means that a prompt is read otherwise, or sees what comes later."""
     cache, kv_len = filled(n_kv_heads, 256, head_dim), past + n_tokens
     cache.k[2, :, kv_len:], cache.v[2, :, kv_len:] = math.nan, math.nan
-    batch = Sdpa("cpu", BF16, n_heads // n_kv_heads).layout([Segment(2, past, n_tokens)], CPU)
+    compiled_too = Sdpa("cpu", BF16, n_heads // n_kv_heads, is_compiled=True)
+    batch = compiled_too.layout([Segment(2, past, n_tokens)], CPU)
     generator = torch.Generator().manual_seed(n_tokens)
     q = torch.randn(n_tokens, n_heads, head_dim, generator=generator).bfloat16()
-    assert has_prompt_attention(q, cache, slice(2, 3)) and len(batch.calls) == 1
+    assert has_prompt_attention(q, cache, slice(2, 3))
+    assert [call.mask for call in batch.calls] == [None]
     found = attend_prompt(q, cache, slice(2, 3), kv_len)
     expected = exact(q, cache, batch)
     torch.testing.assert_close(found.double(), expected, rtol=2**-6, atol=2**-8)
@@ -145,6 +148,26 @@ def test_prompts_are_exact_up_to_rounding(
     assert difference < 4e-3
     if n_tokens > compiled.FEW_TOKENS:
         assert torch.equal(ragged_attention(q, cache, batch), found)
+
+
+@pytest.mark.parametrize("n_kv_heads", [2, 8])
+def test_short_prompts_beside_long_ones_are_exact(n_kv_heads: int, amx: None) -> None:
+    """A failure means that a few new tokens of a sequence don't see what came before them."""
+    cache = filled(n_kv_heads, 256, 64)
+    backend = Sdpa("cpu", BF16, 8 // n_kv_heads, is_compiled=True)
+    segments = [Segment(0, 50, 10), Segment(1, 0, 9), Segment(2, 7, 130), Segment(3, 60, 1)]
+    batch = backend.layout(segments, CPU)
+    q = torch.randn(150, 8, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+    found = ragged_attention(q, cache, batch)
+    torch.testing.assert_close(found.double(), exact(q, cache, batch), rtol=2**-6, atol=2**-7)
+
+
+@pytest.mark.parametrize(
+    ("n_heads", "head_dim", "dtype"), [(8, 64, torch.float32), (8, 48, BF16), (2, 64, BF16)]
+)
+def test_other_heads_are_not_compiled(n_heads: int, head_dim: int, dtype: torch.dtype) -> None:
+    """A failure means that prompts have no masks where PyTorch's operator needs them."""
+    assert not compile_prompts(dtype, n_heads, head_dim)
 
 
 @pytest.mark.parametrize("factor", [1e4, 1e-30])

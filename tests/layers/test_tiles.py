@@ -1,5 +1,6 @@
 """Weights in oneDNN's order, which compiled code reads for few tokens."""
 
+import copy
 import math
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import torch
 from conftest import make_model
 
 from llama.layers.kernels import compiled, cpu, tiles
+from llama.layers.kernels.graphs import CpuGraph
 from llama.layers.quantization import Form, Grouped, Rotated
 
 BF16 = torch.bfloat16
@@ -75,6 +77,19 @@ def test_a_token_does_not_depend_on_the_others(bf16: None) -> None:
         assert torch.equal(kernel.product(x[:n_tokens]), alone[:n_tokens])
 
 
+@pytest.mark.parametrize("form", [None, Rotated(), Grouped("int8", 0, has_zeros=False)], ids=repr)
+def test_no_tokens_have_no_products(form: Form | None, bf16: None) -> None:
+    """A failure means that a prompt that is read in pieces crashes where a piece has no logits."""
+    if form is None:
+        kernels = [cpu.OneDnn({"weight": random(97, 192)})]
+        kernels.append(tiles.Bfloat16({"weight": random(97, 192)}))
+    else:
+        kernels = [int8_kernel(form, 97, 192)] if compiled.HAS_AMX else []
+    for kernel in kernels:
+        out = kernel.product(random(0, 192))
+        assert out.shape == (0, 97) and out.dtype == BF16
+
+
 def test_onednn_goes_on_where_it_was(bf16: None) -> None:
     """A failure means that compiled code leaves AMX to PyTorch's products in another state."""
     few, many = cpu.OneDnn({"weight": random(128, 64)}), cpu.OneDnn({"weight": random(96, 256)})
@@ -97,10 +112,37 @@ def test_a_tied_embedding_is_read_from_the_outputs_tiles(bf16: None) -> None:
     model.pack()
     kernel = model.output.kernel
     assert type(kernel) is cpu.OneDnn and model.tok_embeddings.kernel is kernel
+    other = copy.deepcopy(model)
+    assert other.tok_embeddings.kernel is other.output.kernel is not kernel
+    assert torch.equal(other.forward(tokens), model.forward(tokens))
     assert not model.output.weight.numel() and not model.tok_embeddings.weight.numel()
     assert torch.equal(model.tok_embeddings(tokens), vectors)
     torch.testing.assert_close(model.forward(tokens), expected, atol=0.05, rtol=0.05)
     assert all(torch.equal(part, state[name]) for name, part in model.state_dict().items())
+    changed = {"tok_embeddings.weight": state["tok_embeddings.weight"].flip(1)}
+    model.load_state_dict(changed, strict=False)
+    assert torch.equal(model.tok_embeddings(tokens), vectors.flip(2))
+    assert torch.equal(model.output.stored()["weight"], changed["tok_embeddings.weight"])
+    # A graph looks vectors up in compiled code.
+    graph = CpuGraph(model.tok_embeddings, tokens[0], CpuGraph.pool(model))
+    with torch.inference_mode():
+        for ids in ([3, 1, 2], [1, 1, 0], [0, 9, 9]):
+            expected = model.tok_embeddings(torch.tensor(ids))
+            for _ in range(5):
+                assert torch.equal(graph(torch.tensor(ids)), expected)
+
+
+def test_a_tied_weight_stays_where_its_order_is_unknown(
+    bf16: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A failure means that it lies in memory twice with another release of oneDNN."""
+    monkeypatch.setattr(tiles.Tiles, "find", lambda packed, weight: None)
+    model = make_model(tie_word_embeddings=True, dim=64).to(BF16).requires_grad_(False)
+    model.output.weight = model.tok_embeddings.weight
+    model.pack()
+    assert model.layers[0].attention.wq.kernel is not None
+    assert model.output.kernel is None and model.tok_embeddings.kernel is None
+    assert model.output.weight.data_ptr() == model.tok_embeddings.weight.data_ptr()
 
 
 @pytest.mark.parametrize("form", [Rotated(), Grouped("int8", 0, has_zeros=False)], ids=repr)

@@ -15,7 +15,6 @@ from llama.layers.kernels.compiled import (
     has_attention,
     has_prompt_attention,
     has_rotation,
-    prompt_span,
     rotate,
 )
 from llama.layers.kernels.digits import Digits, Ordered
@@ -34,7 +33,6 @@ __all__ = [
     "make_kernel",
     "plain",
     "plain_kernel",
-    "prompt_span",
     "rms_norm",
     "rotate",
     "swiglu",
@@ -49,8 +47,8 @@ def plain_kernel(
     Args:
         weight: one of the layers'.
         n_layers: how many read the same inputs.
-        is_shared: whether the weight is another module's too, which then needs some of its rows:
-            else a packed copy of it would be a second one.
+        is_shared: whether the weight is another module's too. It is then packed only by a kernel
+            that reads single rows, which the other module uses as well.
     """
     if capability.kind == "cuda":
         return plain.Joined if n_layers > 1 and not is_shared else None

@@ -151,20 +151,12 @@ def compile_tokens_code() -> None:
         code("numba_tokens", function)
 
 
-def prompt_span(dtype: torch.dtype) -> int:
-    """Return how many tokens of a prompt attend at a time on a CPU.
-
-    PyTorch's operator also computes the scores that causality discards.
-    """
-    if HAS_AMX and dtype == torch.bfloat16 and has_numba():
-        return 512
-    return 128 if cpu_has_amx() else 64
-
-
-def compile_prompts(dtype: torch.dtype, n_heads: int, head_dim: int) -> None:
-    """Compile ``attend_prompt`` for some heads, if it serves them, before the first prompt."""
-    if HAS_AMX and dtype == torch.bfloat16 and _serves(n_heads, head_dim) and has_numba():
+def compile_prompts(dtype: torch.dtype, n_heads: int, head_dim: int) -> bool:
+    """Compile ``attend_prompt`` before the first prompt; return whether it serves such heads."""
+    is_served = HAS_AMX and dtype == torch.bfloat16 and _serves(n_heads, head_dim) and has_numba()
+    if is_served:
         code("numba_prompts", "attend", head_dim)
+    return is_served
 
 
 def _serves(n_heads: int, head_dim: int) -> bool:
@@ -213,8 +205,8 @@ def attend_prompt(
 
 @functools.cache
 def amx_registers(n_tokens: int) -> Any:
-    """Return how AMX's registers are used for some tokens: their rows, each of 64 bytes."""
-    rows = [min(n_tokens, ROWS)] * 5 + [16] * 3  # of sums and inputs, of weights
+    """Return how AMX's registers are used for up to ``ROWS`` tokens: rows, each of 64 bytes."""
+    rows = [n_tokens] * 5 + [16] * 3  # of sums and inputs, of weights
     sizes = [64] * 8 + [0] * 8, rows + [0] * 8
     return ctypes.create_string_buffer(struct.pack("<2B14x16H16B", 1, 0, *sizes[0], *sizes[1]))
 

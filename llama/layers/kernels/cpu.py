@@ -24,6 +24,7 @@ LEVELS = 127 if CPU.get("avx512_vnni") else 63
 
 _SMALLEST = 1e-30  # of a token's largest input, whose inverse is finite
 
+_LARGE = 1 << 25  # elements of a weight, of which no copy is made on the way
 _WIDENED = 1 << 20  # weights of the int4 operator's order that are widened at a time
 
 
@@ -41,8 +42,10 @@ class OneDnn(Kernel):
     def __init__(self, stored: StoredWeight):
         super().__init__(stored)
         weight = stored["weight"]
-        # Rows of 4 kB share places in the cache: a product of 512 tokens takes a quarter longer.
-        self._is_padded = cpu_has_amx() and len(weight) % 2048 == 0 and weight.shape[1] <= 2048
+        # Rows of 4 kB share places in the cache: a product of 512 tokens takes a quarter longer. An
+        # output, which is larger than other weights, rarely has so many.
+        has_places = len(weight) % 2048 == 0 and weight.shape[1] <= 2048 and weight.numel() < _LARGE
+        self._is_padded = cpu_has_amx() and has_places
         padded = F.pad(weight, (0, 0, 0, 32)) if self._is_padded else weight
         self._packed = torch.ops.mkldnn._reorder_linear_weight(padded, None)
         self._tiles = Tiles.find(self._packed, weight)

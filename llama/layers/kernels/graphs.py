@@ -273,10 +273,13 @@ def _operate(
 
 
 def _gathered(table: torch.Tensor, rows: torch.Tensor, memory: Memory) -> torch.Tensor | None:
-    """Return the rows of a table, copied by compiled code; None where it has none."""
+    """Return the rows of a table, copied by compiled code; None where it has none.
+
+    Numbers are of tokens and positions, which are checked before: of others it takes an end's row.
+    """
     are_numbers = rows.dtype == torch.int64 and rows.dim() == 1 and rows.is_contiguous()
-    are_words = table.dim() > 1 and table[0].nbytes % 4 == 0 and table.is_contiguous()
-    if not (are_numbers and are_words and table.is_cpu):
+    are_words = table.dim() > 1 and table[0].nbytes % 4 == 0 and table.data_ptr() % 4 == 0
+    if not (are_numbers and are_words and table.is_contiguous() and table.is_cpu):
         return None
     words = table.flatten(1).view(torch.int32)
     out = memory.copy(torch.empty(len(rows), words.shape[1], dtype=torch.int32, device="cpu"))

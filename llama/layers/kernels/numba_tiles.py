@@ -1,4 +1,4 @@
-"""The code that ``compiled.Tiles`` has numba compile."""
+"""The code that ``tiles.Tiles`` has numba compile."""
 
 # mypy: ignore-errors
 

@@ -14,6 +14,7 @@ from llama.layers.kernels.compiled import (
     FEW_TOKENS,
     HAS_AMX,
     HAS_VNNI,
+    ROWS,
     amx_registers,
     compile_tokens_code,
     gather,
@@ -44,11 +45,14 @@ class Tiles:
         self._words, self._shape, self._owner = words, weight.shape, packed
         self._width, self._dtype = words.shape[2], weight.dtype
         self._has_amx = HAS_AMX and packed is not None
-        # Compiled before the first prompt.
+
+    def compile(self) -> "Tiles":
+        """Compile what products need, before the first prompt."""
         self._code(is_half=True)
         if self._dtype == torch.int8:
             code("numba_tiles", "round_tokens")
         compile_tokens_code()
+        return self
 
     @staticmethod
     def are_worth(weight: torch.Tensor) -> bool:
@@ -78,18 +82,18 @@ class Tiles:
                 if torch.equal(tiles.rows(some), weight[some]):
                     fitting.append(tiles)
         # A weight whose outputs are all alike doesn't tell.
-        return fitting[0] if len(fitting) == 1 else None
+        return fitting[0].compile() if len(fitting) == 1 else None
 
     def rows(self, rows: torch.Tensor) -> torch.Tensor:
         """Return some outputs' weights, shape (n,) to (n, n_inputs)."""
-        if recording.calls is not None and rows.dim() == 1:
+        if recording.calls is not None and rows.dim() == 1 and rows.dtype == torch.int64:
             return gather(self._words, rows, self._shape[0]).view(self._dtype)
         return self._words[rows // self._width, :, rows % self._width].view(self._dtype)
 
     def weight(self) -> torch.Tensor:
         """Return the weight."""
         rows = self._words.transpose(1, 2).flatten(0, 1)[: self._shape[0]]
-        return rows.clone(memory_format=torch.contiguous_format).view(self._dtype)
+        return rows.contiguous().view(self._dtype)
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """Return the product of inputs with a weight in bfloat16, in the inputs' dtype."""
@@ -133,12 +137,15 @@ class Tiles:
         self, x: torch.Tensor, n_tokens: int, dtype: torch.dtype, *others: int
     ) -> torch.Tensor:
         n_outputs, n_inputs = self._shape
+        if not n_tokens:
+            return x.new_empty(0, n_outputs, dtype=dtype)
         n_tiles = len(self._words)
         sums = x.new_empty(n_tokens, n_tiles * self._width, dtype=torch.float32)
         is_half = dtype == torch.bfloat16
         out = torch.empty_like(sums, dtype=dtype) if is_half else sums
         places = [part.data_ptr() for part in (self._words, x, sums, out)]
-        sizes = (n_tiles, n_inputs, n_tokens, ctypes.addressof(amx_registers(n_tokens)))
+        registers = ctypes.addressof(amx_registers(min(n_tokens, ROWS)))
+        sizes = (n_tiles, n_inputs, n_tokens, registers)
         in_parallel(self._code(is_half).address, *places, *sizes, *others)
         if out.shape[1] > n_outputs:
             out = out[:, :n_outputs].contiguous()
@@ -156,13 +163,14 @@ class Bfloat16(Kernel):
     def __init__(self, stored: StoredWeight):
         super().__init__(stored)
         weight = stored["weight"]
-        self._tiles = Tiles(in_tiles(weight.contiguous().view(torch.int32)), weight, None)
+        words = weight.clone(memory_format=torch.contiguous_format).view(torch.int32)
+        self._tiles = Tiles(in_tiles(words, owned=True), weight, None).compile()
 
     @staticmethod
     def is_fastest_for(weight: torch.Tensor) -> bool:
         """Return whether a weight is multiplied fastest by compiled code."""
         fits = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
-        return fits and weight.shape[1] % 2 == 0 and not cpu_has_bf16() and has_numba()
+        return fits and weight.shape[1] % 4 == 0 and not cpu_has_bf16() and has_numba()
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         return self._tiles.product(x)
