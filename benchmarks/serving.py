@@ -17,6 +17,7 @@ import asyncio
 import contextlib
 import itertools
 import json
+import math
 import os
 import random
 import socket
@@ -255,7 +256,8 @@ def table(results: dict[str, dict[Load, Measured]]) -> str:
     ]
     loads = dict.fromkeys(load for measured in results.values() for load in measured)
     for load in loads:
-        ours = max(results[name][load].tokens_per_s for name in OURS if name in results)
+        speeds = [results[name][load].tokens_per_s for name in OURS if name in results]
+        ours = max(speeds, default=math.nan)
         for name, measured in results.items():
             if (of := measured.get(load)) is not None:
                 lines.append(

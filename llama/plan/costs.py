@@ -65,7 +65,7 @@ _CUDA_COMPILED = {  # by compiled code for prompts, and for few tokens with eigh
     "int8 in groups": Rates(0.31, 0.55, _LAYER, _COMPILED, few=94, widened=0.21),
     "float8": _CUDA["float8"]._replace(widened=0.6),
 }
-_PROCESSOR = Rates(0.85, 0.85, 700e-6, 700e-6)
+_PROCESSOR = Rates(0.85, 0.85, 450e-6, 450e-6)
 _CPU = {
     "plain": _PROCESSOR,
     "int8": _PROCESSOR._replace(arithmetic=1.1),  # integers
