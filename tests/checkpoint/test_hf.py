@@ -301,8 +301,10 @@ def test_loading_takes_little_more_memory_than_the_weights(is_tied: bool, tmp_pa
     }
     save_file(tensors, tmp_path / "model.safetensors")
     shutil.copy(TINY / "tokenizer.model", tmp_path)
-    done = forked("-c", MEMORY, str(tmp_path))
-    assert done.returncode == 0, done.stderr
+    # A first process may compile code, which takes as much memory whatever the weights' size.
+    for _ in range(2):
+        done = forked("-c", MEMORY, str(tmp_path))
+        assert done.returncode == 0, done.stderr
     ratio, embedding_is_mapped = done.stdout.split()
     # 1.06; 1.23 if the pages of queries and keys, which are copied, stayed.
     assert float(ratio) < 1.15
