@@ -49,7 +49,7 @@ def attend(head_dim):
     then to AMX's configuration, and to the numbers of tokens, heads, key/value heads, positions of
     the cache, those that are read, and ``n_bytes``.
     """
-    scores_of, soften, add_values = _scores(head_dim), _softmax(head_dim), _values(head_dim)
+    scores_of, softmax, add_values = _scores(head_dim), _softmax(head_dim), _values(head_dim)
     half = head_dim // 2
 
     @numba.cfunc(numba.void(numba.types.voidptr), error_model="numpy")
@@ -95,7 +95,7 @@ def attend(head_dim):
                         query = given[0] + (token * n_heads + kv_head * n_rep + rep) * 2 * head_dim
                         scores_of(query, n_heads * 2 * head_dim, keys_at, scores_at)
                         for i in range(ROWS):
-                            soften(
+                            softmax(
                                 scores_at + 4 * KEYS * i,
                                 before + token + i + 1 - begin,
                                 weights_at + 2 * KEYS * i,
@@ -156,7 +156,7 @@ class _Exponentials(Vectors):
         return self.build.select(self.build.fcmp_ordered(">", first, second), first, second)
 
     def fold(self, some, combine):
-        """Combine all lanes, into each."""
+        """Combine all lanes; each then has the result."""
         lanes = LANES // 2
         while lanes:
             other = self.spread(some, [(i + lanes) % LANES for i in range(LANES)])
@@ -164,7 +164,7 @@ class _Exponentials(Vectors):
         return some
 
     def power(self, x):
-        """Return 2 ** x, to float32's precision, for x of 0 at most; of less than -125, that."""
+        """Return 2 ** x, to float32's precision, for x of at most 0; below -125, 2 ** -125."""
         build, words = self.build, ir.VectorType(I32, LANES)
         x = self.larger(self.every(-125), x)
         shifted = build.fadd(x, self.every(SHIFT))  # whose last bits are the nearest whole number

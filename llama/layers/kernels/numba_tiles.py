@@ -40,7 +40,7 @@ class Kind(NamedTuple):
     width: int  # outputs of a tile
     is_int8: bool  # whether weights have eight bits; else they are bfloat16, as inputs then are
     is_half: bool  # whether outputs are written in bfloat16, not in float32
-    has_amx: bool  # whether that multiplies
+    has_amx: bool  # whether AMX multiplies
 
 
 @numba.njit(fastmath={"nnan", "nsz", "reassoc"})  # a NaN is restored below

@@ -56,14 +56,14 @@ class Tiles:
 
     @staticmethod
     def are_worth(weight: torch.Tensor) -> bool:
-        """Return whether compiled code reads a weight in oneDNN's order, if that is known."""
+        """Return whether compiled code reads a weight faster than oneDNN, in an order it knows."""
         has_units = HAS_AMX if weight.dtype == torch.int8 else HAS_VNNI
         fits = weight[0].nbytes % 64 == 0 and weight.numel() >= TILED
         return has_units and fits and hasattr(torch.ops.mkldnn, "data_ptr") and has_numba()
 
     @staticmethod
     def find(packed: torch.Tensor, weight: torch.Tensor) -> "Tiles | None":
-        """Return the tiles of a weight in oneDNN's order; None where it is small or another.
+        """Return the tiles of a packed weight; None if it is small, or its order unknown.
 
         The order isn't documented, but found in the packed weight: tiles of 32 or 64 outputs.
         """
