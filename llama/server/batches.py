@@ -8,7 +8,7 @@ from llama.engine.engine import PREFILL_TOKENS
 from llama.engine.results import FinishReason
 from llama.server.loop import EngineLoop, Job
 
-MAX_HELD = 32_768  # sequences of all large requests: as many as 2,048 prompts with 16 answers
+MAX_HELD = 40_960  # sequences of all large requests: as many as 2,048 prompts with 20 answers
 FORM_WEIGHT = 16  # as many sequences take the memory of one with the state of a form
 
 

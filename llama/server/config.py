@@ -127,7 +127,7 @@ class ServerConfig(ModelConfig):
     api_key: str | None = None
     max_queue: int = 64
     timeout: float = 600.0
-    max_body: int = 1_000_000
+    max_body: int = 4_000_000
     cors: str = ""
     root_path: str = ""
     page: bool = True

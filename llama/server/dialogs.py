@@ -116,7 +116,8 @@ async def submit_dialog(
 
     has_form = sampling.get("response_format") is not None or bool(chosen.offered)
     try:
-        answers = await service.submit(make, n, n, [dialog], timeout, has_form)
+        has_scores = sampling.get("logprobs", False)
+        answers = await service.submit(make, n, n, [dialog], timeout, has_form, has_scores)
     except ContextLengthExceeded as error:
         raise error.of(names[0]) from error
     return answers, [Turn(tasks.answer_parser(chosen)) for _ in answers.jobs]

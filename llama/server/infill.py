@@ -29,12 +29,12 @@ async def infill(service: Service, body: schemas.InfillRequest, request: Request
     """Fill in the middle between a prefix and a suffix."""
     adapter = chosen_adapter(service, body.model or None)
     tasks, tokenizer, begin = service.llama.tasks, service.llama.tokenizer, time.monotonic()
-    wanted = _MIN_ROOM if body.max_tokens is None else max(body.max_tokens, 1)
+    wanted = _MIN_ROOM if body.n_new is None else max(body.n_new, 1)
     is_cut = False
 
     def make() -> list[Sequence]:
         nonlocal is_cut
-        params = service.params(max_gen_len=body.max_tokens, adapter=adapter, **body.generation)
+        params = service.params(max_gen_len=body.n_new, adapter=adapter, **body.generation)
         room = service.max_tokens - min(wanted, service.max_tokens // 2)
         room -= n_virtual(service.llama.adapters.find(adapter))
         ids, is_cut = fitting_prompt(tokenizer, body, room)

@@ -29,7 +29,7 @@ def ignore(name: str) -> bool:
 def _unless_ignored(
     value: Any, validate: ValidatorFunctionWrapHandler, info: ValidationInfo
 ) -> Any:
-    if value in ("", []):  # asks for nothing, as null does
+    if value in ("", []):  # but {} asks for a search of the web, say
         return None
     try:
         return validate(value)

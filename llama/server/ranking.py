@@ -8,12 +8,12 @@ from fastapi import Request, Response
 from llama.engine.sequence import Output
 from llama.engine.sequence import Sequence as EngineSequence
 from llama.server import schemas_ranking as schemas
-from llama.server.errors import ApiError
+from llama.server.errors import ApiError, ContextLengthExceeded
 from llama.server.events import collect, json_response, unless_disconnected
 from llama.server.schemas import EmbeddingUsage
 from llama.server.scores import new_id
 from llama.server.service import Service
-from llama.server.tasks import chosen_adapter
+from llama.server.tasks import chosen_adapter, n_last, shortened
 
 Texts = list[str | list[int]]
 
@@ -23,6 +23,7 @@ class Classifier:
 
     Attributes:
         name: the model's.
+        adapter_name: that of the adapter; None for the checkpoint's own head.
         labels: the classes.
     """
 
@@ -32,7 +33,7 @@ class Classifier:
         Raises:
             ApiError: the model has none, or there is no such model.
         """
-        chosen = chosen_adapter(service, model)
+        self.adapter_name = chosen = chosen_adapter(service, model)
         self.name = chosen or service.name
         adapters, params = service.llama.adapters, service.llama.model.params
         try:
@@ -44,7 +45,7 @@ class Classifier:
         self._service = service
 
     async def probabilities(
-        self, request: Request, texts: Callable[[], Texts], n: int
+        self, request: Request, texts: Callable[[], Texts], n: int, field: str
     ) -> tuple[list[list[float]], EmbeddingUsage]:
         """Return the labels' probabilities for each text, and the number of tokens.
 
@@ -52,6 +53,7 @@ class Classifier:
 
         Args:
             texts: returns ``n`` texts, or their token ids; called in a thread.
+            field: the request's, which has them.
 
         Raises:
             ApiError: see ``Service.submit``.
@@ -62,7 +64,10 @@ class Classifier:
             return tasks.read(texts(), output, self._adapter)
 
         submission = self._service.submit(make, n)
-        answers = await unless_disconnected(request, submission)
+        try:
+            answers = await unless_disconnected(request, submission)
+        except ContextLengthExceeded as error:
+            raise error.of(field) from error
         await collect(request, answers)
         found = [self._of(job.sequence.pooled) for job in answers.jobs]
         n_tokens = sum(len(job.sequence.prompt) for job in answers.jobs)
@@ -80,7 +85,12 @@ async def classify(service: Service, body: schemas.ClassifyRequest, request: Req
     classifier, given = Classifier(service, body.model), body.input
     is_one = isinstance(given, str) or isinstance(given[0], int)
     texts: Texts = [given] if is_one else list(given)  # type: ignore[list-item, arg-type]
-    found, used = await classifier.probabilities(request, lambda: texts, len(texts))
+    last = n_last(service, body.truncate_prompt_tokens, classifier.adapter_name, 0)
+
+    def kept() -> Texts:
+        return shortened(service.llama.tokenizer, texts, last)
+
+    found, used = await classifier.probabilities(request, kept, len(texts), "input")
     name, created = new_id("classify")
 
     def build() -> schemas.Classes:
@@ -112,11 +122,13 @@ async def rerank(service: Service, body: schemas.RerankRequest, request: Request
         )
     texts = [each if isinstance(each, str) else each.text for each in body.documents]
 
+    most = n_last(service, body.truncate_prompt_tokens, classifier.adapter_name, 0)
+
     def pairs() -> Texts:
         query = _ids(service, body.query)
-        return [query + _ids(service, text, body.max_tokens_per_doc) for text in texts]
+        return [(query + _ids(service, text, body.max_tokens_per_doc))[:most] for text in texts]
 
-    found, used = await classifier.probabilities(request, pairs, len(texts))
+    found, used = await classifier.probabilities(request, pairs, len(texts), "documents")
     scores = [score for [score] in found]
     ranked = sorted(range(len(texts)), key=lambda i: -scores[i])[: body.top_n or None]
 

@@ -17,7 +17,13 @@ from pydantic import (
 )
 
 from llama.server.schemas_ignored import Ignored, IgnoredFields
-from llama.server.schemas_sampling import RequestBody, ResponseFormat, SamplingFields, Whole
+from llama.server.schemas_sampling import (
+    EmptyAsNull,
+    RequestBody,
+    ResponseFormat,
+    SamplingFields,
+    Whole,
+)
 
 MAX_PROMPTS = 2048  # of a request; OpenAI's limit for embeddings
 
@@ -44,8 +50,9 @@ Prompt = Annotated[
 
 
 ModelName: Any = Field(None, description="The served model's id or alias, or an adapter's id.")
+TokenLimit = Annotated[Whole, Field(ge=-1), AfterValidator(_check_last)]
 LastTokens = Annotated[
-    Annotated[Whole, Field(ge=-1), AfterValidator(_check_last)] | None,
+    TokenLimit | None,
     Field(
         description="Keep this many tokens at the prompt's end; -1 for as many as fit, with room "
         "for max_tokens, of at most a quarter of max_model_len."
@@ -65,7 +72,9 @@ class TextRequest(SamplingFields, IgnoredFields):
     n: Annotated[Whole, Field(ge=1, le=16)] | None = Field(
         1, description="Number of answers to each prompt."
     )
-    response_format: ResponseFormat | None = Field(None, description="The form of the answer.")
+    response_format: Annotated[ResponseFormat | None, EmptyAsNull] = Field(
+        None, description="The form of the answer."
+    )
     stream: bool | None = Field(False, description="Send events as the text is generated.")
     stream_options: StreamOptions | None = Field(None, description="With stream only.")
     timeout: float | None = Field(
@@ -143,7 +152,7 @@ class CompletionRequest(TextRequest):
 class EmbeddingRequest(RequestBody):
     input: Prompt
     model: str | None = ModelName
-    encoding_format: Literal["float", "base64"] = "float"
+    encoding_format: Annotated[Literal["float", "base64"] | None, EmptyAsNull] = "float"
     dimensions: int | None = Field(None, ge=1, description="Only the model's own number.")
     truncate_prompt_tokens: LastTokens = None
     user: str | None = Ignored

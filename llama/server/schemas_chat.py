@@ -14,10 +14,19 @@ from pydantic import (
 
 from llama.chat.options import ChatOptions
 from llama.chat.prompts import Message
-from llama.server.lenient import Unsupported
+from llama.server.lenient import Unsupported, ignore
 from llama.server.schemas import Answer, Choice, LastTokens, TextRequest
 from llama.server.schemas_ignored import CacheHints, EchoedFields, Ignored
-from llama.server.schemas_sampling import Bounded, Null, RequestBody, Schema, Whole
+from llama.server.schemas_sampling import (
+    MAX_MESSAGES,
+    Bounded,
+    EmptyAsNull,
+    Null,
+    RequestBody,
+    Schema,
+    Whole,
+    at_most,
+)
 
 MAX_TOOLS = 128  # OpenAI's limit
 MAX_TOP_LOGPROBS = 20
@@ -27,6 +36,7 @@ _DEFAULT_NAME = "function_call"  # of a call in the older form, which has no id
 class TextPart(CacheHints):
     type: Literal["text"]
     text: str
+    annotations: Any = Ignored
 
 
 class RefusalPart(CacheHints):
@@ -65,7 +75,7 @@ Part = Annotated[TextPart | RefusalPart, Field(discriminator="type")]
 class ChatMessage(EchoedFields):
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | Annotated[list[Part], Field(fail_fast=True)] | None = Field(
-        None, description="null beside tool_calls only."
+        None, description="null of the assistant's messages only."
     )
     name: str | None = Field(None, description="Of the tool whose result this is.")
     tool_calls: Annotated[list[ToolCall], Field(fail_fast=True), Bounded] | None = None
@@ -77,10 +87,10 @@ class ChatMessage(EchoedFields):
     def _check_kind(self) -> "ChatMessage":
         if self.role != "assistant" and self.calls:
             raise ValueError(f"tool_calls are the assistant's: this message is by {self.role!r}")
-        if self.role != "assistant" and self.refusal is not None:
+        if self.role != "assistant" and self.refusal:
             raise ValueError(f"a refusal is the assistant's: this message is by {self.role!r}")
-        if self.content is None and self.refusal is None and not self.calls:
-            raise ValueError("content is missing: only a message with tool_calls needs none")
+        if self.content is None and self.role != "assistant":
+            raise ValueError("content is missing: only the assistant's messages need none")
         return self
 
     @property
@@ -92,7 +102,7 @@ class ChatMessage(EchoedFields):
     @property
     def text(self) -> str | None:
         if self.content is None:
-            return self.refusal
+            return self.refusal if self.calls else self.refusal or ""
         if isinstance(self.content, str):
             return self.content
         return "".join(part.text for part in self.content)
@@ -169,7 +179,9 @@ def tool_options(
 
 
 class ChatRequest(TextRequest):
-    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
+    messages: Annotated[
+        list[ChatMessage], Field(min_length=1, fail_fast=True), at_most(MAX_MESSAGES)
+    ]
     max_completion_tokens: Annotated[Whole, Field(ge=1)] | None = Field(
         None, description="As many as fit, if null."
     )
@@ -183,14 +195,14 @@ class ChatRequest(TextRequest):
     tools: Annotated[list[Tool], Tools] | None = Field(
         None, description="Functions that the answer may call."
     )
-    tool_choice: Choices | NamedTool | None = None
+    tool_choice: Annotated[Choices | NamedTool | None, EmptyAsNull] = None
     parallel_tool_calls: bool | None = Field(
         None, description="Several calls in one answer; by default where none is required."
     )
     functions: Annotated[list[Any], Field(max_length=0)] | None = Field(
         None, description="Only empty: the older name of tools."
     )
-    function_call: Literal["none", "auto"] | None = Field(
+    function_call: Annotated[Literal["none", "auto"] | None, Unsupported] = Field(
         None, description="The older name of tool_choice, which asks for nothing here."
     )
     audio: Null = None
@@ -230,15 +242,16 @@ class ChatRequest(TextRequest):
     @field_validator("functions", mode="before")
     @classmethod
     def _check_functions(cls, functions: Any) -> Any:
-        if functions:
+        if functions and not ignore("functions"):
             raise ValueError("functions is the older name: send them as tools")
-        return functions
+        return None
 
     @model_validator(mode="after")
     def _check_top(self) -> "ChatRequest":
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs goes with logprobs=true")
-        if self.max_tokens is not None and self.max_completion_tokens is not None:
+        limits = {self.max_tokens, self.max_completion_tokens} - {None}
+        if len(limits) > 1:
             raise ValueError("max_tokens and max_completion_tokens are the same: give one")
         if self.continue_final_message and self.add_generation_prompt:
             raise ValueError("continue_final_message and add_generation_prompt exclude each other")

@@ -35,7 +35,11 @@ class EchoedFields(CacheHints):
     annotations: Annotated[list[Any], Bounded] | None = Ignored
     audio: Null = None
     images: Null = None
+    additional_kwargs: Any = Ignored
     citations: Any = Ignored
+    executed_tools: Any = Ignored
+    extra_content: Any = Ignored
+    finish_reason: Any = Ignored
     id: Any = Ignored
     parsed: Any = Ignored
     prefix: bool | None = Field(None, description="Ignored: a last answer is continued anyway.")
@@ -43,4 +47,5 @@ class EchoedFields(CacheHints):
     reasoning: Any = Ignored
     reasoning_content: Any = Ignored
     reasoning_details: Any = Ignored
+    thinking: Any = Ignored
     thinking_blocks: Any = Ignored

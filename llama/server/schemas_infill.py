@@ -2,12 +2,24 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, BeforeValidator, Field
 
+from llama.server.lenient import Unsupported
 from llama.server.schemas import TextRequest
-from llama.server.schemas_sampling import Bounded, RequestBody, SamplingFields, Whole
+from llama.server.schemas_ignored import Ignored
+from llama.server.schemas_sampling import (
+    Bounded,
+    Null,
+    RequestBody,
+    SamplingFields,
+    Whole,
+    whole,
+)
 
 Milliseconds = Annotated[Whole, Field(ge=-1)]
+Zero = Annotated[
+    Literal[0] | None, BeforeValidator(whole), Unsupported, Field(description="Only 0.")
+]
 
 
 class FimRequest(TextRequest):
@@ -32,7 +44,40 @@ class ExtraText(RequestBody):
     time: Any = Field(None, description="Ignored.")
 
 
-class InfillRequest(SamplingFields):
+class NeutralFields(RequestBody):
+    """llama.cpp's fields for what this server hasn't, which some clients send at their defaults.
+
+    Those that shape such a sampler count for nothing without it.
+    """
+
+    mirostat: Zero = None
+    mirostat_tau: Any = Ignored
+    mirostat_eta: Any = Ignored
+    typical_p: Annotated[Literal[1] | None, BeforeValidator(whole), Unsupported] = None
+    top_n_sigma: Annotated[Literal[-1, 0] | None, BeforeValidator(whole), Unsupported] = None
+    xtc_probability: Zero = None
+    xtc_threshold: Any = Ignored
+    dynatemp_range: Zero = None
+    dynatemp_exponent: Any = Ignored
+    dry_multiplier: Zero = None
+    dry_base: Any = Ignored
+    dry_allowed_length: Any = Ignored
+    dry_penalty_last_n: Any = Ignored
+    dry_sequence_breakers: Any = Ignored
+    repeat_last_n: Annotated[Literal[-1, 64] | None, Unsupported] = Field(
+        None, description="Only -1, or 64, the default: penalties count all tokens."
+    )
+    min_keep: Annotated[Literal[0, 1] | None, Unsupported] = None
+    n_discard: Any = Ignored
+    n_probs: Zero = None
+    post_sampling_probs: Any = Ignored
+    return_progress: Annotated[Literal[False] | None, Unsupported] = None
+    grammar: Null = None
+    json_schema: Null = None
+    lora: Null = None
+
+
+class InfillRequest(SamplingFields, NeutralFields):
     input_prefix: str = Field("", description="The text before the middle.")
     input_suffix: str = Field("", description="The text after it.")
     input_extra: Annotated[list[ExtraText], Field(fail_fast=True), Bounded] | None = Field(
@@ -42,6 +87,9 @@ class InfillRequest(SamplingFields):
     model: str | None = Field(None, description="The served model's id, or an adapter's.")
     n_predict: Annotated[Whole, Field(ge=-1)] | None = Field(
         None, description="Tokens at most; null and -1 for as many as fit."
+    )
+    max_tokens: Annotated[Whole, Field(ge=-1)] | None = Field(
+        None, description="OpenAI's name of n_predict."
     )
     repeat_penalty: Annotated[float, Field(ge=0.001, le=1000)] | None = Field(
         None, description="The older name of repetition_penalty."
@@ -82,8 +130,10 @@ class InfillRequest(SamplingFields):
         return found
 
     @property
-    def max_tokens(self) -> int | None:
-        return None if self.n_predict == -1 else self.n_predict
+    def n_new(self) -> int | None:
+        """The number of tokens at most; None for as many as fit."""
+        n = self.max_tokens if self.n_predict is None else self.n_predict
+        return None if n == -1 else n
 
 
 class Timings(BaseModel):

@@ -4,13 +4,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field
 
-from llama.server.schemas import MAX_PROMPTS, EmbeddingUsage, Prompt
+from llama.server.schemas import MAX_PROMPTS, EmbeddingUsage, LastTokens, Prompt, TokenLimit
 from llama.server.schemas_sampling import RequestBody, Whole
 
 
 class ClassifyRequest(RequestBody):
     input: Prompt = Field(description="Texts, or their token ids.")
     model: str | None = Field(None, description="The served model's id, or an adapter's.")
+    truncate_prompt_tokens: LastTokens = None
     user: str | None = Field(None, description="Ignored.")
 
 
@@ -52,6 +53,11 @@ class RerankRequest(RequestBody):
     return_documents: bool | None = Field(True, description="Return the documents' texts, too.")
     max_tokens_per_doc: Annotated[Whole, Field(ge=1)] | None = Field(
         None, description="Tokens after which a document is cut."
+    )
+    truncate_prompt_tokens: TokenLimit | None = Field(
+        None,
+        description="Tokens of the query and a document, after which the document is cut; -1 for "
+        "as many as fit.",
     )
     user: str | None = Field(None, description="Ignored.")
 

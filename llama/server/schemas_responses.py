@@ -19,8 +19,11 @@ from llama.server.lenient import Unsupported
 from llama.server.schemas_chat import Choices, Function, TokenLogprob, Tools, tool_options
 from llama.server.schemas_ignored import Ignored, IgnoredFields
 from llama.server.schemas_sampling import (
+    MAX_MESSAGES,
+    NOTHING,
     Bounded,
     ChoiceFormat,
+    EmptyAsNull,
     GrammarFormat,
     JsonObjectFormat,
     NamedSchema,
@@ -30,6 +33,7 @@ from llama.server.schemas_sampling import (
     SamplingFields,
     TextFormat,
     Whole,
+    at_most,
 )
 
 
@@ -112,7 +116,9 @@ def _check_kind(tool: Any) -> Any:
 
 class FlatTool(Function):
     type: Literal["function"]
-    defer_loading: Literal[False] | None = Field(None, description="Only false.")
+    defer_loading: Annotated[Literal[False] | None, Unsupported] = Field(
+        None, description="Only false."
+    )
     allowed_callers: Null = None
     output_schema: dict[str, Any] | None = Field(None, description="Ignored.")
 
@@ -158,7 +164,7 @@ class ResponseStreamOptions(RequestBody):
 
 class ResponsesRequest(SamplingFields, IgnoredFields):
     model: str | None = Field(None, description="The served model's id, or an adapter's.")
-    input: str | Annotated[list[Item], Field(min_length=1, fail_fast=True)]
+    input: str | Annotated[list[Item], Field(min_length=1, fail_fast=True), at_most(MAX_MESSAGES)]
     instructions: str | None = Field(None, description="A first system message.")
     max_output_tokens: Annotated[Whole, Field(ge=1)] | None = Field(
         None, description="As many as fit, if null."
@@ -167,7 +173,7 @@ class ResponsesRequest(SamplingFields, IgnoredFields):
     tools: Annotated[list[Annotated[FlatTool, BeforeValidator(_check_kind)]], Tools] | None = Field(
         None, description="Functions that the answer may call."
     )
-    tool_choice: Choices | FlatNamedTool | None = None
+    tool_choice: Annotated[Choices | FlatNamedTool | None, EmptyAsNull] = None
     parallel_tool_calls: bool | None = Field(
         None, description="Several calls in one answer; by default where none is required."
     )
@@ -187,7 +193,9 @@ class ResponsesRequest(SamplingFields, IgnoredFields):
     prompt: Null = None
     moderation: Null = None
     context_management: Null = None
-    background: Literal[False] | None = Field(None, description="Only false.")
+    background: Annotated[Literal[False] | None, Unsupported] = Field(
+        None, description="Only false."
+    )
     metadata: dict[str, str] | None = Field(None, description="Returned.")
     reasoning: ReasoningConfig | None = None
     truncation: Literal["auto", "disabled"] | None = Field(
@@ -205,9 +213,9 @@ class ResponsesRequest(SamplingFields, IgnoredFields):
     @field_validator("previous_response_id", "conversation", "prompt", mode="before")
     @classmethod
     def _check_state(cls, value: Any) -> Any:
-        if value not in (None, "", []):
+        if value is not None and value not in NOTHING:
             raise ValueError("this server keeps nothing between requests: send all of the input")
-        return value
+        return None
 
     @field_validator("tools")
     @classmethod

@@ -24,6 +24,7 @@ from llama.server.lenient import Unsupported, ignore
 MAX_FIELDS = 100  # of an object
 MAX_DEPTH = 64  # of a JSON Schema
 MAX_ELEMENTS = 1024  # of a list or a dictionary that a request names
+MAX_MESSAGES = 10_000  # of a dialog; to validate more would stop everybody's streams for a while
 _DEFAULTS = SamplingParams()
 _OTHER_NAMES = {"include_stop_str_in_output": "include_stop"}  # of SamplingParams
 
@@ -79,20 +80,35 @@ def _check_depth(schema: dict[str, Any]) -> dict[str, Any]:
     raise ValueError(f"it is nested more than {MAX_DEPTH} levels deep")
 
 
-def _check_elements(value: Any) -> Any:
-    if isinstance(value, dict | list) and len(value) > MAX_ELEMENTS:
-        raise ValueError(f"expected up to {MAX_ELEMENTS:,} elements, found {len(value):,}")
-    return value
+def at_most(n: int) -> Any:
+    """Return a check of a list's or a dictionary's length, before its elements are validated."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, dict | list) and len(value) > n:
+            raise ValueError(f"expected up to {n:,} elements, found {len(value):,}")
+        return value
+
+    return BeforeValidator(check)
 
 
-def _whole(value: Any) -> Any:
+def whole(value: Any) -> Any:
     """Return 16 for 16.0, as JSON has one kind of number only."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-Whole = Annotated[int, BeforeValidator(_whole)]
+Whole = Annotated[int, BeforeValidator(whole)]
+
+
+NOTHING: tuple[Any, ...] = ("", [], {})  # values that ask for nothing, as null does
+
+
+def _empty_as_null(value: Any) -> Any:
+    return None if value in NOTHING else value
+
+
 Null = Annotated[None, Unsupported, Field(description="Only null.")]
-Bounded = BeforeValidator(_check_elements)
+EmptyAsNull = BeforeValidator(_empty_as_null)
+Bounded = at_most(MAX_ELEMENTS)
 Schema = Annotated[dict[str, Any], AfterValidator(_check_depth)]
 TokenId = Annotated[str, Field(pattern=r"^\d{1,9}$")]
 
@@ -203,12 +219,10 @@ class SamplingFields(RequestBody):
     @field_validator("stop")
     @classmethod
     def _check_stop(cls, stop: str | list[str] | None) -> str | list[str] | None:
-        if stop == "":  # asks for nothing
-            return None
         texts = [stop] if isinstance(stop, str) else stop or []
-        if len(texts) > 16 or not all(0 < len(text) <= 1000 for text in texts):
+        if len(texts) > 16 or not all(len(text) <= 1000 for text in texts):
             raise ValueError("expected up to 16 texts of 1 to 1,000 characters each")
-        return stop
+        return [text for text in texts if text] or None  # an empty one asks for nothing
 
     @property
     def sampling(self) -> dict[str, Any]:
@@ -217,7 +231,6 @@ class SamplingFields(RequestBody):
         changed = {
             "top_k": None if self.top_k is None else max(self.top_k, 0),
             "logit_bias": {int(token): bias for token, bias in biases.items()},
-            "stop": [self.stop] if isinstance(self.stop, str) else self.stop,
         }
         found = {}
         for field in SamplingFields.model_fields.keys() & self.model_fields_set:

@@ -22,7 +22,7 @@ from llama.heartbeat import at_loss
 from llama.parallel import rank
 from llama.server.api import make_app
 from llama.server.config import ServerConfig
-from llama.server.connections import Connection
+from llama.server.connections import Connection, allow_files
 from llama.server.loading import load
 from llama.server.loop import EngineLoop
 from llama.server.service import Service
@@ -76,6 +76,7 @@ def main(config: ServerConfig) -> None:
         run_worker(llama)
         return
     service = Service(llama, config)
+    Connection.most = min(Connection.most, allow_files())
     uvicorn_config = uvicorn.Config(
         application(service),
         config.host,

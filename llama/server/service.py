@@ -84,6 +84,7 @@ class Service:
         dialogs: Sequence[Dialog] | None = None,
         timeout: float | None = None,
         has_form: bool = False,
+        has_scores: bool = False,
     ) -> Answers:
         """Submit prompts and return their answers, once the input guard has allowed them.
 
@@ -96,6 +97,7 @@ class Service:
             dialogs: the prompts as guards read them; by default their texts as user messages.
             timeout: seconds, if fewer than the server allows.
             has_form: whether ``make`` compiles a form of answers.
+            has_scores: whether log-probabilities are returned.
 
         Raises:
             ApiError: an argument is wrong, a prompt is too long, the queue is full, the deadline
@@ -107,7 +109,7 @@ class Service:
         with self._place(n_sequences, has_form) as n_held:
             try:
                 threads = self._forms if has_form else self._large if n_held else None
-                prepared = self._prepare(make, threads, is_chat=dialogs is not None)
+                prepared = self._prepare(make, threads, dialogs is not None, has_scores)
                 sequences = await asyncio.wait_for(prepared, deadline - time.monotonic())
                 if any(sequence.is_read_only for sequence in sequences):
                     input_guard = output_guard = None  # nothing is generated
@@ -161,12 +163,15 @@ class Service:
         make: Callable[[], list[EngineSequence]],
         threads: ThreadPoolExecutor | None,
         is_chat: bool,
+        has_scores: bool,
     ) -> list[EngineSequence]:
         def make_and_check() -> list[EngineSequence]:
             if threads is self._large:  # it has one thread, whose context this is
                 between_prompts.set(Pauses(lambda: self.loop.n_active > 0).rest)
             sequences = make()
             self._check(sequences, is_chat)
+            if has_scores:
+                _check_scores(sequences)
             return sequences
 
         try:
@@ -181,7 +186,7 @@ class Service:
             raise ApiError(400, str(error)) from error
 
     def _check(self, sequences: Sequence[EngineSequence], is_chat: bool) -> None:
-        """Raise ``ApiError`` for a prompt that can't be answered, or too many scores."""
+        """Raise ``ApiError`` for a prompt that can't be answered."""
         n_words = self.llama.tokenizer.n_words
         for sequence in sequences:
             if not sequence.prompt:
@@ -191,7 +196,6 @@ class Service:
             leaves_room = len(sequence.input_ids) < self.max_tokens or sequence.is_read_only
             if not leaves_room and sequence.params.max_gen_len != 0:
                 raise self._too_long(len(sequence.prompt), sequence.n_virtual, is_chat)
-        _check_scores(sequences)
 
     def _too_long(self, n_tokens: int, n_virtual: int, is_chat: bool) -> ApiError:
         field = "messages" if is_chat else "prompt"
@@ -278,11 +282,10 @@ class Service:
 
 def _check_scores(sequences: Sequence[EngineSequence]) -> None:
     """Raise ``ApiError`` if several texts have more log-probabilities than a request may have."""
-    scored = [sequence for sequence in sequences if sequence.params.logprobs]
-    if len(scored) < 2:
+    if len(sequences) < 2:
         return
-    params = scored[0].params
-    n_tokens = sum(s.max_new_tokens + (len(s.prompt) if params.echo else 0) for s in scored)
+    params = sequences[0].params
+    n_tokens = sum(s.max_new_tokens + (len(s.prompt) if params.echo else 0) for s in sequences)
     n_scores = n_tokens * (1 + params.top_logprobs)
     if n_scores > MAX_SCORES:
         raise ApiError(

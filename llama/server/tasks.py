@@ -59,7 +59,9 @@ async def complete(service: Service, body: schemas.CompletionRequest, request: R
         return tasks.text(shortened(tokenizer, prompts, last), params, in_context=True)
 
     has_form = body.response_format is not None
-    submission = service.submit(make, len(prompts) * n, n, timeout=body.timeout, has_form=has_form)
+    submission = service.submit(
+        make, len(prompts) * n, n, timeout=body.timeout, has_form=has_form, has_scores=score
+    )
     answers = await unless_disconnected(request, submission)
     name, created = new_id("cmpl")
     answer = partial(schemas.Completion, id=name, created=created, model=adapter or service.name)

@@ -288,6 +288,8 @@ def test_many_scores(fresh: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
             ("completions", {**body, "prompt": prompts, "max_tokens": 40}, 400),
             ("completions", {**body, "prompt": prompts[:1], "n": 3}, 400),
             ("completions", {**body, "prompt": prompts[:1], "max_tokens": None}, 200),
+            # The best are chosen by scores that nobody gets.
+            ("completions", {"prompt": [[5]] * 9, "best_of": 20, "max_tokens": 40}, 200),
             ("chat/completions", {"messages": COW, "logprobs": True, "top_logprobs": 20}, 200),
         ):
             answer = post(f"{url}/v1/{path}", asked)
@@ -409,7 +411,7 @@ def test_curl(url: str) -> None:
         ("embeddings", {"input": ["a"] * 9000}, 400, "input: expected up to 2,048 prompts"),
         ("completions", {"prompt": [[]] * 20000}, 400, "prompt"),
         ("completions", {f"a{i}": 1 for i in range(5000)}, 400, "up to 100 fields, found 5,000"),
-        ("completions", {"prompt": "a", "stop": [""]}, 400, "stop: expected up to 16 texts"),
+        ("completions", {"prompt": "a", "stop": ["b"] * 17}, 400, "stop: expected up to 16 texts"),
         ("completions", {"prompt": "a", "stop": "a" * 1001}, 400, "of 1 to 1,000 characters"),
         ("completions", {"prompt": "a", "stop": "a" * 1000, "max_tokens": 1}, 200, ""),
         ("completions", {"prompt": []}, 400, "prompt"),
@@ -419,6 +421,8 @@ def test_curl(url: str) -> None:
         ("completions", {"prompt": "a", "stream_options": {"x": 1}}, 400, "stream_options.x: "),
         ("completions", {"prompt": "\ud800"}, 400, ""),
         ("chat/completions", {"messages": []}, 400, "messages: "),
+        ("chat/completions", {"messages": [1] * 10_001}, 400, "up to 10,000 elements"),
+        ("responses", {"input": [1] * 10_001}, 400, "input"),
         ("chat/completions", {"messages": [{"role": "tool", "content": "a"}]}, 400, "no place"),
         ("chat/completions", {"messages": [{"role": "cow", "content": "a"}]}, 400, "role"),
         ("chat/completions", {"messages": [{"role": "user"}]}, 400, "content is missing"),

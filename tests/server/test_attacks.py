@@ -138,3 +138,32 @@ def test_connections_without_a_request_are_closed(
         for _ in range(2):  # 0.6 seconds each
             answer = client.post(f"{url}/v1/completions", json=body)
             assert answer.text.endswith("data: [DONE]\n\n")
+
+
+def test_strangers_do_not_take_all_connections(
+    served: tuple[str, Service], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A failure means that idle connections lock everybody out until their patience ends, or that
+    one with a stream is closed for theirs."""
+    url, _ = served
+    monkeypatch.setattr(connections.Connection, "most", 20)
+    body = {"prompt": "The cow", "max_tokens": 60, "stream": True}
+    with contextlib.ExitStack() as stack:
+        client = stack.enter_context(httpx.Client(timeout=30))
+        answer = stack.enter_context(client.stream("POST", f"{url}/v1/completions", json=body))
+        clients = [stack.enter_context(connect(url)) for _ in range(60)]
+        assert httpx.get(f"{url}/health").json()["status"] == "ok"
+        assert clients[0].recv(10) == b"", "the oldest wasn't closed"
+        clients[-1].sendall(HEAD.replace(b"POST", b"GET") + b"Connection: close\r\n\r\n")
+        assert clients[-1].recv(10) == b"HTTP/1.1 4"
+        assert [*answer.iter_lines()][-2] == "data: [DONE]"
+
+
+def test_more_files_may_be_opened() -> None:
+    """A failure means that a system's first limit, often 1,024, is one of connections too."""
+    code = (
+        "import resource as r; n = r.RLIMIT_NOFILE; r.setrlimit(n, (256, 1500))\n"
+        "from llama.server.connections import allow_files; print(allow_files(), r.getrlimit(n))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], check=True, text=True, stdout=PIPE).stdout
+    assert found == "750 (1500, 1500)\n"

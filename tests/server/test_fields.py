@@ -243,11 +243,7 @@ def test_answers_that_clients_send_back(url: str) -> None:
         ({"tool_choice": "required"}, "tool_choice", "required"),
         ({"functions": [FUNCTION]}, "functions", "send them as tools"),
         ({"function_call": {"name": "paint"}}, "function_call", ""),
-        (
-            {"messages": [{"role": "assistant", "content": None}]},
-            "messages.0",
-            "content is missing",
-        ),
+        ({"messages": [{**U, "content": None}]}, "messages.0", "content is missing"),
         ({"messages": [{**U, "tool_calls": [CALL]}]}, "messages.0", "are the assistant's"),
         ({"messages": [{**U, "pictures": ["x"]}]}, "messages.0.pictures", "no such parameter"),
         (

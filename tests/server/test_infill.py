@@ -88,8 +88,20 @@ def test_an_editors_request_is_answered(url: str) -> None:
     assert found["content"].strip() and found["timings/predicted_ms"] >= 0
     warm = ask(url, **{**EDITOR, "n_predict": 0, "response_fields": [""]})
     assert warm == {}
-    wrong = post(f"{url}/infill", {**EDITOR, "mirostat": 2}).json()["error"]
-    assert wrong["message"] == "mirostat: this server has no such parameter"
+    # As a client sends all that llama.cpp has, at its defaults.
+    defaults = {
+        **{"mirostat": 0, "mirostat_tau": 5.0, "mirostat_eta": 0.1, "typical_p": 1.0},
+        **{"xtc_probability": 0.0, "xtc_threshold": 0.1, "top_n_sigma": -1.0, "min_keep": 0},
+        **{"dynatemp_range": 0.0, "dynatemp_exponent": 1.0, "n_probs": 0, "n_discard": 0},
+        **{"dry_multiplier": 0.0, "dry_base": 1.75, "dry_allowed_length": 2, "lora": []},
+        **{"dry_penalty_last_n": -1, "dry_sequence_breakers": ["\n"], "repeat_last_n": 64},
+        **{"grammar": "", "return_progress": False, "post_sampling_probs": False},
+    }
+    assert ask(url, **EDITOR, **defaults)["content"] == found["content"]
+    for name, value in (("mirostat", 2), ("typical_p", 0.5), ("repeat_last_n", 8), ("lora", [1])):
+        wrong = post(f"{url}/infill", {**EDITOR, name: value}).json()["error"]
+        assert wrong["message"].startswith(f"{name}: this server doesn't support {value}")
+    assert ask(url, input_prefix=PREFIX, max_tokens=2)["tokens_predicted"] == 2
 
 
 def test_how_a_middle_ends_is_told(url: str) -> None:

@@ -99,13 +99,18 @@ def test_openai_s_fields_are_known(
                 {"logprobs": False, "top_logprobs": 0, "logit_bias": {}, "seed": None},
                 {"max_tokens": 64.0, "model": ""},
                 {"something_new": None},
+                {"stop": [""], "tool_choice": "", "response_format": {}},
+                {"max_tokens": 64, "max_completion_tokens": 64},
+                {"messages": [{**U, "refusal": ""}]},
                 {"messages": [{**U, "cache_control": {"type": "ephemeral"}, "new": None}]},
             )
         ),
         ("completions", {"best_of": 1, "stop": "", "stream_options": {}, "echo": None}),
         ("completions", {"best_of": 1, "n": 1, "logit_bias": {}, "service_tier": "auto"}),
         ("embeddings", {"encoding_format": None, "dimensions": None, "user": ""}),
+        ("embeddings", {"encoding_format": ""}),
         ("responses", {"previous_response_id": "", "context_management": [], "store": True}),
+        ("responses", {"conversation": {}, "tool_choice": ""}),
         ("responses", {"reasoning": {"effort": "none"}, "background": False, "metadata": {}}),
         ("responses", {"stream_options": {"include_obfuscation": False, "include_usage": True}}),
         ("responses", {"prompt_cache_options": {"mode": "implicit"}, "text": {}}),
@@ -132,11 +137,23 @@ def test_parts_of_messages(url: str) -> None:
         {"thinking_blocks": [{"type": "thinking"}], "images": [], "audio": None, "citations": []},
         {"parsed": {"a": 1}, "refusal": None, "annotations": [], "prefix": False, "id": "x"},
         {"provider_specific_fields": {"refusal": None}, "tool_calls": [], "function_call": None},
+        {"extra_content": {"google": 1}, "thinking": "hm", "executed_tools": [{"type": "x"}]},
+        {"finish_reason": "stop", "additional_kwargs": {}},
+        {"content": [{"type": "text", "text": "Moo", "annotations": []}]},
     ):
         body = {"messages": [U, {**said, **beside}, U], "temperature": 0}
         found = content(post(f"{url}/chat/completions", body))
         expected = expected or found
         assert found == expected, beside
+    empty = [
+        content(post(f"{url}/chat/completions", {"messages": [U, answer, U], "temperature": 0}))
+        for answer in (
+            {"role": "assistant", "content": ""},
+            {"role": "assistant", "content": None},
+            {"role": "assistant", "content": None, "tool_calls": []},
+        )
+    ]
+    assert empty[0] == empty[1] == empty[2]
 
 
 def test_calls_that_clients_send_back() -> None:
@@ -158,6 +175,8 @@ def test_calls_that_clients_send_back() -> None:
         ("chat/completions", {"reasoning_effort": "high"}, "reasoning_effort"),
         ("chat/completions", {"messages": [{**U, "images": ["x"]}]}, "messages.0.images"),
         ("chat/completions", {"tempreature": 0.5}, "tempreature"),
+        ("chat/completions", {"function_call": {"name": "f"}}, "function_call"),
+        ("responses", {"background": True}, "background"),
         ("chat/completions", {"messages": [{**U, "contents": "x"}]}, "messages.0.contents"),
         ("responses", {"reasoning": {"effort": "low"}}, "reasoning.effort"),
         ("responses", {"moderation": {"model": "x"}}, "moderation"),

@@ -160,4 +160,24 @@ def test_a_pair_that_is_too_long_is_refused(ranker: tuple[str, Any]) -> None:
     """A failure means that the end of a document is ignored without a word."""
     body = {"query": QUERY, "documents": ["the cat " * 600]}
     error = post(f"{ranker[0]}/v1/rerank", body).json()["error"]
-    assert error["code"] == "context_length_exceeded"
+    assert (error["code"], error["param"]) == ("context_length_exceeded", "documents")
+    answer = post(f"{ranker[0]}/v1/rerank", {**body, "truncate_prompt_tokens": -1})
+    assert answer.json()["usage"]["prompt_tokens"] == 512
+    some = {"query": QUERY, "documents": TEXTS}
+    lengths = [
+        post(f"{ranker[0]}/v1/rerank", {**some, **cut}).json()["usage"]["prompt_tokens"]
+        for cut in ({}, {"truncate_prompt_tokens": 6})
+    ]
+    assert lengths[1] == 18 < lengths[0]
+
+
+def test_a_text_that_is_too_long(classifier: tuple[str, Any], tiny: Llama) -> None:
+    """A failure means that a client can't shorten a text, or is told of a field that it didn't
+    send."""
+    url, _ = classifier
+    text = "the cat " * 600
+    error = post(f"{url}/classify", {"input": text}).json()["error"]
+    assert (error["code"], error["param"]) == ("context_length_exceeded", "input")
+    found = post(f"{url}/classify", {"input": text, "truncate_prompt_tokens": 4}).json()
+    expected = post(f"{url}/classify", {"input": encode(tiny, text)[-4:]}).json()
+    assert found["data"] == expected["data"] and found["usage"]["prompt_tokens"] == 4
