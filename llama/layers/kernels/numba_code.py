@@ -92,8 +92,7 @@ def round_inputs(data):
     - scales, float32, (n_tokens, n_blocks).
     - offsets, int32, (n_tokens, groups): of codes that are multiplied without signs, 8 above
       their values or 128, what a group's sum is too much.
-    - sums of inputs as they are rounded, float32, (n_tokens, groups), which zeros are multiplied
-      by: where zeros bring codes to values around zero, errors of the codes' inputs cancel.
+    - sums of inputs, float32, (n_tokens, groups), which zeros are multiplied by.
     """
     given = numba.carray(data, 10, numba.int64)
     places, sizes, rotated = given[:5], given[5:9], given[9]
@@ -119,10 +118,11 @@ def round_inputs(data):
             scale = largest / FLOAT(127) + total
             scales[token, block] = scale
             for half in range(halves):
-                count = ZERO
+                total, count = ZERO, ZERO
                 for i in range(half * size, half * size + size):
+                    total += some[i]
                     count += np.rint(some[i] * inverse)
-                sums[token, block, half] = count * scale
+                sums[token, block, half] = total
                 offsets[token, block, half] = -above * count
             if is_int4:
                 for i in range(BLOCK // 2):
