@@ -112,6 +112,10 @@ def test_the_tokenizer_goes_along(tmp_path: Path) -> None:
     assert theirs.encode(text) == llama.tokenizer.encode(text, bos=True, eos=False)
     ours = Llama.build(device="cpu", dtype=torch.float32)
     dialog = [{"role": "user", "content": "What does the cow say?"}]
+    told = [{"role": "system", "content": "Be brief."}, *dialog]
+    for some in (dialog, told, [*told, {"role": "assistant", "content": "Moo."}, *dialog]):
+        ids = theirs.apply_chat_template(some, tokenize=True, return_dict=False)
+        assert ids == ours.chat.prompt(ours.tokenizer, some)
     answers = [m.chat_completion([dialog], temperature=0) for m in (llama, ours)]
     assert answers[0] == answers[1]
 

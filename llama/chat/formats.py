@@ -12,6 +12,7 @@ Formats for single questions have earlier turns one after another, each as in tr
 ends an answer, so that the model sees where the next one has to end.
 """
 
+from llama.chat import jinja
 from llama.chat.hermes import with_tools
 from llama.chat.layout import ChatFormat, lay_out
 from llama.chat.llama3 import is_llama3, llama3_tokens
@@ -259,7 +260,7 @@ def chatml_tokens(
 
 
 _FORMATS = {
-    "inst": ChatFormat(inst_tokens, tags=SPECIAL_TAGS),
+    "inst": ChatFormat(inst_tokens, tags=SPECIAL_TAGS, template=jinja.INST),
     "turn-based": ChatFormat(turn_based_tokens, tags=SPECIAL_TAGS),
     "alpaca": ChatFormat(alpaca_tokens),
     "vicuna": ChatFormat(vicuna_tokens),
@@ -271,7 +272,7 @@ _FORMATS = {
     # Its answers weren't trained to end with </s>: its authors' code stops at these strings.
     "korani": ChatFormat(korani_tokens, stop=("\n### Human:", "\n### Assistant")),
     "chatml": ChatFormat(chatml_tokens, stop=("<|im_end|>",)),
-    "llama3": ChatFormat(llama3_tokens, stop=("<|eot_id|>",)),
+    "llama3": ChatFormat(llama3_tokens, stop=("<|eot_id|>",), template=jinja.LLAMA3),
 }
 FORMATS = {name: format._replace(name=name) for name, format in _FORMATS.items()}
 
@@ -296,8 +297,10 @@ def choose_chat(
     if tool_format not in (None, "hermes"):
         raise ValueError(f"tool_format is {tool_format!r}: expected None or 'hermes'")
     templates = chat_templates(files)
+    known = {each.template: each for each in FORMATS.values() if each.template is not None}
+    own = known.get(templates.get("default", "")) if len(templates) == 1 else None
     if name is None and templates:
-        chat = template_format(templates)
+        chat = own or template_format(templates)  # a converted checkpoint's is one of these
     else:
         if name is None and is_llama3(tokenizer):
             name = "llama3"

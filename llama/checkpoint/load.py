@@ -28,6 +28,7 @@ from llama.checkpoint.sharding import (
 )
 from llama.cli import progress
 from llama.layers.capability import Capability, cpu_has_bf16
+from llama.layers.kernels import form_in
 from llama.layers.kernels.machine_code import has_numba
 from llama.layers.kernels.openmp import limit_threads, release_team
 from llama.layers.quantization import Grouped
@@ -71,7 +72,7 @@ def load(
     if dtype is None:
         fast_bf16 = has_fast_bf16(device) or _has_fast_operators(checkpoint, args, device)
         dtype = choose_dtype(checkpoint.dtype, device.type, fast_bf16)
-    forms = {module: form.in_dtype(dtype) for module, form in checkpoint.forms.items()}
+    forms = {module: form_in(form, dtype, device) for module, form in checkpoint.forms.items()}
     tokens = plan_memory(args, dtype, device, ranks, forms, int8_cache)
     with torch.device("meta"):
         model = Transformer(args)

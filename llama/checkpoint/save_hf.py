@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from llama.args import ModelArgs
+from llama.chat.jinja import INST, LLAMA3
 from llama.checkpoint.base import Checkpoint
 from llama.checkpoint.hf_names import from_interleaved, hf_name, is_rotary
 from llama.checkpoint.meta import LLAMA_32, scaled_rope
@@ -173,7 +174,8 @@ def _text_defaults(checkpoint: Checkpoint) -> Mapping[str, bytes]:
     model = checkpoint.files["tokenizer.model"]
     data = model if isinstance(model, bytes) else model.read_bytes()
     if is_tiktoken(data):
-        return hf_files(data, "tokenizer.model")
+        return hf_files(data, "tokenizer.model", LLAMA3)
+    has_steps = load_tokenizer(checkpoint.files).step_id is not None
     config = {
         "tokenizer_class": "LlamaTokenizer",
         "bos_token": "<s>",
@@ -182,5 +184,6 @@ def _text_defaults(checkpoint: Checkpoint) -> Mapping[str, bytes]:
         "add_bos_token": True,
         "add_eos_token": False,
         "legacy": True,
+        **({} if has_steps else {"chat_template": INST}),
     }
     return {"tokenizer_config.json": json.dumps(config, indent=2).encode()}

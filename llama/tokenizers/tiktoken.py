@@ -187,12 +187,13 @@ def _spelled(piece: bytes) -> str:
     return "".join(_LETTERS[byte] for byte in piece)
 
 
-def hf_files(data: bytes, name: str) -> dict[str, bytes]:
+def hf_files(data: bytes, name: str, chat_template: str | None = None) -> dict[str, bytes]:
     """Return ``tokenizer.json`` and ``tokenizer_config.json``, which ``transformers`` reads.
 
     Args:
         data: the content of a ``tokenizer.model``.
         name: the file's name in errors.
+        chat_template: in Jinja's language, if there is one.
 
     Raises:
         ValueError: the file is damaged.
@@ -238,6 +239,8 @@ def hf_files(data: bytes, name: str) -> dict[str, bytes]:
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
     }
+    if chat_template is not None:
+        config["chat_template"] = chat_template
     return {
         "tokenizer.json": json.dumps(tokenizer, ensure_ascii=False).encode(),
         "tokenizer_config.json": json.dumps(config, indent=2).encode(),

@@ -7,10 +7,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
+from tiktoken_files import small_tiktoken
 
 from llama import Dialog, Tokenizer
 from llama.chat.formats import FORMATS
+from llama.chat.options import ChatOptions
 from llama.chat.prompts import check_dialog, dialog_prompt_tokens
+from llama.chat.rendering import template_format
+from llama.tokenizer import BaseTokenizer
+from llama.tokenizers.tiktoken import TiktokenTokenizer
 
 LLAMA3_MARKS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 MARKS = (*LLAMA3_MARKS, "<|im_start|>", "<|im_end|>", "<|system|>", "<|prompter|>", "<|assistant|>")
@@ -366,3 +371,40 @@ def test_contents_yield_no_control_ids(
         assert control(a, b, c, d) == harmless
 
     check()
+
+
+@pytest.mark.parametrize("name", ["inst", "llama3"])
+def test_templates_are_the_formats(name: str, tiny_tokenizer: Tokenizer) -> None:
+    """A failure means that a client, or a library that reads what we convert, gives a model
+    another prompt than this one does."""
+    format_ = FORMATS[name]
+    assert format_.template is not None
+    template = template_format({"default": format_.template})
+    tokenizer: BaseTokenizer = tiny_tokenizer
+    if name == "llama3":
+        tokenizer = TiktokenTokenizer(small_tiktoken(), "tokenizer.model")
+    pieces = st.sampled_from(["[INST]", "<|eot_id|>", "</s>", " ", "\n", "cow", "é", "{{", "'"])
+    contents = st.lists(pieces, max_size=6).map("".join)
+
+    @settings(max_examples=200, deadline=None)
+    @given(st.lists(contents, min_size=1, max_size=5), st.booleans(), contents)
+    def check(texts: list[str], has_system: bool, system: str) -> None:
+        turns = [{"role": "user", "content": text} for text in texts]
+        for turn in turns[1::2]:
+            turn["role"] = "assistant"
+        dialog = [{"role": "system", "content": system}] * has_system + turns
+        options = ChatOptions(continue_final_message=turns[-1]["role"] == "assistant")
+        if options.continue_final_message and name == "inst":
+            # A template leaves the space at the end of a text that is continued.
+            turns[-1]["content"] = "a" + texts[-1].rstrip()
+        found = template.prompt(tokenizer, dialog, options)  # type: ignore[arg-type]
+        assert found == format_.prompt(tokenizer, dialog, options)  # type: ignore[arg-type]
+
+    check()
+    for roles in (("assistant",), ("user", "user"), ("user", "system")):
+        dialog = [{"role": role, "content": "a"} for role in roles]
+        with pytest.raises(ValueError):
+            format_.prompt(tokenizer, dialog)  # type: ignore[arg-type]
+        if name == "inst":
+            with pytest.raises(ValueError, match="in turns"):
+                template.prompt(tokenizer, dialog)  # type: ignore[arg-type]

@@ -8,6 +8,7 @@ import textwrap
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,6 +24,7 @@ from llama.layers.kernels import (
     compiled,
     cpu,
     digits,
+    form_in,
     groups,
     make_kernel,
     openmp,
@@ -40,6 +42,10 @@ FORMS = [
     Grouped("int4", 32, ordered=True),
     Grouped("int8", 16, has_zeros=False, ordered=True),
     *(Grouped("float8", size, False, F32) for size in (0, 128)),
+]
+FINE = [  # as compiled code keeps files' scales
+    *(Grouped(codes, 32, scale_dtype=F16) for codes in ("int4", "int8")),
+    Grouped("int8", 16, has_zeros=False, scale_dtype=F16),
 ]
 IN_FEATURES = 1024
 N_TOKENS = (1, 4, 5, 130)
@@ -239,7 +245,7 @@ class TestCompiled:
         "form",
         [
             form
-            for form in FORMS
+            for form in FORMS + FINE
             if form.codes != "float8" and (form.group_size or form.codes == "int4")
         ],
         ids=repr,
@@ -256,7 +262,7 @@ class TestCompiled:
         ("form", "in_features"),
         [
             (form, in_features)
-            for form in FORMS
+            for form in FORMS + FINE
             for in_features in (32, 192, 256, 576)
             if not (form.ordered or form.codes == "float8" or in_features % (form.group_size or 1))
         ],
@@ -270,6 +276,21 @@ class TestCompiled:
         assert max(errors(kernel, exact, BF16)) < 0.015
         one = torch.eye(in_features, dtype=BF16)  # whose product is the weight
         assert torch.equal(kernel._widened_product(one), exact.bfloat16().T)
+
+    def test_files_scales_are_kept_as_exactly_as_bytes_allow(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A failure means that a file's perplexity rises by a thousandth or two on a CPU, or that
+        scales are in a form that the machine's fastest operators don't take."""
+        cpu_, cuda_ = torch.device("cpu"), torch.device("cuda")
+        own = Grouped("int4", 32, scale_dtype=F32)
+        assert form_in(own, BF16, cpu_) == form_in(own, F16, cpu_) == FINE[0]
+        assert form_in(own, BF16, cuda_) == replace(own, scale_dtype=BF16)
+        assert form_in(own, F32, cpu_) == own
+        for form in (Grouped("int4", 64), Grouped("float8", 0, False, F32), Rotated()):
+            assert form_in(form, BF16, cpu_) == form
+        monkeypatch.setattr(groups, "has_numba", lambda: False)
+        assert form_in(own, BF16, cpu_) == replace(own, scale_dtype=BF16)
 
     @pytest.mark.parametrize("rows", [32, 64])
     def test_weights_are_widened_in_parts(self, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -168,7 +168,7 @@ def test_a_remote_tokenizer_finds_what_it_needs(url: str) -> None:
     """A failure means that lm-eval's ``tokenizer_backend=remote`` can't use the server."""
     info = httpx.get(f"{url}/tokenizer_info").json()
     assert info["bos_token"] == "<s>" and info["eos_token"] == "</s>"
-    assert info["pad_token"] is None and info["chat_template"] is None
+    assert info["pad_token"] is None and "[INST]" in info["chat_template"]
     assert info["tokenizer_class"] == "LlamaTokenizer" and info["model_max_length"] == 256
     for name, expected in (("bos_token", 1), ("eos_token", 2)):
         body = {"prompt": info[name], "add_special_tokens": False}

@@ -57,6 +57,12 @@ def plain_kernel(
     return Bfloat16 if Bfloat16.is_fastest_for(weight) else None
 
 
+def form_in(form: Form, dtype: torch.dtype, device: torch.device) -> Form:
+    """Return the form that a weight has in a network of a dtype, on a device."""
+    is_half = device.type == "cpu" and dtype != torch.float32
+    return (is_half and Groups.with_float16(form)) or form.in_dtype(dtype)
+
+
 def make_kernel(
     stored: StoredWeight,
     form: Form,

@@ -5,6 +5,7 @@ and multiplied in integers. Groups of 16 take hardly longer than groups of 32.
 """
 
 import itertools
+from dataclasses import replace
 
 import torch
 
@@ -16,6 +17,7 @@ from llama.layers.kernels.openmp import by_rows, in_parallel
 from llama.layers.quantization import Form, Grouped, Rotated, StoredWeight
 
 FEW_IN_GROUPS = 96  # tokens up to which integers are faster than widening, with AMX
+SCALES = (torch.float32, torch.bfloat16, torch.float16)  # by the numbers of ``numba_groups.Kind``
 WIDENED, WIDENED_ROWS = 1 << 22, 1024  # weights, or outputs, that are widened at a time
 
 
@@ -46,14 +48,14 @@ class Groups(Kernel):
         # Blocks of a group are a power of two, or all.
         shift = 0 if in_halves else (group_size // BLOCK - 1).bit_length()
         self._n_sums = n_blocks * (2 if in_halves else 1)
-        is_half = form.scale_dtype == torch.bfloat16
-        kind = (self._is_int4, in_halves, shift, form.has_zeros, is_half)
+        scales = SCALES.index(form.scale_dtype)
+        kind = (self._is_int4, in_halves, shift, form.has_zeros, scales)
         # Compiled before the weight is changed, and before the first prompt.
         self._product = code("numba_groups", "product", *kind).address
         code("numba_code", "round_inputs")
-        self._is_widened = cpu_has_amx() and is_half
+        self._is_widened = cpu_has_amx() and form.scale_dtype != torch.float32
         if self._is_widened:
-            code("numba_groups", "widen", self._is_int4)
+            code("numba_groups", "widen", self._is_int4, scales)
         compile_tokens_code()
         # Codes are multiplied without signs.
         self._mask = 0x80808080 if HAS_VNNI and not self._is_int4 else 0
@@ -61,6 +63,18 @@ class Groups(Kernel):
             name: in_tiles(part, self._mask if name == "weight" else 0, owned)
             for name, part in stored.items()
         }
+
+    @staticmethod
+    def with_float16(form: Form) -> Grouped | None:
+        """Return a file's form with scales in float16, which has eight times bfloat16's steps.
+
+        None of one that compiled code doesn't multiply, or whose scales aren't finer. Scales beyond
+        float16's range are none of a network's weights.
+        """
+        if not isinstance(form, Grouped) or form.codes == "float8" or not has_numba():
+            return None
+        is_fine = form.scale_dtype != torch.bfloat16
+        return replace(form, scale_dtype=torch.float16) if is_fine else None
 
     @staticmethod
     def supports(form: Form, weight: torch.Tensor) -> bool:
@@ -72,7 +86,7 @@ class Groups(Kernel):
         if isinstance(form, Rotated):
             fits = weight.shape[1] % BLOCK == 0 and bool(CPU) and not cpu_has_amx()
             return fits and has_numba()
-        if form.codes == "float8" or form.scale_dtype != torch.bfloat16:
+        if form.codes == "float8" or form.scale_dtype == torch.float32:
             return False
         n_inputs = weight.shape[1] * (2 if form.codes == "int4" else 1)
         size = form.group_size
@@ -107,7 +121,8 @@ class Groups(Kernel):
             some = min(step, n_tiles - tile)
             weight = x.new_empty(self._n_inputs, some * TILE)
             sizes = [some, self._n_groups, self._n_inputs // self._n_groups]
-            address = code("numba_groups", "widen", self._is_int4).address
+            kind = (self._is_int4, SCALES.index(self._form.scale_dtype))
+            address = code("numba_groups", "widen", *kind).address
             places = [*self._places(tile), weight.data_ptr()]
             in_parallel(address, *places, *sizes, self._form.has_zeros)
             first, last = tile * TILE, min((tile + some) * TILE, self.out_features)

@@ -202,6 +202,13 @@ class Vectors:
         wide = self.build.zext(self.load(address, index, I16, n), ir.VectorType(I32, n))
         return self.floats(self.build.shl(wide, self.constant(I32, [16] * n)))
 
+    def float16(self, address, index, n):
+        """Load float16 as float32."""
+        half = self.build.bitcast(
+            self.load(address, index, I16, n), ir.VectorType(ir.HalfType(), n)
+        )
+        return self.build.fpext(half, ir.VectorType(F32, n))
+
     def floats(self, bits):
         """Return bits as float32."""
         return self.build.bitcast(bits, ir.VectorType(F32, bits.type.count))

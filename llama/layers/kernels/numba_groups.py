@@ -38,17 +38,17 @@ class Kind(NamedTuple):
     in_halves: bool  # whether groups are of 16 inputs, two in a block
     shift: int  # 2 ** shift blocks, or halves of one, are a group
     has_zeros: bool
-    is_half: bool  # whether scales and zeros are bfloat16, else float32
+    scales: int  # and zeros: 0 for float32, 1 for bfloat16, 2 for float16
 
 
-def widen(is_int4):
+def widen(is_int4, scales):
     """Return a function that writes a thread's part of some tiles' weights.
 
     Its argument points to the addresses of codes, scales, zeros and weights, bfloat16, (n_inputs,
     n_tiles * TILE), then to the numbers of tiles, groups and inputs of a group, and to whether
     zeros count.
     """
-    write = _widen(is_int4)
+    write = _widen(is_int4, scales == 2)
 
     @numba.cfunc(numba.void(numba.types.voidptr))
     def tiles_of_thread(data):
@@ -59,7 +59,7 @@ def widen(is_int4):
     return tiles_of_thread
 
 
-def _widen(is_int4):
+def _widen(is_int4, has_float16):
     """Return a function that writes a tile's weights."""
     bits = 4 if is_int4 else 8
     n_codes = 32 // bits  # of a word
@@ -73,6 +73,7 @@ def _widen(is_int4):
         given, tile = unpack_tuple(build, args[0]), args[1]
         codes, scales, zeros, out, n_tiles, n_groups, size, has_zeros = given
         vector, parts = _Fields(build), range(TILE // LANES)
+        numbers = vector.float16 if has_float16 else vector.bfloat16
         per_group = build.sdiv(size, I64(n_codes))
         pitch = build.mul(n_tiles, I64(2 * TILE))  # bytes of an input's weights
         ahead = build.mul(pitch, I64(4 * n_codes))
@@ -82,8 +83,8 @@ def _widen(is_int4):
             factors, added = [], []
             for part in parts:
                 index = build.add(build.mul(group, I64(len(parts))), I64(part))
-                factors.append(vector.bfloat16(scales, index, LANES))
-                zero = vector.bfloat16(zeros, index, LANES)
+                factors.append(numbers(scales, index, LANES))
+                zero = numbers(zeros, index, LANES)
                 is_added = build.icmp_signed("!=", has_zeros, I64(0))
                 added.append(build.select(is_added, zero, nothing))
             with for_range(build, per_group) as words:
@@ -168,11 +169,12 @@ def _multiply(kind: Kind, n_tokens: int):
         offsets_of, sums_of = of_tokens(2, I32, halves), of_tokens(3, F32, halves)
 
         def numbers(address, index):
-            if kind.is_half:
-                return vector.bfloat16(address, index, LANES)
+            if kind.scales:
+                load = vector.bfloat16 if kind.scales == 1 else vector.float16
+                return load(address, index, LANES)
             return vector.load(address, index, F32, LANES)
 
-        codes, n_bytes = at(codes, tile, n_blocks, n_words * TILE * 4), 2 if kind.is_half else 4
+        codes, n_bytes = at(codes, tile, n_blocks, n_words * TILE * 4), 2 if kind.scales else 4
         scales, zeros = (at(part, tile, n_groups, TILE * n_bytes) for part in (scales, zeros))
         totals = [[vector.zeros(LANES) for _ in parts] for _ in tokens]
         with for_range(build, n_blocks) as loop:
