@@ -32,7 +32,7 @@ class ChatFormat(NamedTuple):
         notation: how an answer calls tools; None where the format has no place for tools.
         documents: whether it has a place for ``ChatOptions.documents``.
         name: its name in ``FORMATS``.
-        template: the same in Jinja's language, where that can be said.
+        template: what it does with plain dialogs, in Jinja's language, where that can be said.
     """
 
     prompt: Prompt

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llama.args import ModelArgs
-from llama.chat.formats import choose_chat
+from llama.chat.formats import FORMATS, choose_chat
 from llama.checkpoint import open_checkpoint
 from llama.checkpoint.adapter_config import PROMPT_KINDS
 from llama.checkpoint.base import Checkpoint, text_files, vocabulary_size
@@ -254,7 +254,7 @@ def _chat_format(tokenizer: BaseTokenizer, checkpoint: Checkpoint) -> dict[str, 
     templates = chat_templates(checkpoint.files)
     chat = choose_chat(None, checkpoint.files, tokenizer)
     return {
-        "name": "template" if templates else chat.name,
+        "name": chat.name if chat.name in FORMATS else "template",
         "templates": [printable(name) for name in templates],
     }
 

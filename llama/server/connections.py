@@ -32,21 +32,23 @@ class Connection(H11Protocol):
     """A connection that is closed if no request arrives.
 
     uvicorn closes idle connections after an answer only: those that send nothing, or a byte now
-    and then, would stay, with the memory that they take. Beyond ``most`` the oldest of those that
-    wait is closed for each new one.
+    and then, would stay, with the memory that they take. So would those that don't read what they
+    asked for. Beyond ``most`` the oldest of those that wait is closed for each new one.
     """
 
     most = 4096
     _waiting: ClassVar["dict[Connection, None]"] = {}  # of all connections, the oldest first
     _timer: asyncio.TimerHandle | None = None
+    _unread: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._expect_request()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
+        for timer in (self._timer, self._unread):
+            if timer is not None:
+                timer.cancel()
         self._waiting.pop(self, None)
         super().connection_lost(exc)
 
@@ -60,12 +62,33 @@ class Connection(H11Protocol):
         self._timer = self.loop.call_later(PATIENCE, self._check, begun)
         self._waiting.pop(self, None)
         self._waiting[self] = None
-        while len(self._waiting) > self.most:
-            oldest = next(iter(self._waiting))
-            del self._waiting[oldest]
-            cycle = oldest.cycle
-            if cycle is None or cycle.response_complete or cycle.more_body:
-                oldest.transport.close()
+        if len(self._waiting) > self.most:
+            self._make_room()
+
+    def _make_room(self) -> None:
+        """Close the oldest connection that waits for a request, or else for a body."""
+        found = []
+        for each in [each for each in self._waiting if each.loop is self.loop]:
+            cycle = each.cycle
+            if cycle is None or cycle.response_complete:
+                found = [each]
+                break
+            if cycle.more_body:
+                found.append(each)
+            else:  # it has its request, and comes back after the answer
+                del self._waiting[each]
+        if len(self._waiting) > self.most and found:
+            del self._waiting[found[0]]
+            found[0].transport.close()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._unread = self.loop.call_later(2 * PATIENCE, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._unread is not None:
+            self._unread.cancel()
 
     def _check(self, begun: RequestResponseCycle | None) -> None:
         """Close the connection if it has sent no head, or still not the body of ``begun``."""

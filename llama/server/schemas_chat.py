@@ -18,14 +18,13 @@ from llama.server.lenient import Unsupported, ignore
 from llama.server.schemas import Answer, Choice, LastTokens, TextRequest
 from llama.server.schemas_ignored import CacheHints, EchoedFields, Ignored
 from llama.server.schemas_sampling import (
-    MAX_MESSAGES,
     Bounded,
+    Dialog,
     EmptyAsNull,
     Null,
     RequestBody,
     Schema,
     Whole,
-    at_most,
 )
 
 MAX_TOOLS = 128  # OpenAI's limit
@@ -179,9 +178,7 @@ def tool_options(
 
 
 class ChatRequest(TextRequest):
-    messages: Annotated[
-        list[ChatMessage], Field(min_length=1, fail_fast=True), at_most(MAX_MESSAGES)
-    ]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True), Dialog]
     max_completion_tokens: Annotated[Whole, Field(ge=1)] | None = Field(
         None, description="As many as fit, if null."
     )

@@ -2,13 +2,14 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, Field
+from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from llama.server.lenient import Unsupported
 from llama.server.schemas import TextRequest
 from llama.server.schemas_ignored import Ignored
 from llama.server.schemas_sampling import (
     Bounded,
+    EmptyAsNull,
     Null,
     RequestBody,
     SamplingFields,
@@ -73,7 +74,7 @@ class NeutralFields(RequestBody):
     post_sampling_probs: Any = Ignored
     return_progress: Annotated[Literal[False] | None, Unsupported] = None
     grammar: Null = None
-    json_schema: Null = None
+    json_schema: Annotated[None, Unsupported, EmptyAsNull] = Field(None, description="Only null.")
     lora: Null = None
 
 
@@ -128,6 +129,13 @@ class InfillRequest(SamplingFields, NeutralFields):
         if self.seed is not None and self.seed < 0:  # llama.cpp's name of none
             found.pop("seed", None)
         return found
+
+    @model_validator(mode="after")
+    def _check_number(self) -> "InfillRequest":
+        limits = {self.n_predict, self.max_tokens} - {None}
+        if len(limits) > 1:
+            raise ValueError("n_predict and max_tokens are the same: give one")
+        return self
 
     @property
     def n_new(self) -> int | None:

@@ -19,10 +19,10 @@ from llama.server.lenient import Unsupported
 from llama.server.schemas_chat import Choices, Function, TokenLogprob, Tools, tool_options
 from llama.server.schemas_ignored import Ignored, IgnoredFields
 from llama.server.schemas_sampling import (
-    MAX_MESSAGES,
     NOTHING,
     Bounded,
     ChoiceFormat,
+    Dialog,
     EmptyAsNull,
     GrammarFormat,
     JsonObjectFormat,
@@ -33,7 +33,6 @@ from llama.server.schemas_sampling import (
     SamplingFields,
     TextFormat,
     Whole,
-    at_most,
 )
 
 
@@ -164,7 +163,7 @@ class ResponseStreamOptions(RequestBody):
 
 class ResponsesRequest(SamplingFields, IgnoredFields):
     model: str | None = Field(None, description="The served model's id, or an adapter's.")
-    input: str | Annotated[list[Item], Field(min_length=1, fail_fast=True), at_most(MAX_MESSAGES)]
+    input: Annotated[str | Annotated[list[Item], Field(min_length=1, fail_fast=True)], Dialog]
     instructions: str | None = Field(None, description="A first system message.")
     max_output_tokens: Annotated[Whole, Field(ge=1)] | None = Field(
         None, description="As many as fit, if null."

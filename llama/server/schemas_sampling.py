@@ -24,7 +24,7 @@ from llama.server.lenient import Unsupported, ignore
 MAX_FIELDS = 100  # of an object
 MAX_DEPTH = 64  # of a JSON Schema
 MAX_ELEMENTS = 1024  # of a list or a dictionary that a request names
-MAX_MESSAGES = 10_000  # of a dialog; to validate more would stop everybody's streams for a while
+MAX_MESSAGES = 10_000  # and parts of them; to validate more would stop everybody's streams
 _DEFAULTS = SamplingParams()
 _OTHER_NAMES = {"include_stop_str_in_output": "include_stop"}  # of SamplingParams
 
@@ -80,15 +80,19 @@ def _check_depth(schema: dict[str, Any]) -> dict[str, Any]:
     raise ValueError(f"it is nested more than {MAX_DEPTH} levels deep")
 
 
-def at_most(n: int) -> Any:
-    """Return a check of a list's or a dictionary's length, before its elements are validated."""
+def _check_elements(value: Any) -> Any:
+    if isinstance(value, dict | list) and len(value) > MAX_ELEMENTS:
+        raise ValueError(f"expected up to {MAX_ELEMENTS:,} elements, found {len(value):,}")
+    return value
 
-    def check(value: Any) -> Any:
-        if isinstance(value, dict | list) and len(value) > n:
-            raise ValueError(f"expected up to {n:,} elements, found {len(value):,}")
-        return value
 
-    return BeforeValidator(check)
+def _check_messages(value: Any) -> Any:
+    if isinstance(value, list):
+        lists = [x for item in value if isinstance(item, dict) for x in item.values()]
+        n = len(value) + sum(len(part) for part in lists if isinstance(part, list))
+        if n > MAX_MESSAGES:
+            raise ValueError(f"expected up to {MAX_MESSAGES:,} messages and parts, found {n:,}")
+    return value
 
 
 def whole(value: Any) -> Any:
@@ -108,7 +112,8 @@ def _empty_as_null(value: Any) -> Any:
 
 Null = Annotated[None, Unsupported, Field(description="Only null.")]
 EmptyAsNull = BeforeValidator(_empty_as_null)
-Bounded = at_most(MAX_ELEMENTS)
+Bounded = BeforeValidator(_check_elements)
+Dialog = BeforeValidator(_check_messages)
 Schema = Annotated[dict[str, Any], AfterValidator(_check_depth)]
 TokenId = Annotated[str, Field(pattern=r"^\d{1,9}$")]
 

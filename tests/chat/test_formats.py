@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -14,6 +15,7 @@ from llama.chat.formats import FORMATS
 from llama.chat.options import ChatOptions
 from llama.chat.prompts import check_dialog, dialog_prompt_tokens
 from llama.chat.rendering import template_format
+from llama.chat.template import ChatTemplate
 from llama.tokenizer import BaseTokenizer
 from llama.tokenizers.tiktoken import TiktokenTokenizer
 
@@ -401,10 +403,25 @@ def test_templates_are_the_formats(name: str, tiny_tokenizer: Tokenizer) -> None
         assert found == format_.prompt(tokenizer, dialog, options)  # type: ignore[arg-type]
 
     check()
+    said = {"role": "assistant", "content": None}
+    told = {"role": "developer", "content": [{"type": "text", "text": "Be brief."}]}
+    asked = {"role": "user", "content": [{"type": "text", "text": part} for part in ("a", "b")]}
+    dialog: Any = [told, asked, {**said, "content": ""}, asked]
+    ids = format_.prompt(tokenizer, dialog)
+    assert template.prompt(tokenizer, dialog) == ids
+    # As transformers renders it, which gives a template the messages as they are.
+    renders = ChatTemplate(format_.template)
+    spelled = {"bos_token": "<B>", "eos_token": "<E>", "tools": None}
+    texts = [
+        renders.render([told, asked, answer, asked], add_generation_prompt=True, **spelled)
+        for answer in ({**said, "content": ""}, said)
+    ]
+    assert texts[0] == texts[1] and "None" not in texts[1] and "ab" in texts[1]
     for roles in (("assistant",), ("user", "user"), ("user", "system")):
         dialog = [{"role": role, "content": "a"} for role in roles]
-        with pytest.raises(ValueError):
-            format_.prompt(tokenizer, dialog)  # type: ignore[arg-type]
-        if name == "inst":
-            with pytest.raises(ValueError, match="in turns"):
-                template.prompt(tokenizer, dialog)  # type: ignore[arg-type]
+        for each in (format_, template):
+            with pytest.raises(ValueError):
+                each.prompt(tokenizer, dialog)
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    with pytest.raises(ValueError, match="no calls of tools"):
+        template.prompt(tokenizer, [asked, {**said, "tool_calls": [call]}, asked])  # type: ignore

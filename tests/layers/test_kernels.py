@@ -287,6 +287,8 @@ class TestCompiled:
         assert form_in(own, BF16, cpu_) == form_in(own, F16, cpu_) == FINE[0]
         assert form_in(own, BF16, cuda_) == replace(own, scale_dtype=BF16)
         assert form_in(own, F32, cpu_) == own
+        rows = Grouped("int8", 0, False, F32)  # whose scales may be small: FBGEMM has float32
+        assert form_in(rows, BF16, cpu_) == replace(rows, scale_dtype=BF16)
         for form in (Grouped("int4", 64), Grouped("float8", 0, False, F32), Rotated()):
             assert form_in(form, BF16, cpu_) == form
         monkeypatch.setattr(groups, "has_numba", lambda: False)

@@ -151,12 +151,35 @@ def test_strangers_do_not_take_all_connections(
     with contextlib.ExitStack() as stack:
         client = stack.enter_context(httpx.Client(timeout=30))
         answer = stack.enter_context(client.stream("POST", f"{url}/v1/completions", json=body))
+        upload = stack.enter_context(connect(url))
+        upload.sendall(HEAD + b"Content-Type: application/json\r\nContent-Length: 1000\r\n\r\n{")
         clients = [stack.enter_context(connect(url)) for _ in range(60)]
         assert httpx.get(f"{url}/health").json()["status"] == "ok"
         assert clients[0].recv(10) == b"", "the oldest wasn't closed"
         clients[-1].sendall(HEAD.replace(b"POST", b"GET") + b"Connection: close\r\n\r\n")
         assert clients[-1].recv(10) == b"HTTP/1.1 4"
         assert [*answer.iter_lines()][-2] == "data: [DONE]"
+        upload.sendall(b" " * 999)
+        assert upload.recv(12) == b"HTTP/1.1 400"
+
+
+def test_a_client_that_reads_nothing_is_left(
+    served: tuple[str, Service], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A failure means that answers which nobody reads stay in memory, with their connections."""
+    url, _ = served
+    monkeypatch.setattr(connections, "PATIENCE", 0.2)
+    host = url.removeprefix("http://")
+    size = len(httpx.get(f"{url}/openapi.json").content)
+    n = 30_000_000 // size  # more than the system's buffers hold
+    with connect(url) as client:
+        client.sendall(f"GET /openapi.json HTTP/1.1\r\nHost: {host}\r\n\r\n".encode() * n)
+        time.sleep(2)
+        n_bytes = 0
+        with contextlib.suppress(ConnectionResetError):
+            while some := client.recv(1 << 20):
+                n_bytes += len(some)
+        assert 0 < n_bytes < n * size / 2
 
 
 def test_more_files_may_be_opened() -> None:

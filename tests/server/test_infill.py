@@ -96,12 +96,15 @@ def test_an_editors_request_is_answered(url: str) -> None:
         **{"dry_multiplier": 0.0, "dry_base": 1.75, "dry_allowed_length": 2, "lora": []},
         **{"dry_penalty_last_n": -1, "dry_sequence_breakers": ["\n"], "repeat_last_n": 64},
         **{"grammar": "", "return_progress": False, "post_sampling_probs": False},
+        **{"json_schema": {}},
     }
     assert ask(url, **EDITOR, **defaults)["content"] == found["content"]
     for name, value in (("mirostat", 2), ("typical_p", 0.5), ("repeat_last_n", 8), ("lora", [1])):
         wrong = post(f"{url}/infill", {**EDITOR, name: value}).json()["error"]
         assert wrong["message"].startswith(f"{name}: this server doesn't support {value}")
     assert ask(url, input_prefix=PREFIX, max_tokens=2)["tokens_predicted"] == 2
+    both = post(f"{url}/infill", {"input_prefix": PREFIX, "max_tokens": 2, "n_predict": 3})
+    assert both.status_code == 400 and "give one" in both.text
 
 
 def test_how_a_middle_ends_is_told(url: str) -> None:

@@ -68,12 +68,13 @@ class Groups(Kernel):
     def with_float16(form: Form) -> Grouped | None:
         """Return a file's form with scales in float16, which has eight times bfloat16's steps.
 
-        None of one that compiled code doesn't multiply, or whose scales aren't finer. Scales beyond
-        float16's range are none of a network's weights.
+        None of one that compiled code doesn't multiply, or whose scales aren't finer. Below 1e-5
+        float16's steps are the larger ones: in groups whose largest weight is a ten-thousandth, or
+        a thousandth in eight bits.
         """
         if not isinstance(form, Grouped) or form.codes == "float8" or not has_numba():
             return None
-        is_fine = form.scale_dtype != torch.bfloat16
+        is_fine = form.group_size > 0 and form.scale_dtype != torch.bfloat16
         return replace(form, scale_dtype=torch.float16) if is_fine else None
 
     @staticmethod
