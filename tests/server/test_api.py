@@ -288,14 +288,16 @@ def test_many_scores(fresh: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
             ("completions", {**body, "prompt": prompts, "max_tokens": 40}, 400),
             ("completions", {**body, "prompt": prompts[:1], "n": 3}, 400),
             ("completions", {**body, "prompt": prompts[:1], "max_tokens": None}, 200),
-            # The best are chosen by scores that nobody gets.
-            ("completions", {"prompt": [[5]] * 9, "best_of": 20, "max_tokens": 40}, 200),
             ("chat/completions", {"messages": COW, "logprobs": True, "top_logprobs": 20}, 200),
         ):
             answer = post(f"{url}/v1/{path}", asked)
             assert answer.status_code == status
             if status == 400:
                 assert re.search(r"\d,\d+ log-prob.* 5,000 .* ask for fewer", answer.text)
+        monkeypatch.setattr(sys.modules[Service.__module__], "MAX_SCORES", 9)
+        best = {"prompt": [[5], [6]], "best_of": 2, "max_tokens": 4}  # by scores that nobody gets
+        assert post(f"{url}/v1/completions", best).status_code == 200
+        assert post(f"{url}/v1/completions", {**best, "logprobs": 0}).status_code == 400
     assert in_loops and not any(in_loops)
 
 
