@@ -24,6 +24,7 @@ from llama.server import (
 )
 from llama.server.access import AccessControl
 from llama.server.errors import ErrorMiddleware, add_error_handlers
+from llama.server.events import soon
 from llama.server.lenient import HEADER, LenientFields
 from llama.server.paths import UniformRequests
 from llama.server.service import Service
@@ -122,14 +123,14 @@ def _routes(service: Service) -> APIRouter:
     @router.post("/v1/completions", **_text_route(schemas.Completion, schemas.Completion))
     async def completions(body: schemas.CompletionRequest, request: Request) -> Response:
         """Continue texts, or fill in the middle between ``prompt`` and ``suffix``."""
-        return await tasks.complete(service, body, request)
+        return await soon(tasks.complete(service, body, request), body.stream)
 
     of_chat = _text_route(schemas_chat.ChatCompletion, schemas_chat.ChatChunk)
 
     @router.post("/v1/chat/completions", **of_chat)
     async def chat_completions(body: schemas_chat.ChatRequest, request: Request) -> Response:
         """Answer a dialog, with text or with calls of tools."""
-        return await dialogs.chat(service, body, request)
+        return await soon(dialogs.chat(service, body, request), body.stream)
 
     of_responses = _text_route(
         schemas_responses.ModelResponse,
@@ -142,7 +143,7 @@ def _routes(service: Service) -> APIRouter:
         body: schemas_responses.ResponsesRequest, request: Request
     ) -> Response:
         """Answer a dialog in the form of items. Nothing is kept for a later request."""
-        return await responses.respond(service, body, request)
+        return await soon(responses.respond(service, body, request), body.stream)
 
     _add_infilling(router, service)
     _add_ranking(router, service)
@@ -190,14 +191,14 @@ def _add_infilling(router: APIRouter, service: Service) -> None:
     @router.post("/infill", **of_infill)
     async def infill_texts(body: schemas_infill.InfillRequest, request: Request) -> Response:
         """Fill in the middle between texts, which are cut to fit, as llama.cpp's server does."""
-        return await infill.infill(service, body, request)
+        return await soon(infill.infill(service, body, request), body.stream)
 
     of_fim = _text_route(schemas_chat.ChatCompletion, schemas_chat.ChatChunk)
 
     @router.post("/v1/fim/completions", **of_fim)
     async def fill_in(body: schemas_infill.FimRequest, request: Request) -> Response:
         """Fill in the middle between ``prompt`` and ``suffix``, as Mistral's API does."""
-        return await infill.fill_in(service, body, request)
+        return await soon(infill.fill_in(service, body, request), body.stream)
 
 
 def _add_ranking(router: APIRouter, service: Service) -> None:

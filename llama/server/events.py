@@ -39,7 +39,7 @@ class EventResponse(StreamingResponse):
     def __init__(self, events: AsyncIterator[bytes], close: Callable[[], None]):
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(events, media_type="text/event-stream", headers=headers)
-        self._close = close
+        self.close = close
 
     async def stream_response(self, send: Send) -> None:
         lock, last_sent, is_open = asyncio.Lock(), time.monotonic(), True
@@ -72,7 +72,7 @@ class EventResponse(StreamingResponse):
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self._close()
+            self.close()
 
 
 def _nothing() -> Iterable[BaseModel]:
@@ -132,6 +132,46 @@ def stream(answers: Answers, events: Events) -> EventResponse:
                     yield block
 
     return EventResponse(without_empty_blocks(), answers.close)
+
+
+async def soon(answer: Coroutine[Any, Any, Response], is_stream: bool | None) -> Response:
+    """Return an answer or, of a stream that isn't begun soon, one that begins with comments.
+
+    It may wait for a guard that reads the prompt, or for the form of an answer to be compiled. An
+    error is an event then, as the status has been sent.
+    """
+    if not is_stream:
+        return await answer
+    task = asyncio.ensure_future(answer)
+    task.add_done_callback(lambda done: done.cancelled() or done.exception())  # if nobody waits
+    try:
+        await asyncio.wait({task}, timeout=COMMENT_INTERVAL)
+    except asyncio.CancelledError:
+        task.cancel()
+        raise
+    if task.done():
+        return task.result()
+
+    async def blocks() -> AsyncGenerator[bytes, None]:
+        try:
+            response = await task
+        except ApiError as error:
+            yield _data(_error(error))
+            return
+        assert isinstance(response, EventResponse)
+        async for block in response.body_iterator:
+            assert isinstance(block, bytes)
+            yield block
+
+    def close() -> None:
+        if not task.done():
+            task.cancel()
+        elif not task.cancelled() and task.exception() is None:
+            response = task.result()
+            assert isinstance(response, EventResponse)
+            response.close()
+
+    return EventResponse(blocks(), close)
 
 
 async def collect(request: Request, answers: Answers) -> list[Piece]:

@@ -5,6 +5,7 @@ import json
 import re
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,9 +13,11 @@ import httpx
 import openai
 import pytest
 import torch
-from servers import serve
+from processes import wait_until
+from servers import idle, serve
 
 from llama import Llama
+from llama.guards import Verdict
 from llama.server import events
 from llama.server.config import ServerConfig
 
@@ -371,3 +374,43 @@ def test_a_stream_that_flows_has_no_comments(client: httpx.Client) -> None:
     for path in ("completions", "chat/completions", "responses"):
         answer = client.post(f"/v1/{path}", json={**BODIES[path], "stream": True})
         assert not re.search("^:", answer.text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("path", ["completions", "chat/completions", "responses"])
+def test_streams_that_wait_for_a_guard(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Proxies cut off a stream that is silent while its prompt is judged; or its error, or that
+    its client has left, goes unnoticed."""
+    monkeypatch.setattr(events, "FIRST_COMMENT", 0.02)
+    monkeypatch.setattr(events, "COMMENT_INTERVAL", 0.05)
+    llama, go = build(), threading.Event()
+
+    def guard(dialog: Any) -> Verdict:
+        return Verdict(go.wait(20))
+
+    llama.input_guard = guard
+    body = {**BODIES[path], "stream": True}
+    with serve(llama) as (url, service), httpx.Client(timeout=20) as http:
+        with http.stream("POST", f"{url}/v1/{path}", json=body) as answer:
+            lines = answer.iter_lines()
+            assert answer.status_code == 200
+            assert [next(line for line in lines if line) for _ in range(3)] == [": waiting"] * 3
+            go.set()
+            data = [line[6:] for line in lines if line.startswith("data: ")]
+            assert len(data) > 2 and (data[-1] == "[DONE]") == (path != "responses")
+        go.clear()
+        with http.stream("POST", f"{url}/v1/{path}", json={**body, "timeout": 0.3}) as answer:
+            [error] = [line[6:] for line in answer.iter_lines() if line.startswith("data: ")]
+            assert json.loads(error)["error"]["code"] == "timeout"
+        written = service.loop.counts.generated_tokens
+        limit = "max_output_tokens" if path == "responses" else "max_tokens"
+        long = {**body, limit: 200, "ignore_eos": True}
+        with http.stream("POST", f"{url}/v1/{path}", json=long) as answer:
+            assert next(answer.iter_lines()) == ": waiting"
+        time.sleep(0.2)
+        go.set()
+        whole = http.post(f"{url}/v1/{path}", json=BODIES[path])
+        assert whole.status_code == 200
+        wait_until(lambda: idle(service))
+        assert service.loop.counts.generated_tokens - written < 20, "it went on without its client"
+        late = {**body, "model": "other"}
+        assert http.post(f"{url}/v1/{path}", json=late).status_code == 404
