@@ -9,8 +9,8 @@ from llama.chat.prompts import B_INST, B_SYS, E_INST, E_SYS
 _SYSTEM = "{%- if messages[0]['role'] in ['system', 'developer'] -%}"
 # A message's text, which may be in parts, or none beside calls of tools.
 _TEXT = (
-    "{%- if message['tool_calls'] -%}{{- raise_exception('this format has no calls of tools') -}}"
-    "{%- endif -%}"
+    "{%- if 'tool_calls' in message and message['tool_calls'] -%}"
+    "{{- raise_exception('this format has no calls of tools') -}}{%- endif -%}"
     "{%- set text = message['content'] -%}"
     "{%- if text is none -%}{%- set text = '' -%}"
     "{%- elif text is not string -%}{%- set text = text | map(attribute='text') | join -%}"
@@ -22,7 +22,9 @@ _IN_TURNS = (
     "system or none') -}}{%- endif -%}"
 )
 
+# lm-eval gives templates no control pieces.
 INST = (
+    "{%- set bos_token, eos_token = bos_token | default('<s>'), eos_token | default('</s>') -%}"
     f"{_SYSTEM}{{%- set message, turns = messages[0], messages[1:] -%}}{_TEXT}"
     f"{{%- set system = {B_SYS!r} + text + {E_SYS!r} -%}}"
     "{%- else -%}{%- set system, turns = '', messages -%}{%- endif -%}"
@@ -35,7 +37,7 @@ INST = (
 )
 
 LLAMA3 = (
-    "{{- bos_token -}}"
+    "{{- bos_token | default('<|begin_of_text|>') -}}"
     f"{_SYSTEM}{{%- set message, turns = messages[0], messages[1:] -%}}{_TEXT}"
     "{{- '<|start_header_id|>system<|end_header_id|>\\n\\n' -}}{{- text -}}{{- '<|eot_id|>' -}}"
     "{%- else -%}{%- set turns = messages -%}{%- endif -%}"

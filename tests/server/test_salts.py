@@ -113,6 +113,7 @@ def test_the_field(llama: Llama) -> None:
             ("completions", {"prompt": PROMPT, "max_tokens": 1}),
             ("chat/completions", {"messages": [message], "max_tokens": 1}),
             ("responses", {"input": PROMPT, "max_output_tokens": 1}),
+            ("fim/completions", {"prompt": PROMPT, "suffix": "", "max_tokens": 1}),
         ):
             n_cached(path, **body)
             assert n_cached(path, **body) > 30

@@ -175,6 +175,17 @@ def test_a_remote_tokenizer_finds_what_it_needs(url: str) -> None:
         assert post(f"{url}/tokenize", body).json()["tokens"][0] == expected
 
 
+def test_lm_evals_own_client(url: str, tiny: Any) -> None:
+    """A failure means the same, as found by the client itself."""
+    utils = pytest.importorskip("lm_eval.utils", reason="needs lm-eval")
+    client = utils.RemoteTokenizer(url)
+    assert client.eos_token == "</s>" and client.bos_token == "<s>"
+    text = client.apply_chat_template([dict(message) for message in DIALOG])
+    ids = tiny.chat.prompt(tiny.tokenizer, DIALOG)
+    assert client.encode(text) == ids
+    assert client.decode(client.encode("The cow")).endswith("The cow")
+
+
 def test_a_checkpoints_own_template_is_told(saved: Any, tmp_path: Any) -> None:
     """A failure means that clients can't write the model's dialogs themselves."""
     template = "{% for m in messages %}{{ m.content }}{% endfor %}"
