@@ -137,7 +137,10 @@ class Grouped:
         return in_features if self.ordered else self.group_size or 1
 
     def in_dtype(self, dtype: torch.dtype) -> "Grouped":
-        """Return the form in a network of a dtype: half-precision ones have bfloat16 scales."""
+        """Return the form in a network of a dtype: half-precision ones have bfloat16 scales.
+
+        Compiled code on a CPU takes finer ones (``kernels.form_in``).
+        """
         if dtype == torch.float32 or self.codes == "float8":
             return self
         return replace(self, scale_dtype=torch.bfloat16)

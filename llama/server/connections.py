@@ -7,7 +7,7 @@ from typing import ClassVar
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 PATIENCE = 30.0  # seconds for a request's head, and from one to two times as long for its body
-_MOST_FILES = 65_536  # as many connections take a gigabyte
+_MOST_FILES = 65_536  # are enough, also where the system sets no limit
 
 
 def allow_files() -> int:
@@ -66,20 +66,19 @@ class Connection(H11Protocol):
             self._make_room()
 
     def _make_room(self) -> None:
-        """Close the oldest connection that waits for a request, or else for a body."""
-        found = []
+        """Close the oldest connection that waits for a request, or else the oldest upload."""
+        oldest = None
         for each in [each for each in self._waiting if each.loop is self.loop]:
-            cycle = each.cycle
-            if cycle is None or cycle.response_complete:
-                found = [each]
+            if each.cycle is None or each.cycle.response_complete:
+                oldest = each
                 break
-            if cycle.more_body:
-                found.append(each)
+            if each.cycle.more_body:
+                oldest = oldest or each
             else:  # it has its request, and comes back after the answer
                 del self._waiting[each]
-        if len(self._waiting) > self.most and found:
-            del self._waiting[found[0]]
-            found[0].transport.close()
+        if len(self._waiting) > self.most and oldest is not None:
+            del self._waiting[oldest]
+            oldest.transport.close()
 
     def pause_writing(self) -> None:
         super().pause_writing()

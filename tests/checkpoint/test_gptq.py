@@ -262,7 +262,7 @@ def test_settings_beside_plain_weights_are_told(
     assert torch.equal(found, logits(saved))
 
 
-def test_half_precision_builds_have_bfloat16_scales(saved: Path, tmp_path: Path) -> None:
+def test_half_precision_builds_have_scales_of_16_bits(saved: Path, tmp_path: Path) -> None:
     """A failure means that four bits take the memory of float32 scales where half would do."""
     path = write_quantized(saved, tmp_path / "model", GPTQ)
     checkpoint, _ = opened(path)

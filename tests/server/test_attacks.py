@@ -163,7 +163,7 @@ def test_strangers_do_not_take_all_connections(
         assert upload.recv(12) == b"HTTP/1.1 400"
 
 
-def test_a_client_that_reads_nothing_is_left(
+def test_a_client_that_reads_nothing_is_disconnected(
     served: tuple[str, Service], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A failure means that answers which nobody reads stay in memory, with their connections."""

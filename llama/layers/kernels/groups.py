@@ -50,12 +50,13 @@ class Groups(Kernel):
         self._n_sums = n_blocks * (2 if in_halves else 1)
         scales = SCALES.index(form.scale_dtype)
         kind = (self._is_int4, in_halves, shift, form.has_zeros, scales)
+        self._widened_kind = (self._is_int4, scales)
         # Compiled before the weight is changed, and before the first prompt.
         self._product = code("numba_groups", "product", *kind).address
         code("numba_code", "round_inputs")
         self._is_widened = cpu_has_amx() and form.scale_dtype != torch.float32
         if self._is_widened:
-            code("numba_groups", "widen", self._is_int4, scales)
+            code("numba_groups", "widen", *self._widened_kind)
         compile_tokens_code()
         # Codes are multiplied without signs.
         self._mask = 0x80808080 if HAS_VNNI and not self._is_int4 else 0
@@ -118,12 +119,11 @@ class Groups(Kernel):
     def _widened_product(self, x: torch.Tensor) -> torch.Tensor:
         out, n_tiles = x.new_empty(len(x), self.out_features), len(self._stored["weight"])
         step = max(WIDENED_ROWS, WIDENED // self._n_inputs) // TILE
+        address = code("numba_groups", "widen", *self._widened_kind).address
         for tile in range(0, n_tiles, step):
             some = min(step, n_tiles - tile)
             weight = x.new_empty(self._n_inputs, some * TILE)
             sizes = [some, self._n_groups, self._n_inputs // self._n_groups]
-            kind = (self._is_int4, SCALES.index(self._form.scale_dtype))
-            address = code("numba_groups", "widen", *kind).address
             places = [*self._places(tile), weight.data_ptr()]
             in_parallel(address, *places, *sizes, self._form.has_zeros)
             first, last = tile * TILE, min((tile + some) * TILE, self.out_features)
