@@ -23,17 +23,19 @@ def numba(needs_numba: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def avx512() -> None:
+def bf16() -> None:
     if not (compiled.HAS_VNNI and torch.backends.mkldnn.is_available()):
         pytest.skip("the processor lacks AVX-512 with VNNI, or the build oneDNN")
-
-
-@pytest.fixture
-def bf16(avx512: None) -> None:
     if not tiles.cpu_has_bf16():
         pytest.skip(
             "the processor lacks instructions for bfloat16, without which oneDNN packs none"
         )
+
+
+@pytest.fixture
+def amx(bf16: None) -> None:
+    if not compiled.HAS_AMX:
+        pytest.skip("the processor lacks AMX, without which oneDNN multiplies no eight bits")
 
 
 def random(*shape: int) -> torch.Tensor:
@@ -148,7 +150,7 @@ def test_a_tied_weight_stays_where_its_order_is_unknown(
 @pytest.mark.parametrize("form", [Rotated(), Grouped("int8", 0, has_zeros=False)], ids=repr)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_eight_bits_give_onednns_products(
-    form: Form, shape: tuple[int, int], avx512: None, monkeypatch: pytest.MonkeyPatch
+    form: Form, shape: tuple[int, int], amx: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A failure means that a token's logits depend on how many others are computed with it."""
     kernel, x = int8_kernel(form, *shape), random(tiles.FEW_OF_TILES + 1, shape[1])
@@ -173,7 +175,7 @@ def test_eight_bits_give_onednns_products(
     assert not kernel.product(x[1:2]).any()
 
 
-def test_zeros_are_left_to_onednn(avx512: None) -> None:
+def test_zeros_are_left_to_onednn(bf16: None) -> None:
     """A failure means that a file's zero points are lost for single tokens."""
     kernel, x = int8_kernel(Grouped("int8", 0), 100, 128), random(9, 128)
     assert torch.equal(kernel.product(x[:1]), kernel.product(x)[:1])
