@@ -100,6 +100,7 @@ def errors(
 def without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "has_numba", lambda: False)
     monkeypatch.setattr(groups, "has_numba", lambda: False)
+    monkeypatch.setattr(cpu, "has_numba", lambda: False)
 
 
 @pytest.mark.parametrize("form", FORMS, ids=repr)
@@ -135,7 +136,7 @@ def test_weights_come_back_exactly_whole_and_by_rows(form: Grouped, without_numb
         (Grouped("int4", 0), cpu.Int4),
         (Grouped("int8", 16, has_zeros=False), cpu.Int4),
         (Grouped("int8", 32), cpu.Int4),
-        (Grouped("int8", 0), cpu.int8_kernel()),
+        (Grouped("int8", 0), cpu.OneDnnInt8 if cpu.OneDnnInt8.is_fastest() else cpu.Int8),
         (Grouped("int8", 16), plain.Widened),  # zeros, which its digits leave no place for
         (Grouped("float8", 128, False, F32), plain.Widened),
     ],
@@ -310,7 +311,7 @@ class TestCompiled:
         self, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A failure means that ``quantize="int8"`` gives other logits, or changes its inputs."""
-        monkeypatch.setattr(groups, "cpu_has_amx", lambda: False)
+        monkeypatch.setattr(cpu.OneDnnInt8, "is_fastest", lambda: False)
         form, generator = Rotated(), torch.Generator().manual_seed(0)
         stored = {
             "weight": torch.randint(-127, 128, (100, IN_FEATURES), generator=generator),
@@ -320,7 +321,7 @@ class TestCompiled:
         exact = form.dequantize(stored, 64)
         own = {name: part.clone() for name, part in stored.items()}
         kernel = make_kernel(own, form, dtype, 64, Capability())
-        assert type(kernel) is groups.Groups
+        assert type(kernel) is cpu.TiledInt8
         assert max(errors(kernel, exact, dtype)) < 0.01
         assert all(torch.equal(kernel.stored()[name], part) for name, part in stored.items())
         assert torch.equal(kernel.weights(torch.tensor([99, 3])), exact[[99, 3]])

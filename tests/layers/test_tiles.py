@@ -1,4 +1,4 @@
-"""Weights in oneDNN's order, which compiled code reads for few tokens."""
+"""Weights in tiles, which compiled code reads: with AMX for few tokens in oneDNN's order."""
 
 import copy
 import math
@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import make_model
 
-from llama.layers.kernels import compiled, cpu, tiles
+from llama.layers.kernels import Kernel, compiled, cpu, tiles
 from llama.layers.kernels.graphs import CpuGraph
 from llama.layers.quantization import Form, Grouped, Rotated
 
@@ -23,26 +23,27 @@ def numba(needs_numba: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def bf16() -> None:
-    if not (compiled.HAS_VNNI and torch.backends.mkldnn.is_available()):
-        pytest.skip("the processor lacks AVX-512 with VNNI, or the build oneDNN")
-    if not tiles.cpu_has_bf16():
-        pytest.skip(
-            "the processor lacks instructions for bfloat16, without which oneDNN packs none"
-        )
+def amx() -> None:
+    if not (compiled.HAS_AMX and torch.backends.mkldnn.is_available()):
+        pytest.skip("the processor lacks AMX, or the build oneDNN")
 
 
-@pytest.fixture
-def amx(bf16: None) -> None:
-    if not compiled.HAS_AMX:
-        pytest.skip("the processor lacks AMX, without which oneDNN multiplies no eight bits")
+@pytest.fixture(params=[tiles.Bfloat16, cpu.OneDnn])
+def plain(request: pytest.FixtureRequest) -> type[tiles.Bfloat16] | type[cpu.OneDnn]:
+    """A kernel whose products with few tokens are compiled."""
+    if request.param is cpu.OneDnn:
+        request.getfixturevalue("amx")
+    kind: type[tiles.Bfloat16] | type[cpu.OneDnn] = request.param
+    return kind
 
 
 def random(*shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
 
 
-def int8_kernel(form: Form, out_features: int, in_features: int) -> cpu.OneDnnInt8:
+def int8_kernel(
+    form: Form, out_features: int, in_features: int, kind: type[cpu.Int8] = cpu.OneDnnInt8
+) -> cpu.Int8:
     generator = torch.Generator().manual_seed(0)
     shape = (out_features, in_features)
     weight = torch.randint(-127, 128, shape, dtype=torch.int8, generator=generator)
@@ -50,14 +51,16 @@ def int8_kernel(form: Form, out_features: int, in_features: int) -> cpu.OneDnnIn
     stored = {"weight": weight, "scale": scale}
     if isinstance(form, Grouped) and form.has_zeros:
         stored["zero"] = torch.rand(out_features, 1, generator=generator)
-    return cpu.OneDnnInt8(stored, form, 64)
+    return kind(stored, form, 64)
 
 
 @pytest.mark.parametrize("shape", [*SHAPES, (70, 96)], ids=str)
-def test_a_token_is_multiplied_as_prompts_are(shape: tuple[int, int], bf16: None) -> None:
+def test_a_token_is_multiplied_as_prompts_are(
+    shape: tuple[int, int], plain: type[tiles.Bfloat16]
+) -> None:
     """A failure means other logits for single tokens, or that they aren't read at full speed."""
     weight, x = random(*shape), random(3, shape[1]) * 3
-    kernel = cpu.OneDnn({"weight": weight})
+    kernel = plain({"weight": weight})
     assert kernel._tiles is not None and kernel.min_tokens == 1
     assert torch.equal(kernel.stored()["weight"], weight)
     for row in x:
@@ -70,29 +73,32 @@ def test_a_token_is_multiplied_as_prompts_are(shape: tuple[int, int], bf16: None
     assert not kernel.product(x[1:2]).isfinite().any()
 
 
-def test_a_token_does_not_depend_on_the_others(bf16: None) -> None:
+def test_a_token_does_not_depend_on_the_others(plain: type[tiles.Bfloat16]) -> None:
     """A failure means that a batch's logits aren't those of each of its sequences."""
-    weight, x = random(97, 192), random(tiles.FEW_OF_TILES, 192)
-    kernel = cpu.OneDnn({"weight": weight})
+    most = compiled.FEW_TOKENS if plain is cpu.OneDnn else 3 * compiled.TOKENS + 1
+    weight, x = random(97, 1216), random(most, 1216)  # more words than are in the cache
+    kernel = plain({"weight": weight})
     alone = torch.cat([kernel.product(row[None]) for row in x])
-    for n_tokens in range(2, tiles.FEW_OF_TILES + 1):
+    for n_tokens in range(2, most + 1):
         assert torch.equal(kernel.product(x[:n_tokens]), alone[:n_tokens])
 
 
 @pytest.mark.parametrize("form", [None, Rotated(), Grouped("int8", 0, has_zeros=False)], ids=repr)
-def test_no_tokens_have_no_products(form: Form | None, bf16: None) -> None:
+def test_no_tokens_have_no_products(form: Form | None) -> None:
     """A failure means that a prompt that is read in pieces crashes where a piece has no logits."""
+    kernels: list[Kernel] = []
     if form is None:
-        kernels = [cpu.OneDnn({"weight": random(97, 192)})]
-        kernels.append(tiles.Bfloat16({"weight": random(97, 192)}))
+        kinds = [tiles.Bfloat16, *([cpu.OneDnn] if compiled.HAS_AMX else [])]
+        kernels += [kind({"weight": random(97, 192)}) for kind in kinds]
     else:
-        kernels = [int8_kernel(form, 97, 192)] if compiled.HAS_AMX else []
+        int8_kinds = [cpu.TiledInt8, *([cpu.OneDnnInt8] if compiled.HAS_AMX else [])]
+        kernels += [int8_kernel(form, 97, 192, kind) for kind in int8_kinds]
     for kernel in kernels:
         out = kernel.product(random(0, 192))
         assert out.shape == (0, 97) and out.dtype == BF16
 
 
-def test_onednn_goes_on_where_it_was(bf16: None) -> None:
+def test_onednn_goes_on_where_it_was(amx: None) -> None:
     """A failure means that compiled code leaves AMX to PyTorch's products in another state."""
     few, many = cpu.OneDnn({"weight": random(128, 64)}), cpu.OneDnn({"weight": random(96, 256)})
     x, y = random(5, 64), random(300, 256)
@@ -103,7 +109,7 @@ def test_onednn_goes_on_where_it_was(bf16: None) -> None:
         assert torch.equal(few.product(x), expected)
 
 
-def test_a_tied_embedding_is_read_from_the_outputs_tiles(bf16: None) -> None:
+def test_a_tied_embedding_is_read_from_the_outputs_tiles() -> None:
     """A failure means that it lies in memory twice, or gives other vectors than the weight's."""
     model = make_model(tie_word_embeddings=True, dim=64).to(BF16).requires_grad_(False)
     model.output.weight = model.tok_embeddings.weight
@@ -113,7 +119,8 @@ def test_a_tied_embedding_is_read_from_the_outputs_tiles(bf16: None) -> None:
     state = {name: part.clone() for name, part in model.state_dict().items()}
     model.pack()
     kernel = model.output.kernel
-    assert type(kernel) is cpu.OneDnn and model.tok_embeddings.kernel is kernel
+    kind = cpu.OneDnn if compiled.HAS_AMX else tiles.Bfloat16
+    assert type(kernel) is kind and model.tok_embeddings.kernel is kernel
     other = copy.deepcopy(model)
     assert other.tok_embeddings.kernel is other.output.kernel is not kernel
     assert torch.equal(other.forward(tokens), model.forward(tokens))
@@ -135,7 +142,7 @@ def test_a_tied_embedding_is_read_from_the_outputs_tiles(bf16: None) -> None:
 
 
 def test_a_tied_weight_stays_where_its_order_is_unknown(
-    bf16: None, monkeypatch: pytest.MonkeyPatch
+    amx: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A failure means that it lies in memory twice with another release of oneDNN."""
     monkeypatch.setattr(tiles.Tiles, "find", lambda packed, weight: None)
@@ -153,7 +160,7 @@ def test_eight_bits_give_onednns_products(
     form: Form, shape: tuple[int, int], amx: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A failure means that a token's logits depend on how many others are computed with it."""
-    kernel, x = int8_kernel(form, *shape), random(tiles.FEW_OF_TILES + 1, shape[1])
+    kernel, x = int8_kernel(form, *shape), random(compiled.FEW_TOKENS + 1, shape[1])
     calls = []
     product = tiles.Tiles.int8_product
     monkeypatch.setattr(
@@ -162,7 +169,7 @@ def test_eight_bits_give_onednns_products(
     whole = kernel.product(x)
     assert not calls
     near = whole.abs().max().item() * 1e-5  # of numbers that nearly cancel out
-    most = tiles.FEW_OF_TILES if isinstance(form, Rotated) else tiles.FEW_OF_TILES // 2
+    most = compiled.FEW_TOKENS if isinstance(form, Rotated) else compiled.FEW_TOKENS // 2
     for n_tokens in range(1, most + 1):
         torch.testing.assert_close(
             kernel.product(x[:n_tokens]), whole[:n_tokens], rtol=1e-2, atol=near
@@ -175,15 +182,51 @@ def test_eight_bits_give_onednns_products(
     assert not kernel.product(x[1:2]).any()
 
 
-def test_zeros_are_left_to_onednn(bf16: None) -> None:
+FORMS = [Rotated(), Grouped("int8", 0, has_zeros=False), Grouped("int8", 0)]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=repr)
+@pytest.mark.parametrize("shape", [(64, 64), (97, 192), (600, 2112)], ids=str)
+def test_eight_bits_in_tiles_give_fbgemms_products(form: Form, shape: tuple[int, int]) -> None:
+    """A failure means that int8 gives other logits, or some that depend on neighbours."""
+    if not cpu.HAS_FBGEMM:
+        pytest.skip("this build has no FBGEMM")
+    kernel, theirs = (int8_kernel(form, *shape, kind) for kind in (cpu.TiledInt8, cpu.Int8))
+    x = random(2 * compiled.TOKENS + 3, shape[1])
+    alone = torch.cat([kernel.product(row[None]) for row in x])
+    # Before VNNI FBGEMM rounds inputs to half as many levels.
+    near = 0.02 if cpu.LEVELS == 127 else 0.04
+    torch.testing.assert_close(alone, theirs.product(x), rtol=near, atol=near * alone.std().item())
+    for n_tokens in (*range(1, 2 * tiles.ROWS), compiled.TOKENS, compiled.TOKENS + 1, len(x)):
+        assert torch.equal(kernel.product(x[:n_tokens]), alone[:n_tokens])
+    assert all(torch.equal(part, theirs.stored()[name]) for name, part in kernel.stored().items())
+    rows = torch.tensor([3, 0, shape[0] - 1])
+    assert torch.equal(kernel.weights(rows), theirs.weights(rows))
+    x[0, 5], x[1] = math.nan, 0
+    assert kernel.product(x[:1]).isnan().all()
+    assert not kernel.product(x[1:2]).any()
+
+
+def test_the_largest_bytes_do_not_overflow() -> None:
+    """A failure means that without VNNI sums of two products saturate: other logits, silently."""
+    stored = {"weight": torch.full((16, 64), -127, dtype=torch.int8), "scale": torch.ones(16, 1)}
+    kernel = cpu.TiledInt8(stored, Grouped("int8", 0, has_zeros=False), 1)
+    for x in (torch.ones(1, 64), torch.ones(1, 64).neg()):
+        assert torch.equal(kernel.product(x), (x.sum() * -127).expand(1, 16))
+
+
+def test_zeros_are_left_to_onednn(amx: None) -> None:
     """A failure means that a file's zero points are lost for single tokens."""
     kernel, x = int8_kernel(Grouped("int8", 0), 100, 128), random(9, 128)
     assert torch.equal(kernel.product(x[:1]), kernel.product(x)[:1])
 
 
-def test_any_number_of_threads_computes_every_output(bf16: None) -> None:
+@pytest.mark.parametrize("n_tokens", [1, 9])
+def test_any_number_of_threads_computes_every_output(
+    n_tokens: int, plain: type[tiles.Bfloat16]
+) -> None:
     """A failure means that outputs are left as memory was, or written twice."""
-    kernel, x = cpu.OneDnn({"weight": random(160, 64)}), random(1, 64)
+    kernel, x = plain({"weight": random(160, 64)}), random(n_tokens, 64)
     before, found = torch.get_num_threads(), []
     for n_threads in (1, 3, 8):
         torch.set_num_threads(n_threads)
@@ -192,7 +235,7 @@ def test_any_number_of_threads_computes_every_output(bf16: None) -> None:
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
-def test_another_order_is_left_to_onednn(bf16: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_order_is_left_to_onednn(amx: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """A failure means that a release of oneDNN with another order makes every logit nonsense."""
     weight = random(128, 128)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)

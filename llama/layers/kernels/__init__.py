@@ -52,9 +52,10 @@ def plain_kernel(
     """
     if capability.kind == "cuda":
         return plain.Joined if n_layers > 1 and not is_shared else None
-    if cpu.OneDnn.is_fastest_for(weight):
-        return cpu.OneDnn if not is_shared or Tiles.are_worth(weight) else None
-    return Bfloat16 if Bfloat16.is_fastest_for(weight) else None
+    if Bfloat16.is_fastest_for(weight):
+        return Bfloat16
+    is_packed = cpu.OneDnn.is_fastest_for(weight) and (not is_shared or Tiles.are_worth(weight))
+    return cpu.OneDnn if is_packed else None
 
 
 def form_in(form: Form, dtype: torch.dtype, device: torch.device) -> Form:
@@ -85,10 +86,8 @@ def make_kernel(
     weight = stored["weight"]
     if isinstance(form, Grouped):
         return _grouped(stored, form, dtype, capability, owned)
-    if on_cpu and Groups.supports(form, weight):
-        return Groups(stored, form, block_size, owned)
     if on_cpu and cpu.HAS_FBGEMM:
-        return cpu.int8_kernel()(stored, form, block_size)
+        return cpu.int8_kernel(weight)(stored, form, block_size)
     if cuda.Int8.supports(weight, capability):
         return cuda.Int8(stored, block_size, dtype)
     return plain.Int8(stored, block_size, dtype, capability)
@@ -127,7 +126,7 @@ def _grouped(
     on_cpu = capability.kind == "cpu"
     half = dtype != torch.float32  # else products are exact
     if half and on_cpu and form.codes == "int8" and not form.group_size and cpu.HAS_FBGEMM:
-        return cpu.int8_kernel()(stored, form, 1)
+        return cpu.int8_kernel(stored["weight"])(stored, form, 1)
     if half and on_cpu and Groups.supports(form, stored["weight"]):
         return Groups(stored, form, owned=owned)
     fused = None

@@ -25,10 +25,11 @@ MOST_POSITIONS = 4096
 BLOCK = 32  # inputs that share a scale
 # Instructions that add four products of eight bits.
 HAS_VNNI = all(CPU.get(name) for name in ("avx512_vnni", "avx512_vl"))
+HAS_BF16 = HAS_VNNI and bool(CPU.get("avx512_bf16"))
 # Whether the system lets this process use AMX, which is asked for here.
 HAS_AMX = HAS_VNNI and cpu_has_amx() and getattr(torch.cpu, "_init_amx", bool)()
 ROWS = 16  # tokens that AMX multiplies at once
-# Keys whose scores are computed at a time, and tokens of a prompt for which they are ordered once.
+# Keys whose scores are computed at a time, and tokens for which keys or weights are in the cache.
 KEYS, TOKENS = 64, 64
 LANES = 16 if HAS_VNNI else 8  # of 32 bits in a vector
 TILE = 2 * LANES  # outputs of a weight in groups that lie side by side

@@ -11,7 +11,8 @@ from llama.layers.capability import CPU, cpu_has_amx, fast_dtype
 from llama.layers.kernels import digits
 from llama.layers.kernels.base import Kernel
 from llama.layers.kernels.compiled import FEW_TOKENS
-from llama.layers.kernels.tiles import FEW_OF_TILES, Tiles
+from llama.layers.kernels.machine_code import has_numba
+from llama.layers.kernels.tiles import Tiles
 from llama.layers.quantization import Form, Grouped, StoredWeight, hadamard, rotate
 
 # FBGEMM's int8 kernels read a packed weight once for up to eight tokens, at most of the memory's
@@ -61,7 +62,7 @@ class OneDnn(Kernel):
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         n_tokens = x.shape[0]
-        is_few = n_tokens <= FEW_OF_TILES and x.dtype == torch.bfloat16
+        is_few = n_tokens <= FEW_TOKENS and x.dtype == torch.bfloat16
         if is_few and self._tiles is not None:
             return self._tiles.product(x)
         if n_tokens < type(self).min_tokens:
@@ -100,8 +101,9 @@ class Int8(Kernel):
     def __init__(self, stored: StoredWeight, form: Form, block_size: int):
         super().__init__(stored)
         self._form, self._zero = form, stored.get("zero")
-        self._matrix = None
+        self._matrix, self._block_size = None, 1
         if not isinstance(form, Grouped):
+            self._block_size = block_size
             self._matrix = hadamard(block_size, torch.device("cpu"), torch.float32)
         self._pack(stored["weight"], stored["scale"][:, 0])
 
@@ -156,7 +158,7 @@ class Int8(Kernel):
 
     def weights(self, rows: torch.Tensor) -> torch.Tensor:
         stored = {name: part[rows] for name, part in self.stored().items()}
-        return self._form.dequantize(stored, 1 if self._matrix is None else len(self._matrix))
+        return self._form.dequantize(stored, self._block_size)
 
 
 class OneDnnInt8(Int8):
@@ -181,16 +183,13 @@ class OneDnnInt8(Int8):
         self._zeros = torch.zeros(len(scale), dtype=torch.int32)
         self._tiles = Tiles.find(self._packed, weight) if self._zero is None else None
         if self._tiles is not None:
-            added = weight.sum(dim=1, dtype=torch.int32).mul_(-LEVELS - 1)
-            padding = (0, -len(added) % 64)  # to whole tiles, of which all is read
-            self._of_outputs = F.pad(self._scale, padding), F.pad(added, padding)
+            self._of_outputs = self._tiles.padded(self._scale)
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         n_rows = len(x) if self._matrix is not None else 2 * len(x)
-        if self._tiles is None or n_rows > FEW_OF_TILES:
+        if self._tiles is None or n_rows > FEW_TOKENS:
             return super().product(x)
-        size = 1 if self._matrix is None else len(self._matrix)
-        return self._tiles.int8_product(x.float(), size, *self._of_outputs, x.dtype)
+        return self._tiles.int8_product(x.float(), self._block_size, self._of_outputs, x.dtype)
 
     def _multiply(self, x: torch.Tensor) -> torch.Tensor:
         # fmt: off
@@ -206,9 +205,46 @@ class OneDnnInt8(Int8):
         return self._packed.to_dense().T.contiguous(), self._scale
 
 
-def int8_kernel() -> type[Int8]:
+class TiledInt8(Int8):
+    """The same by code that numba compiles, for processors without AMX (``llama[fast]``)."""
+
+    reads_rows = True
+
+    @staticmethod
+    def supports(weight: torch.Tensor) -> bool:
+        """Return whether it can be compiled here.
+
+        Before torch 2.11, which doesn't tell what the processor can do, FBGEMM finds out.
+        """
+        return weight.shape[1] % 64 == 0 and bool(CPU) and has_numba()
+
+    def _pack(self, weight: torch.Tensor, scale: torch.Tensor) -> None:
+        self._tiles, self._scale = Tiles.order(weight), scale.float()
+        self._of_outputs = self._tiles.padded(self._scale)
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        wide, dtype = x.float(), x.dtype if self._zero is None else torch.float32
+        out = self._tiles.int8_product(wide, self._block_size, self._of_outputs, dtype)
+        if self._zero is not None:
+            out.addcmul_(wide.sum(dim=1, keepdim=True), self._zero[:, 0].float())
+        return out.to(x.dtype)
+
+    def _unpack(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._tiles.weight(), self._scale
+
+    def weights(self, rows: torch.Tensor) -> torch.Tensor:
+        dtype = self._form.dtypes()["scale"]
+        stored = {"weight": self._tiles.rows(rows), "scale": self._scale[rows, None].to(dtype)}
+        if self._zero is not None:
+            stored["zero"] = self._zero[rows]
+        return self._form.dequantize(stored, self._block_size)
+
+
+def int8_kernel(weight: torch.Tensor) -> type[Int8]:
     """Return the fastest kernel for whole rows of eight bits."""
-    return OneDnnInt8 if OneDnnInt8.is_fastest() else Int8
+    if OneDnnInt8.is_fastest():
+        return OneDnnInt8
+    return TiledInt8 if TiledInt8.supports(weight) else Int8
 
 
 class Int4(digits.Int4):

@@ -9,15 +9,14 @@ from dataclasses import replace
 
 import torch
 
-from llama.layers.capability import CPU, cpu_has_amx
+from llama.layers.capability import cpu_has_amx
 from llama.layers.kernels.base import Kernel
 from llama.layers.kernels.compiled import BLOCK, HAS_VNNI, TILE, compile_tokens_code, in_tiles
 from llama.layers.kernels.machine_code import code, has_numba
 from llama.layers.kernels.openmp import by_rows, in_parallel
-from llama.layers.quantization import Form, Grouped, Rotated, StoredWeight
+from llama.layers.quantization import Form, Grouped, StoredWeight
 
 FEW_IN_GROUPS = 96  # tokens up to which integers are faster than widening, with AMX
-SCALES = (torch.float32, torch.bfloat16, torch.float16)  # by the numbers of ``numba_groups.Kind``
 WIDENED, WIDENED_ROWS = 1 << 22, 1024  # weights, or outputs, that are widened at a time
 
 
@@ -28,18 +27,14 @@ class Groups(Kernel):
 
     Args:
         stored: the weight's tensors.
-        form: in groups, or rotated.
-        block_size: how many inputs the weight was rotated by.
+        form: in groups, with scales in bfloat16 or float16.
         owned: whether nobody else reads the tensors, which are then changed where they are.
     """
 
     opaque = True
 
-    def __init__(self, stored: StoredWeight, form: Form, block_size: int = 1, owned: bool = False):
+    def __init__(self, stored: StoredWeight, form: Grouped, owned: bool = False):
         super().__init__(stored)
-        self._own_form, self._block_size = form, block_size
-        if isinstance(form, Rotated):
-            form = Grouped("int8", 0, has_zeros=False, scale_dtype=torch.float32)
         self._form, self._is_int4 = form, form.codes == "int4"
         self._n_inputs = stored["weight"].shape[1] * (2 if self._is_int4 else 1)
         self._n_groups = stored[form.scale_names[0]].shape[1]
@@ -48,13 +43,13 @@ class Groups(Kernel):
         # Blocks of a group are a power of two, or all.
         shift = 0 if in_halves else (group_size // BLOCK - 1).bit_length()
         self._n_sums = n_blocks * (2 if in_halves else 1)
-        scales = SCALES.index(form.scale_dtype)
-        kind = (self._is_int4, in_halves, shift, form.has_zeros, scales)
-        self._widened_kind = (self._is_int4, scales)
+        has_float16 = form.scale_dtype == torch.float16
+        kind = (self._is_int4, in_halves, shift, form.has_zeros, has_float16)
+        self._widened_kind = (self._is_int4, has_float16)
         # Compiled before the weight is changed, and before the first prompt.
         self._product = code("numba_groups", "product", *kind).address
         code("numba_code", "round_inputs")
-        self._is_widened = cpu_has_amx() and form.scale_dtype != torch.float32
+        self._is_widened = cpu_has_amx()
         if self._is_widened:
             code("numba_groups", "widen", *self._widened_kind)
         compile_tokens_code()
@@ -79,15 +74,8 @@ class Groups(Kernel):
         return replace(form, scale_dtype=torch.float16) if is_fine else None
 
     @staticmethod
-    def supports(form: Form, weight: torch.Tensor) -> bool:
-        """Return whether code for weights of a form can be compiled here.
-
-        With AMX oneDNN's order is the fastest for rotated ones. Before torch 2.11, which doesn't
-        tell what the processor can do, FBGEMM finds out.
-        """
-        if isinstance(form, Rotated):
-            fits = weight.shape[1] % BLOCK == 0 and bool(CPU) and not cpu_has_amx()
-            return fits and has_numba()
+    def supports(form: Grouped, weight: torch.Tensor) -> bool:
+        """Return whether code for weights of a form can be compiled here."""
         if form.codes == "float8" or form.scale_dtype == torch.float32:
             return False
         n_inputs = weight.shape[1] * (2 if form.codes == "int4" else 1)
@@ -100,13 +88,11 @@ class Groups(Kernel):
         if self._is_widened and n_tokens > FEW_IN_GROUPS and x.dtype == torch.bfloat16:
             return self._widened_product(x)
         wide = x.float().contiguous()
-        if wide.data_ptr() == x.data_ptr() and self._block_size > 1:
-            wide = wide.clone()  # to be rotated
         sizes = [self._n_inputs, 4 * n_blocks, 4 * self._n_sums, 4 * self._n_sums]
         ends = [n_tokens * end for end in (0, *itertools.accumulate(sizes))]
         rounded = x.new_empty(ends.pop(), dtype=torch.uint8)
         places = [rounded.data_ptr() + end for end in ends]
-        kind = (n_tokens, n_blocks, self._n_sums // n_blocks, self._is_int4, self._block_size)
+        kind = (n_tokens, n_blocks, self._n_sums // n_blocks, self._is_int4)
         by_rows(code("numba_code", "round_inputs"), n_tokens, wide.data_ptr(), *places, *kind)
         n_rows = len(self._stored["weight"]) * TILE
         out = wide.new_empty(n_tokens, n_rows)
@@ -146,7 +132,7 @@ class Groups(Kernel):
     def weights(self, rows: torch.Tensor) -> torch.Tensor:
         tiles, places = rows // TILE, rows % TILE
         parts = {name: part[tiles, :, places] for name, part in self._stored.items()}
-        return self._own_form.dequantize(self._restored(parts), self._block_size)
+        return self._form.dequantize(self._restored(parts))
 
     def _restored(self, parts: StoredWeight) -> StoredWeight:
         """Return rows of the tiles' words and scales as a checkpoint stores them."""

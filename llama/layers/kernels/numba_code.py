@@ -10,7 +10,7 @@ from llvmlite import ir
 from numba.core.cgutils import alloca_once_value, get_or_insert_function
 from numba.extending import intrinsic
 
-from llama.layers.kernels.compiled import BLOCK, TILE
+from llama.layers.kernels.compiled import BLOCK, HAS_VNNI, LANES, TILE
 from llama.layers.kernels.machine_code import add_symbols
 
 AHEAD = 2048  # bytes of a weight that are fetched before they are read
@@ -63,29 +63,13 @@ def part_of_thread(n_rows):
     return n_rows * thread // count, n_rows * (thread + 1) // count
 
 
-@numba.njit(error_model="numpy")
-def rotate_blocks(some, size, out):
-    """Multiply blocks by the Hadamard matrix of a size, by sums and differences of their halves."""
-    scale = FLOAT(1) / np.sqrt(FLOAT(size))
-    for i in range(len(some)):
-        out[i] = some[i] * scale
-    half = 1
-    while half < size:
-        for first in range(0, len(some), 2 * half):
-            for i in range(first, first + half):
-                low, high = out[i], out[i + half]
-                out[i], out[i + half] = low + high, low - high
-        half *= 2
-
-
 @compiled_once("reassoc", "nsz")
 def round_inputs(data):
-    """Rotate a thread's part of the tokens' inputs, and round them to eight bits in blocks of 32.
+    """Round a thread's part of the tokens' inputs to eight bits in blocks of 32.
 
     ``data`` points to the addresses of inputs, float32, (n_tokens, n_inputs), and of what is
     written, then to the numbers of tokens and blocks, to how many groups a block has at least, one
-    or two, to whether the weight has codes of four bits, and to how many inputs are rotated
-    together, in place, where they are, a power of two:
+    or two, and to whether the weight has codes of four bits:
 
     - codes, int8, the shape of the inputs. For int4 a block's even inputs lie before its odd ones,
       as the lower bits of its bytes and the upper ones.
@@ -94,8 +78,8 @@ def round_inputs(data):
       their values or 128, what a group's sum is too much.
     - sums of inputs, float32, (n_tokens, groups), which zeros are multiplied by.
     """
-    given = numba.carray(data, 10, numba.int64)
-    places, sizes, rotated = given[:5], given[5:9], given[9]
+    given = numba.carray(data, 9, numba.int64)
+    places, sizes = given[:5], given[5:]
     n_tokens, n_blocks, halves, is_int4 = sizes[0], sizes[1], sizes[2], sizes[3] != 0
     x = numba.carray(pointer(places[0]), (n_tokens, n_blocks, BLOCK), numba.float32)
     codes = numba.carray(pointer(places[1]), (n_tokens, n_blocks, BLOCK), numba.int8)
@@ -103,10 +87,7 @@ def round_inputs(data):
     offsets = numba.carray(pointer(places[3]), (n_tokens, n_blocks, halves), numba.int32)
     sums = numba.carray(pointer(places[4]), (n_tokens, n_blocks, halves), numba.float32)
     size, above = BLOCK // halves, FLOAT(8) if is_int4 else FLOAT(128)
-    rows = numba.carray(pointer(places[0]), (n_tokens, n_blocks * BLOCK), numba.float32)
     for token in range(*part_of_thread(n_tokens)):
-        if rotated > 1:
-            rotate_blocks(rows[token], rotated, rows[token])
         for block in range(n_blocks):
             some, own = x[token, block], codes[token, block]
             largest, total = ZERO, ZERO
@@ -197,6 +178,13 @@ class Vectors:
         pointer = self.build.inttoptr(place, ir.VectorType(kind, n).as_pointer())
         return self.build.load(pointer, align=size)
 
+    def store(self, some, address, index):
+        """Store a vector at an index."""
+        element = some.type.element
+        n_bytes = 4 if element == F32 else element.width // 8
+        place = self.build.add(address, self.build.mul(index, I64(some.type.count * n_bytes)))
+        self.build.store(some, self.build.inttoptr(place, some.type.as_pointer()), align=n_bytes)
+
     def bfloat16(self, address, index, n):
         """Load bfloat16 as float32, whose upper half it is."""
         wide = self.build.zext(self.load(address, index, I16, n), ir.VectorType(I32, n))
@@ -231,6 +219,11 @@ class Vectors:
         odd = self.build.and_(self.build.lshr(bits, upper), one)
         return self.build.add(bits, self.build.add(odd, below))
 
+    def rounded(self, some, n):
+        """Return bfloat16's bits, to which float32 is rounded."""
+        bits = self.build.lshr(self.rounded_up(some, n), self.constant(I32, [16] * n))
+        return self.build.trunc(bits, ir.VectorType(I16, n))
+
     def spread(self, some, lanes):
         """Return the elements of a vector at some places."""
         return self.build.shuffle_vector(some, some, self.constant(I32, lanes))
@@ -244,3 +237,26 @@ class Vectors:
         before, kind = self.build.load(total), first.type
         added = self.call(f"fma.v{kind.count}f32", kind, first, second, before)
         self.build.store(added, total)
+
+    def add_fours(self, sums, first, second):
+        """Add products of bytes to sums, four neighbours' to that of a lane, with 32 bits.
+
+        With VNNI the first have no signs; otherwise none is -128 unless its neighbours are small.
+        """
+        if HAS_VNNI:
+            return self.call("x86.avx512.vpdpbusd.512", sums.type, sums, first, second)
+        bytes_ = ir.VectorType(I8, 4 * LANES)
+        first, second = (self.build.bitcast(some, bytes_) for some in (first, second))
+        second = self.call("x86.avx2.psign.b", bytes_, second, first)  # gets the first's signs
+        first = self.call("x86.avx2.psign.b", bytes_, first, first)
+        return self.build.add(sums, self.fours(self.pairs(first, second)))
+
+    def pairs(self, first, second):
+        """Return sums of two products of bytes, with 16 bits; the first have no signs."""
+        kind = ir.VectorType(I16, 2 * LANES)
+        return self.call("x86.avx2.pmadd.ub.sw", kind, first, second)
+
+    def fours(self, pairs):
+        """Return sums of pairs, with 32 bits."""
+        ones, kind = self.constant(I16, [1] * 2 * LANES), ir.VectorType(I32, LANES)
+        return self.call("x86.avx2.pmadd.wd", kind, pairs, ones)

@@ -38,17 +38,17 @@ class Kind(NamedTuple):
     in_halves: bool  # whether groups are of 16 inputs, two in a block
     shift: int  # 2 ** shift blocks, or halves of one, are a group
     has_zeros: bool
-    scales: int  # and zeros: 0 for float32, 1 for bfloat16, 2 for float16
+    has_float16: bool  # of scales and zeros, which are bfloat16 otherwise
 
 
-def widen(is_int4, scales):
+def widen(is_int4, has_float16):
     """Return a function that writes a thread's part of some tiles' weights.
 
     Its argument points to the addresses of codes, scales, zeros and weights, bfloat16, (n_inputs,
     n_tiles * TILE), then to the numbers of tiles, groups and inputs of a group, and to whether
     zeros count.
     """
-    write = _widen(is_int4, scales == 2)
+    write = _widen(is_int4, has_float16)
 
     @numba.cfunc(numba.void(numba.types.voidptr))
     def tiles_of_thread(data):
@@ -100,7 +100,7 @@ def _widen(is_int4, has_float16):
                     for part in parts:
                         value = vector.field(some[part], bits, code, sign)
                         value = build.fadd(build.fmul(value, factors[part]), added[part])
-                        half = vector.rounded(value)
+                        half = vector.rounded(value, LANES)
                         address = build.add(place, I64(2 * LANES * part))
                         build.store(half, build.inttoptr(address, half.type.as_pointer()), align=2)
                     vector.prefetch(build.add(place, ahead), is_written=True)
@@ -168,14 +168,9 @@ def _multiply(kind: Kind, n_tokens: int):
         words, scales_of = of_tokens(0, I32, WORDS), of_tokens(1, F32, 1)
         offsets_of, sums_of = of_tokens(2, I32, halves), of_tokens(3, F32, halves)
 
-        def numbers(address, index):
-            if kind.scales:
-                load = vector.bfloat16 if kind.scales == 1 else vector.float16
-                return load(address, index, LANES)
-            return vector.load(address, index, F32, LANES)
-
-        codes, n_bytes = at(codes, tile, n_blocks, n_words * TILE * 4), 2 if kind.scales else 4
-        scales, zeros = (at(part, tile, n_groups, TILE * n_bytes) for part in (scales, zeros))
+        numbers = vector.float16 if kind.has_float16 else vector.bfloat16
+        codes = at(codes, tile, n_blocks, n_words * TILE * 4)
+        scales, zeros = (at(part, tile, n_groups, TILE * 2) for part in (scales, zeros))
         totals = [[vector.zeros(LANES) for _ in parts] for _ in tokens]
         with for_range(build, n_blocks) as loop:
             block = loop.index
@@ -198,14 +193,14 @@ def _multiply(kind: Kind, n_tokens: int):
                 x_sums = sums_of(element) if kind.has_zeros else None
                 for part in parts:
                     index = at(I64(part), group, len(parts))
-                    scale = numbers(scales, index)
+                    scale = numbers(scales, index, LANES)
                     for total, some, offset, factor in zip(
                         totals, own, offsets, x_scales, strict=True
                     ):
                         result = sums.end(some[part], offset)
                         vector.add_product(total[part], result, build.fmul(scale, factor))
                     if kind.has_zeros:
-                        zero = numbers(zeros, index)
+                        zero = numbers(zeros, index, LANES)
                         for total, x_sum in zip(totals, x_sums, strict=True):
                             vector.add_product(total[part], zero, x_sum)
         for each, some in zip(tokens, totals, strict=True):
@@ -231,11 +226,6 @@ class _Fields(Vectors):
         codes = build.ashr(build.xor(build.shl(words, left), signs), right)
         return build.sitofp(codes, ir.VectorType(F32, LANES))
 
-    def rounded(self, some):
-        """Return bfloat16's bits."""
-        bits = self.build.lshr(self.rounded_up(some, LANES), self.constant(I32, [16] * LANES))
-        return self.build.trunc(bits, ir.VectorType(I16, LANES))
-
 
 class _Sums(Vectors):
     """Makes instructions for sums of codes times inputs, of four neighbours in a lane."""
@@ -243,7 +233,7 @@ class _Sums(Vectors):
     def __init__(self, build, is_int4):
         super().__init__(build)
         self.is_int4 = is_int4
-        self.bytes, self.kind = ir.VectorType(I8, 4 * LANES), ir.VectorType(I32, LANES)
+        self.bytes = ir.VectorType(I8, 4 * LANES)
 
     def codes(self, words):
         """Return the codes that words hold: of even inputs and of odd ones, or all."""
@@ -262,20 +252,13 @@ class _Sums(Vectors):
 
     def add(self, sums, codes, x):
         """Add to sums. With AVX2 those of codes of four bits have 16, enough for a block's."""
-        if HAS_VNNI:
-            return self.call("x86.avx512.vpdpbusd.512", self.kind, sums, codes, x)
+        if HAS_VNNI or not self.is_int4:
+            return self.add_fours(sums, codes, x)
         codes, x = (self.build.bitcast(some, self.bytes) for some in (codes, x))
-        if not self.is_int4:  # inputs get the codes' signs
-            x = self.call("x86.avx2.psign.b", self.bytes, x, codes)
-            codes = self.call("x86.avx2.psign.b", self.bytes, codes, codes)
-        pairs = self.call("x86.avx2.pmadd.ub.sw", ir.VectorType(I16, 2 * LANES), codes, x)
-        return self.build.add(sums, pairs if self.is_int4 else self._fours(pairs))
+        return self.build.add(sums, self.pairs(codes, x))
 
     def end(self, sums, offsets):
         """Return sums in float32."""
         if self.is_int4 and not HAS_VNNI:
-            sums = self.build.add(self._fours(sums), offsets)
+            sums = self.build.add(self.fours(sums), offsets)
         return self.build.sitofp(sums, ir.VectorType(F32, LANES))
-
-    def _fours(self, pairs):
-        return self.call("x86.avx2.pmadd.wd", self.kind, pairs, self.constant(I16, [1] * 2 * LANES))

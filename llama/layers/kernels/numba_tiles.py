@@ -8,11 +8,11 @@ from typing import NamedTuple
 import numba
 import numpy as np
 from llvmlite import ir
-from numba.core.cgutils import alloca_once, for_range, unpack_tuple
+from numba.core.cgutils import alloca_once, alloca_once_value, for_range, unpack_tuple
 from numba.extending import intrinsic
 from numba.np.unsafe.ndarray import to_fixed_tuple
 
-from llama.layers.kernels.compiled import LANES, ROWS
+from llama.layers.kernels.compiled import HAS_BF16, HAS_VNNI, LANES, ROWS, TOKENS
 from llama.layers.kernels.numba_code import (
     AHEAD,
     F32,
@@ -26,12 +26,15 @@ from llama.layers.kernels.numba_code import (
     compiled_once,
     part_of_thread,
     pointer,
-    rotate_blocks,
-    rounded,
+    thread_number,
 )
 
-TOKENS = 48  # whose inputs stay in the cache from one tile to the next
+MOST = 6  # tokens that are multiplied at once
+FAR = 8  # times ``AHEAD``: how far ahead memory is fetched for some tokens
+WORDS = 512  # of an output, which are in the cache in further passes
+SIZES = (32, 64)  # of blocks of a weight whose rows have 64 inputs, or multiples
 LEVELS = 127  # of an input on either side of zero
+ABOVE = LEVELS + 1 if HAS_VNNI else 0  # what codes of inputs are above their values
 
 
 class Kind(NamedTuple):
@@ -41,6 +44,38 @@ class Kind(NamedTuple):
     is_int8: bool  # whether weights have eight bits; else they are bfloat16, as inputs then are
     is_half: bool  # whether outputs are written in bfloat16, not in float32
     has_amx: bool  # whether AMX multiplies
+
+
+@intrinsic
+def _rotate(typing, x, out, size):
+    """Multiply a block by the Hadamard matrix of its size, by sums and differences of halves."""
+
+    def generate(context, build, signature, args):
+        vector = Vectors(build)
+        for size in SIZES:
+            with build.if_then(build.icmp_signed("==", args[2], I64(size))):
+                parts = [vector.load(args[0], I64(i), F32, LANES) for i in range(size // LANES)]
+                for half in (1 << i for i in range((LANES - 1).bit_length())):
+                    others = [i ^ half for i in range(LANES)]
+                    signs = vector.constant(F32, [-1.0 if i & half else 1.0 for i in range(LANES)])
+                    fma = f"fma.v{LANES}f32"
+                    parts = [
+                        vector.call(fma, part.type, part, signs, vector.spread(part, others))
+                        for part in parts
+                    ]
+                for half in (1 << i for i in range((len(parts) - 1).bit_length())):
+                    parts = [
+                        build.fsub(parts[i ^ half], part)
+                        if i & half
+                        else build.fadd(part, parts[i ^ half])
+                        for i, part in enumerate(parts)
+                    ]
+                scale = vector.constant(F32, [size**-0.5] * LANES)
+                for i, part in enumerate(parts):
+                    vector.store(build.fmul(part, scale), args[1], I64(i))
+        return context.get_dummy_value()
+
+    return numba.void(INTEGER, INTEGER, INTEGER), generate
 
 
 @numba.njit(fastmath={"nnan", "nsz", "reassoc"})  # a NaN is restored below
@@ -65,11 +100,11 @@ def round_tokens(data):
 
     ``data`` points to the addresses of inputs, float32, (n_tokens, n_inputs), then of what is
     written, and to the numbers of tokens, of inputs, of digits, one or two, and of the inputs that
-    are rotated together, a power of two:
+    are rotated together, 1 or one of ``SIZES``:
 
     - rotated inputs, float32, their shape.
-    - codes, uint8, (n_digits, n_tokens, n_inputs), ``LEVELS + 1`` above their values. The second
-      digit is of what the first leaves.
+    - codes, uint8, (n_digits, n_tokens, n_inputs), ``ABOVE`` their values. The second digit is of
+      what the first leaves.
     - scales, float32, (n_digits, n_tokens).
     """
     given = numba.carray(data, 8, numba.int64)
@@ -78,60 +113,75 @@ def round_tokens(data):
     rotated = numba.carray(pointer(given[1]), (n_tokens, n_inputs), FLOAT)
     codes = numba.carray(pointer(given[2]), (n_digits, n_tokens, n_inputs), numba.uint8)
     scales = numba.carray(pointer(given[3]), (n_digits, n_tokens), FLOAT)
-    levels, above = FLOAT(LEVELS), FLOAT(LEVELS + 1.5)
+    levels = FLOAT(LEVELS)
     for token in range(*part_of_thread(n_tokens)):
         some, own, rest = x[token], codes[0, token], codes[n_digits - 1, token]
         if size > 1:
             some = rotated[token]
-            rotate_blocks(x[token], size, some)
+            for first in range(0, n_inputs, size):
+                place = 4 * (token * n_inputs + first)
+                _rotate(given[0] + place, given[1] + place, size)
         largest = max(_largest(some), FLOAT(1e-30))
         scale = levels / largest
         scales[0, token] = largest / levels + _zero_or_nan(some)
         if n_digits == 1:
             for i in range(n_inputs):
-                own[i] = numba.int32(some[i] * scale + above)
+                own[i] = numba.int32(np.rint(some[i] * scale)) + ABOVE
         else:
             scales[1, token] = scales[0, token] / (2 * levels)
             for i in range(n_inputs):
                 first = np.rint(some[i] * scale)
-                own[i] = numba.int32(first + above)
-                rest[i] = numba.int32((some[i] * scale - first) * (2 * levels) + above)
+                own[i] = numba.int32(first) + ABOVE
+                rest[i] = numba.int32(np.rint((some[i] * scale - first) * (2 * levels))) + ABOVE
 
 
 def product(*kind):
     """Return a function that computes a thread's part of the outputs, of tiles of a ``Kind``.
 
     Its argument points to the addresses of tiles, of inputs, (n_tokens, n_inputs), and of what is
-    written, sums of 32 bits and outputs, both (n_tokens, n_tiles * width), to the numbers of tiles,
-    inputs and tokens, and to the address of AMX's configuration. Inputs are bfloat16, without AMX
-    float32. For eight bits, with AMX alone, they are uint8, and three more addresses follow: of the
-    scales of tokens, of those of outputs, and of what is added to an output's sum, int32.
+    written, sums of 32 bits and outputs, (n_tokens, n_tiles * width), to the numbers of tiles,
+    inputs and tokens, and to the address of AMX's configuration. Inputs are bfloat16, float32
+    where no instruction multiplies that. For eight bits they are uint8, and three more addresses
+    follow: of the scales of tokens, of those of outputs, and of what is added to an output's sum,
+    int32. With AMX there are as many sums as outputs, otherwise each thread has
+    (``TOKENS``, width).
     """
     kind = Kind(*kind)
     return (_by_matrices if kind.has_amx else _by_vectors)(kind, _finish(kind))
 
 
 def _finish(kind: Kind):
-    """Return a function that writes a tile's outputs, given their sums."""
+    """Return a function that writes a tile's outputs, given where sums are and their pitch."""
     width, is_int8, is_half, _ = kind
-    written = numba.uint16 if is_half else FLOAT
+    n_bytes = 2 if is_half else 4
+
+    @intrinsic
+    def write(typing, sums, out, of_token, of_outputs, added):
+        return numba.void(*[INTEGER] * 5), generate
+
+    def generate(context, build, signature, args):
+        sums, out, of_token, of_outputs, added = args
+        vector = Vectors(build)
+        for i in (I64(i) for i in range(width // LANES)):
+            result = vector.load(sums, i, I32 if is_int8 else F32, LANES)
+            if is_int8:
+                result = build.add(result, vector.load(added, i, I32, LANES))
+                result = build.sitofp(result, ir.VectorType(F32, LANES))
+                result = build.fmul(result, vector.load(of_outputs, i, F32, LANES))
+                factor = vector.spread(vector.load(of_token, I64(0), F32, 1), [0] * LANES)
+                result = build.fmul(result, factor)
+            vector.store(vector.rounded(result, LANES) if is_half else result, out, i)
+        return context.get_dummy_value()
 
     @numba.njit
-    def finish(given, first, begin, end):
-        n_tokens, n_outputs = given[6], given[4] * width
-        sums = numba.carray(
-            pointer(given[2]), (n_tokens, n_outputs), numba.int32 if is_int8 else FLOAT
-        )
-        out = numba.carray(pointer(given[3]), (n_tokens, n_outputs), written)
+    def finish(given, sums, pitch, first, begin, end):
         for token in range(begin, end):
-            for i in range(first, first + width):
-                result = sums[token, i]
-                if is_int8:
-                    of_outputs = numba.carray(pointer(given[9]), (n_outputs,), FLOAT)
-                    added = numba.carray(pointer(given[10]), (n_outputs,), numba.int32)
-                    of_token = numba.carray(pointer(given[8]), (n_tokens,), FLOAT)[token]
-                    result = FLOAT(result + added[i]) * of_outputs[i] * of_token
-                out[token, i] = rounded(result) if is_half else result
+            own = sums + (token - begin) * pitch
+            place = given[3] + (token * given[4] * width + first) * n_bytes
+            if is_int8:
+                write(own, place, given[8] + 4 * token, given[9] + 4 * first, given[10] + 4 * first)
+            else:
+                write(own, place, 0, 0, 0)
 
     return finish
 
@@ -146,10 +196,11 @@ def _by_matrices(kind: Kind, finish):
         before = space()
         keep(before)  # as others left AMX, who may go on with it
         configure(given[7])
+        pitch = given[4] * width * 4  # bytes of a token's sums
         for tile in range(*part_of_thread(given[4])):
             for token in range(0, n_tokens, ROWS):
                 multiply(places, tile, max(min(token, n_tokens - ROWS), 0))
-            finish(given, tile * width, 0, n_tokens)
+            finish(given, given[2] + 4 * tile * width, pitch, tile * width, 0, n_tokens)
         configure(before)
 
     return tiles_of_thread
@@ -252,78 +303,148 @@ def _matrix(kind: Kind):
 
 
 def _by_vectors(kind: Kind, finish):
-    width = kind.width
-    # As many sums fit into registers.
-    n_most = 6 if width == 2 * LANES else 4
-    one, two, four, most = (_vectors(width, n) for n in (1, 2, 4, n_most))
+    """Tokens are multiplied ``MOST`` at a time by some words, in the cache after the first pass.
+
+    Meanwhile each pass fetches its part of the next words, so that reading doesn't wait for it.
+    """
+    width, multiply = kind.width, _vectors(kind)
+    pitch = 4 * width  # bytes of a word of each output
+    n_of_word = 4 if kind.is_int8 else 2  # inputs
+    x_bytes = 4 * n_of_word if _is_widened(kind) else 4
 
     @numba.cfunc(numba.void(numba.types.voidptr))
     def tiles_of_thread(data):
-        given = numba.carray(data, 10, numba.int64)
-        places, n_tokens = to_fixed_tuple(given[:6], 6), given[6]
-        for begin in range(0, n_tokens, TOKENS):
-            end = min(begin + TOKENS, n_tokens)
+        given = numba.carray(data, 11, numba.int64)
+        n_words, n_tokens = given[5] // n_of_word, given[6]
+        sums = given[2] + thread_number() * TOKENS * pitch
+        n_blocks = -(-n_tokens // TOKENS)
+        for block in range(n_blocks):
+            begin, end = n_tokens * block // n_blocks, n_tokens * (block + 1) // n_blocks
+            n_passes = -(-(end - begin) // MOST)
+            line = pitch // n_passes
             for tile in range(*part_of_thread(given[4])):
-                token = begin
-                while end - token >= n_most:
-                    most(places, tile, token)
-                    token += n_most
-                while end - token >= 4:
-                    four(places, tile, token)
-                    token += 4
-                while end - token >= 2:
-                    two(places, tile, token)
-                    token += 2
-                while token < end:
-                    one(places, tile, token)
-                    token += 1
-                finish(given, tile * width, begin, end)
+                for first in range(0, n_words, WORDS):
+                    n, place = min(n_words - first, WORDS), (tile * n_words + first) * pitch
+                    place += given[0]
+                    for i in range(n_passes):
+                        token = (end - begin) * i // n_passes
+                        n_own = (end - begin) * (i + 1) // n_passes - token
+                        ahead = n * (pitch + i * line)
+                        if n_passes == 1:
+                            ahead = AHEAD if n_own < 4 else FAR * AHEAD
+                        x = given[1] + ((begin + token) * n_words + first) * x_bytes
+                        places = (place, x, sums + token * pitch, place + ahead)
+                        multiply(places, (n_own, n, n_words * x_bytes, line), first)
+                finish(given, sums, pitch, tile * width, begin, end)
 
     return tiles_of_thread
 
 
-def _vectors(width: int, n_tokens: int):
-    """Return a function that writes the sums of a tile's products with some tokens."""
-    vectors = range(width // LANES)
+def _is_widened(kind: Kind):
+    return not kind.is_int8 and not HAS_BF16
+
+
+def _vectors(kind: Kind):
+    """Return a function that adds some words' products with up to ``MOST`` tokens to their sums.
+
+    Its arguments are the addresses of words, of inputs, of sums and of what is fetched; how many
+    tokens and words there are, the bytes of a token's inputs, and those that are fetched for each
+    word; and 0 if the sums aren't begun yet.
+    """
+    vectors, every = range(kind.width // LANES), [0] * LANES
+    element = I32 if kind.is_int8 else F32
 
     @intrinsic
-    def write(typing, places, tile, token):
-        return numba.void(places, INTEGER, INTEGER), generate
+    def write(typing, places, sizes, first):
+        return numba.void(places, sizes, INTEGER), generate
 
     def generate(context, build, signature, args):
-        (tiles, x, out, _, n_tiles, n_inputs), tile, token = unpack_tuple(build, args[0]), *args[1:]
-        vector, n_words = Vectors(build), build.sdiv(n_inputs, I64(2))
-        shift, mask = (vector.constant(I32, [n] * LANES) for n in (16, -1 << 16))
-
-        def at(address, index, n_bytes):
-            return build.add(address, build.mul(index, I64(n_bytes)))
-
-        tiles = at(tiles, build.mul(tile, n_words), 4 * width)
-        tokens = [build.add(token, I64(i)) for i in range(n_tokens)]
-        inputs = [at(x, build.mul(each, n_inputs), 4) for each in tokens]
-        sums = [[vector.zeros(LANES) for _ in vectors] for _ in tokens]
-        with for_range(build, n_words) as loop:
-            place = at(tiles, loop.index, 4 * width)
-            words = [vector.load(place, I64(i), I32, LANES) for i in vectors]
-            # Bfloat16 is the upper half of float32.
-            weights = (
-                [vector.floats(build.shl(word, shift)) for word in words],
-                [vector.floats(build.and_(word, mask)) for word in words],
-            )
-            for ahead in range(AHEAD, AHEAD + 4 * width, 64):
-                vector.prefetch(build.add(place, I64(ahead)))
-            for own, start in zip(sums, inputs, strict=True):
-                for i, halves in enumerate(weights):
-                    index = build.add(build.mul(loop.index, I64(2)), I64(i))
-                    some = vector.spread(vector.load(start, index, F32, 1), [0] * LANES)
-                    for total, weight in zip(own, halves, strict=True):
-                        vector.add_product(total, weight, some)
-        for each, own in zip(tokens, sums, strict=True):
-            place = at(at(out, build.mul(each, n_tiles), 4 * width), tile, 4 * width)
-            for i, total in zip(vectors, own, strict=True):
-                result = build.load(total)
-                pointer = build.inttoptr(at(place, I64(i), 4 * LANES), result.type.as_pointer())
-                build.store(result, pointer, align=4)
+        sizes = unpack_tuple(build, args[1])
+        for n_tokens in range(1, MOST + 1):
+            with build.if_then(build.icmp_signed("==", sizes[0], I64(n_tokens))):
+                multiply(build, n_tokens, unpack_tuple(build, args[0]), sizes[1:], args[2])
         return context.get_dummy_value()
 
+    def multiply(build, n_tokens, places, sizes, first):
+        (tiles, x, out, fetched), (n_words, pitch, line) = places, sizes
+        vector = _Products(build)
+
+        def at(address, index, n_bytes):
+            n_bytes = I64(n_bytes) if isinstance(n_bytes, int) else n_bytes
+            return build.add(address, build.mul(index, n_bytes))
+
+        tokens = [I64(i) for i in range(n_tokens)]
+        inputs = [at(x, token, pitch) for token in tokens]
+        outputs = [at(out, token, 4 * kind.width) for token in tokens]
+        nothing, is_first = vector.constant(element, every), build.icmp_signed("==", first, I64(0))
+        sums = [[vector.load(place, I64(i), element, LANES) for i in vectors] for place in outputs]
+        sums = [
+            [alloca_once_value(build, build.select(is_first, nothing, some)) for some in own]
+            for own in sums
+        ]
+        with for_range(build, n_words) as loop:
+            place = at(tiles, loop.index, 4 * kind.width)
+            words = [vector.load(place, I64(i), I32, LANES) for i in vectors]
+            ahead = at(fetched, loop.index, line)
+            for i in vectors:
+                vector.prefetch(
+                    build.add(ahead, build.udiv(build.mul(line, I64(i)), I64(len(vectors))))
+                )
+            for own, start in zip(sums, inputs, strict=True):
+                for weights, some in vector.factors(kind, words, start, loop.index):
+                    for total, weight in zip(own, weights, strict=True):
+                        vector.add(kind, total, weight, some)
+        for place, own in zip(outputs, sums, strict=True):
+            for i, total in zip(vectors, own, strict=True):
+                vector.store(build.load(total), place, I64(i))
+
     return write
+
+
+class _Products(Vectors):
+    """Makes instructions for sums of products, of inputs that a word of 32 bits holds."""
+
+    def factors(self, kind: Kind, words, x, index):
+        """Return pairs of words and a token's inputs at an index, in each lane."""
+
+        def spread(index, element):
+            return self.spread(self.load(x, index, element, 1), [0] * LANES)
+
+        if not _is_widened(kind):
+            return [(words, spread(index, I32))]
+        shift, mask = (self.constant(I32, [n] * LANES) for n in (16, -1 << 16))
+        # Bfloat16 is the upper half of float32.
+        first = [self.floats(self.build.shl(word, shift)) for word in words]
+        second = [self.floats(self.build.and_(word, mask)) for word in words]
+        index = self.build.mul(index, I64(2))
+        return [
+            (first, spread(index, F32)),
+            (second, spread(self.build.add(index, I64(1)), F32)),
+        ]
+
+    def add(self, kind: Kind, total, weights, x):
+        """Add products to a total in memory."""
+        if _is_widened(kind):
+            self.add_product(total, weights, x)
+            return
+        before = self.build.load(total)
+        if kind.is_int8:
+            result = self.add_fours(before, x, weights)
+        else:
+            pairs = ir.VectorType(_Bfloat16(), 2 * LANES)
+            factors = (self.build.bitcast(some, pairs) for some in (x, weights))
+            result = self.call("x86.avx512bf16.dpbf16ps.512", before.type, before, *factors)
+        self.build.store(result, total)
+
+
+class _Bfloat16(ir.types.Type):
+    """LLVM's type, which llvmlite lacks."""
+
+    def __str__(self):
+        return "bfloat"
+
+    def __eq__(self, other):
+        return isinstance(other, _Bfloat16)
+
+    def __hash__(self):
+        return hash(_Bfloat16)

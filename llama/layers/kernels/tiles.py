@@ -1,20 +1,22 @@
 """Plain weights, and rows of eight bits, by code that numba compiles (``llama[fast]``).
 
-Outputs lie side by side, with 32 bits of each one's inputs: in oneDNN's order, which few tokens
-read, or, for x86 processors without instructions for bfloat16, in one that is made here.
+Outputs lie side by side, with 32 bits of each one's inputs: with AMX in oneDNN's order, which few
+tokens read, on other x86 processors in one that is made here.
 """
 
 import ctypes
 
 import torch
+import torch.nn.functional as F
 
 from llama.layers.capability import cpu_has_bf16
 from llama.layers.kernels.base import Kernel
 from llama.layers.kernels.compiled import (
-    FEW_TOKENS,
     HAS_AMX,
+    HAS_BF16,
     HAS_VNNI,
     ROWS,
+    TOKENS,
     amx_registers,
     compile_tokens_code,
     gather,
@@ -24,16 +26,14 @@ from llama.layers.kernels.machine_code import Code, code, has_numba
 from llama.layers.kernels.openmp import by_rows, in_parallel, recording
 from llama.layers.quantization import StoredWeight
 
-# Rows of inputs up to which compiled code is faster than oneDNN.
-FEW_OF_TILES = FEW_TOKENS if HAS_AMX else 4
 TILED = 1 << 18  # elements of the smallest weight that is worth a second of compiling
 
 
 class Tiles:
     """A weight whose outputs lie side by side.
 
-    Compiled code reads it at the speed of memory; oneDNN, which doesn't prefetch, reaches 0.85 of
-    that.
+    Compiled code reads it at the speed of memory, and multiplies many tokens at the processor's;
+    oneDNN, which doesn't prefetch, reaches 0.85 of either.
 
     Args:
         words: shape (n_tiles, n_words, width), int32: of ``width`` outputs the inputs of 32 bits.
@@ -44,7 +44,11 @@ class Tiles:
     def __init__(self, words: torch.Tensor, weight: torch.Tensor, packed: torch.Tensor | None):
         self._words, self._shape, self._owner = words, weight.shape, packed
         self._width, self._dtype = words.shape[2], weight.dtype
-        self._has_amx = HAS_AMX and packed is not None
+        self._has_amx = packed is not None
+        added = weight.new_zeros(len(weight), dtype=torch.int32)
+        if self._dtype == torch.int8 and HAS_VNNI:  # digits of inputs are 128 above their values
+            added = weight.sum(dim=1, dtype=torch.int32).mul_(-128)
+        self._added = self.padded(added)
 
     def compile(self) -> "Tiles":
         """Compile what products need, before the first prompt."""
@@ -57,9 +61,8 @@ class Tiles:
     @staticmethod
     def are_worth(weight: torch.Tensor) -> bool:
         """Return whether compiled code reads a weight faster than oneDNN, in an order it knows."""
-        has_units = HAS_AMX if weight.dtype == torch.int8 else HAS_VNNI
         fits = weight[0].nbytes % 64 == 0 and weight.numel() >= TILED
-        return has_units and fits and hasattr(torch.ops.mkldnn, "data_ptr") and has_numba()
+        return HAS_AMX and fits and hasattr(torch.ops.mkldnn, "data_ptr") and has_numba()
 
     @staticmethod
     def find(packed: torch.Tensor, weight: torch.Tensor) -> "Tiles | None":
@@ -84,6 +87,17 @@ class Tiles:
         # A weight whose outputs are all alike doesn't tell.
         return fitting[0].compile() if len(fitting) == 1 else None
 
+    @staticmethod
+    def order(weight: torch.Tensor) -> "Tiles":
+        """Return a weight in tiles of its own, which any number of tokens multiply."""
+        rows = weight.clone(memory_format=torch.contiguous_format)
+        return Tiles(in_tiles(rows.view(torch.int32), owned=True), weight, None).compile()
+
+    def padded(self, of_outputs: torch.Tensor) -> torch.Tensor:
+        """Return a number of each output for whole tiles, of which all is read."""
+        n_outputs = len(self._words) * self._width
+        return F.pad(of_outputs, (0, n_outputs - len(of_outputs))).contiguous()
+
     def rows(self, rows: torch.Tensor) -> torch.Tensor:
         """Return some outputs' weights, shape (n,) to (n, n_inputs)."""
         if recording.calls is not None and rows.dim() == 1 and rows.dtype == torch.int64:
@@ -97,24 +111,19 @@ class Tiles:
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """Return the product of inputs with a weight in bfloat16, in the inputs' dtype."""
-        wide = x.to(torch.bfloat16 if self._has_amx else torch.float32).contiguous()
+        is_half = self._has_amx or HAS_BF16
+        wide = x.to(torch.bfloat16 if is_half else torch.float32).contiguous()
         return self._multiply(wide, len(x), torch.bfloat16).to(x.dtype)
 
     def int8_product(
-        self,
-        x: torch.Tensor,
-        size: int,
-        scale: torch.Tensor,
-        added: torch.Tensor,
-        dtype: torch.dtype,
+        self, x: torch.Tensor, size: int, scale: torch.Tensor, dtype: torch.dtype
     ) -> torch.Tensor:
-        """Return the product of inputs, rounded to ``cpu.LEVELS``, with a weight of eight bits.
+        """Return the product of inputs, rounded to eight bits, with a weight of eight bits.
 
         Args:
             x: float32.
             size: how many inputs are rotated together; if they aren't, they have two digits.
-            scale: of each output, float32, padded to whole tiles, as the next.
-            added: to the sum of each output, int32, as digits are above their values.
+            scale: of each output, float32, ``padded``.
             dtype: of the product.
         """
         x, (n_tokens, n_inputs) = x.contiguous(), x.shape
@@ -125,7 +134,7 @@ class Tiles:
         places = [part.data_ptr() for part in (x, rotated, codes, scales)]
         sizes = (n_tokens, n_inputs, n_digits, size)
         by_rows(code("numba_tiles", "round_tokens"), n_tokens, *places, *sizes)
-        others = [part.data_ptr() for part in (scales, scale, added)]
+        others = [part.data_ptr() for part in (scales, scale, self._added)]
         out = self._multiply(codes, len(codes), dtype if n_digits == 1 else torch.float32, *others)
         return out if n_digits == 1 else (out[:n_tokens] + out[n_tokens:]).to(dtype)
 
@@ -140,9 +149,11 @@ class Tiles:
         if not n_tokens:
             return x.new_empty(0, n_outputs, dtype=dtype)
         n_tiles = len(self._words)
-        sums = x.new_empty(n_tokens, n_tiles * self._width, dtype=torch.float32)
         is_half = dtype == torch.bfloat16
-        out = torch.empty_like(sums, dtype=dtype) if is_half else sums
+        written = torch.bfloat16 if is_half else torch.float32
+        out = x.new_empty(n_tokens, n_tiles * self._width, dtype=written)
+        n_sums = out.numel() if self._has_amx else torch.get_num_threads() * TOKENS * self._width
+        sums = x.new_empty(n_sums, dtype=torch.float32)
         places = [part.data_ptr() for part in (self._words, x, sums, out)]
         registers = ctypes.addressof(amx_registers(min(n_tokens, ROWS)))
         sizes = (n_tiles, n_inputs, n_tokens, registers)
@@ -153,24 +164,24 @@ class Tiles:
 
 
 class Bfloat16(Kernel):
-    """A plain weight in bfloat16, for processors without instructions for it.
-
-    PyTorch's operators widen it first. Sums are in float32.
-    """
+    """A plain weight in bfloat16, for processors without AMX. Sums are in float32."""
 
     opaque = True
 
     def __init__(self, stored: StoredWeight):
         super().__init__(stored)
-        weight = stored["weight"]
-        words = weight.clone(memory_format=torch.contiguous_format).view(torch.int32)
-        self._tiles = Tiles(in_tiles(words, owned=True), weight, None).compile()
+        self._tiles = Tiles.order(stored["weight"])
 
     @staticmethod
     def is_fastest_for(weight: torch.Tensor) -> bool:
-        """Return whether a weight is multiplied fastest by compiled code."""
+        """Return whether a weight is multiplied fastest by compiled code.
+
+        PyTorch's operators widen it first where there are no instructions for bfloat16. With them
+        a small one isn't worth compiling.
+        """
         fits = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
-        return fits and weight.shape[1] % 4 == 0 and not cpu_has_bf16() and has_numba()
+        is_worth = weight.numel() >= TILED or not cpu_has_bf16()
+        return fits and is_worth and weight.shape[1] % 4 == 0 and not HAS_AMX and has_numba()
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         return self._tiles.product(x)
