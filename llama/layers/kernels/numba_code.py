@@ -13,7 +13,9 @@ from numba.extending import intrinsic
 from llama.layers.kernels.compiled import BLOCK, HAS_VNNI, LANES, TILE
 from llama.layers.kernels.machine_code import add_symbols
 
-AHEAD = 2048  # bytes of a weight that are fetched before they are read
+# Bytes of a weight that are fetched before they are read: by few tokens, which are done as soon as
+# these are there, and by those whose products take longer.
+AHEAD, FAR = 2048, 16384
 I8, I16, I32, I64, F32 = *(ir.IntType(n) for n in (8, 16, 32, 64)), ir.FloatType()
 INTEGER, FLOAT, ZERO = numba.types.int64, numba.float32, numba.float32(0)
 
@@ -241,7 +243,7 @@ class Vectors:
     def add_fours(self, sums, first, second):
         """Add products of bytes to sums, four neighbours' to that of a lane, with 32 bits.
 
-        With VNNI the first have no signs; otherwise none is -128 unless its neighbours are small.
+        With VNNI the first have no signs; otherwise none of the second is -128.
         """
         if HAS_VNNI:
             return self.call("x86.avx512.vpdpbusd.512", sums.type, sums, first, second)

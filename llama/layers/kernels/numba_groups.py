@@ -15,10 +15,11 @@ from numba.core.cgutils import for_range, unpack_tuple
 from numba.extending import intrinsic
 from numba.np.unsafe.ndarray import to_fixed_tuple
 
-from llama.layers.kernels.compiled import BLOCK, HAS_VNNI, LANES, TILE
+from llama.layers.kernels.compiled import BLOCK, HAS_AMX, HAS_VNNI, LANES, TILE
 from llama.layers.kernels.numba_code import (
     AHEAD,
     F32,
+    FAR,
     I8,
     I16,
     I32,
@@ -141,6 +142,8 @@ def _multiply(kind: Kind, n_tokens: int):
     halves, parts, every = 1 + kind.in_halves, range(TILE // LANES), [0] * LANES
     n_words = WORDS // 2 if kind.is_int4 else WORDS  # of a block's codes
     has_offsets = kind.is_int4 or HAS_VNNI
+    is_near = HAS_AMX or (n_tokens <= 2 and not kind.is_int4)
+    first = AHEAD if is_near else FAR  # of the bytes that are fetched
 
     @intrinsic
     def write(typing, addresses, sizes, tile, token):
@@ -183,7 +186,7 @@ def _multiply(kind: Kind, n_tokens: int):
                 own = [[sums.begin(offset) for _ in parts] for offset in offsets]
                 for i in range(half * n_words // halves, (half + 1) * n_words // halves):
                     word = at(I64(i), block, n_words)
-                    for ahead in range(AHEAD, AHEAD + 4 * TILE, 64):
+                    for ahead in range(first, first + 4 * TILE, 64):
                         vector.prefetch(build.add(at(codes, word, 4 * TILE), I64(ahead)))
                     for part in parts:
                         w = vector.load(codes, at(I64(part), word, len(parts)), I32, LANES)

@@ -16,6 +16,7 @@ from llama.layers.kernels.compiled import HAS_BF16, HAS_VNNI, LANES, ROWS, TOKEN
 from llama.layers.kernels.numba_code import (
     AHEAD,
     F32,
+    FAR,
     FLOAT,
     I8,
     I32,
@@ -30,7 +31,6 @@ from llama.layers.kernels.numba_code import (
 )
 
 MOST = 6  # tokens that are multiplied at once
-FAR = 8  # times ``AHEAD``: how far ahead memory is fetched for some tokens
 WORDS = 512  # of an output, which are in the cache in further passes
 SIZES = (32, 64)  # of blocks of a weight whose rows have 64 inputs, or multiples
 LEVELS = 127  # of an input on either side of zero
@@ -311,6 +311,7 @@ def _by_vectors(kind: Kind, finish):
     pitch = 4 * width  # bytes of a word of each output
     n_of_word = 4 if kind.is_int8 else 2  # inputs
     x_bytes = 4 * n_of_word if _is_widened(kind) else 4
+    n_near = (1 if _is_widened(kind) else 3) if HAS_VNNI else 0  # tokens that take less time
 
     @numba.cfunc(numba.void(numba.types.voidptr))
     def tiles_of_thread(data):
@@ -331,7 +332,7 @@ def _by_vectors(kind: Kind, finish):
                         n_own = (end - begin) * (i + 1) // n_passes - token
                         ahead = n * (pitch + i * line)
                         if n_passes == 1:
-                            ahead = AHEAD if n_own < 4 else FAR * AHEAD
+                            ahead = AHEAD if n_own <= n_near else FAR
                         x = given[1] + ((begin + token) * n_words + first) * x_bytes
                         places = (place, x, sums + token * pitch, place + ahead)
                         multiply(places, (n_own, n, n_words * x_bytes, line), first)
@@ -429,7 +430,7 @@ class _Products(Vectors):
             return
         before = self.build.load(total)
         if kind.is_int8:
-            result = self.add_fours(before, x, weights)
+            result = self.add_fours(before, *((x, weights) if HAS_VNNI else (weights, x)))
         else:
             pairs = ir.VectorType(_Bfloat16(), 2 * LANES)
             factors = (self.build.bitcast(some, pairs) for some in (x, weights))
