@@ -44,10 +44,10 @@ class Groups(Kernel):
         shift = 0 if in_halves else (group_size // BLOCK - 1).bit_length()
         self._n_sums = n_blocks * (2 if in_halves else 1)
         has_float16 = form.scale_dtype == torch.float16
-        kind = (self._is_int4, in_halves, shift, form.has_zeros, has_float16)
+        self._kind = (self._is_int4, in_halves, shift, form.has_zeros, has_float16)
         self._widened_kind = (self._is_int4, has_float16)
         # Compiled before the weight is changed, and before the first prompt.
-        self._product = code("numba_groups", "product", *kind).address
+        code("numba_groups", "product", *self._kind, True)
         code("numba_code", "round_inputs")
         self._is_widened = cpu_has_amx()
         if self._is_widened:
@@ -95,9 +95,11 @@ class Groups(Kernel):
         kind = (n_tokens, n_blocks, self._n_sums // n_blocks, self._is_int4)
         by_rows(code("numba_code", "round_inputs"), n_tokens, wide.data_ptr(), *places, *kind)
         n_rows = len(self._stored["weight"]) * TILE
-        out = wide.new_empty(n_tokens, n_rows)
+        is_half = x.dtype == torch.bfloat16
+        out = x.new_empty(n_tokens, n_rows, dtype=torch.bfloat16 if is_half else torch.float32)
+        address = code("numba_groups", "product", *self._kind, is_half).address
         sizes = [n_rows, n_blocks, self._n_groups, n_tokens]
-        in_parallel(self._product, *self._places(), *places, out.data_ptr(), *sizes)
+        in_parallel(address, *self._places(), *places, out.data_ptr(), *sizes)
         if n_rows > self.out_features:
             out = out[:, : self.out_features].contiguous()
         return out.to(x.dtype)

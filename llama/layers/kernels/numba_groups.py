@@ -40,6 +40,7 @@ class Kind(NamedTuple):
     shift: int  # 2 ** shift blocks, or halves of one, are a group
     has_zeros: bool
     has_float16: bool  # of scales and zeros, which are bfloat16 otherwise
+    is_half: bool  # whether outputs are written in bfloat16, not in float32
 
 
 def widen(is_int4, has_float16):
@@ -115,8 +116,8 @@ def product(*kind):
     """Return a function that computes a thread's part of the outputs, of weights of a ``Kind``.
 
     Its argument points to the addresses of codes, scales and zeros of weights, then of inputs
-    (``round_inputs``) and of outputs, float32, (n_tokens, n_rows), then to the numbers of rows,
-    blocks, groups and tokens.
+    (``round_inputs``) and of outputs, (n_tokens, n_rows), then to the numbers of rows, blocks,
+    groups and tokens.
     """
     one, two, four = (_multiply(Kind(*kind), n) for n in (1, 2, 4))
 
@@ -207,11 +208,11 @@ def _multiply(kind: Kind, n_tokens: int):
                         for total, x_sum in zip(totals, x_sums, strict=True):
                             vector.add_product(total[part], zero, x_sum)
         for each, some in zip(tokens, totals, strict=True):
-            place = at(at(out, each, n_rows, 4), row, 4)
+            place = at(out, build.add(build.mul(each, n_rows), row), 2 if kind.is_half else 4)
             for part, total in enumerate(some):
                 result = build.load(total)
-                address = build.add(place, I64(4 * LANES * part))
-                build.store(result, build.inttoptr(address, result.type.as_pointer()), align=4)
+                result = vector.rounded(result, LANES) if kind.is_half else result
+                vector.store(result, place, I64(part))
         return context.get_dummy_value()
 
     return write
