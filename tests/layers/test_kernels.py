@@ -98,9 +98,8 @@ def errors(
 
 @pytest.fixture
 def without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiled, "has_numba", lambda: False)
-    monkeypatch.setattr(groups, "has_numba", lambda: False)
-    monkeypatch.setattr(cpu, "has_numba", lambda: False)
+    for module in (compiled, cpu, groups):
+        monkeypatch.setattr(module, "has_numba", lambda: False)
 
 
 @pytest.mark.parametrize("form", FORMS, ids=repr)
@@ -358,6 +357,11 @@ class TestCompiled:
                     TestCompiled().test_products_are_those_of_the_dequantised_weight(form)
             for shape in PLAIN_SHAPES:
                 test_plain_weights_are_read_in_bfloat16(shape, None)
+            import test_tiles
+            for form in test_tiles.FORMS:
+                test_tiles.test_eight_bits_in_tiles_give_fbgemms_products(form, (97, 192))
+                test_tiles.test_eight_bits_in_tiles_give_fbgemms_products(form, (64, 576))
+            test_tiles.test_the_largest_bytes_do_not_overflow()
         """
         paths = os.pathsep.join([*sys.path, str(Path(__file__).parent)])
         command = [sys.executable, "-c", textwrap.dedent(script)]

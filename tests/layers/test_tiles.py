@@ -42,7 +42,11 @@ def random(*shape: int) -> torch.Tensor:
 
 
 def int8_kernel(
-    form: Form, out_features: int, in_features: int, kind: type[cpu.Int8] = cpu.OneDnnInt8
+    form: Form,
+    out_features: int,
+    in_features: int,
+    kind: type[cpu.Int8] = cpu.OneDnnInt8,
+    block_size: int = 64,
 ) -> cpu.Int8:
     generator = torch.Generator().manual_seed(0)
     shape = (out_features, in_features)
@@ -51,7 +55,7 @@ def int8_kernel(
     stored = {"weight": weight, "scale": scale}
     if isinstance(form, Grouped) and form.has_zeros:
         stored["zero"] = torch.rand(out_features, 1, generator=generator)
-    return kind(stored, form, 64)
+    return kind(stored, form, block_size)
 
 
 @pytest.mark.parametrize("shape", [*SHAPES, (70, 96)], ids=str)
@@ -191,7 +195,8 @@ def test_eight_bits_in_tiles_give_fbgemms_products(form: Form, shape: tuple[int,
     """A failure means that int8 gives other logits, or some that depend on neighbours."""
     if not cpu.HAS_FBGEMM:
         pytest.skip("this build has no FBGEMM")
-    kernel, theirs = (int8_kernel(form, *shape, kind) for kind in (cpu.TiledInt8, cpu.Int8))
+    size = 32 if shape[1] == 192 else 64
+    kernel, theirs = (int8_kernel(form, *shape, kind, size) for kind in (cpu.TiledInt8, cpu.Int8))
     x = random(2 * compiled.TOKENS + 3, shape[1])
     alone = torch.cat([kernel.product(row[None]) for row in x])
     exact = x.float() @ kernel.weights(torch.arange(shape[0])).T
@@ -205,6 +210,38 @@ def test_eight_bits_in_tiles_give_fbgemms_products(form: Form, shape: tuple[int,
     x[0, 5], x[1] = math.nan, 0
     assert kernel.product(x[:1]).isnan().all()
     assert not kernel.product(x[1:2]).any()
+
+
+def test_an_owned_weight_is_changed_where_it_is() -> None:
+    """A failure means that loading int8 takes another copy of each weight, or changes a file's."""
+    weight = torch.randint(-127, 128, (64, 128), dtype=torch.int8)
+    stored, before = {"weight": weight, "scale": torch.ones(64, 1)}, weight.clone()
+    kernel = cpu.TiledInt8(stored, Rotated(), 64)
+    assert torch.equal(weight, before) and torch.equal(kernel.stored()["weight"], before)
+    kernel = cpu.TiledInt8(stored, Rotated(), 64, owned=True)
+    assert kernel._tiles._words.data_ptr() == weight.data_ptr()
+    assert torch.equal(kernel.stored()["weight"], before)
+
+
+def test_an_outlier_drowns_its_own_span_alone() -> None:
+    """A failure means that int8 rounds a token's inputs by the largest of all: worse answers."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randint(-127, 128, (64, 1024), dtype=torch.int8, generator=generator)
+    weight[:, : compiled.SPAN] = 0
+    form, stored = Rotated(), {"weight": weight, "scale": torch.ones(64, 1)}
+    x = torch.randn(4, 1024, generator=generator)
+    x[:, 7] = 4000
+    exact = x @ form.dequantize(stored, 64).T
+    assert (cpu.TiledInt8(stored, form, 64).product(x) - exact).norm() < 0.01 * exact.norm()
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float32], ids=str)
+def test_a_scale_that_is_no_number_stays_so(dtype: torch.dtype) -> None:
+    """A failure means that a damaged file gives zeros, and isn't found out."""
+    stored = {"weight": torch.ones(32, 64, dtype=torch.int8), "scale": torch.ones(32, 1)}
+    stored["scale"].view(torch.int32)[3] = 0x7FFFE000
+    out = cpu.TiledInt8(stored, Rotated(), 64).product(torch.ones(2, 64, dtype=dtype))
+    assert out[:, 3].isnan().all() and not out[:, :3].isnan().any()
 
 
 def test_the_largest_bytes_do_not_overflow() -> None:

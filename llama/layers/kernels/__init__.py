@@ -86,8 +86,8 @@ def make_kernel(
     weight = stored["weight"]
     if isinstance(form, Grouped):
         return _grouped(stored, form, dtype, capability, owned)
-    if on_cpu and cpu.HAS_FBGEMM:
-        return cpu.int8_kernel(weight)(stored, form, block_size)
+    if on_cpu and (kind := cpu.int8_kernel(weight)):
+        return kind(stored, form, block_size, owned)
     if cuda.Int8.supports(weight, capability):
         return cuda.Int8(stored, block_size, dtype)
     return plain.Int8(stored, block_size, dtype, capability)
@@ -125,8 +125,9 @@ def _grouped(
         return Ordered(kernel, stored["order"])
     on_cpu = capability.kind == "cpu"
     half = dtype != torch.float32  # else products are exact
-    if half and on_cpu and form.codes == "int8" and not form.group_size and cpu.HAS_FBGEMM:
-        return cpu.int8_kernel(stored["weight"])(stored, form, 1)
+    are_rows = half and on_cpu and form.codes == "int8" and not form.group_size
+    if are_rows and (kind := cpu.int8_kernel(stored["weight"])):
+        return kind(stored, form, 1, owned)
     if half and on_cpu and Groups.supports(form, stored["weight"]):
         return Groups(stored, form, owned=owned)
     fused = None

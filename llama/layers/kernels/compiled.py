@@ -22,7 +22,8 @@ FEW_TOKENS = 32  # whose attention is compiled, and AMX's products
 WIDE = 512  # elements of a token from which code for them is worth compiling
 # Up to which positions compiled attention is as fast as PyTorch's, with 8 queries for a key.
 MOST_POSITIONS = 4096
-BLOCK = 32  # inputs that share a scale
+BLOCK = 32  # inputs that share a scale, where a weight's do
+SPAN = 256  # inputs that share one where a weight's rows have one
 # Instructions that add four products of eight bits.
 HAS_VNNI = all(CPU.get(name) for name in ("avx512_vnni", "avx512_vl"))
 HAS_BF16 = HAS_VNNI and bool(CPU.get("avx512_bf16"))

@@ -32,9 +32,9 @@ _WIDENED = 1 << 20  # weights of the int4 operator's order that are widened at a
 class OneDnn(Kernel):
     """An unquantised weight in oneDNN's order.
 
-    With bfloat16 products in hardware it is the fastest for any number of tokens: prompts at
-    1.5 times the speed of the plain weight with AMX, a single token at 0.85 of the memory's speed
-    with AMX and, padded to four tokens, at 0.88 without; compiled code reads it faster.
+    With bfloat16 products in hardware it is the fastest of PyTorch's for any number of tokens:
+    prompts at 1.5 times the speed of the plain weight with AMX, a single token at 0.85 of the
+    memory's speed with AMX and, padded to four tokens, at 0.88 without. Compiled code is faster.
     """
 
     opaque = True
@@ -98,8 +98,9 @@ class Int8(Kernel):
     opaque = True
     reads_rows = False
 
-    def __init__(self, stored: StoredWeight, form: Form, block_size: int):
+    def __init__(self, stored: StoredWeight, form: Form, block_size: int, owned: bool = False):
         super().__init__(stored)
+        self._owned = owned  # whether nobody else reads the tensors
         self._form, self._zero = form, stored.get("zero")
         self._matrix, self._block_size = None, 1
         if not isinstance(form, Grouped):
@@ -206,7 +207,10 @@ class OneDnnInt8(Int8):
 
 
 class TiledInt8(Int8):
-    """The same by code that numba compiles, for processors without AMX (``llama[fast]``)."""
+    """The same by code that numba compiles, for processors without AMX (``llama[fast]``).
+
+    Each ``SPAN`` of a token's inputs has a scale.
+    """
 
     reads_rows = True
 
@@ -219,7 +223,8 @@ class TiledInt8(Int8):
         return weight.shape[1] % 64 == 0 and bool(CPU) and has_numba()
 
     def _pack(self, weight: torch.Tensor, scale: torch.Tensor) -> None:
-        self._tiles, self._scale = Tiles.order(weight), scale.float()
+        is_half = self._matrix is not None  # else the products of two digits are added up
+        self._tiles, self._scale = Tiles.order(weight, is_half, self._owned), scale.float()
         self._of_outputs = self._tiles.padded(self._scale)
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
@@ -240,11 +245,13 @@ class TiledInt8(Int8):
         return self._form.dequantize(stored, self._block_size)
 
 
-def int8_kernel(weight: torch.Tensor) -> type[Int8]:
-    """Return the fastest kernel for whole rows of eight bits."""
-    if OneDnnInt8.is_fastest():
+def int8_kernel(weight: torch.Tensor) -> type[Int8] | None:
+    """Return the fastest kernel for whole rows of eight bits; None where there is none."""
+    if HAS_FBGEMM and OneDnnInt8.is_fastest():
         return OneDnnInt8
-    return TiledInt8 if TiledInt8.supports(weight) else Int8
+    if TiledInt8.supports(weight):
+        return TiledInt8
+    return Int8 if HAS_FBGEMM else None
 
 
 class Int4(digits.Int4):

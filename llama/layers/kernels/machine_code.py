@@ -105,7 +105,7 @@ def _folder() -> Path:
         *(metadata.version(package) for package in ("numba", "llvmlite", "numpy")),
         *(binding.get_host_cpu_name(), binding.get_host_cpu_features().flatten()),
         *(compiled.BLOCK, compiled.HAS_AMX, compiled.HAS_BF16, compiled.HAS_VNNI, compiled.KEYS),
-        *(compiled.LANES, compiled.ROWS, compiled.TILE, compiled.TOKENS),
+        *(compiled.LANES, compiled.ROWS, compiled.SPAN, compiled.TILE, compiled.TOKENS),
         sorted(settings.items()),
     )
     digest.update(repr(others).encode())

@@ -222,8 +222,10 @@ class Vectors:
         return self.build.add(bits, self.build.add(odd, below))
 
     def rounded(self, some, n):
-        """Return bfloat16's bits, to which float32 is rounded."""
+        """Return bfloat16's bits, to which float32 is rounded; any NaN stays one."""
         bits = self.build.lshr(self.rounded_up(some, n), self.constant(I32, [16] * n))
+        is_nan = self.build.fcmp_unordered("uno", some, some)
+        bits = self.build.select(is_nan, self.constant(I32, [0x7FC0] * n), bits)
         return self.build.trunc(bits, ir.VectorType(I16, n))
 
     def spread(self, some, lanes):

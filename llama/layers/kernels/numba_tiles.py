@@ -7,12 +7,12 @@ from typing import NamedTuple
 
 import numba
 import numpy as np
-from llvmlite import ir
+from llvmlite import binding, ir
 from numba.core.cgutils import alloca_once, alloca_once_value, for_range, unpack_tuple
 from numba.extending import intrinsic
 from numba.np.unsafe.ndarray import to_fixed_tuple
 
-from llama.layers.kernels.compiled import HAS_BF16, HAS_VNNI, LANES, ROWS, TOKENS
+from llama.layers.kernels.compiled import HAS_BF16, HAS_VNNI, LANES, ROWS, SPAN, TOKENS
 from llama.layers.kernels.numba_code import (
     AHEAD,
     F32,
@@ -31,10 +31,10 @@ from llama.layers.kernels.numba_code import (
 )
 
 MOST = 6  # tokens that are multiplied at once
-WORDS = 512  # of an output, which are in the cache in further passes
+WORDS = 512  # of an output in bfloat16, which are in the cache in further passes
 SIZES = (32, 64)  # of blocks of a weight whose rows have 64 inputs, or multiples
 LEVELS = 127  # of an input on either side of zero
-ABOVE = LEVELS + 1 if HAS_VNNI else 0  # what codes of inputs are above their values
+ABOVE = LEVELS + 1  # of codes without signs: how much they are above their values
 
 
 class Kind(NamedTuple):
@@ -98,41 +98,56 @@ def _zero_or_nan(some):
 def round_tokens(data):
     """Rotate a thread's part of the tokens' inputs, and round them to ``LEVELS`` around zero.
 
-    ``data`` points to the addresses of inputs, float32, (n_tokens, n_inputs), then of what is
-    written, and to the numbers of tokens, of inputs, of digits, one or two, and of the inputs that
-    are rotated together, 1 or one of ``SIZES``:
+    ``data`` points to the addresses of inputs, float32, (n_tokens, n_inputs), of memory for a token
+    of each thread, and of what is written, then to the numbers of tokens, of inputs, of digits, one
+    or two, of the inputs that are rotated together, 1 or one of ``SIZES``, of those that share a
+    scale, and to what codes are above their values:
 
-    - rotated inputs, float32, their shape.
-    - codes, uint8, (n_digits, n_tokens, n_inputs), ``ABOVE`` their values. The second digit is of
-      what the first leaves.
-    - scales, float32, (n_digits, n_tokens).
+    - codes, of eight bits, (n_digits, n_tokens, n_inputs). The second digit is of what the first
+      leaves.
+    - scales, float32, (n_digits, n_tokens, n_spans).
+    - offsets, int32, (n_digits, n_tokens, n_spans): what sums are too much if the weight's codes
+      have no signs.
     """
-    given = numba.carray(data, 8, numba.int64)
-    n_tokens, n_inputs, n_digits, size = given[4], given[5], given[6], given[7]
+    given = numba.carray(data, 11, numba.int64)
+    n_tokens, n_inputs, n_digits, size, span = given[5], given[6], given[7], given[8], given[9]
+    n_spans = -(-n_inputs // span)
     x = numba.carray(pointer(given[0]), (n_tokens, n_inputs), FLOAT)
-    rotated = numba.carray(pointer(given[1]), (n_tokens, n_inputs), FLOAT)
+    memory = given[1] + thread_number() * n_inputs * 4
     codes = numba.carray(pointer(given[2]), (n_digits, n_tokens, n_inputs), numba.uint8)
-    scales = numba.carray(pointer(given[3]), (n_digits, n_tokens), FLOAT)
-    levels = FLOAT(LEVELS)
+    scales = numba.carray(pointer(given[3]), (n_digits, n_tokens, n_spans), FLOAT)
+    offsets = numba.carray(pointer(given[4]), (n_digits, n_tokens, n_spans), numba.int32)
+    levels, above = FLOAT(LEVELS), numba.int32(given[10])
     for token in range(*part_of_thread(n_tokens)):
-        some, own, rest = x[token], codes[0, token], codes[n_digits - 1, token]
+        row = x[token]
         if size > 1:
-            some = rotated[token]
-            for first in range(0, n_inputs, size):
-                place = 4 * (token * n_inputs + first)
-                _rotate(given[0] + place, given[1] + place, size)
-        largest = max(_largest(some), FLOAT(1e-30))
-        scale = levels / largest
-        scales[0, token] = largest / levels + _zero_or_nan(some)
-        if n_digits == 1:
-            for i in range(n_inputs):
-                own[i] = numba.int32(np.rint(some[i] * scale)) + ABOVE
-        else:
-            scales[1, token] = scales[0, token] / (2 * levels)
-            for i in range(n_inputs):
-                first = np.rint(some[i] * scale)
-                own[i] = numba.int32(first) + ABOVE
-                rest[i] = numba.int32(np.rint((some[i] * scale - first) * (2 * levels))) + ABOVE
+            row = numba.carray(pointer(memory), (n_inputs,), FLOAT)
+            for i in range(0, n_inputs, size):
+                _rotate(given[0] + 4 * (token * n_inputs + i), memory + 4 * i, size)
+        for number in range(n_spans):
+            begin, end = number * span, min((number + 1) * span, n_inputs)
+            some, own = row[begin:end], codes[0, token, begin:end]
+            largest, total = max(_largest(some), FLOAT(1e-30)), numba.int32(0)
+            scale = levels / largest
+            scales[0, token, number] = largest / levels + _zero_or_nan(some)
+            if n_digits == 1:
+                for i in range(len(some)):
+                    code = numba.int32(np.rint(some[i] * scale))
+                    own[i] = code + above
+                    total += code
+            else:
+                rest, left = codes[1, token, begin:end], numba.int32(0)
+                scales[1, token, number] = scales[0, token, number] / (2 * levels)
+                for i in range(len(some)):
+                    first = np.rint(some[i] * scale)
+                    code = numba.int32(first)
+                    own[i] = code + above
+                    total += code
+                    code = numba.int32(np.rint((some[i] * scale - first) * (2 * levels)))
+                    rest[i] = code + above
+                    left += code
+                offsets[1, token, number] = -ABOVE * left
+            offsets[0, token, number] = -ABOVE * total
 
 
 def product(*kind):
@@ -141,10 +156,10 @@ def product(*kind):
     Its argument points to the addresses of tiles, of inputs, (n_tokens, n_inputs), and of what is
     written, sums of 32 bits and outputs, (n_tokens, n_tiles * width), to the numbers of tiles,
     inputs and tokens, and to the address of AMX's configuration. Inputs are bfloat16, float32
-    where no instruction multiplies that. For eight bits they are uint8, and three more addresses
-    follow: of the scales of tokens, of those of outputs, and of what is added to an output's sum,
-    int32. With AMX there are as many sums as outputs, otherwise each thread has
-    (``TOKENS``, width).
+    where no instruction multiplies that. For eight bits they are ``round_tokens``'s, and three more
+    addresses follow: of the scales of tokens, of those of outputs, and of what is added to the sums
+    of an output, int32, with AMX, otherwise to those of a token. With AMX there are as many sums as
+    outputs; otherwise each thread has those of a tile and at most ``TOKENS``.
     """
     kind = Kind(*kind)
     return (_by_matrices if kind.has_amx else _by_vectors)(kind, _finish(kind))
@@ -152,7 +167,7 @@ def product(*kind):
 
 def _finish(kind: Kind):
     """Return a function that writes a tile's outputs, given where sums are and their pitch."""
-    width, is_int8, is_half, _ = kind
+    width, is_int8, is_half, has_amx = kind
     n_bytes = 2 if is_half else 4
 
     @intrinsic
@@ -163,13 +178,14 @@ def _finish(kind: Kind):
         sums, out, of_token, of_outputs, added = args
         vector = Vectors(build)
         for i in (I64(i) for i in range(width // LANES)):
-            result = vector.load(sums, i, I32 if is_int8 else F32, LANES)
-            if is_int8:
+            result = vector.load(sums, i, I32 if is_int8 and has_amx else F32, LANES)
+            if is_int8 and has_amx:
                 result = build.add(result, vector.load(added, i, I32, LANES))
                 result = build.sitofp(result, ir.VectorType(F32, LANES))
-                result = build.fmul(result, vector.load(of_outputs, i, F32, LANES))
                 factor = vector.spread(vector.load(of_token, I64(0), F32, 1), [0] * LANES)
                 result = build.fmul(result, factor)
+            if is_int8:
+                result = build.fmul(result, vector.load(of_outputs, i, F32, LANES))
             vector.store(vector.rounded(result, LANES) if is_half else result, out, i)
         return context.get_dummy_value()
 
@@ -307,9 +323,10 @@ def _by_vectors(kind: Kind, finish):
 
     Meanwhile each pass fetches its part of the next words, so that reading doesn't wait for it.
     """
-    width, multiply = kind.width, _vectors(kind)
+    width, is_int8, multiply = kind.width, kind.is_int8, _vectors(kind)
     pitch = 4 * width  # bytes of a word of each output
-    n_of_word = 4 if kind.is_int8 else 2  # inputs
+    n_of_word = 4 if is_int8 else 2  # inputs
+    most = SPAN // n_of_word if is_int8 else WORDS
     x_bytes = 4 * n_of_word if _is_widened(kind) else 4
     n_near = (1 if _is_widened(kind) else 3) if HAS_VNNI else 0  # tokens that take less time
 
@@ -317,15 +334,17 @@ def _by_vectors(kind: Kind, finish):
     def tiles_of_thread(data):
         given = numba.carray(data, 11, numba.int64)
         n_words, n_tokens = given[5] // n_of_word, given[6]
-        sums = given[2] + thread_number() * TOKENS * pitch
+        n_spans = -(-n_words // most)
+        sums = given[2] + thread_number() * min(n_tokens, TOKENS) * pitch
         n_blocks = -(-n_tokens // TOKENS)
         for block in range(n_blocks):
             begin, end = n_tokens * block // n_blocks, n_tokens * (block + 1) // n_blocks
             n_passes = -(-(end - begin) // MOST)
             line = pitch // n_passes
             for tile in range(*part_of_thread(given[4])):
-                for first in range(0, n_words, WORDS):
-                    n, place = min(n_words - first, WORDS), (tile * n_words + first) * pitch
+                for span in range(n_spans):
+                    first = span * most
+                    n, place = min(n_words - first, most), (tile * n_words + first) * pitch
                     place += given[0]
                     for i in range(n_passes):
                         token = (end - begin) * i // n_passes
@@ -334,8 +353,10 @@ def _by_vectors(kind: Kind, finish):
                         if n_passes == 1:
                             ahead = AHEAD if n_own <= n_near else FAR
                         x = given[1] + ((begin + token) * n_words + first) * x_bytes
-                        places = (place, x, sums + token * pitch, place + ahead)
-                        multiply(places, (n_own, n, n_words * x_bytes, line), first)
+                        number = 4 * ((begin + token) * n_spans + span)
+                        of_tokens = (given[8] + number, given[10] + number) if is_int8 else (0, 0)
+                        places = (place, x, sums + token * pitch, place + ahead, *of_tokens)
+                        multiply(places, (n_own, n, n_words * x_bytes, line, 4 * n_spans), span)
                 finish(given, sums, pitch, tile * width, begin, end)
 
     return tiles_of_thread
@@ -348,12 +369,12 @@ def _is_widened(kind: Kind):
 def _vectors(kind: Kind):
     """Return a function that adds some words' products with up to ``MOST`` tokens to their sums.
 
-    Its arguments are the addresses of words, of inputs, of sums and of what is fetched; how many
-    tokens and words there are, the bytes of a token's inputs, and those that are fetched for each
-    word; and 0 if the sums aren't begun yet.
+    Its arguments are the addresses of words, of inputs, of sums, of what is fetched and, of eight
+    bits, of the tokens' scales and offsets; how many tokens and words there are, the bytes of a
+    token's inputs, those that are fetched for each word, and those of a token's scales; and 0 if
+    the sums aren't begun yet.
     """
     vectors, every = range(kind.width // LANES), [0] * LANES
-    element = I32 if kind.is_int8 else F32
 
     @intrinsic
     def write(typing, places, sizes, first):
@@ -367,7 +388,7 @@ def _vectors(kind: Kind):
         return context.get_dummy_value()
 
     def multiply(build, n_tokens, places, sizes, first):
-        (tiles, x, out, fetched), (n_words, pitch, line) = places, sizes
+        (tiles, x, out, fetched, *of_tokens), (n_words, pitch, line, of_token) = places, sizes
         vector = _Products(build)
 
         def at(address, index, n_bytes):
@@ -377,12 +398,27 @@ def _vectors(kind: Kind):
         tokens = [I64(i) for i in range(n_tokens)]
         inputs = [at(x, token, pitch) for token in tokens]
         outputs = [at(out, token, 4 * kind.width) for token in tokens]
-        nothing, is_first = vector.constant(element, every), build.icmp_signed("==", first, I64(0))
-        sums = [[vector.load(place, I64(i), element, LANES) for i in vectors] for place in outputs]
-        sums = [
-            [alloca_once_value(build, build.select(is_first, nothing, some)) for some in own]
-            for own in sums
+        nothing, is_first = vector.constant(F32, every), build.icmp_signed("==", first, I64(0))
+        begun = [
+            [
+                build.select(is_first, nothing, vector.load(place, I64(i), F32, LANES))
+                for i in vectors
+            ]
+            for place in outputs
         ]
+        if kind.is_int8:
+            scales, offsets = (
+                [
+                    vector.spread(vector.load(at(place, token, of_token), I64(0), kind_, 1), every)
+                    for token in tokens
+                ]
+                for place, kind_ in zip(of_tokens, (F32, I32), strict=True)
+            )
+            none = vector.constant(I32, every)
+            firsts = [[offset if HAS_VNNI else none for _ in vectors] for offset in offsets]
+        else:
+            firsts = begun
+        sums = [[alloca_once_value(build, some) for some in own] for own in firsts]
         with for_range(build, n_words) as loop:
             place = at(tiles, loop.index, 4 * kind.width)
             words = [vector.load(place, I64(i), I32, LANES) for i in vectors]
@@ -395,9 +431,14 @@ def _vectors(kind: Kind):
                 for weights, some in vector.factors(kind, words, start, loop.index):
                     for total, weight in zip(own, weights, strict=True):
                         vector.add(kind, total, weight, some)
-        for place, own in zip(outputs, sums, strict=True):
-            for i, total in zip(vectors, own, strict=True):
-                vector.store(build.load(total), place, I64(i))
+        for token, place in enumerate(outputs):
+            for i, total in enumerate(sums[token]):
+                result = build.load(total)
+                if kind.is_int8:
+                    result = build.sitofp(result, nothing.type)
+                    factors = (result, scales[token], begun[token][i])
+                    result = vector.call(f"fma.v{LANES}f32", nothing.type, *factors)
+                vector.store(result, place, I64(i))
 
     return write
 
@@ -430,9 +471,11 @@ class _Products(Vectors):
             return
         before = self.build.load(total)
         if kind.is_int8:
-            result = self.add_fours(before, *((x, weights) if HAS_VNNI else (weights, x)))
+            result = self.add_fours(before, weights, x)
         else:
-            pairs = ir.VectorType(_Bfloat16(), 2 * LANES)
+            # Before LLVM 16 the instruction took words.
+            is_typed = binding.llvm_version_info[0] >= 16
+            pairs = ir.VectorType(_Bfloat16(), 2 * LANES) if is_typed else x.type
             factors = (self.build.bitcast(some, pairs) for some in (x, weights))
             result = self.call("x86.avx512bf16.dpbf16ps.512", before.type, before, *factors)
         self.build.store(result, total)

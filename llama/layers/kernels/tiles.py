@@ -16,6 +16,7 @@ from llama.layers.kernels.compiled import (
     HAS_BF16,
     HAS_VNNI,
     ROWS,
+    SPAN,
     TOKENS,
     amx_registers,
     compile_tokens_code,
@@ -38,21 +39,25 @@ class Tiles:
     Args:
         words: shape (n_tiles, n_words, width), int32: of ``width`` outputs the inputs of 32 bits.
         weight: what they are of, shape (n_outputs, n_inputs), bfloat16 or int8.
-        packed: in oneDNN's order, if that is where the words are, which AMX may multiply.
+        packed: in oneDNN's order, if that is where the words are, which AMX multiplies.
+        mask: what each word was combined with.
     """
 
-    def __init__(self, words: torch.Tensor, weight: torch.Tensor, packed: torch.Tensor | None):
+    def __init__(
+        self,
+        words: torch.Tensor,
+        weight: torch.Tensor,
+        packed: torch.Tensor | None,
+        mask: int = 0,
+    ):
         self._words, self._shape, self._owner = words, weight.shape, packed
         self._width, self._dtype = words.shape[2], weight.dtype
-        self._has_amx = packed is not None
-        added = weight.new_zeros(len(weight), dtype=torch.int32)
-        if self._dtype == torch.int8 and HAS_VNNI:  # digits of inputs are 128 above their values
-            added = weight.sum(dim=1, dtype=torch.int32).mul_(-128)
-        self._added = self.padded(added)
+        self._has_amx, self._mask = packed is not None, mask - (1 << 32 if mask >> 31 else 0)
+        self._added: torch.Tensor | None = None  # to AMX's sums of eight bits
 
-    def compile(self) -> "Tiles":
-        """Compile what products need, before the first prompt."""
-        self._code(is_half=True)
+    def compile(self, is_half: bool = True) -> "Tiles":
+        """Compile what products in bfloat16, or in float32, need, before the first prompt."""
+        self._code(is_half)
         if self._dtype == torch.int8:
             code("numba_tiles", "round_tokens")
         compile_tokens_code()
@@ -84,14 +89,26 @@ class Tiles:
                 tiles = Tiles(words.view(n_tiles, -1, width), weight, packed)
                 if torch.equal(tiles.rows(some), weight[some]):
                     fitting.append(tiles)
-        # A weight whose outputs are all alike doesn't tell.
-        return fitting[0].compile() if len(fitting) == 1 else None
+        if len(fitting) != 1:  # a weight whose outputs are all alike doesn't tell
+            return None
+        if weight.dtype == torch.int8:  # inputs' codes are 128 above their values
+            parts = [part.sum(dim=1, dtype=torch.int32) for part in weight.split(1024)]
+            fitting[0]._added = fitting[0].padded(torch.cat(parts).mul_(-128))
+        return fitting[0].compile()
 
     @staticmethod
-    def order(weight: torch.Tensor) -> "Tiles":
-        """Return a weight in tiles of its own, which any number of tokens multiply."""
-        rows = weight.clone(memory_format=torch.contiguous_format)
-        return Tiles(in_tiles(rows.view(torch.int32), owned=True), weight, None).compile()
+    def order(weight: torch.Tensor, is_half: bool = True, owned: bool = False) -> "Tiles":
+        """Return a weight in tiles of its own, which any number of tokens multiply.
+
+        Args:
+            weight: bfloat16 or int8.
+            is_half: whether products are bfloat16, rather than float32.
+            owned: whether nobody else reads the weight, which is then changed where it is.
+        """
+        # Codes are multiplied without signs.
+        mask = 0x80808080 if weight.dtype == torch.int8 and HAS_VNNI else 0
+        words = in_tiles(weight.contiguous().view(torch.int32), mask, owned)
+        return Tiles(words, weight, None, mask).compile(is_half)
 
     def padded(self, of_outputs: torch.Tensor) -> torch.Tensor:
         """Return a number of each output for whole tiles, of which all is read."""
@@ -100,14 +117,16 @@ class Tiles:
 
     def rows(self, rows: torch.Tensor) -> torch.Tensor:
         """Return some outputs' weights, shape (n,) to (n, n_inputs)."""
-        if recording.calls is not None and rows.dim() == 1 and rows.dtype == torch.int64:
+        are_recorded = recording.calls is not None and rows.dim() == 1 and not self._mask
+        if are_recorded and rows.dtype == torch.int64:
             return gather(self._words, rows, self._shape[0]).view(self._dtype)
-        return self._words[rows // self._width, :, rows % self._width].view(self._dtype)
+        words = self._words[rows // self._width, :, rows % self._width]
+        return (words ^ self._mask).view(self._dtype)
 
     def weight(self) -> torch.Tensor:
         """Return the weight."""
         rows = self._words.transpose(1, 2).flatten(0, 1)[: self._shape[0]]
-        return rows.contiguous().view(self._dtype)
+        return (rows.contiguous() ^ self._mask).view(self._dtype)
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """Return the product of inputs with a weight in bfloat16, in the inputs' dtype."""
@@ -127,14 +146,18 @@ class Tiles:
             dtype: of the product.
         """
         x, (n_tokens, n_inputs) = x.contiguous(), x.shape
-        n_digits = 2 if size == 1 else 1
-        rotated = x if size == 1 else torch.empty_like(x)
+        n_digits, n_threads = 2 if size == 1 else 1, torch.get_num_threads()
+        # AMX adds up all inputs, whose codes have no signs then.
+        span, above = (n_inputs, 128) if self._has_amx else (SPAN, 0)
+        rotated = x if size == 1 else x.new_empty(n_threads * n_inputs)
         codes = x.new_empty(n_digits * n_tokens, n_inputs, dtype=torch.uint8)
-        scales = x.new_empty(n_digits * n_tokens)
-        places = [part.data_ptr() for part in (x, rotated, codes, scales)]
-        sizes = (n_tokens, n_inputs, n_digits, size)
+        scales = x.new_empty(n_digits * n_tokens, -(-n_inputs // span))
+        offsets = torch.empty_like(scales, dtype=torch.int32)
+        places = [part.data_ptr() for part in (x, rotated, codes, scales, offsets)]
+        sizes = (n_tokens, n_inputs, n_digits, size, span, above)
         by_rows(code("numba_tiles", "round_tokens"), n_tokens, *places, *sizes)
-        others = [part.data_ptr() for part in (scales, scale, self._added)]
+        added = offsets if self._added is None else self._added
+        others = [part.data_ptr() for part in (scales, scale, added)]
         out = self._multiply(codes, len(codes), dtype if n_digits == 1 else torch.float32, *others)
         return out if n_digits == 1 else (out[:n_tokens] + out[n_tokens:]).to(dtype)
 
@@ -152,8 +175,8 @@ class Tiles:
         is_half = dtype == torch.bfloat16
         written = torch.bfloat16 if is_half else torch.float32
         out = x.new_empty(n_tokens, n_tiles * self._width, dtype=written)
-        n_sums = out.numel() if self._has_amx else torch.get_num_threads() * TOKENS * self._width
-        sums = x.new_empty(n_sums, dtype=torch.float32)
+        n_sums = min(n_tokens, TOKENS) * self._width * torch.get_num_threads()
+        sums = x.new_empty(out.numel() if self._has_amx else n_sums, dtype=torch.float32)
         places = [part.data_ptr() for part in (self._words, x, sums, out)]
         registers = ctypes.addressof(amx_registers(min(n_tokens, ROWS)))
         sizes = (n_tiles, n_inputs, n_tokens, registers)
