@@ -25,7 +25,7 @@ FORMS: list[tuple[str, Form]] = [
     ("8 bits, rotated", Rotated()),
     ("float8, groups of 128", Grouped("float8", 128, False, torch.float32)),
 ]
-COPIES = 4  # of a weight, which a processor's cache doesn't hold together
+COPIES = 8  # of a weight, which a processor's cache doesn't hold together
 
 
 def seconds(run: Callable[[], object], repeats: int) -> float:
