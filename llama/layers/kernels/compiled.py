@@ -1,7 +1,6 @@
 """Code that numba compiles for x86 processors (``llama[fast]``): what lies between products.
 
-``tiles.py`` multiplies by plain weights and by those in oneDNN's order, ``groups.py`` by those in
-groups.
+``tiles.py`` multiplies by plain weights and int8's, ``groups.py`` by those in groups.
 """
 
 import ctypes

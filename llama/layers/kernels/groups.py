@@ -48,7 +48,7 @@ class Groups(Kernel):
         self._widened_kind = (self._is_int4, has_float16)
         # Compiled before the weight is changed, and before the first prompt.
         code("numba_groups", "product", *self._kind, True)
-        code("numba_code", "round_inputs")
+        code("numba_rounding", "round_inputs")
         self._is_widened = cpu_has_amx()
         if self._is_widened:
             code("numba_groups", "widen", *self._widened_kind)
@@ -93,7 +93,7 @@ class Groups(Kernel):
         rounded = x.new_empty(ends.pop(), dtype=torch.uint8)
         places = [rounded.data_ptr() + end for end in ends]
         kind = (n_tokens, n_blocks, self._n_sums // n_blocks, self._is_int4)
-        by_rows(code("numba_code", "round_inputs"), n_tokens, wide.data_ptr(), *places, *kind)
+        by_rows(code("numba_rounding", "round_inputs"), n_tokens, wide.data_ptr(), *places, *kind)
         n_rows = len(self._stored["weight"]) * TILE
         is_half = x.dtype == torch.bfloat16
         out = x.new_empty(n_tokens, n_rows, dtype=torch.bfloat16 if is_half else torch.float32)

@@ -1,16 +1,15 @@
-"""The code that numba compiles to bring inputs and weights into order, and what all code needs."""
+"""The code that numba compiles to bring weights into order, and what all code needs."""
 
 # mypy: ignore-errors
 
 import functools
 
 import numba
-import numpy as np
 from llvmlite import ir
 from numba.core.cgutils import alloca_once_value, get_or_insert_function
 from numba.extending import intrinsic
 
-from llama.layers.kernels.compiled import BLOCK, HAS_VNNI, LANES, TILE
+from llama.layers.kernels.compiled import HAS_VNNI, LANES, TILE
 from llama.layers.kernels.machine_code import add_symbols
 
 # Bytes of a weight that are fetched before they are read: by few tokens, which are done as soon as
@@ -63,57 +62,6 @@ def part_of_thread(n_rows):
     """Return the first row of a thread's part and the first behind it."""
     thread, count = thread_number(), thread_count()
     return n_rows * thread // count, n_rows * (thread + 1) // count
-
-
-@compiled_once("reassoc", "nsz")
-def round_inputs(data):
-    """Round a thread's part of the tokens' inputs to eight bits in blocks of 32.
-
-    ``data`` points to the addresses of inputs, float32, (n_tokens, n_inputs), and of what is
-    written, then to the numbers of tokens and blocks, to how many groups a block has at least, one
-    or two, and to whether the weight has codes of four bits:
-
-    - codes, int8, the shape of the inputs. For int4 a block's even inputs lie before its odd ones,
-      as the lower bits of its bytes and the upper ones.
-    - scales, float32, (n_tokens, n_blocks).
-    - offsets, int32, (n_tokens, groups): of codes that are multiplied without signs, 8 above
-      their values or 128, what a group's sum is too much.
-    - sums of inputs, float32, (n_tokens, groups), which zeros are multiplied by.
-    """
-    given = numba.carray(data, 9, numba.int64)
-    places, sizes = given[:5], given[5:]
-    n_tokens, n_blocks, halves, is_int4 = sizes[0], sizes[1], sizes[2], sizes[3] != 0
-    x = numba.carray(pointer(places[0]), (n_tokens, n_blocks, BLOCK), numba.float32)
-    codes = numba.carray(pointer(places[1]), (n_tokens, n_blocks, BLOCK), numba.int8)
-    scales = numba.carray(pointer(places[2]), (n_tokens, n_blocks), numba.float32)
-    offsets = numba.carray(pointer(places[3]), (n_tokens, n_blocks, halves), numba.int32)
-    sums = numba.carray(pointer(places[4]), (n_tokens, n_blocks, halves), numba.float32)
-    size, above = BLOCK // halves, FLOAT(8) if is_int4 else FLOAT(128)
-    for token in range(*part_of_thread(n_tokens)):
-        for block in range(n_blocks):
-            some, own = x[token, block], codes[token, block]
-            largest, total = ZERO, ZERO
-            for i in range(BLOCK):
-                largest = max(largest, abs(some[i]))
-            for i in range(BLOCK):
-                total += some[i] * ZERO  # not a number, if one of them isn't
-            inverse = FLOAT(127) / largest if largest > 0 else ZERO
-            scale = largest / FLOAT(127) + total
-            scales[token, block] = scale
-            for half in range(halves):
-                total, count = ZERO, ZERO
-                for i in range(half * size, half * size + size):
-                    total += some[i]
-                    count += np.rint(some[i] * inverse)
-                sums[token, block, half] = total
-                offsets[token, block, half] = -above * count
-            if is_int4:
-                for i in range(BLOCK // 2):
-                    own[i] = np.rint(some[2 * i] * inverse)
-                    own[BLOCK // 2 + i] = np.rint(some[2 * i + 1] * inverse)
-            else:
-                for i in range(BLOCK):
-                    own[i] = np.rint(some[i] * inverse)
 
 
 @intrinsic

@@ -116,8 +116,8 @@ def product(*kind):
     """Return a function that computes a thread's part of the outputs, of weights of a ``Kind``.
 
     Its argument points to the addresses of codes, scales and zeros of weights, then of inputs
-    (``round_inputs``) and of outputs, (n_tokens, n_rows), then to the numbers of rows, blocks,
-    groups and tokens.
+    (``numba_rounding.round_inputs``) and of outputs, (n_tokens, n_rows), then to the numbers of
+    rows, blocks, groups and tokens.
     """
     one, two, four = (_multiply(Kind(*kind), n) for n in (1, 2, 4))
 

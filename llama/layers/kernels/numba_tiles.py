@@ -6,7 +6,6 @@ import functools
 from typing import NamedTuple
 
 import numba
-import numpy as np
 from llvmlite import binding, ir
 from numba.core.cgutils import alloca_once, alloca_once_value, for_range, unpack_tuple
 from numba.extending import intrinsic
@@ -17,24 +16,17 @@ from llama.layers.kernels.numba_code import (
     AHEAD,
     F32,
     FAR,
-    FLOAT,
     I8,
     I32,
     I64,
     INTEGER,
-    ZERO,
     Vectors,
-    compiled_once,
     part_of_thread,
-    pointer,
     thread_number,
 )
 
 MOST = 6  # tokens that are multiplied at once
 WORDS = 512  # of an output in bfloat16, which are in the cache in further passes
-SIZES = (32, 64)  # of blocks of a weight whose rows have 64 inputs, or multiples
-LEVELS = 127  # of an input on either side of zero
-ABOVE = LEVELS + 1  # of codes without signs: how much they are above their values
 
 
 class Kind(NamedTuple):
@@ -46,120 +38,17 @@ class Kind(NamedTuple):
     has_amx: bool  # whether AMX multiplies
 
 
-@intrinsic
-def _rotate(typing, x, out, size):
-    """Multiply a block by the Hadamard matrix of its size, by sums and differences of halves."""
-
-    def generate(context, build, signature, args):
-        vector = Vectors(build)
-        for size in SIZES:
-            with build.if_then(build.icmp_signed("==", args[2], I64(size))):
-                parts = [vector.load(args[0], I64(i), F32, LANES) for i in range(size // LANES)]
-                for half in (1 << i for i in range((LANES - 1).bit_length())):
-                    others = [i ^ half for i in range(LANES)]
-                    signs = vector.constant(F32, [-1.0 if i & half else 1.0 for i in range(LANES)])
-                    fma = f"fma.v{LANES}f32"
-                    parts = [
-                        vector.call(fma, part.type, part, signs, vector.spread(part, others))
-                        for part in parts
-                    ]
-                for half in (1 << i for i in range((len(parts) - 1).bit_length())):
-                    parts = [
-                        build.fsub(parts[i ^ half], part)
-                        if i & half
-                        else build.fadd(part, parts[i ^ half])
-                        for i, part in enumerate(parts)
-                    ]
-                scale = vector.constant(F32, [size**-0.5] * LANES)
-                for i, part in enumerate(parts):
-                    vector.store(build.fmul(part, scale), args[1], I64(i))
-        return context.get_dummy_value()
-
-    return numba.void(INTEGER, INTEGER, INTEGER), generate
-
-
-@numba.njit(fastmath={"nnan", "nsz", "reassoc"})  # a NaN is restored below
-def _largest(some):
-    largest = ZERO
-    for i in range(len(some)):
-        largest = max(largest, abs(some[i]))
-    return largest
-
-
-@numba.njit(fastmath={"nsz", "reassoc"})
-def _zero_or_nan(some):
-    total = ZERO
-    for i in range(len(some)):
-        total += some[i] * ZERO
-    return total
-
-
-@compiled_once()
-def round_tokens(data):
-    """Rotate a thread's part of the tokens' inputs, and round them to ``LEVELS`` around zero.
-
-    ``data`` points to the addresses of inputs, float32, (n_tokens, n_inputs), of memory for a token
-    of each thread, and of what is written, then to the numbers of tokens, of inputs, of digits, one
-    or two, of the inputs that are rotated together, 1 or one of ``SIZES``, of those that share a
-    scale, and to what codes are above their values:
-
-    - codes, of eight bits, (n_digits, n_tokens, n_inputs). The second digit is of what the first
-      leaves.
-    - scales, float32, (n_digits, n_tokens, n_spans).
-    - offsets, int32, (n_digits, n_tokens, n_spans): what sums are too much if the weight's codes
-      have no signs.
-    """
-    given = numba.carray(data, 11, numba.int64)
-    n_tokens, n_inputs, n_digits, size, span = given[5], given[6], given[7], given[8], given[9]
-    n_spans = -(-n_inputs // span)
-    x = numba.carray(pointer(given[0]), (n_tokens, n_inputs), FLOAT)
-    memory = given[1] + thread_number() * n_inputs * 4
-    codes = numba.carray(pointer(given[2]), (n_digits, n_tokens, n_inputs), numba.uint8)
-    scales = numba.carray(pointer(given[3]), (n_digits, n_tokens, n_spans), FLOAT)
-    offsets = numba.carray(pointer(given[4]), (n_digits, n_tokens, n_spans), numba.int32)
-    levels, above = FLOAT(LEVELS), numba.int32(given[10])
-    for token in range(*part_of_thread(n_tokens)):
-        row = x[token]
-        if size > 1:
-            row = numba.carray(pointer(memory), (n_inputs,), FLOAT)
-            for i in range(0, n_inputs, size):
-                _rotate(given[0] + 4 * (token * n_inputs + i), memory + 4 * i, size)
-        for number in range(n_spans):
-            begin, end = number * span, min((number + 1) * span, n_inputs)
-            some, own = row[begin:end], codes[0, token, begin:end]
-            largest, total = max(_largest(some), FLOAT(1e-30)), numba.int32(0)
-            scale = levels / largest
-            scales[0, token, number] = largest / levels + _zero_or_nan(some)
-            if n_digits == 1:
-                for i in range(len(some)):
-                    code = numba.int32(np.rint(some[i] * scale))
-                    own[i] = code + above
-                    total += code
-            else:
-                rest, left = codes[1, token, begin:end], numba.int32(0)
-                scales[1, token, number] = scales[0, token, number] / (2 * levels)
-                for i in range(len(some)):
-                    first = np.rint(some[i] * scale)
-                    code = numba.int32(first)
-                    own[i] = code + above
-                    total += code
-                    code = numba.int32(np.rint((some[i] * scale - first) * (2 * levels)))
-                    rest[i] = code + above
-                    left += code
-                offsets[1, token, number] = -ABOVE * left
-            offsets[0, token, number] = -ABOVE * total
-
-
 def product(*kind):
     """Return a function that computes a thread's part of the outputs, of tiles of a ``Kind``.
 
     Its argument points to the addresses of tiles, of inputs, (n_tokens, n_inputs), and of what is
     written, sums of 32 bits and outputs, (n_tokens, n_tiles * width), to the numbers of tiles,
     inputs and tokens, and to the address of AMX's configuration. Inputs are bfloat16, float32
-    where no instruction multiplies that. For eight bits they are ``round_tokens``'s, and three more
-    addresses follow: of the scales of tokens, of those of outputs, and of what is added to the sums
-    of an output, int32, with AMX, otherwise to those of a token. With AMX there are as many sums as
-    outputs; otherwise each thread has those of a tile and at most ``TOKENS``.
+    where no instruction multiplies that. For eight bits they are codes
+    (``numba_rounding.round_tokens``), and three more addresses follow: of the scales of tokens, of
+    those of outputs, and of what is added to the sums of an output, int32, with AMX, otherwise to
+    those of a token. With AMX there are as many sums as outputs; otherwise each thread has those of
+    a tile and at most ``TOKENS``.
     """
     kind = Kind(*kind)
     return (_by_matrices if kind.has_amx else _by_vectors)(kind, _finish(kind))

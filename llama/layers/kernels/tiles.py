@@ -59,7 +59,7 @@ class Tiles:
         """Compile what products in bfloat16, or in float32, need, before the first prompt."""
         self._code(is_half)
         if self._dtype == torch.int8:
-            code("numba_tiles", "round_tokens")
+            code("numba_rounding", "round_tokens")
         compile_tokens_code()
         return self
 
@@ -155,7 +155,7 @@ class Tiles:
         offsets = torch.empty_like(scales, dtype=torch.int32)
         places = [part.data_ptr() for part in (x, rotated, codes, scales, offsets)]
         sizes = (n_tokens, n_inputs, n_digits, size, span, above)
-        by_rows(code("numba_tiles", "round_tokens"), n_tokens, *places, *sizes)
+        by_rows(code("numba_rounding", "round_tokens"), n_tokens, *places, *sizes)
         added = offsets if self._added is None else self._added
         others = [part.data_ptr() for part in (scales, scale, added)]
         out = self._multiply(codes, len(codes), dtype if n_digits == 1 else torch.float32, *others)

@@ -1,0 +1,180 @@
+"""The code that numba compiles to round inputs to eight bits."""
+
+# mypy: ignore-errors
+
+import numba
+import numpy as np
+from numba.extending import intrinsic
+
+from llama.layers.kernels.compiled import BLOCK, LANES
+from llama.layers.kernels.numba_code import (
+    F32,
+    FLOAT,
+    I64,
+    INTEGER,
+    ZERO,
+    Vectors,
+    compiled_once,
+    part_of_thread,
+    pointer,
+    thread_number,
+)
+
+SIZES = (32, 64)  # of blocks of a weight whose rows have 64 inputs, or multiples
+LEVELS = 127  # of an input on either side of zero
+ABOVE = LEVELS + 1  # of codes without signs: how much they are above their values
+
+
+@compiled_once("reassoc", "nsz")
+def round_inputs(data):
+    """Round a thread's part of the tokens' inputs to eight bits in blocks of 32.
+
+    ``data`` points to the addresses of inputs, float32, (n_tokens, n_inputs), and of what is
+    written, then to the numbers of tokens and blocks, to how many groups a block has at least, one
+    or two, and to whether the weight has codes of four bits:
+
+    - codes, int8, the shape of the inputs. For int4 a block's even inputs lie before its odd ones,
+      as the lower bits of its bytes and the upper ones.
+    - scales, float32, (n_tokens, n_blocks).
+    - offsets, int32, (n_tokens, groups): of codes that are multiplied without signs, 8 above
+      their values or 128, what a group's sum is too much.
+    - sums of inputs, float32, (n_tokens, groups), which zeros are multiplied by.
+    """
+    given = numba.carray(data, 9, numba.int64)
+    places, sizes = given[:5], given[5:]
+    n_tokens, n_blocks, halves, is_int4 = sizes[0], sizes[1], sizes[2], sizes[3] != 0
+    x = numba.carray(pointer(places[0]), (n_tokens, n_blocks, BLOCK), numba.float32)
+    codes = numba.carray(pointer(places[1]), (n_tokens, n_blocks, BLOCK), numba.int8)
+    scales = numba.carray(pointer(places[2]), (n_tokens, n_blocks), numba.float32)
+    offsets = numba.carray(pointer(places[3]), (n_tokens, n_blocks, halves), numba.int32)
+    sums = numba.carray(pointer(places[4]), (n_tokens, n_blocks, halves), numba.float32)
+    size, above = BLOCK // halves, FLOAT(8) if is_int4 else FLOAT(128)
+    for token in range(*part_of_thread(n_tokens)):
+        for block in range(n_blocks):
+            some, own = x[token, block], codes[token, block]
+            largest, total = ZERO, ZERO
+            for i in range(BLOCK):
+                largest = max(largest, abs(some[i]))
+            for i in range(BLOCK):
+                total += some[i] * ZERO  # not a number, if one of them isn't
+            inverse = FLOAT(127) / largest if largest > 0 else ZERO
+            scale = largest / FLOAT(127) + total
+            scales[token, block] = scale
+            for half in range(halves):
+                total, count = ZERO, ZERO
+                for i in range(half * size, half * size + size):
+                    total += some[i]
+                    count += np.rint(some[i] * inverse)
+                sums[token, block, half] = total
+                offsets[token, block, half] = -above * count
+            if is_int4:
+                for i in range(BLOCK // 2):
+                    own[i] = np.rint(some[2 * i] * inverse)
+                    own[BLOCK // 2 + i] = np.rint(some[2 * i + 1] * inverse)
+            else:
+                for i in range(BLOCK):
+                    own[i] = np.rint(some[i] * inverse)
+
+
+@intrinsic
+def _rotate(typing, x, out, size):
+    """Multiply a block by the Hadamard matrix of its size, by sums and differences of halves."""
+
+    def generate(context, build, signature, args):
+        vector = Vectors(build)
+        for size in SIZES:
+            with build.if_then(build.icmp_signed("==", args[2], I64(size))):
+                parts = [vector.load(args[0], I64(i), F32, LANES) for i in range(size // LANES)]
+                for half in (1 << i for i in range((LANES - 1).bit_length())):
+                    others = [i ^ half for i in range(LANES)]
+                    signs = vector.constant(F32, [-1.0 if i & half else 1.0 for i in range(LANES)])
+                    fma = f"fma.v{LANES}f32"
+                    parts = [
+                        vector.call(fma, part.type, part, signs, vector.spread(part, others))
+                        for part in parts
+                    ]
+                for half in (1 << i for i in range((len(parts) - 1).bit_length())):
+                    parts = [
+                        build.fsub(parts[i ^ half], part)
+                        if i & half
+                        else build.fadd(part, parts[i ^ half])
+                        for i, part in enumerate(parts)
+                    ]
+                scale = vector.constant(F32, [size**-0.5] * LANES)
+                for i, part in enumerate(parts):
+                    vector.store(build.fmul(part, scale), args[1], I64(i))
+        return context.get_dummy_value()
+
+    return numba.void(INTEGER, INTEGER, INTEGER), generate
+
+
+@numba.njit(fastmath={"nnan", "nsz", "reassoc"})  # a NaN is restored below
+def _largest(some):
+    largest = ZERO
+    for i in range(len(some)):
+        largest = max(largest, abs(some[i]))
+    return largest
+
+
+@numba.njit(fastmath={"nsz", "reassoc"})
+def _zero_or_nan(some):
+    total = ZERO
+    for i in range(len(some)):
+        total += some[i] * ZERO
+    return total
+
+
+@compiled_once()
+def round_tokens(data):
+    """Rotate a thread's part of the tokens' inputs, and round them to ``LEVELS`` around zero.
+
+    ``data`` points to the addresses of inputs, float32, (n_tokens, n_inputs), of memory for a token
+    of each thread, and of what is written, then to the numbers of tokens, of inputs, of digits, one
+    or two, of the inputs that are rotated together, 1 or one of ``SIZES``, of those that share a
+    scale, and to what codes are above their values:
+
+    - codes, of eight bits, (n_digits, n_tokens, n_inputs). The second digit is of what the first
+      leaves.
+    - scales, float32, (n_digits, n_tokens, n_spans).
+    - offsets, int32, (n_digits, n_tokens, n_spans): what sums are too much if the weight's codes
+      have no signs.
+    """
+    given = numba.carray(data, 11, numba.int64)
+    n_tokens, n_inputs, n_digits, size, span = given[5], given[6], given[7], given[8], given[9]
+    n_spans = -(-n_inputs // span)
+    x = numba.carray(pointer(given[0]), (n_tokens, n_inputs), FLOAT)
+    memory = given[1] + thread_number() * n_inputs * 4
+    codes = numba.carray(pointer(given[2]), (n_digits, n_tokens, n_inputs), numba.uint8)
+    scales = numba.carray(pointer(given[3]), (n_digits, n_tokens, n_spans), FLOAT)
+    offsets = numba.carray(pointer(given[4]), (n_digits, n_tokens, n_spans), numba.int32)
+    levels, above = FLOAT(LEVELS), numba.int32(given[10])
+    for token in range(*part_of_thread(n_tokens)):
+        row = x[token]
+        if size > 1:
+            row = numba.carray(pointer(memory), (n_inputs,), FLOAT)
+            for i in range(0, n_inputs, size):
+                _rotate(given[0] + 4 * (token * n_inputs + i), memory + 4 * i, size)
+        for number in range(n_spans):
+            begin, end = number * span, min((number + 1) * span, n_inputs)
+            some, own = row[begin:end], codes[0, token, begin:end]
+            largest, total = max(_largest(some), FLOAT(1e-30)), numba.int32(0)
+            scale = levels / largest
+            scales[0, token, number] = largest / levels + _zero_or_nan(some)
+            if n_digits == 1:
+                for i in range(len(some)):
+                    code = numba.int32(np.rint(some[i] * scale))
+                    own[i] = code + above
+                    total += code
+            else:
+                rest, left = codes[1, token, begin:end], numba.int32(0)
+                scales[1, token, number] = scales[0, token, number] / (2 * levels)
+                for i in range(len(some)):
+                    first = np.rint(some[i] * scale)
+                    code = numba.int32(first)
+                    own[i] = code + above
+                    total += code
+                    code = numba.int32(np.rint((some[i] * scale - first) * (2 * levels)))
+                    rest[i] = code + above
+                    left += code
+                offsets[1, token, number] = -ABOVE * left
+            offsets[0, token, number] = -ABOVE * total
