@@ -516,6 +516,7 @@ def plain_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     if not compiled.has_numba():
         pytest.skip("numba or AVX2 is missing")
     monkeypatch.setattr(tiles, "cpu_has_bf16", lambda: False)
+    monkeypatch.setattr(tiles, "HAS_AMX", False)
     monkeypatch.setattr(cpu.OneDnn, "is_fastest_for", lambda weight: False)
 
 
