@@ -36,8 +36,8 @@ def round_inputs(data):
     - codes, int8, the shape of the inputs. For int4 a block's even inputs lie before its odd ones,
       as the lower bits of its bytes and the upper ones.
     - scales, float32, (n_tokens, n_blocks).
-    - offsets, int32, (n_tokens, groups): of codes that are multiplied without signs, 8 above
-      their values or 128, what a group's sum is too much.
+    - offsets, int32, (n_tokens, groups), to be added to a group's sum, as the weight's codes are
+      multiplied without signs, 8 above their values or 128.
     - sums of inputs, float32, (n_tokens, groups), which zeros are multiplied by.
     """
     given = numba.carray(data, 9, numba.int64)
@@ -136,8 +136,8 @@ def round_tokens(data):
     - codes, of eight bits, (n_digits, n_tokens, n_inputs). The second digit is of what the first
       leaves.
     - scales, float32, (n_digits, n_tokens, n_spans).
-    - offsets, int32, (n_digits, n_tokens, n_spans): what sums are too much if the weight's codes
-      have no signs.
+    - offsets, int32, (n_digits, n_tokens, n_spans), to be added to a span's sum if the weight's
+      codes are multiplied without signs.
     """
     given = numba.carray(data, 11, numba.int64)
     n_tokens, n_inputs, n_digits, size, span = given[5], given[6], given[7], given[8], given[9]

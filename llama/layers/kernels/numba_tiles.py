@@ -208,16 +208,16 @@ def _matrix(kind: Kind):
 
 
 def _by_vectors(kind: Kind, finish):
-    """Tokens are multiplied ``MOST`` at a time by some words, in the cache after the first pass.
+    """Multiply ``MOST`` tokens in a pass by some words, which later passes read from the cache.
 
-    Meanwhile each pass fetches its part of the next words, so that reading doesn't wait for it.
+    Each pass prefetches its part of the next words, so that reading and multiplying overlap.
     """
     width, is_int8, multiply = kind.width, kind.is_int8, _vectors(kind)
     pitch = 4 * width  # bytes of a word of each output
     n_of_word = 4 if is_int8 else 2  # inputs
     most = SPAN // n_of_word if is_int8 else WORDS
     x_bytes = 4 * n_of_word if _is_widened(kind) else 4
-    n_near = (1 if _is_widened(kind) else 3) if HAS_VNNI else 0  # tokens that take less time
+    n_near = (1 if _is_widened(kind) else 3) if HAS_VNNI else 0  # tokens that only wait for memory
 
     @numba.cfunc(numba.void(numba.types.voidptr))
     def tiles_of_thread(data):
