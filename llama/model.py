@@ -127,8 +127,8 @@ class FeedForward(nn.Module):
         self.w3 = ColumnParallelLinear(dim, hidden_dim, bias=bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate, up = fused_linear(x, self.w1, self.w3)
-        return self.w2(kernels.swiglu(gate, up))  # (n_tokens, dim)
+        hidden = kernels.swiglu(*fused_linear(x, self.w1, self.w3))  # gate and up, then freed
+        return self.w2(hidden)  # (n_tokens, dim)
 
 
 class TransformerBlock(nn.Module):

@@ -17,6 +17,7 @@ from llama.checkpoint.memory import (
     keep_freed,
     memory_needs,
     release,
+    share_freed,
     shares_memory,
     trim,
 )
@@ -77,6 +78,8 @@ def load(
     with torch.device("meta"):
         model = Transformer(args)
         model.quantize(forms, dtype)
+    if device.type == "cpu":
+        share_freed()
     try:
         still_mapped, own = _fill(model, checkpoint, args, device, dtype)
     finally:

@@ -60,7 +60,7 @@ def peak():
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
 if has_numba():
     from llama.layers.kernels import numba_rounding
-    numba_rounding.round_inputs()  # a compiler takes as much whatever the weights' size
+    numba_rounding.round_inputs(True)  # a compiler takes as much whatever the weights' size
 before = peak()
 llama = Llama.build(sys.argv[1], max_seq_len=64, device="cpu", dtype=torch.bfloat16)
 needed = weight_bytes(llama.model.params, torch.bfloat16)

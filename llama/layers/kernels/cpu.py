@@ -190,7 +190,7 @@ class OneDnnInt8(Int8):
         n_rows = len(x) if self._matrix is not None else 2 * len(x)
         if self._tiles is None or n_rows > FEW_TOKENS:
             return super().product(x)
-        return self._tiles.int8_product(x.float(), self._block_size, self._of_outputs, x.dtype)
+        return self._tiles.int8_product(x, self._block_size, self._of_outputs, x.dtype)
 
     def _multiply(self, x: torch.Tensor) -> torch.Tensor:
         # fmt: off
@@ -228,10 +228,11 @@ class TiledInt8(Int8):
         self._of_outputs = self._tiles.padded(self._scale)
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
-        wide, dtype = x.float(), x.dtype if self._zero is None else torch.float32
-        out = self._tiles.int8_product(wide, self._block_size, self._of_outputs, dtype)
+        dtype = x.dtype if self._zero is None else torch.float32
+        out = self._tiles.int8_product(x, self._block_size, self._of_outputs, dtype)
         if self._zero is not None:
-            out.addcmul_(wide.sum(dim=1, keepdim=True), self._zero[:, 0].float())
+            sums = x.sum(dim=1, keepdim=True, dtype=torch.float32)
+            out.addcmul_(sums, self._zero[:, 0].float())
         return out.to(x.dtype)
 
     def _unpack(self) -> tuple[torch.Tensor, torch.Tensor]:

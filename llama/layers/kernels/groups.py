@@ -48,7 +48,7 @@ class Groups(Kernel):
         self._widened_kind = (self._is_int4, has_float16)
         # Compiled before the weight is changed, and before the first prompt.
         code("numba_groups", "product", *self._kind, True)
-        code("numba_rounding", "round_inputs")
+        code("numba_rounding", "round_inputs", True)
         self._is_widened = cpu_has_amx()
         if self._is_widened:
             code("numba_groups", "widen", *self._widened_kind)
@@ -85,24 +85,25 @@ class Groups(Kernel):
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         n_tokens, n_blocks = len(x), self._n_inputs // BLOCK
-        if self._is_widened and n_tokens > FEW_IN_GROUPS and x.dtype == torch.bfloat16:
+        dtype, is_half = x.dtype, x.dtype == torch.bfloat16
+        if self._is_widened and n_tokens > FEW_IN_GROUPS and is_half:
             return self._widened_product(x)
-        wide = x.float().contiguous()
+        x = (x if is_half else x.float()).contiguous()
         sizes = [self._n_inputs, 4 * n_blocks, 4 * self._n_sums, 4 * self._n_sums]
         ends = [n_tokens * end for end in (0, *itertools.accumulate(sizes))]
         rounded = x.new_empty(ends.pop(), dtype=torch.uint8)
         places = [rounded.data_ptr() + end for end in ends]
         kind = (n_tokens, n_blocks, self._n_sums // n_blocks, self._is_int4)
-        by_rows(code("numba_rounding", "round_inputs"), n_tokens, wide.data_ptr(), *places, *kind)
+        rounding = code("numba_rounding", "round_inputs", is_half)
+        by_rows(rounding, n_tokens, x.data_ptr(), *places, *kind)
         n_rows = len(self._stored["weight"]) * TILE
-        is_half = x.dtype == torch.bfloat16
-        out = x.new_empty(n_tokens, n_rows, dtype=torch.bfloat16 if is_half else torch.float32)
+        out = x.new_empty(n_tokens, n_rows)
         address = code("numba_groups", "product", *self._kind, is_half).address
         sizes = [n_rows, n_blocks, self._n_groups, n_tokens]
         in_parallel(address, *self._places(), *places, out.data_ptr(), *sizes)
         if n_rows > self.out_features:
             out = out[:, : self.out_features].contiguous()
-        return out.to(x.dtype)
+        return out.to(dtype)
 
     def _widened_product(self, x: torch.Tensor) -> torch.Tensor:
         out, n_tiles = x.new_empty(len(x), self.out_features), len(self._stored["weight"])

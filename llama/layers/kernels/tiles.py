@@ -59,7 +59,7 @@ class Tiles:
         """Compile what products in bfloat16, or in float32, need, before the first prompt."""
         self._code(is_half)
         if self._dtype == torch.int8:
-            code("numba_rounding", "round_tokens")
+            code("numba_rounding", "round_tokens", True)
         compile_tokens_code()
         return self
 
@@ -140,22 +140,24 @@ class Tiles:
         """Return the product of inputs, rounded to eight bits, with a weight of eight bits.
 
         Args:
-            x: float32.
+            x: shape (n_tokens, n_inputs).
             size: how many inputs are rotated together; if they aren't, they have two digits.
             scale: of each output, float32, ``padded``.
             dtype: of the product.
         """
-        x, (n_tokens, n_inputs) = x.contiguous(), x.shape
+        n_tokens, n_inputs = x.shape
+        is_half = x.dtype == torch.bfloat16
+        x = (x if is_half else x.float()).contiguous()
         n_digits, n_threads = 2 if size == 1 else 1, torch.get_num_threads()
         # AMX adds up all inputs, whose codes have no signs then.
         span, above = (n_inputs, 128) if self._has_amx else (SPAN, 0)
-        rotated = x if size == 1 else x.new_empty(n_threads * n_inputs)
+        rotated = x.new_empty(n_threads * n_inputs, dtype=torch.float32)
         codes = x.new_empty(n_digits * n_tokens, n_inputs, dtype=torch.uint8)
-        scales = x.new_empty(n_digits * n_tokens, -(-n_inputs // span))
+        scales = x.new_empty(n_digits * n_tokens, -(-n_inputs // span), dtype=torch.float32)
         offsets = torch.empty_like(scales, dtype=torch.int32)
         places = [part.data_ptr() for part in (x, rotated, codes, scales, offsets)]
         sizes = (n_tokens, n_inputs, n_digits, size, span, above)
-        by_rows(code("numba_rounding", "round_tokens"), n_tokens, *places, *sizes)
+        by_rows(code("numba_rounding", "round_tokens", is_half), n_tokens, *places, *sizes)
         added = offsets if self._added is None else self._added
         others = [part.data_ptr() for part in (scales, scale, added)]
         out = self._multiply(codes, len(codes), dtype if n_digits == 1 else torch.float32, *others)
