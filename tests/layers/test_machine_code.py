@@ -1,9 +1,12 @@
 """Compiled functions on disk: the next process has them without numba, and no others."""
 
+import importlib
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -43,11 +46,11 @@ print("numba" in sys.modules)
 """
 
 
-def run(cache: Path, code: str = RUN, **more: str) -> list[str]:
+def run(cache: Path) -> list[str]:
     """Run all in a process of its own, and return what it prints; "numba" is its last line."""
-    environment = {**os.environ, "XDG_CACHE_HOME": str(cache), "OMP_NUM_THREADS": "2", **more}
+    environment = {**os.environ, "XDG_CACHE_HOME": str(cache), "OMP_NUM_THREADS": "2"}
     done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", RUN], env=environment, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.split()
@@ -61,28 +64,78 @@ def test_the_next_process_needs_no_numba(tmp_path: Path) -> None:
     [folder] = (tmp_path / "llama" / "code").iterdir()
     assert len(list(folder.iterdir())) == 4  # and no temporary ones
     assert folder.stat().st_mode & 0o077 == 0
-    # Code that isn't whole, and code that others could have written, is compiled again.
-    for path in folder.iterdir():
-        path.write_bytes(path.read_bytes()[:-1])
-    assert run(tmp_path) == first
-    assert run(tmp_path) == second
-    for place in (folder.parent, next(folder.iterdir())):
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A user's cache, in which no code lies yet."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    machine_code._folder.cache_clear()
+    yield tmp_path
+    machine_code._folder.cache_clear()
+
+
+def is_compiled(monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Return whether a function is compiled, rather than read from the cache; it works."""
+    imported: list[str] = []
+
+    def import_module(name: str) -> ModuleType:
+        imported.append(name)
+        return importlib.import_module(name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(machine_code, "importlib", SimpleNamespace(import_module=import_module))
+        function = machine_code.code.__wrapped__("numba_tokens", "add")
+    x = torch.arange(2048).view(4, 512).bfloat16()
+    out = torch.zeros_like(x)
+    by_rows(function, len(x), x.data_ptr(), x.data_ptr(), out.data_ptr(), *x.shape)
+    assert torch.equal(out, x + x)
+    return bool(imported)
+
+
+def test_code_that_was_harmed_is_compiled_again(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A failure means that code is run which isn't whole, or which others could have written."""
+    assert is_compiled(monkeypatch)
+    folder = machine_code._folder()
+    [path] = folder.iterdir()
+    path.write_bytes(path.read_bytes()[:-1])
+    assert is_compiled(monkeypatch)
+    assert not is_compiled(monkeypatch)
+    for place in (folder.parent, path):
         mode = place.stat().st_mode
         place.chmod(0o777)
-        assert run(tmp_path) == first
+        assert is_compiled(monkeypatch)
         place.chmod(mode)
-    # Another setting's is another's; what is old goes then.
+    assert not is_compiled(monkeypatch)
+
+
+def test_another_settings_code_is_anothers(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A failure means that a setting has no effect, or that old code is kept for ever."""
+    assert is_compiled(monkeypatch)
+    folder = machine_code._folder()
     os.utime(folder, (0, 0))
-    assert run(tmp_path, NUMBA_OPT="1", NUMBA_NUM_THREADS="1")[2:] == first[2:]
-    [other] = folder.parent.iterdir()
-    assert other.name != folder.name
+    machine_code._folder.cache_clear()
+    monkeypatch.setenv("NUMBA_NUM_THREADS", "1")
+    assert machine_code._folder() == folder  # each job has its own
+    machine_code._folder.cache_clear()
+    monkeypatch.setenv("NUMBA_OPT", "1")
+    assert machine_code._folder() != folder
+    assert is_compiled(monkeypatch)
+    assert list(folder.parent.iterdir()) == [machine_code._folder()]
 
 
-def test_code_is_kept_whatever_mask_files_have(tmp_path: Path) -> None:
+def test_code_is_kept_whatever_mask_files_have(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A failure means that users whose files their group may write compile at each start."""
-    code = "import os; os.umask(0o002)\n" + RUN
-    assert run(tmp_path, code)[-1] == "True"
-    assert run(tmp_path, code)[-1] == "False"
+    mask = os.umask(0o002)
+    try:
+        assert is_compiled(monkeypatch)
+        assert not is_compiled(monkeypatch)
+    finally:
+        os.umask(mask)
 
 
 def test_a_link_is_not_followed(tmp_path: Path) -> None:
@@ -99,11 +152,19 @@ def test_a_link_is_not_followed(tmp_path: Path) -> None:
         machine_code._read(path)
 
 
-def test_without_a_place_for_it_code_is_compiled(tmp_path: Path) -> None:
+def test_without_a_place_for_it_code_is_compiled(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A failure means that a user without a home can't load a model."""
-    (tmp_path / "llama").write_text("a file")
-    assert run(tmp_path)[2:] == ["True", "True"]
-    assert run(Path(), HOME="relative")[2:] == ["True", "True"]
+    (cache / "llama").write_text("a file")
+    assert machine_code.has_numba.__wrapped__()
+    assert is_compiled(monkeypatch)
+    assert is_compiled(monkeypatch)
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    monkeypatch.setenv("HOME", "relative")
+    machine_code._folder.cache_clear()
+    assert machine_code.has_numba.__wrapped__()
+    assert is_compiled(monkeypatch)
     assert not Path("relative").exists()
 
 
@@ -127,15 +188,11 @@ def test_a_cache_that_cannot_be_looked_into_is_none(
     def refuse(self: Path, **options: object) -> None:
         raise PermissionError(13, "Permission denied")
 
+    machine_code._folder()
     monkeypatch.setattr(Path, "stat", refuse)
     machine_code.has_numba.cache_clear()
     assert machine_code.has_numba()
 
 
 def test_a_function_is_one_for_the_process() -> None:
-    code = machine_code.code("numba_tokens", "to_float32")
-    assert machine_code.code("numba_tokens", "to_float32") is code
-    x = torch.arange(2048).view(4, 512).bfloat16()
-    out = torch.zeros(4, 512)
-    by_rows(code, len(x), x.data_ptr(), out.data_ptr(), *x.shape)
-    assert torch.equal(out, x.float())
+    assert machine_code.code("numba_tokens", "add") is machine_code.code("numba_tokens", "add")
