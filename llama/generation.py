@@ -401,7 +401,7 @@ class Llama:
     def _stream(self, sequences: Sequence[EngineSequence]) -> Generator[StreamPiece, None, None]:
         if len(sequences) > 1:
             raise ValueError(f"n is {len(sequences)}: a stream has one answer, leave n out")
-        return stream_pieces(self._events(sequences))
+        return stream_pieces(self._events(sequences), self.engine.look_again)
 
     def _read(self, texts: Sequence[str], output: Output, adapter: Chosen) -> torch.Tensor:
         sequences = self.tasks.read(texts, output, adapter)

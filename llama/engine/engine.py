@@ -91,6 +91,13 @@ class Engine:
         for sequence in sequences:
             sequence.begin(self.tokenizer)
         self._waiting += sequences
+        if sequences:
+            self.look_again()
+
+    def look_again(self) -> None:
+        """Notice what a caller may have changed in the network, as after ``submit``."""
+        if self.decode is not None:
+            self.decode.look_again()
 
     def cancel(self, sequence: Sequence, reason: FinishReason = "cancelled") -> None:
         """End a sequence, unless it has ended; its slot is free at once."""

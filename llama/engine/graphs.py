@@ -19,7 +19,7 @@ from llama import parallel
 from llama.cli import progress
 from llama.layers.batch import RaggedBatch, Segment, token_places
 from llama.layers.kernels.compiled import FEW_TOKENS, MOST_POSITIONS
-from llama.layers.kernels.graphs import CpuGraph, CudaGraph
+from llama.layers.kernels.graphs import CpuGraph, CudaGraph, Memory
 from llama.layers.kernels.openmp import release_team
 from llama.layers.varlen import MAX_DRAFT, Varlen
 from llama.model import Transformer
@@ -137,6 +137,11 @@ class DecodingSteps:
                     inputs = torch.stack((torch.zeros_like(positions), positions * 0, positions))
                     self._run(inputs, kv_len)
                     show(i * len(lengths) + j + 1)
+
+    def look_again(self) -> None:
+        """Notice what a caller may have changed in the network, before the next step of a CPU's."""
+        if isinstance(self._pool, Memory):
+            self._pool.look_again()
 
     def supports(self, segments: Sequence[Segment]) -> bool:
         """Return whether a step can have all of the segments' tokens."""

@@ -150,7 +150,7 @@ class Runner:
             return logits, None
         rest = [o for o, p in zip(outputs, pieces, strict=True) if len(o) > p.n_drawn]
         parts = [part for part in (logits, *rest) if len(part)]
-        extremes = [extreme for part in parts for extreme in (part.amin(), part.amax())]
+        extremes = [extreme for part in parts for extreme in part.aminmax()]
         finite = torch.stack(extremes).isfinite().all().int()[None]  # a NaN is both extremes
         if not len(logits):
             return logits, finite

@@ -47,6 +47,7 @@ def steps_of(llama: Llama) -> graphs.DecodingSteps:
 
 def decode(llama: Llama, ids: list[int], segments: list[Segment]) -> torch.Tensor:
     steps = steps_of(llama)
+    steps.look_again()  # as callers of the engine do
     assert steps.supports(segments)
     return steps(torch.tensor(ids), segments, *map(torch.tensor, steps.places(segments)))
 
@@ -146,6 +147,27 @@ def test_a_network_that_has_changed_is_recorded_again(
         check(llama, [7], [Segment(0, 0, 1)])
     finally:
         torch.set_num_threads(before)
+
+
+def test_what_changes_within_a_stream_is_noticed(build: Callable[..., Llama]) -> None:
+    """A failure means that a caller who steers a stream gets the tokens of earlier weights."""
+    found: dict[bool, list[int]] = {}
+    for is_recorded in (True, False):
+        llama, seen = build(), []
+        if not is_recorded:
+            llama.engine.decode = None
+        llama.text_completion(["Once"], temperature=0, max_gen_len=4)
+        norm = llama.model.norm
+        stream = llama.text_completion_stream("Once", temperature=0, max_gen_len=24)
+        found[is_recorded] = [token for _ in range(4) for token in next(stream).token_ids]
+        norm.weight = torch.nn.Parameter(-norm.weight, requires_grad=False)
+        found[is_recorded] += next(stream).token_ids
+        hook = norm.register_forward_hook(lambda *args, seen=seen: seen.append(args[2].shape))
+        found[is_recorded] += next(stream).token_ids
+        hook.remove()
+        found[is_recorded] += [token for piece in stream for token in piece.token_ids]
+        assert seen
+    assert found[True] == found[False]
 
 
 def test_hooks_see_every_step(build: Callable[..., Llama]) -> None:

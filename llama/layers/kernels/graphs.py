@@ -72,6 +72,9 @@ class CpuGraph:
     Between products Python and small operators take a time that doesn't depend on the weights: as
     long as the products of a small network, a tenth of a large one's.
 
+    A network that has changed is noticed after ``Memory.look_again``, not at each step: weights
+    have displaced from the caches what would be compared.
+
     Args:
         step: takes ``inputs`` and returns logits; no tensor's values decide what it computes.
         inputs: of any values; the graph reads where they are.
@@ -83,6 +86,7 @@ class CpuGraph:
     ):
         self._step, self._inputs, self._memory = step, inputs.clone(), pool
         self._used, self._n_threads = _Used(pool.network), 0  # not recorded yet
+        self._n_looks, self._has_hooks = -1, False
         self._parts: list[Callable[[], None]] | None = None
         # Steps of several tokens are recorded, in the time of another one, once they are common.
         self._n_more = _OFTEN - 1 if inputs.shape[-1] > 1 else 0
@@ -102,10 +106,12 @@ class CpuGraph:
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
         """Return the logits of inputs, until any graph of the pool is replayed."""
         is_rare, self._n_more = self._n_more > 0, self._n_more - 1
-        if is_rare or self._used.have_hooks():  # someone wants to know what modules compute
+        if self._n_looks != self._memory.n_looks:
+            self._look()
+        if is_rare or self._has_hooks:  # someone wants to know what modules compute
             return self._step(inputs)
         self._inputs.copy_(inputs)
-        if self._n_threads != torch.get_num_threads() or not self._used.are_same():
+        if self._n_threads != torch.get_num_threads():
             self._record()
             return self._logits
         if self._parts is None:
@@ -114,9 +120,15 @@ class CpuGraph:
             part()
         return self._logits
 
+    def _look(self) -> None:
+        """Notice what has changed in the network."""
+        if not self._used.are_same():
+            self._used, self._n_threads = _Used(self._memory.network), 0
+        self._has_hooks, self._n_looks = self._used.have_hooks(), self._memory.n_looks
+
     def _record(self) -> None:
         """Compute the step, and record how, if its tensors fit into memory."""
-        used, n_threads, parts = _Used(self._memory.network), torch.get_num_threads(), None
+        n_threads, parts = torch.get_num_threads(), None
         recording.calls = []
         try:
             with _Operators(self._memory) as operators:
@@ -128,7 +140,7 @@ class CpuGraph:
         finally:
             recording.calls = None
         # Only now, so that an interrupted record isn't replayed, nor reads what is freed.
-        self._used, self._n_threads, self._parts = used, n_threads, parts
+        self._n_threads, self._parts = n_threads, parts
         self._kept = operators.kept  # tensors that calls read and write
 
 
@@ -142,16 +154,21 @@ class Memory:
     Attributes:
         network: whose graphs they are.
         left: bytes that a graph which is being recorded may still take.
+        n_looks: how many times a caller may have changed the network.
     """
 
     def __init__(self, network: nn.Module):
-        self.network = network
+        self.network, self.n_looks = network, 0
         self._chunks: list[torch.Tensor] = []
         self.begin()
 
     def begin(self) -> None:
         """Begin with another graph."""
         self._place, self._offset, self.left = 0, 0, _MOST
+
+    def look_again(self) -> None:
+        """Have each graph notice, before its next step, what has changed in the network."""
+        self.n_looks += 1
 
     def copy(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return a tensor's values in this memory, where it may be kept.
