@@ -381,11 +381,11 @@ class Llama:
         """Forget the prompts of earlier calls, which later ones otherwise reuse."""
         self.engine.forget()
 
-    def _events(self, sequences: Sequence[EngineSequence]) -> Iterator[Event]:
-        """Run sequences, which may be taken over by a later call where this one yields."""
+    def _events(self, sequences: Sequence[EngineSequence], is_open: bool) -> Iterator[Event]:
+        """Run sequences, which a later call may take over if this one yields to its caller."""
         with self._lock.exclusive() as check_ownership:
             self.engine.cancel_all()  # those of a stream whose cache this call takes
-            self.engine.submit(sequences)
+            self.engine.submit(sequences, network_may_change=is_open)
             try:
                 while self.engine.n_running or self.engine.n_waiting:
                     for event in self.engine.step():
@@ -396,12 +396,12 @@ class Llama:
                     self.engine.cancel(sequence)
 
     def _run(self, sequences: Sequence[EngineSequence]) -> None:
-        deque(self._events(sequences), maxlen=0)
+        deque(self._events(sequences, is_open=False), maxlen=0)
 
     def _stream(self, sequences: Sequence[EngineSequence]) -> Generator[StreamPiece, None, None]:
         if len(sequences) > 1:
             raise ValueError(f"n is {len(sequences)}: a stream has one answer, leave n out")
-        return stream_pieces(self._events(sequences), self.engine.look_again)
+        return stream_pieces(self._events(sequences, is_open=True))
 
     def _read(self, texts: Sequence[str], output: Output, adapter: Chosen) -> torch.Tensor:
         sequences = self.tasks.read(texts, output, adapter)

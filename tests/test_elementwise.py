@@ -73,35 +73,24 @@ def test_rotations_are_the_same_in_complex_and_in_real_numbers(
 
 
 FAULTS = """
-import resource, sys, threading, torch
-from llama.checkpoint.memory import keep_freed, share_freed
+import resource, torch
+from llama.checkpoint.memory import keep_freed
 torch.set_num_threads(1)
-share_freed()
 keep_freed()
-def step():
-    return [torch.empty(16 << 20, dtype=torch.uint8).fill_(1) for _ in range(4)]
-def faults_of(run):
+def faults_of_step():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    run()
+    [torch.empty(16 << 20, dtype=torch.uint8).fill_(1) for _ in range(4)]
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-def in_thread():
-    thread = threading.Thread(target=step)
-    thread.start()
-    thread.join()
-first = faults_of(step if sys.argv[1] == "own" else in_thread)
-print(faults_of(step) / first)
+first = faults_of_step()
+print(faults_of_step() / first)
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
-@pytest.mark.parametrize("whose", ["own", "a thread's"])
-def test_passes_use_memory_that_others_freed(whose: str) -> None:
-    """A failure means that the system clears each page that a layer writes: 2 µs for 4 kB.
-
-    Or that memory which threads freed while a checkpoint was loaded is kept, but of no use.
-    """
+def test_passes_use_memory_that_earlier_ones_freed() -> None:
+    """A failure means that the system clears each page that a layer writes: 2 µs for 4 kB."""
     # In a new process: a forked one copies pages that it writes.
     done = subprocess.run(
-        [sys.executable, "-c", FAULTS, whose], capture_output=True, text=True, check=True
+        [sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True
     )
     assert float(done.stdout) < 0.5  # 1 without

@@ -17,7 +17,6 @@ from llama.checkpoint.memory import (
     keep_freed,
     memory_needs,
     release,
-    share_freed,
     shares_memory,
     trim,
 )
@@ -78,8 +77,6 @@ def load(
     with torch.device("meta"):
         model = Transformer(args)
         model.quantize(forms, dtype)
-    if device.type == "cpu":
-        share_freed()
     try:
         still_mapped, own = _fill(model, checkpoint, args, device, dtype)
     finally:

@@ -20,7 +20,7 @@ from llama.args import ModelArgs
 from llama.checkpoint.sharding import Forms, cache_bytes, weight_bytes
 from llama.layers.capability import Capability
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # of glibc's malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 _LIBRARIES = 768 << 20  # bytes of kernels, cuBLAS's workspaces and the decoding steps' graphs
 _NCCL = 512 << 20  # bytes of its buffers
 _PREFILL_TOKENS = (8192, 4096, 2048)  # on CUDA
@@ -52,28 +52,16 @@ def trim() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def share_freed() -> None:
-    """Let glibc's threads from now on share the main one's heap, and what is free in it.
-
-    By default each has its own: those that load a file leave what they freed there, 10 MB each,
-    where passes can't use it.
-    """
-    _set_allocator({_M_ARENA_MAX: 1})
-
-
 def keep_freed() -> None:
     """Let glibc keep the memory that passes on a CPU free, at most 128 MB, for the next ones.
 
     By default it returns what a layer frees to the system, which clears every page of the next
     layer's: half the time of a prefill's elementwise work.
     """
-    _set_allocator({_M_MMAP_THRESHOLD: 32 << 20, _M_TRIM_THRESHOLD: 128 << 20})  # at most
-
-
-def _set_allocator(settings: dict[int, int]) -> None:
     if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
-        for setting, value in settings.items():
-            ctypes.CDLL(None).mallopt(setting, value)
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the most that it takes
+        libc.mallopt(_M_TRIM_THRESHOLD, 128 << 20)
 
 
 def shares_memory(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -139,7 +139,7 @@ class DecodingSteps:
                     show(i * len(lengths) + j + 1)
 
     def look_again(self) -> None:
-        """Notice what a caller may have changed in the network, before the next step of a CPU's."""
+        """Have the next step, recorded on a CPU, notice changed weights and hooks."""
         if isinstance(self._pool, Memory):
             self._pool.look_again()
 

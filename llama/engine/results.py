@@ -1,6 +1,6 @@
 """Results for callers: whole texts as dictionaries, streams as pieces."""
 
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Generator, Iterable
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 import torch
@@ -110,10 +110,8 @@ class StreamPiece(str):
         return piece
 
 
-def stream_pieces(
-    events: Iterable["Event"], go_on: Callable[[], None]
-) -> Generator[StreamPiece, None, None]:
-    """Yield the pieces of one sequence's events; call ``go_on`` where a caller asks for more."""
+def stream_pieces(events: Iterable["Event"]) -> Generator[StreamPiece, None, None]:
+    """Yield the pieces of one sequence's events."""
     n_before = 0
     for sequence, text in events:
         n = sequence.n_decoded
@@ -121,4 +119,3 @@ def stream_pieces(
             tokens, logprobs = sequence.tokens[n_before:n], sequence.logprobs[n_before:n]
             yield StreamPiece(text, tokens, logprobs, sequence.finish_reason, sequence.stop_reason)
             n_before = n
-            go_on()

@@ -165,7 +165,7 @@ class EngineLoop:
             submitted, self._inbox = self._inbox, []
             expired = self._expired()
         self._workers.step(submitted, [job.sequence for job, _ in expired])
-        self.engine.submit(submitted)
+        self.engine.submit(submitted, network_may_change=False)
         for job, reason in expired:
             self.engine.cancel(job.sequence, reason)
             self._notify(Event(job.sequence))

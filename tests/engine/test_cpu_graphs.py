@@ -45,9 +45,12 @@ def steps_of(llama: Llama) -> graphs.DecodingSteps:
     return llama.engine.decode
 
 
-def decode(llama: Llama, ids: list[int], segments: list[Segment]) -> torch.Tensor:
+def decode(
+    llama: Llama, ids: list[int], segments: list[Segment], looks: bool = True
+) -> torch.Tensor:
     steps = steps_of(llama)
-    steps.look_again()  # as callers of the engine do
+    if looks:  # as the engine does
+        steps.look_again()
     assert steps.supports(segments)
     return steps(torch.tensor(ids), segments, *map(torch.tensor, steps.places(segments)))
 
@@ -168,6 +171,25 @@ def test_what_changes_within_a_stream_is_noticed(build: Callable[..., Llama]) ->
         found[is_recorded] += [token for piece in stream for token in piece.token_ids]
         assert seen
     assert found[True] == found[False]
+
+
+def test_what_is_not_noticed_is_not_freed(build: Callable[..., Llama]) -> None:
+    """A failure means that a step reads memory that belongs to something else by now."""
+    llama, segments = build(), [Segment(0, 0, 1), Segment(1, 0, 1)]
+    model = llama.model
+    for _ in range(kernel_graphs._OFTEN - 1):
+        decode(llama, [7, 8], segments, looks=False)
+    weights = {name: weight * 1.5 for name, weight in model.state_dict().items()}
+    model.load_state_dict(weights)
+    kernels = [weakref.ref(layer.feed_forward.w2.kernel) for layer in model.layers]
+    expected = model.forward_ragged(torch.tensor([7, 8]), segments)
+    assert torch.equal(decode(llama, [7, 8], segments, looks=False), expected)
+    model.load_state_dict({name: weight * 1.5 for name, weight in weights.items()})
+    gc.collect()
+    assert all(kernel() is not None for kernel in kernels)
+    assert not torch.equal(decode(llama, [7, 8], segments, looks=False), expected)  # norms are new
+    check(llama, [7, 8], segments)
+    assert all(kernel() is None for kernel in kernels)
 
 
 def test_hooks_see_every_step(build: Callable[..., Llama]) -> None:

@@ -277,6 +277,22 @@ class TestCompiled:
         one = torch.eye(in_features, dtype=BF16)  # whose product is the weight
         assert torch.equal(kernel._widened_product(one), exact.bfloat16().T)
 
+    @pytest.mark.parametrize("form", [FINE[0], Grouped("int8", 16), Rotated()], ids=repr)
+    def test_inputs_of_all_dtypes_are_rounded_alike(self, form: Form) -> None:
+        """A failure means that a float16 network computes something else, or some inputs do."""
+        stored = random_weight(form)
+        if isinstance(form, Grouped):
+            kernel: Kernel = groups.Groups(stored, form)
+        else:
+            kernel = cpu.TiledInt8(stored, form, 32)
+        x = torch.randn(7, IN_FEATURES, generator=torch.Generator().manual_seed(0)).bfloat16()
+        wide, half = kernel.product(x.float()), kernel.product(x)
+        assert (wide.dtype, half.dtype) == (F32, BF16)
+        torch.testing.assert_close(half.float(), wide, rtol=2**-8, atol=1e-6)
+        assert torch.equal(kernel.product(x.to(F16)), wide.to(F16))
+        apart = torch.stack((x, x), dim=1).flatten(0, 1)[::2]
+        assert not apart.is_contiguous() and torch.equal(kernel.product(apart), half)
+
     def test_files_scales_are_kept_as_exactly_as_bytes_allow(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:

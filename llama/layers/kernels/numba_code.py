@@ -25,16 +25,15 @@ thread_number, thread_count = (
 )
 
 
+def compiled(*fastmath):
+    """Return a decorator that compiles a function of a pointer."""
+    kind = numba.void(numba.types.voidptr)
+    return numba.cfunc(kind, fastmath=set(fastmath), error_model="numpy")
+
+
 def compiled_once(*fastmath):
     """Return a decorator of a function of a pointer, which makes a call return it compiled."""
-
-    def decorate(function):
-        kind = numba.void(numba.types.voidptr)
-        return functools.cache(
-            lambda: numba.cfunc(kind, fastmath=set(fastmath), error_model="numpy")(function)
-        )
-
-    return decorate
+    return lambda function: functools.cache(lambda: compiled(*fastmath)(function))
 
 
 @intrinsic

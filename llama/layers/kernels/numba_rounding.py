@@ -15,6 +15,7 @@ from llama.layers.kernels.numba_code import (
     ZERO,
     Vectors,
     bfloat16,
+    compiled,
     part_of_thread,
     pointer,
     thread_number,
@@ -35,11 +36,6 @@ def _elements(is_half):
     return (numba.uint16, bfloat16) if is_half else (FLOAT, _same)
 
 
-def _compiled(*fastmath):
-    kind = numba.void(numba.types.voidptr)
-    return numba.cfunc(kind, fastmath=set(fastmath), error_model="numpy")
-
-
 def round_inputs(is_half):
     """Return a function that rounds a thread's part of inputs to eight bits in blocks of 32.
 
@@ -56,7 +52,7 @@ def round_inputs(is_half):
     """
     element, wide = _elements(is_half)
 
-    @_compiled("reassoc", "nsz")
+    @compiled("reassoc", "nsz")
     def tokens_of_thread(data):
         given = numba.carray(data, 9, numba.int64)
         places, sizes = given[:5], given[5:]
@@ -155,7 +151,7 @@ def _zero_or_nan(some):
 
 
 def round_tokens(is_half):
-    """Return a function that rotates a thread's part of inputs, and rounds to ``LEVELS`` about 0.
+    """Return a function that rotates a thread's part of inputs, and rounds them to ``LEVELS``.
 
     Its argument points to the addresses of inputs, (n_tokens, n_inputs), bfloat16 or float32, of
     memory for a token of each thread, float32, and of what is written, then to the numbers of
@@ -171,7 +167,7 @@ def round_tokens(is_half):
     (element, wide), rotate = _elements(is_half), _rotate(is_half)
     n_bytes = 2 if is_half else 4
 
-    @_compiled()
+    @compiled()
     def tokens_of_thread(data):
         given = numba.carray(data, 11, numba.int64)
         n_tokens, n_inputs, n_digits, size, span = given[5], given[6], given[7], given[8], given[9]

@@ -56,7 +56,7 @@ class Tiles:
         self._added: torch.Tensor | None = None  # to AMX's sums of eight bits
 
     def compile(self, is_half: bool = True) -> "Tiles":
-        """Compile what products in bfloat16, or in float32, need, before the first prompt."""
+        """Compile what products of bfloat16 need, before the first prompt."""
         self._code(is_half)
         if self._dtype == torch.int8:
             code("numba_rounding", "round_tokens", True)
