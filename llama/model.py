@@ -127,8 +127,8 @@ class FeedForward(nn.Module):
         self.w3 = ColumnParallelLinear(dim, hidden_dim, bias=bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        hidden = kernels.swiglu(*fused_linear(x, self.w1, self.w3))  # gate and up are freed
-        return self.w2(hidden)  # (n_tokens, dim)
+        # Gate and up are freed before the last product.
+        return self.w2(kernels.swiglu(*fused_linear(x, self.w1, self.w3)))  # (n_tokens, dim)
 
 
 class TransformerBlock(nn.Module):

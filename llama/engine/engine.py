@@ -67,7 +67,6 @@ class Engine:
         self.counts = Counts()
         self._runner = Runner(model, tokenizer.n_words)
         self._ahead: Pass | None = None  # started, with the results of the last one still unknown
-        self._is_new, self._network_may_change = True, True  # since the last step; between steps
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []  # in the order in which they came
         self._prefixes = PrefixCache(model.params.max_batch_size)
@@ -97,8 +96,8 @@ class Engine:
         for sequence in sequences:
             sequence.begin(self.tokenizer)
         self._waiting += sequences
-        if sequences:
-            self._is_new, self._network_may_change = True, network_may_change
+        if sequences and self.decode is not None:
+            self.decode.look_again(network_may_change)
 
     def cancel(self, sequence: Sequence, reason: FinishReason = "cancelled") -> None:
         """End a sequence, unless it has ended; its slot is free at once."""
@@ -127,9 +126,6 @@ class Engine:
         """
         if self.model.n_passes != self._n_passes:
             self._prefixes.clear()
-        if self.decode is not None and (self._is_new or self._network_may_change):
-            self.decode.look_again()
-        self._is_new = False
         try:
             current, self._ahead = self._ahead, None
             if current is None:
@@ -213,15 +209,13 @@ class Engine:
 
     def _prompt_piece(self, sequence: Sequence, slot: int, budget: int) -> Piece:
         """Return the next tokens of a prompt: some, so that scores and masks stay small."""
-        n_needed = sequence.n_outputs
+        n_needed, start = sequence.n_outputs, sequence.n_cached
         n_tokens = min(budget, self.model.prefill_tokens, _SCORED if n_needed > _SCORED else budget)
-        start = sequence.n_cached
         tokens = sequence.input_ids[start : start + n_tokens]
-        is_last = start + len(tokens) == len(sequence.input_ids)
         is_continued = not sequence.is_read_only and sequence.max_new_tokens > 0
         n_left = len(sequence.input_ids) - start - len(tokens)
         n_outputs = min(max(n_needed - n_left, 0), len(tokens))
-        return Piece(sequence, slot, start, tokens, n_outputs, int(is_last and is_continued))
+        return Piece(sequence, slot, start, tokens, n_outputs, int(is_continued and not n_left))
 
     def _start(self, pieces: list[Piece], drawn: torch.Tensor | None = None) -> Pass:
         self.counts.passes += 1

@@ -138,10 +138,10 @@ class DecodingSteps:
                     self._run(inputs, kv_len)
                     show(i * len(lengths) + j + 1)
 
-    def look_again(self) -> None:
-        """Have the next step, recorded on a CPU, notice changed weights and hooks."""
+    def look_again(self, always: bool) -> None:
+        """Have the next step, recorded on a CPU, notice changed weights and hooks, or all steps."""
         if isinstance(self._pool, Memory):
-            self._pool.look_again()
+            self._pool.look_again(always)
 
     def supports(self, segments: Sequence[Segment]) -> bool:
         """Return whether a step can have all of the segments' tokens."""

@@ -150,10 +150,10 @@ class Runner:
             return logits, None
         rest = [o for o, p in zip(outputs, pieces, strict=True) if len(o) > p.n_drawn]
         parts = [part for part in (logits, *rest) if len(part)]
-        extremes = [extreme for part in parts for extreme in part.aminmax()]
-        finite = torch.stack(extremes).isfinite().all().int()[None]  # a NaN is both extremes
+        # A NaN is both extremes.
+        finite = torch.stack([x for part in parts for x in part.aminmax()]).isfinite().all()[None]
         if not len(logits):
-            return logits, finite
+            return logits, finite.int()
         params = [piece.sequence.params for piece in pieces if piece.n_drawn]
         temperature, top_p, uniforms, *limits = started.sampling
         if all(each.temperature == 0 for each in params):

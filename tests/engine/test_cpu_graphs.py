@@ -49,8 +49,9 @@ def decode(
     llama: Llama, ids: list[int], segments: list[Segment], looks: bool = True
 ) -> torch.Tensor:
     steps = steps_of(llama)
-    if looks:  # as the engine does
-        steps.look_again()
+    steps.look_again(looks)
+    if not looks:  # as in the middle of a call
+        steps._pool.n_looks -= 1
     assert steps.supports(segments)
     return steps(torch.tensor(ids), segments, *map(torch.tensor, steps.places(segments)))
 

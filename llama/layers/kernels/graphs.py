@@ -72,8 +72,8 @@ class CpuGraph:
     Between products Python and small operators take a time that doesn't depend on the weights: as
     long as the products of a small network, a tenth of a large one's.
 
-    Changed weights and hooks are noticed after ``Memory.look_again``: to compare them at each step
-    takes 0.3 ms, since reading weights evicts the modules' dictionaries from the caches.
+    To notice changed weights and hooks takes 0.3 ms, since reading weights evicts the modules'
+    dictionaries from the caches: ``Memory.look_again`` tells at which steps.
 
     Args:
         step: takes ``inputs`` and returns logits; no tensor's values decide what it computes.
@@ -106,7 +106,7 @@ class CpuGraph:
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
         """Return the logits of inputs, until any graph of the pool is replayed."""
         is_rare, self._n_more = self._n_more > 0, self._n_more - 1
-        if self._n_looks != self._memory.n_looks:
+        if self._memory.looks_always or self._n_looks != self._memory.n_looks:
             self._look()
         if is_rare or self._has_hooks:  # someone wants to know what modules compute
             return self._step(inputs)
@@ -155,11 +155,12 @@ class Memory:
     Attributes:
         network: whose graphs they are.
         left: bytes that a graph which is being recorded may still take.
-        n_looks: how many times a caller may have changed the network.
+        n_looks: how many times graphs were told to look for changes of the network.
+        looks_always: whether they do so at each step.
     """
 
     def __init__(self, network: nn.Module):
-        self.network, self.n_looks = network, 0
+        self.network, self.n_looks, self.looks_always = network, 0, True
         self._chunks: list[torch.Tensor] = []
         self.begin()
 
@@ -167,9 +168,9 @@ class Memory:
         """Begin with another graph."""
         self._place, self._offset, self.left = 0, 0, _MOST
 
-    def look_again(self) -> None:
-        """Have each graph notice, before its next step, what has changed in the network."""
-        self.n_looks += 1
+    def look_again(self, always: bool) -> None:
+        """Have each graph notice what has changed in the network, at its next step or at all."""
+        self.n_looks, self.looks_always = self.n_looks + 1, always
 
     def copy(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return a tensor's values in this memory, where it may be kept.
