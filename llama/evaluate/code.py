@@ -213,7 +213,7 @@ def generate(
             sequences[name] = llama.tasks.infilling(prefixes, suffixes, params, order)
     engine, n_done = llama.engine, 0
     for submitted in sequences.values():
-        engine.submit(submitted)
+        engine.submit(submitted, network_may_change=False)
     with progress(sum(map(len, sequences.values())), "generating", "programs") as show:
         while engine.n_running or engine.n_waiting:
             n_done += sum(event.finish_reason is not None for event in engine.step())
