@@ -143,7 +143,7 @@ def _multiply(kind: Kind, n_tokens: int):
     halves, parts, every = 1 + kind.in_halves, range(TILE // LANES), [0] * LANES
     n_words = WORDS // 2 if kind.is_int4 else WORDS  # of a block's codes
     has_offsets = kind.is_int4 or HAS_VNNI
-    is_near = HAS_AMX or (n_tokens <= 2 and not kind.is_int4)
+    is_near = HAS_AMX or n_tokens <= (1 if kind.is_int4 else 2)
     first = AHEAD if is_near else FAR  # of the bytes that are fetched
 
     @intrinsic
