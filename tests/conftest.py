@@ -23,6 +23,7 @@ from llama import Llama, ModelArgs, Tokenizer, Transformer, parallel
 from llama.convert import convert
 from llama.engine import runner
 from llama.generation import TINY
+from llama.layers.kernels import compiled
 from llama.layers.kernels.machine_code import has_numba
 
 pytest_plugins = ["browser_page"]  # the fixtures of the page's tests
@@ -91,6 +92,20 @@ def needs_numba() -> None:
     pytest.importorskip("numba")
     if not has_numba():
         pytest.skip("numba's code is for x86 and Linux")
+
+
+@pytest.fixture
+def amx(needs_numba: None) -> Iterator[None]:
+    """A processor with AMX, or functions in place of its instructions."""
+    if compiled.HAS_AMX:
+        yield
+    elif compiled.HAS_VNNI:
+        import fake_amx
+
+        with fake_amx.processor():
+            yield
+    else:
+        pytest.skip("the processor lacks AVX-512 VNNI")
 
 
 @pytest.fixture

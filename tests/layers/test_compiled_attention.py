@@ -118,12 +118,6 @@ def test_other_queries_are_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> N
     assert not has_attention(q, cache, batch)
 
 
-@pytest.fixture
-def amx() -> None:
-    if not compiled.HAS_AMX:
-        pytest.skip("the processor lacks AMX")
-
-
 # Fewer tokens than a block and more, with an incomplete tile; past positions that end within keys.
 @pytest.mark.parametrize(("n_tokens", "past"), [(16, 0), (17, 63), (64, 64), (150, 0), (130, 41)])
 @pytest.mark.parametrize(

@@ -22,12 +22,6 @@ def numba(needs_numba: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiles, "TILED", 1)
 
 
-@pytest.fixture
-def amx() -> None:
-    if not (compiled.HAS_AMX and torch.backends.mkldnn.is_available()):
-        pytest.skip("the processor lacks AMX, or the build oneDNN")
-
-
 @pytest.fixture(params=[tiles.Bfloat16, cpu.OneDnn])
 def plain(request: pytest.FixtureRequest) -> type[tiles.Bfloat16] | type[cpu.OneDnn]:
     """A kernel whose products with few tokens are compiled."""

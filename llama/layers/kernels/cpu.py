@@ -194,7 +194,8 @@ class OneDnnInt8(Int8):
 
     def _multiply(self, x: torch.Tensor) -> torch.Tensor:
         # fmt: off
-        codes = x.add_(LEVELS + 1.5).to(torch.uint8)
+        # To even halfway, as compiled code rounds: the last bits are then the nearest whole number.
+        codes = x.add_(1.5 * 2**23 + LEVELS + 1).view(torch.int32).to(torch.uint8)
         out: torch.Tensor = torch.ops.onednn.qlinear_pointwise(
             codes, 1.0, LEVELS + 1, self._packed, self._scale, self._zeros, None,
             1.0, 0, torch.float32, "none", [], "",
