@@ -97,6 +97,8 @@ def needs_numba() -> None:
 @pytest.fixture
 def amx(needs_numba: None) -> Iterator[None]:
     """A processor with AMX, or functions in place of its instructions."""
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("the build lacks oneDNN")
     if compiled.HAS_AMX:
         yield
     elif compiled.HAS_VNNI:

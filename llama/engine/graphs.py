@@ -139,7 +139,7 @@ class DecodingSteps:
                     show(i * len(lengths) + j + 1)
 
     def look_again(self, always: bool) -> None:
-        """Have the next step, recorded on a CPU, notice changed weights and hooks, or all steps."""
+        """Have the next step on a CPU, or always each, notice changed weights and hooks."""
         if isinstance(self._pool, Memory):
             self._pool.look_again(always)
 

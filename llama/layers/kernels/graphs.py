@@ -169,7 +169,7 @@ class Memory:
         self._place, self._offset, self.left = 0, 0, _MOST
 
     def look_again(self, always: bool) -> None:
-        """Have each graph notice what has changed in the network, at its next step or at all."""
+        """Have each graph notice changes of the network at its next step, or always at each."""
         self.n_looks, self.looks_always = self.n_looks + 1, always
 
     def copy(self, tensor: torch.Tensor) -> torch.Tensor:
