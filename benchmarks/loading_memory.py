@@ -12,7 +12,9 @@ Hugging Face directory in one process and in two, and bfloat16 that llama.conver
 int8 and int4; "to int4" is that conversion itself. "Q4_K_M" is a GGUF file of random blocks, read
 from a warm page cache. "used" is the peak after a prompt and four more tokens, "weights" what they
 take of the file's size, "beyond" the peak's excess over weights and cache, Python and PyTorch
-included. The first line names the machine.
+included; "in files" are resident pages of mapped files, at the end: libraries' code, which
+processes share and the system drops where memory is short, and weights that are used as they are
+mapped. The first line names the machine.
 """
 
 import json
@@ -57,10 +59,10 @@ LOAD = """
 import json, os, sys, time, torch
 from llama import Llama, parallel
 from llama.checkpoint.sharding import weight_bytes
-def peak():
+def resident(name="VmHWM"):
     with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
-imported = peak()
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(name))
+imported = resident()
 path, prompt, max_batch_size = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 tokenizer = None if os.path.isdir(path) else sys.argv[4]  # a file without a vocabulary
 start = time.monotonic()
@@ -70,13 +72,14 @@ seconds = time.monotonic() - start
 model = llama.model
 weights = needed = weight_bytes(model.params, torch.bfloat16, parallel.world_size(), model.forms)
 needed += sum(t.nbytes for name, t in llama.model.named_buffers() if "cache" in name)
-loaded = peak()
+loaded = resident()
 llama.generate([[1] * prompt], 4, temperature=0)
 parallel.print_once(json.dumps({
     "needed": needed,
     "imported": imported,
     "loaded": loaded,
-    "generated": peak(),
+    "generated": resident(),
+    "in_files": resident("RssFile"),
     "weights": weights,
     "seconds": seconds,
 }))
@@ -86,10 +89,10 @@ parallel.print_once(json.dumps({
 CONVERT = """
 import json, os, sys, time
 from llama.convert import convert
-def peak():
+def resident(name="VmHWM"):
     with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
-imported = peak()
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(name))
+imported = resident()
 start = time.monotonic()
 convert(sys.argv[1], sys.argv[2], quantize=sys.argv[3])
 seconds = time.monotonic() - start
@@ -97,8 +100,9 @@ made = os.path.getsize(os.path.join(sys.argv[2], "consolidated.00.pth"))
 print(json.dumps({
     "needed": made,
     "imported": imported,
-    "loaded": peak(),
-    "generated": peak(),
+    "loaded": resident(),
+    "generated": resident(),
+    "in_files": resident("RssFile"),
     "weights": made,
     "seconds": seconds,
 }))
@@ -107,7 +111,7 @@ print(json.dumps({
 
 COLUMNS = (
     *("case", "weights + cache", "imports", "loaded", "used", "of weights + cache"),
-    *("beyond", "weights", "seconds"),
+    *("beyond", "in files", "weights", "seconds"),
 )
 
 
@@ -121,6 +125,7 @@ def row(case: str, measured: dict[str, float], file_bytes: int) -> str:
         *(f"{size:.2f} GB" for size in sizes),
         f"{peak / sizes[0]:.2f}",
         f"{peak - sizes[0]:.2f} GB",
+        f"{measured['in_files'] / 1e9:.2f} GB",
         f"{measured['weights'] / file_bytes:.2f} of the file",
         f"{measured['seconds']:.1f}",
     ]
