@@ -31,7 +31,7 @@ from llama.layers.capability import Capability, cpu_has_bf16
 from llama.layers.kernels import form_in
 from llama.layers.kernels.machine_code import has_numba
 from llama.layers.kernels.openmp import limit_threads, release_team
-from llama.layers.quantization import Grouped
+from llama.layers.quantization import Grouped, Rotated
 from llama.model import Transformer
 
 logger = logging.getLogger(__name__)
@@ -209,12 +209,14 @@ def _has_fast_operators(checkpoint: Checkpoint, args: ModelArgs, device: torch.d
     """Return whether a CPU has operators for a checkpoint's weights that don't need such hardware.
 
     With AVX2 alone weights of groups are multiplied five times as fast as widened to float32, by
-    one token. Large plain ones are read in half of float32's bytes by compiled code.
+    one token. Large plain ones are read in half of float32's bytes by compiled code, and what lies
+    between them and int8's is compiled too.
     """
     if device.type != "cpu":
         return False
-    if checkpoint.forms:
-        return any(isinstance(form, Grouped) for form in checkpoint.forms.values())
+    forms = {type(form) for form in checkpoint.forms.values()}
+    if Grouped in forms or forms - {Rotated}:
+        return Grouped in forms
     return weight_bytes(args, torch.bfloat16) >= _COMPILED and has_numba()
 
 

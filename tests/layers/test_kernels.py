@@ -19,6 +19,8 @@ from processes import wait_until
 
 from llama import Llama
 from llama.checkpoint import load
+from llama.convert import convert
+from llama.generation import TINY
 from llama.layers.capability import Capability, cpu_has_amx, fast_dtype
 from llama.layers.kernels import (
     compiled,
@@ -591,6 +593,19 @@ def test_large_plain_checkpoints_are_computed_in_bfloat16(
     prompts = [[1, 300, 301, 302]]
     ours, theirs = (each.model(torch.tensor(prompts), 0) for each in (llama, exact))
     torch.testing.assert_close(ours.float(), theirs, atol=0.3, rtol=0.1)
+
+
+def test_large_int8_checkpoints_are_computed_in_bfloat16(
+    plain_bf16: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A failure means that with AVX2 alone int8 decodes half as fast as it can."""
+    convert(str(TINY), str(tmp_path / "int8"), quantize="int8")
+    monkeypatch.setattr(load, "cpu_has_bf16", lambda: False)
+    dtypes = []
+    for compiled_from in (load._COMPILED, 0):
+        monkeypatch.setattr(load, "_COMPILED", compiled_from)
+        dtypes.append(Llama.build(str(tmp_path / "int8"), device="cpu").model.norm.weight.dtype)
+    assert dtypes == [F32, BF16]
 
 
 @pytest.mark.parametrize("n_tokens", [1, 4, 5, 32, 33, 200])
